@@ -1,0 +1,10 @@
+"""Eigen Attention: smaller KV caches for Hugging Face causal language models.
+
+Importing this package lets `AutoModelForCausalLM.from_pretrained` load the checkpoints it writes.
+"""
+
+from .compression.pipeline import CompressionReport, compress
+from .config import EigenAttentionConfig
+from .errors import EigenAttnError
+
+__all__ = ["CompressionReport", "EigenAttentionConfig", "EigenAttnError", "compress"]

@@ -1,0 +1,137 @@
+"""Text sources, and token windows drawn from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import EigenAttnError
+
+Split = Literal["calibration", "evaluation"]
+DEFAULT_SOURCE = "python-docs"
+# Enough for a million tokens; c4 streams for ever.
+MOST_CHARACTERS = 4_000_000
+
+
+def python_docs(split: Split) -> str:
+    """The language reference that ships inside CPython (`pydoc_data.topics`); every fifth topic is for evaluation."""
+    from pydoc_data.topics import topics
+
+    chosen = [name for i, name in enumerate(sorted(topics)) if (i % 5 == 4) == (split == "evaluation")]
+    return "\n\n".join(topics[name] for name in chosen)
+
+
+def _hub(*dataset: str, column: str, splits: tuple[str, str], name: str) -> Callable[[Split], str]:
+    def read(split: Split) -> str:
+        try:
+            import datasets
+        except ImportError:
+            raise EigenAttnError(f"text source {name!r} needs datasets: pip install 'eigenattn[data]'.") from None
+        hub_split = splits[split == "evaluation"]
+        try:
+            rows = datasets.load_dataset(*dataset, split=hub_split, streaming=True)
+            pieces, size = [], 0
+            for row in rows:
+                pieces.append(row[column])
+                size += len(row[column])
+                if size > MOST_CHARACTERS:
+                    break
+        except Exception as error:  # datasets raises its own, fsspec's and the network's errors
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise EigenAttnError(
+                f"text source {name!r} could not be read from the hub ({first}). Offline, use --text with a file."
+            ) from error
+        return "\n\n".join(pieces)
+
+    return read
+
+
+SOURCES: dict[str, Callable[[Split], str]] = {
+    "python-docs": python_docs,
+    "wikitext2": _hub(
+        "Salesforce/wikitext", "wikitext-2-raw-v1", column="text", splits=("train", "test"), name="wikitext2"
+    ),
+    "c4": _hub("allenai/c4", "en", column="text", splits=("train", "validation"), name="c4"),
+    "alpaca": _hub("tatsu-lab/alpaca", column="text", splits=("train", "train"), name="alpaca"),
+}
+
+
+def _file(path: Path) -> str:
+    try:
+        raw = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise EigenAttnError(f"text {path} could not be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise EigenAttnError(f"text {path} is not UTF-8 text (byte {error.start}).") from error
+    if path.suffix != ".jsonl":
+        return raw
+    pieces = []
+    for number, line in enumerate(raw.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            pieces.append(row if isinstance(row, str) else row["text"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise EigenAttnError(f"{path}, line {number}: expected a JSON object with a 'text' field.") from None
+    return "\n\n".join(pieces)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and where it came from."""
+
+    source: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+def load_text(source: str, split: Split = "calibration") -> Text:
+    """Read a named source (`SOURCES`) or a `.txt` or `.jsonl` file.
+
+    Args:
+        split: which part of a named source; a file is read whole for either.
+
+    Raises:
+        EigenAttnError: if there is no such source or file, or it is empty or not text.
+    """
+    if source in SOURCES:
+        return Text(source, SOURCES[source](split))
+    path = Path(source)
+    if not path.exists():
+        raise EigenAttnError(f"text {source!r} is neither a file nor one of {', '.join(SOURCES)}.")
+    content = _file(path)
+    if not content.strip():
+        raise EigenAttnError(f"text {source} is empty.")
+    return Text(path.name, content)
+
+
+def tokenize(tokenizer: Any, text: Text) -> Tensor:
+    """The token ids [N] of a whole text, without special tokens."""
+    return torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def sample_windows(tokens: Tensor, samples: int, length: int, seed: int) -> Tensor:
+    """Draw token windows [samples, length]: a seeded choice, without repetition, of those that tile the text.
+
+    Raises:
+        EigenAttnError: if the text has fewer windows than that.
+    """
+    available = len(tokens) // length
+    if available < samples:
+        raise EigenAttnError(
+            f"the text has {len(tokens)} tokens, and {samples} samples of {length} need {samples * length}: "
+            "give a longer text, or lower --samples or --length."
+        )
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
+    return tokens[: available * length].view(available, length)[order]

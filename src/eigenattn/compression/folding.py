@@ -1,0 +1,146 @@
+"""Putting bases on an attention module, and folding them into its projections."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..models.attention import MAPS, EigenAttention
+from ..models.projections import Heads, join_heads, split_heads, weight_of, with_weight
+from .bases import Basis
+
+
+def attach(attention: EigenAttention, keys: Basis, values: Basis) -> None:
+    """Compress a layer with maps applied at run time; the projections stay as they are.
+
+    A basis of full rank is left out: there is nothing to gain from it.
+    """
+    detach(attention)
+    like = attention.output_projection.weight
+    for side, basis in (("key", keys), ("value", values)):
+        rank = basis.encoder.shape[-1]
+        setattr(attention, "rank_k" if side == "key" else "rank_v", rank)
+        if rank == attention.head_dim:
+            continue
+        _set(attention, f"{side}_encoder", basis.encoder.transpose(-1, -2).flatten(0, 1), like)  # [G * R, D]
+        _set(attention, f"{side}_decoder", basis.decoder.flatten(0, 1), like)
+        if basis.mean is not None:
+            _set(attention, f"{side}_mean", basis.mean.flatten(), like)
+
+
+def detach(attention: EigenAttention) -> None:
+    """Undo `attach`: back to full rank."""
+    attention.rank_k = attention.rank_v = attention.head_dim
+    for name in MAPS:
+        setattr(attention, name, None)
+
+
+def fold(attention: EigenAttention) -> None:
+    """Fold the attached maps into the projections wherever nothing stands between (arXiv 2408.05646, section 4.2).
+
+    Arithmetic is in float64; the new projections have the old ones' dtype. The result has the shapes that
+    `EigenAttention.allocate` gives.
+    """
+    folds = attention.folds
+    weights, biases, has_bias = _projection_parts(attention)
+    projected = list(attention.projected)
+    if attention.key_encoder is not None and folds.key:
+        weights, biases = _encoded(attention, weights, biases, "key")
+        has_bias = has_bias._replace(key=has_bias.key or attention.key_mean is not None)
+        projected[1] = attention.rank_k
+        attention.key_encoder = None
+        if folds.query:
+            # q' = q @ U.T; the term q . mean is the same for every key, and the softmax drops it.
+            decoder = _maps(attention, "key_decoder").repeat_interleave(attention.num_key_value_groups, dim=0)
+            weights = weights._replace(query=decoder @ weights.query)
+            biases = biases._replace(query=(decoder @ biases.query.unsqueeze(-1)).squeeze(-1))
+            projected[0] = attention.rank_k
+            attention.key_decoder = attention.key_mean = None
+    if attention.value_decoder is not None:
+        _fold_output(attention)
+        if folds.value:
+            weights, biases = _encoded(attention, weights, biases, "value")
+            has_bias = has_bias._replace(value=has_bias.value or attention.value_mean is not None)
+            projected[2] = attention.rank_v
+            attention.value_encoder = attention.value_mean = None
+        attention.value_decoder = None
+    if tuple(projected) != attention.projected:
+        attention.projected = tuple(projected)
+        _set_projections(attention, weights, biases, has_bias)
+
+
+def _set(attention: EigenAttention, name: str, value: Tensor, like: Tensor) -> None:
+    value = value.to(device=like.device, dtype=like.dtype).contiguous()
+    setattr(attention, name, nn.Parameter(value, requires_grad=like.requires_grad))
+
+
+def _maps(attention: EigenAttention, name: str) -> Tensor:
+    """A run-time map as [G, R, D] in float64."""
+    return getattr(attention, name).detach().double().view(attention.kv_heads, -1, attention.head_dim)
+
+
+def _encoded(attention: EigenAttention, weights: Heads, biases: Heads, side: str) -> tuple[Heads, Heads]:
+    """Weights and biases of keys or values that give latents: `W' = E.T W`, `b' = E.T (b - mean)`."""
+    encoder = _maps(attention, f"{side}_encoder")
+    bias = getattr(biases, side)
+    if getattr(attention, f"{side}_mean") is not None:
+        bias = bias - getattr(attention, f"{side}_mean").detach().double().view_as(bias)
+    bias = (encoder @ bias.unsqueeze(-1)).squeeze(-1)
+    return weights._replace(**{side: encoder @ getattr(weights, side)}), biases._replace(**{side: bias})
+
+
+def _fold_output(attention: EigenAttention) -> None:
+    """Fold the value decoder and mean into the output projection, a query head's columns by its KV head's map."""
+    projection = attention.output_projection
+    weight = weight_of(projection).detach().double()  # [C, H * D]
+    by_head = weight.unflatten(1, (attention.heads, attention.head_dim)).transpose(0, 1)  # [H, C, D]
+    groups = attention.num_key_value_groups
+    decoder = _maps(attention, "value_decoder").repeat_interleave(groups, dim=0)  # [H, R, D]
+    folded = (by_head @ decoder.transpose(-1, -2)).transpose(0, 1).flatten(1)  # [C, H * R]
+    bias = None if projection.bias is None else projection.bias.detach().double()
+    if attention.value_mean is not None:
+        mean = attention.value_mean.detach().double().view(attention.kv_heads, -1).repeat_interleave(groups, dim=0)
+        offset = weight @ mean.flatten()
+        bias = offset if bias is None else bias + offset
+    setattr(attention, attention.family.output, with_weight(projection, folded, bias))
+
+
+def _projection_parts(attention: EigenAttention) -> tuple[Heads, Heads, Heads]:
+    """Weights [H or G, D, C] and biases [H or G, D] of queries, keys and values in float64, and who has a bias."""
+    family = attention.family
+    projections = [getattr(attention, name) for name in family.qkv]
+    weights = [weight_of(projection).detach().double() for projection in projections]
+    biases = [
+        weight.new_zeros(weight.shape[0]) if p.bias is None else p.bias.detach().double()
+        for p, weight in zip(projections, weights, strict=True)
+    ]
+    has_bias = [p.bias is not None for p in projections]
+    if family.fused:
+        layout = (attention.projected, attention.heads, attention.kv_heads, family.fused)
+        by_head = split_heads(weights[0].T, *layout)  # [C, heads, D] each
+        return Heads(*(w.permute(1, 2, 0) for w in by_head)), split_heads(biases[0], *layout), Heads(*has_bias * 3)
+    sizes = attention.projected
+    return (
+        Heads(*(w.unflatten(0, (-1, size)) for w, size in zip(weights, sizes, strict=True))),
+        Heads(*(b.unflatten(0, (-1, size)) for b, size in zip(biases, sizes, strict=True))),
+        Heads(*has_bias),
+    )
+
+
+def _set_projections(attention: EigenAttention, weights: Heads, biases: Heads, has_bias: Heads) -> None:
+    family = attention.family
+    if family.fused:
+        joined = join_heads(Heads(*(w.permute(2, 0, 1) for w in weights)), family.fused).T
+        columns = [(family.qkv[0], joined, join_heads(biases, family.fused), any(has_bias))]
+    else:
+        flat = (weights.query.flatten(0, 1), weights.key.flatten(0, 1), weights.value.flatten(0, 1))
+        columns = list(zip(family.qkv, flat, (b.flatten() for b in biases), has_bias, strict=True))
+    for name, weight, bias, has in columns:
+        setattr(attention, name, with_weight(getattr(attention, name), weight, bias if has else None))
+
+
+@torch.no_grad()
+def compress_layer(attention: EigenAttention, keys: Basis, values: Basis) -> None:
+    """Attach the bases of one layer and fold them."""
+    attach(attention, keys, values)
+    fold(attention)

@@ -1,0 +1,193 @@
+"""`compress`: the whole way from a model and some text to a model with a smaller cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cache.size import baseline_bytes_per_token, bytes_per_token
+from ..calibration.statistics import Batch, LayerMoments, collect_moments, forward_hidden
+from ..config import EigenAttentionConfig
+from ..errors import EigenAttnError
+from ..models.attention import EigenAttention
+from ..models.checkpoint import EigenAttnCheckpointConfig, mark_compressed
+from ..models.conversion import convert_attention, eigen_layers, restore_attention
+from ..progress import TokenProgress
+from ..version import versions
+from .bases import BASES, Basis
+from .folding import compress_layer
+from .measure import layer_errors
+from .ranks import RANK_RULES, RankProblem, Ranks
+
+# Tokens, from the first batches on, over which errors of truncated layers are measured (chosen: each layer runs again
+# some fifteen times over them).
+ERROR_TOKENS = 2048
+# Batches over which a plain forward pass is timed (chosen: enough to even out the first one's warm-up).
+TIMED_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What `compress` did. Bytes are of keys and values at 16 bits an element, all layers together."""
+
+    kv_ratio: float
+    bytes_per_token: int
+    baseline_bytes_per_token: int
+    layers: list[dict[str, int]]
+    tokens: int
+    seconds: dict[str, float]
+    forward_seconds: float
+    peak_memory_bytes: int
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: EigenAttentionConfig | None = None,
+    *,
+    provenance: dict[str, Any] | None = None,
+    progress: bool = False,
+) -> CompressionReport:
+    """Compress the KV cache of a transformers causal language model, in place.
+
+    Args:
+        model: a model as `AutoModelForCausalLM.from_pretrained` gives it.
+        batches: calibration text: token-id tensors [B, T], or dictionaries with `input_ids` and `attention_mask`. Any
+            iterable; it is read once.
+        config: what to compress to, and how; the default keeps 60% of the cache by the paper's method.
+        provenance: facts to keep in the checkpoint (where model and text came from).
+        progress: show progress bars on the error stream, if it is a terminal.
+
+    Returns:
+        The ranks and sizes reached, and what it cost.
+
+    Raises:
+        EigenAttnError: on a model type that is not supported, a model compressed already, unusable batches or a target
+            that cannot be met. The model is then as it was.
+    """
+    config = config or EigenAttentionConfig()
+    for name, table in ((config.basis, BASES), (config.ranks, RANK_RULES)):
+        if name not in table:
+            raise EigenAttnError(f"unknown name {name!r}: choose one of {', '.join(table)}.")
+    clock, bars = _Clock(), TokenProgress(progress)
+    was_training = model.training
+    originals = convert_attention(model)
+    try:
+        model.eval()
+        layers = eigen_layers(model)
+        device = model.get_input_embeddings().weight.device
+        stream = _Stream(batches, device)
+        with clock.stage("statistics"):
+            total = len(batches) if hasattr(batches, "__len__") else None
+            moments = collect_moments(model, layers, bars.batches("Calibrating", stream, total))
+        with clock.stage("bases"):
+            bases = [BASES[config.basis](layer) for layer in moments]
+        with clock.stage("ranks"):
+            ranks = _choose_ranks(model, layers, moments, bases, config, stream, bars)
+        forward_seconds = _time_forward(model, stream)
+    except BaseException:
+        restore_attention(model, originals)
+        raise
+    finally:
+        model.train(was_training)
+    del originals
+    with clock.stage("folding"):
+        for attention, (keys, values), (rank_k, rank_v) in zip(layers, bases, ranks, strict=True):
+            compress_layer(attention, keys.truncate(rank_k), values.truncate(rank_v))
+    report = CompressionReport(
+        kv_ratio=bytes_per_token(layers) / baseline_bytes_per_token(layers),
+        bytes_per_token=bytes_per_token(layers),
+        baseline_bytes_per_token=baseline_bytes_per_token(layers),
+        layers=[{"rank_k": rank_k, "rank_v": rank_v} for rank_k, rank_v in ranks],
+        tokens=stream.tokens,
+        seconds=clock.seconds,
+        forward_seconds=forward_seconds,
+        peak_memory_bytes=_peak_memory(device),
+        config=config.to_dict(),
+    )
+    facts = {"tokens": stream.tokens, "versions": versions(), **(provenance or {})}
+    centred = any(basis.mean is not None for pair in bases for basis in pair)
+    mark_compressed(model, EigenAttnCheckpointConfig(report.layers, centred, config.to_dict(), facts))
+    return report
+
+
+def _choose_ranks(
+    model: nn.Module,
+    layers: list[EigenAttention],
+    moments: list[LayerMoments],
+    bases: list[tuple[Basis, Basis]],
+    config: EigenAttentionConfig,
+    stream: _Stream,
+    bars: TokenProgress,
+) -> Ranks:
+    if config.kv_ratio == 1:
+        return [(attention.head_dim, attention.head_dim) for attention in layers]
+
+    def errors(candidates: list[Ranks]) -> list[list[float]]:
+        with bars.bar("Measuring layers", len(layers) * len(stream.kept)) as progress:
+            return layer_errors(model, layers, bases, candidates, stream.kept, lambda: progress.advance(0))
+
+    spectra = [[basis.spectrum.cpu() for basis in side] for side in zip(*bases, strict=True)]
+    return RANK_RULES[config.ranks](RankProblem(spectra[0], spectra[1], config, errors))
+
+
+class _Stream:
+    """The user's batches, read once; the first ones are kept for measuring."""
+
+    def __init__(self, batches: Iterable[Any], device: torch.device) -> None:
+        self.batches, self.device = batches, device
+        self.kept: list[Batch] = []
+        self.tokens = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for value in self.batches:
+            batch = Batch.of(value, self.device)
+            if self.tokens < ERROR_TOKENS:
+                self.kept.append(batch)
+            self.tokens += batch.tokens
+            yield batch
+
+
+def _time_forward(model: nn.Module, stream: _Stream) -> float:
+    """Seconds of a plain forward pass over all calibration tokens, from the mean speed over a few batches."""
+    timed = stream.kept[:TIMED_BATCHES]
+    start = time.perf_counter()
+    for batch in timed:
+        forward_hidden(model, batch)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * stream.tokens / sum(batch.tokens for batch in timed)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: by the device's allocator on a GPU, by the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024
+
+
+class _Clock:
+    """Wall-clock seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start

@@ -1,0 +1,87 @@
+"""Every choice a compression makes, validated and versioned."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import EigenAttnError
+
+CONFIG_VERSION = 1
+DEFAULT_KV_RATIO = 0.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigenAttentionConfig:
+    """What to compress a model's KV cache to, and how.
+
+    One of the three targets is given; with none of them, `kv_ratio` is 0.6.
+
+    Args:
+        kv_ratio: bytes of the compressed cache over those of the original at 16 bits, in (0, 1]. The rank rule is
+            searched for the largest cache that does not exceed it. 1.0 keeps full rank.
+        error_budget: relative error allowed at the output of each decoder layer; implies `ranks="error_budget"`.
+        energy: share of the squared singular values kept in each head, in (0, 1]; implies `ranks="energy"`.
+        basis: name of the basis (`eigenattn.compression.bases.BASES`).
+        ranks: name of the rank rule (`eigenattn.compression.ranks.RANK_RULES`).
+        rank_multiple: ranks are multiples of this, or the full head dimension.
+        version: version of this configuration's format.
+
+    Raises:
+        EigenAttnError: if a value is outside its range or two targets are given.
+    """
+
+    kv_ratio: float | None = None
+    error_budget: float | None = None
+    energy: float | None = None
+    basis: str = "eigen"
+    ranks: str | None = None
+    rank_multiple: int = 8
+    version: int = CONFIG_VERSION
+
+    def __post_init__(self) -> None:
+        targets = {name: getattr(self, name) for name in ("kv_ratio", "error_budget", "energy")}
+        given = [name for name, value in targets.items() if value is not None]
+        if len(given) > 1:
+            raise EigenAttnError(f"{' and '.join(given)} were given together: choose one target.")
+        for name in given:
+            if not isinstance(targets[name], (int, float)) or not math.isfinite(targets[name]):
+                raise EigenAttnError(f"{name} must be a number, not {targets[name]!r}.")
+        if not given:
+            object.__setattr__(self, "kv_ratio", DEFAULT_KV_RATIO)
+        if self.kv_ratio is not None and not 0 < self.kv_ratio <= 1:
+            raise EigenAttnError(f"kv_ratio must lie in (0, 1], not {self.kv_ratio}: 0.6 keeps 60% of the cache.")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise EigenAttnError(f"energy must lie in (0, 1], not {self.energy}: 0.95 keeps 95% of the energy.")
+        if self.error_budget is not None and self.error_budget <= 0:
+            raise EigenAttnError(f"error_budget must be above 0, not {self.error_budget}: 0.02 allows 2% a layer.")
+        if not isinstance(self.rank_multiple, int) or self.rank_multiple < 1:
+            raise EigenAttnError(f"rank_multiple must be a whole number of at least 1, not {self.rank_multiple!r}.")
+        if self.version != CONFIG_VERSION:
+            raise EigenAttnError(
+                f"this configuration has version {self.version}, and this eigenattn reads version {CONFIG_VERSION}: "
+                "install the eigenattn that wrote it."
+            )
+        implied = "error_budget" if self.error_budget is not None else "energy" if self.energy is not None else None
+        if self.ranks is None:
+            object.__setattr__(self, "ranks", implied or "error_budget")
+        elif implied is not None and self.ranks != implied:
+            raise EigenAttnError(f"{implied}={targets[implied]} goes with ranks={implied!r}, not {self.ranks!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EigenAttentionConfig:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            EigenAttnError: on a name this version does not know.
+        """
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise EigenAttnError(f"unknown configuration name(s) {', '.join(unknown)}: was it written by a newer one?")
+        return cls(**values)

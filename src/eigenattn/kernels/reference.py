@@ -1,0 +1,52 @@
+"""Attention written out, with the softmax in fp32: the ground truth of the other backends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """[T, S] of booleans, True where query m may see key n: n <= m, both counted from the start of the sequence."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention with grouped queries, where keys and values may differ in size.
+
+    Args:
+        q: queries [B, H, T, D].
+        k: keys [B, G, S, D].
+        v: values [B, G, S, V].
+        mask: [B or 1, H or 1, T, S], boolean (True is visible) or additive. None is causal for T > 1, query m seeing
+            the keys 0 .. m, and everything for T = 1.
+        scale: multiplies the scores.
+        dropout: probability of dropping an attention weight.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+
+    Returns:
+        The output [B, H, T, V] and the attention weights [B, H, T, S].
+    """
+    b, h, t, d = q.shape
+    g, s = k.shape[1:3]
+    scores = (q.reshape(b, g, (h // g) * t, d) @ k.transpose(-1, -2)).reshape(b, h, t, s) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None and t > 1:
+        mask = causal_mask(t, s, q.device)
+    if mask is not None:
+        masked = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if masked else scores + mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
+    out = weights.reshape(b, g, (h // g) * t, s) @ v  # [B, G, H/G * T, V]
+    return out.reshape(b, h, t, v.shape[-1]), weights

