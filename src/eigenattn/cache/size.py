@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-BYTES_16_BIT = 2
-
 
 class Layer(Protocol):
     """What a layer's size follows from."""
@@ -17,14 +15,19 @@ class Layer(Protocol):
     rank_v: int
 
 
-def bytes_per_token(layers: Sequence[Layer]) -> int:
-    """Bytes a token adds to the cache, all layers together, at 16 bits an element."""
-    return sum(a.kv_heads * (a.rank_k + a.rank_v) for a in layers) * BYTES_16_BIT
+def bytes_per_token(layers: Sequence[Layer], element_size: int) -> int:
+    """Bytes a token adds to the cache, all layers together, at `element_size` bytes an element."""
+    return sum(layer.kv_heads * (layer.rank_k + layer.rank_v) for layer in layers) * element_size
 
 
-def baseline_bytes_per_token(layers: Sequence[Layer]) -> int:
-    """Bytes a token adds to the cache of the original model, at 16 bits an element."""
-    return sum(2 * a.kv_heads * a.head_dim for a in layers) * BYTES_16_BIT
+def baseline_bytes_per_token(layers: Sequence[Layer], element_size: int) -> int:
+    """Bytes a token adds to the cache of the original model."""
+    return sum(2 * layer.kv_heads * layer.head_dim for layer in layers) * element_size
+
+
+def kv_ratio(layers: Sequence[Layer]) -> float:
+    """Size of the cache in proportion to the original's; 1 for a model without compressed layers."""
+    return bytes_per_token(layers, 1) / baseline_bytes_per_token(layers, 1) if layers else 1.0
 
 
 def allocated_bytes(cache: Any) -> int:

@@ -28,8 +28,14 @@ class Basis:
     spectrum: Tensor
     mean: Tensor | None = None
 
-    def truncate(self, rank: int) -> Basis:
-        """The basis of the first `rank` directions."""
+    @property
+    def rank(self) -> int:
+        return self.encoder.shape[-1]
+
+    def truncate(self, rank: int) -> Basis | None:
+        """The basis of the first `rank` directions; None at full rank, where there is nothing to gain from a basis."""
+        if rank == self.encoder.shape[-2]:
+            return None
         return Basis(self.encoder[..., :rank], self.decoder[:, :rank], self.spectrum, self.mean)
 
 

@@ -10,18 +10,18 @@ from ..models.projections import Heads, join_heads, split_heads, weight_of, with
 from .bases import Basis
 
 
-def attach(attention: EigenAttention, keys: Basis, values: Basis) -> None:
+def attach(attention: EigenAttention, keys: Basis | None, values: Basis | None) -> None:
     """Compress a layer with maps applied at run time; the projections stay as they are.
 
-    A basis of full rank is left out: there is nothing to gain from it.
+    Args:
+        keys, values: bases, or None for a side that stays as the original has it.
     """
     detach(attention)
     like = attention.output_projection.weight
     for side, basis in (("key", keys), ("value", values)):
-        rank = basis.encoder.shape[-1]
-        setattr(attention, "rank_k" if side == "key" else "rank_v", rank)
-        if rank == attention.head_dim:
+        if basis is None:
             continue
+        setattr(attention, "rank_k" if side == "key" else "rank_v", basis.rank)
         _set(attention, f"{side}_encoder", basis.encoder.transpose(-1, -2).flatten(0, 1), like)  # [G * R, D]
         _set(attention, f"{side}_decoder", basis.decoder.flatten(0, 1), like)
         if basis.mean is not None:
@@ -41,10 +41,17 @@ def fold(attention: EigenAttention) -> None:
     Arithmetic is in float64; the new projections have the old ones' dtype. The result has the shapes that
     `EigenAttention.allocate` gives.
     """
-    folds = attention.folds
+    folds = Heads(
+        *(
+            fold and encoder is not None
+            for fold, encoder in zip(
+                attention.folds, (attention.key_encoder, attention.key_encoder, attention.value_encoder), strict=True
+            )
+        )
+    )
     weights, biases, has_bias = _projection_parts(attention)
     projected = list(attention.projected)
-    if attention.key_encoder is not None and folds.key:
+    if folds.key:
         weights, biases = _encoded(attention, weights, biases, "key")
         has_bias = has_bias._replace(key=has_bias.key or attention.key_mean is not None)
         projected[1] = attention.rank_k
@@ -64,8 +71,8 @@ def fold(attention: EigenAttention) -> None:
             projected[2] = attention.rank_v
             attention.value_encoder = attention.value_mean = None
         attention.value_decoder = None
-    if tuple(projected) != attention.projected:
-        attention.projected = tuple(projected)
+    attention.projected = tuple(projected)
+    if any(folds):
         _set_projections(attention, weights, biases, has_bias)
 
 
@@ -140,7 +147,7 @@ def _set_projections(attention: EigenAttention, weights: Heads, biases: Heads, h
 
 
 @torch.no_grad()
-def compress_layer(attention: EigenAttention, keys: Basis, values: Basis) -> None:
+def compress_layer(attention: EigenAttention, keys: Basis | None, values: Basis | None) -> None:
     """Attach the bases of one layer and fold them."""
     attach(attention, keys, values)
     fold(attention)

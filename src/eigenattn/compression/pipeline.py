@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..cache.size import baseline_bytes_per_token, bytes_per_token
+from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio
 from ..calibration.statistics import Batch, LayerMoments, collect_moments, forward_hidden
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
@@ -37,7 +37,7 @@ TIMED_BATCHES = 2
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What `compress` did. Bytes are of keys and values at 16 bits an element, all layers together."""
+    """What `compress` did. Bytes are those the cache allocates in the model's dtype, all layers together."""
 
     kv_ratio: float
     bytes_per_token: int
@@ -107,10 +107,11 @@ def compress(
     with clock.stage("folding"):
         for attention, (keys, values), (rank_k, rank_v) in zip(layers, bases, ranks, strict=True):
             compress_layer(attention, keys.truncate(rank_k), values.truncate(rank_v))
+    element_size = layers[0].output_projection.weight.element_size()
     report = CompressionReport(
-        kv_ratio=bytes_per_token(layers) / baseline_bytes_per_token(layers),
-        bytes_per_token=bytes_per_token(layers),
-        baseline_bytes_per_token=baseline_bytes_per_token(layers),
+        kv_ratio=kv_ratio(layers),
+        bytes_per_token=bytes_per_token(layers, element_size),
+        baseline_bytes_per_token=baseline_bytes_per_token(layers, element_size),
         layers=[{"rank_k": rank_k, "rank_v": rank_v} for rank_k, rank_v in ranks],
         tokens=stream.tokens,
         seconds=clock.seconds,

@@ -17,8 +17,8 @@ from .families import Family
 from .projections import Heads, like, split_heads
 from .rotary import key_positions, rotate
 
-# A side at full rank needs none of these. Maps are stored as [G * R, D] and means as [G * D], so that tensor parallelism
-# can split them by head.
+# A side at full rank needs none of these. Maps are stored as [G * R, D] and means as [G * D], so that tensor
+# parallelism can split them by head.
 MAPS = ("key_encoder", "key_decoder", "key_mean", "value_encoder", "value_decoder", "value_mean")
 
 
@@ -54,7 +54,8 @@ class EigenAttention(nn.Module):
         self.projected = (self.head_dim,) * 3  # dimensions a head that the q, k and v projections give
         self.num_key_value_groups = self.heads // self.kv_heads  # transformers' attention functions read this name
         self.scaling: float = getattr(original, family.scale)
-        self.sliding_window: int | None = getattr(original, "sliding_window", None)
+        # Only FlashAttention reads it, others have it in the mask. Some modules leave it to the configuration.
+        self.sliding_window: int | None = getattr(original, "sliding_window", getattr(config, "sliding_window", None))
         self.layer_type: str | None = getattr(original, "layer_type", None)
         self.softcap: float | None = getattr(original, family.softcap) if family.softcap else None
         self.clip: float | None = getattr(original, family.clip) if family.clip else None
@@ -220,7 +221,8 @@ class EigenAttention(nn.Module):
         return out, weights
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        implementation = self.config._attn_implementation
+        # Falcon asks its attention for weights whatever the backend; the others have transformers collect them.
+        implementation = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
         mask = self._mask(q, k, kwargs)
         dropout = self.dropout if self.training else 0.0
         if implementation in BACKENDS:

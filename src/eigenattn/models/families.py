@@ -80,10 +80,84 @@ class Family:
         return self.positions if isinstance(self.positions, str) else self.positions(config)
 
 
+def _falcon_kv_heads(config: Any) -> int:
+    return config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1
+
+
 FAMILIES: dict[str, Family] = {
+    "opt": Family(title="OPT", attention="OPTAttention", output="out_proj", positions="learned", dropout="dropout"),
+    "mpt": Family(
+        title="MPT",
+        attention="MptAttention",
+        qkv=("Wqkv",),
+        fused="blocks",
+        output="out_proj",
+        positions="alibi",
+        clip="clip_qkv",
+        scale="softmax_scale",
+        dropout="attn_dropout_p",
+        bias_argument="position_bias",
+        mask_true_is_masked=True,
+    ),
     "llama": Family(title="Llama 2, 3, 3.1, SmolLM, SmolLM2", attention="LlamaAttention"),
     "mistral": Family(title="Mistral", attention="MistralAttention"),
+    "mixtral": Family(title="Mixtral", attention="MixtralAttention"),
     "qwen2": Family(title="Qwen 2, Qwen 2.5", attention="Qwen2Attention"),
+    "qwen3": Family(title="Qwen 3", attention="Qwen3Attention", norms=("q_norm", "k_norm")),
+    "qwen3_moe": Family(title="Qwen 3 MoE", attention="Qwen3MoeAttention", norms=("q_norm", "k_norm")),
+    "gemma3_text": Family(
+        title="Gemma 3 (text)",
+        attention="Gemma3Attention",
+        norms=("q_norm", "k_norm"),
+        rotary_by_layer_type=True,
+        softcap="attn_logit_softcapping",
+    ),
+    "phi3": Family(title="Phi-3", attention="Phi3Attention", qkv=("qkv_proj",), fused="blocks"),
+    "gpt2": Family(
+        title="GPT-2",
+        attention="GPT2Attention",
+        qkv=("c_attn",),
+        fused="blocks",
+        output="c_proj",
+        positions="learned",
+        dropout="attn_dropout",
+        output_dropout="resid_dropout",
+    ),
+    "gpt_neox": Family(
+        title="GPT-NeoX, Pythia",
+        attention="GPTNeoXAttention",
+        qkv=("query_key_value",),
+        fused="grouped",
+        output="dense",
+        cache_argument="layer_past",
+    ),
+    "falcon": Family(
+        title="Falcon",
+        attention="FalconAttention",
+        qkv=("query_key_value",),
+        fused="grouped",
+        output="dense",
+        positions=lambda config: "alibi" if config.alibi else "rotary",
+        scale="inv_norm_factor",
+        cache_argument="layer_past",
+        kv_heads=_falcon_kv_heads,
+    ),
+    "bloom": Family(
+        title="BLOOM",
+        attention="BloomAttention",
+        qkv=("query_key_value",),
+        fused="grouped",
+        output="dense",
+        positions="alibi",
+        scale="inv_norm_factor",
+        cache_argument="layer_past",
+        bias_argument="alibi",
+        adds_residual=True,
+    ),
+    "olmo2": Family(title="OLMo 2", attention="Olmo2Attention", norms=("q_norm", "k_norm"), norm_on="width"),
+    "granite": Family(title="Granite", attention="GraniteAttention"),
+    "smollm3": Family(title="SmolLM3", attention="SmolLM3Attention", rotary_switch="use_rope"),
+    "stablelm": Family(title="StableLM", attention="StableLmAttention", norms=("q_layernorm", "k_layernorm")),
 }
 
 

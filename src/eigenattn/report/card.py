@@ -1,0 +1,51 @@
+"""The model card of a compressed checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..compression.pipeline import CompressionReport
+
+
+def model_card(checkpoint: Any, report: CompressionReport) -> str:
+    """Markdown that says what was compressed, how far, on what, and how to load it."""
+    facts, method = checkpoint.provenance, checkpoint.method
+    target = next(f"`{n}={method[n]}`" for n in ("kv_ratio", "error_budget", "energy") if method[n] is not None)
+    rows = "\n".join(f"| {i} | {layer['rank_k']} | {layer['rank_v']} |" for i, layer in enumerate(report.layers))
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return f"""---
+library_name: transformers
+tags:
+- eigenattn
+- kv-cache
+---
+
+# {facts["base_model"]}, KV cache at {report.kv_ratio:.1%}
+
+This is {facts["base_model"]} with Eigen Attention (arXiv 2408.05646): it caches low-rank keys and values.
+
+| | this model | original |
+| --- | --- | --- |
+| cache bytes a token ({facts["dtype"]}) | {report.bytes_per_token:,} | {report.baseline_bytes_per_token:,} |
+| ratio | {report.kv_ratio:.3f} | 1 |
+
+```python
+import eigenattn  # registers the loader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+## How it was made
+
+- target {target}, basis `{method["basis"]}`, ranks by `{method["ranks"]}` in multiples of {method["rank_multiple"]}
+- calibrated on {facts["samples"]} windows of {facts["length"]} tokens of {facts["text"]["source"]}
+  (SHA-256 {facts["text"]["sha256"]}), seed {facts["seed"]}
+- {versions}
+
+| layer | rank of keys | rank of values |
+| --- | --- | --- |
+{rows}
+"""

@@ -1,0 +1,70 @@
+"""What a checkpoint's configuration says of its cache, without loading its weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio
+from ..models.checkpoint import EigenAttnCheckpointConfig
+from ..models.families import family_of
+from ..models.loading import Source, load_config
+
+
+class _Layer(NamedTuple):
+    kv_heads: int
+    head_dim: int
+    rank_k: int
+    rank_v: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Ranks by layer, cache bytes a token in the checkpoint's dtype, and provenance; originals are at full rank."""
+
+    model_type: str
+    compressed: bool
+    kv_ratio: float
+    bytes_per_token: int
+    baseline_bytes_per_token: int
+    head_dim: int
+    kv_heads: int
+    layers: list[dict[str, int]]
+    method: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect_checkpoint(name: str) -> Inspection:
+    """Read a model's configuration: folder, hub id, `.gguf` file or `smollm2`.
+
+    Raises:
+        EigenAttnError: if it cannot be read, or its type is not supported.
+    """
+    config = load_config(Source.of(name))
+    family = family_of(config)
+    text = config.get_text_config(decoder=True)
+    kv_heads, head_dim = family.kv_heads(text), family.head_dim(text)
+    stored = getattr(config, "quantization_config", None)
+    compressed = isinstance(stored, dict) and stored.get("quant_method") == "eigenattn"
+    checkpoint = EigenAttnCheckpointConfig.from_dict(stored) if compressed else None
+    full = {"rank_k": head_dim, "rank_v": head_dim}
+    ranks = checkpoint.layers if checkpoint else [full] * text.num_hidden_layers
+    layers = [_Layer(kv_heads, head_dim, **pair) for pair in ranks]
+    element_size = (text.dtype or torch.float32).itemsize
+    return Inspection(
+        model_type=text.model_type,
+        compressed=compressed,
+        kv_ratio=kv_ratio(layers),
+        bytes_per_token=bytes_per_token(layers, element_size),
+        baseline_bytes_per_token=baseline_bytes_per_token(layers, element_size),
+        head_dim=head_dim,
+        kv_heads=kv_heads,
+        layers=ranks,
+        method=checkpoint.method if checkpoint else {},
+        provenance=checkpoint.provenance if checkpoint else {},
+    )

@@ -1,0 +1,18 @@
+"""Nothing here loads from a hub: what tries fails at once instead of waiting for a network."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).parent))  # test modules share tests/tiny.py
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _few_threads():
+    """Tiny tensors gain nothing from threads, and lose much when several test processes share the cores."""
+    torch.set_num_threads(1)

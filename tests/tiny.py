@@ -1,0 +1,154 @@
+"""Tiny random models of every family, built in code."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from eigenattn.compression.bases import Basis
+from eigenattn.models.attention import EigenAttention
+
+VOCABULARY = 128
+HEAD_DIM = 16
+COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LLAMA = {
+    **COMMON,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    # Large weights make attention sharp, so that a wrong position or mask shows.
+    "initializer_range": 0.2,
+}
+MHA = {**LLAMA, "num_key_value_heads": 4}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+# name -> (model type, configuration)
+TINY: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", LLAMA),
+    "llama-bias": ("llama", {**LLAMA, "attention_bias": True}),
+    "llama3": ("llama", {**LLAMA, "rope_parameters": LLAMA3_ROPE}),
+    "llama-yarn": ("llama", {**LLAMA, "rope_parameters": YARN_ROPE}),
+    "mistral": ("mistral", {**LLAMA, "sliding_window": None}),
+    "mistral-sliding": ("mistral", {**LLAMA, "sliding_window": 12}),
+    "mistral-wide": ("mistral", {**LLAMA, "sliding_window": 400}),
+    "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen2-sliding": (
+        "qwen2",
+        {
+            **LLAMA,
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "qwen3": ("qwen3", {**LLAMA, "head_dim": HEAD_DIM}),
+    "qwen3_moe": ("qwen3_moe", {**LLAMA, "head_dim": HEAD_DIM, "num_experts": 4, **EXPERTS}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **LLAMA,
+            "head_dim": HEAD_DIM,
+            "sliding_window": 12,
+            "query_pre_attn_scalar": 20,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "phi3": ("phi3", {**LLAMA, "sliding_window": None}),
+    "phi3-partial": ("phi3", {**LLAMA, "partial_rotary_factor": 0.5, "sliding_window": 400}),
+    "gpt_neox": ("gpt_neox", {**MHA, "rotary_pct": 0.25}),
+    "gpt2": (
+        "gpt2",
+        {**COMMON, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "initializer_range": 0.2},
+    ),
+    "gpt2-inverse": (
+        "gpt2",
+        {
+            **COMMON,
+            "n_embd": 64,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 512,
+            "initializer_range": 0.2,
+            "scale_attn_by_inverse_layer_idx": True,
+        },
+    ),
+    "opt": ("opt", {**MHA, "ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.2}),
+    "opt-no-bias": ("opt", {**MHA, "ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.2, "enable_bias": False}),
+    "mpt": (
+        "mpt",
+        {**COMMON, "d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 512, "initializer_range": 0.2},
+    ),
+    "mpt-clip": (
+        "mpt",
+        {
+            **COMMON,
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 3,
+            "max_seq_len": 512,
+            "initializer_range": 0.2,
+            "attn_config": {"clip_qkv": 1.0},
+        },
+    ),
+    "falcon": ("falcon", {**MHA, "num_kv_heads": 4, "multi_query": False, "new_decoder_architecture": False}),
+    "falcon-multi-query": ("falcon", {**MHA, "multi_query": True, "new_decoder_architecture": False}),
+    "falcon-grouped": ("falcon", {**MHA, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "falcon-alibi": ("falcon", {**MHA, "alibi": True, "multi_query": False, "bias": True, "num_kv_heads": 4}),
+    "bloom": ("bloom", {**COMMON, "hidden_size": 64, "n_layer": 3, "n_head": 4, "initializer_range": 0.2}),
+    "olmo2": ("olmo2", LLAMA),
+    "granite": ("granite", {**LLAMA, "attention_multiplier": 0.3}),
+    "smollm3": (
+        "smollm3",
+        {
+            **LLAMA,
+            "no_rope_layers": [1, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "stablelm": ("stablelm", LLAMA),
+    "stablelm-norm": ("stablelm", {**LLAMA, "qk_layernorm": True, "use_qkv_bias": True}),
+}
+
+
+def tiny(name: str, attn_implementation: str | None = None, **overrides) -> torch.nn.Module:
+    """A tiny random model in evaluation mode; the same one for the same name."""
+    model_type, settings = TINY[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**settings, **overrides})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    for parameter_name, parameter in model.named_parameters():
+        # Biases and norms start as constants, which would hide a bias or norm that is left out.
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1.0 if "norm" in parameter_name else 0.0, 0.3)
+    return model.eval()
+
+
+def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    """Token ids [B, T], none of them special."""
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_basis(attention: EigenAttention, rank: int, centred: bool, seed: int = 0) -> Basis:
+    """An arbitrary basis: at full rank its decoder undoes its encoder, whatever its mean."""
+    g, d = attention.kv_heads, attention.head_dim
+    generator = torch.Generator().manual_seed(seed)
+    encoder = torch.linalg.qr(torch.randn(g, d, d, generator=generator, dtype=torch.float64)).Q
+    encoder = encoder * (0.5 + torch.rand(g, 1, d, generator=generator, dtype=torch.float64))
+    decoder = torch.linalg.inv(encoder)
+    mean = torch.randn(g, d, generator=generator, dtype=torch.float64) if centred else None
+    return Basis(encoder[..., :rank], decoder[:, :rank], torch.ones(g, d), mean)
