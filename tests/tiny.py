@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from eigenattn.compression.bases import Basis
 from eigenattn.models.attention import EigenAttention
@@ -152,3 +158,21 @@ def random_basis(attention: EigenAttention, rank: int, centred: bool, seed: int 
     decoder = torch.linalg.inv(encoder)
     mean = torch.randn(g, d, generator=generator, dtype=torch.float64) if centred else None
     return Basis(encoder[..., :rank], decoder[:, :rank], torch.ones(g, d), mean)
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character of ASCII, so that any text has enough tokens."""
+    vocabulary = {chr(code): code for code in range(VOCABULARY)}
+    inner = Tokenizer(WordLevel(vocabulary, unk_token="\x01"))
+    inner.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="\x01", bos_token="\x01", eos_token="\x02", pad_token="\x00"
+    )
+
+
+def save_tiny(folder: Path, name: str = "llama") -> Path:
+    """A tiny checkpoint with a tokenizer, as a user would have it on disk."""
+    tiny(name).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    return folder

@@ -21,11 +21,21 @@ MOST_CHARACTERS = 4_000_000
 
 
 def python_docs(split: Split) -> str:
-    """The language reference that ships inside CPython (`pydoc_data.topics`); every fifth topic is for evaluation."""
+    """The language reference that ships inside CPython (`pydoc_data.topics`); a fifth of it is for evaluation."""
     from pydoc_data.topics import topics
 
-    chosen = [name for i, name in enumerate(sorted(topics)) if (i % 5 == 4) == (split == "evaluation")]
-    return "\n\n".join(topics[name] for name in chosen)
+    parts: dict[Split, list[str]] = {"calibration": [], "evaluation": []}  # by paragraph
+    seen = held_out = 0
+    for name in sorted(topics):
+        # Topics differ much in length: each is held out if the held-out part stays within a fifth of what was seen.
+        seen += len(topics[name])
+        keep_out = held_out + len(topics[name]) <= seen / 5
+        held_out += len(topics[name]) if keep_out else 0
+        parts["evaluation" if keep_out else "calibration"] += topics[name].strip().split("\n\n")
+    # Topics quote each other: what is held out leaves the calibration text wherever it stands.
+    held_out_paragraphs = set(parts["evaluation"])
+    parts["calibration"] = [p for p in parts["calibration"] if p not in held_out_paragraphs]
+    return "\n\n".join(parts[split])
 
 
 def _hub(*dataset: str, column: str, splits: tuple[str, str], name: str) -> Callable[[Split], str]:

@@ -1,0 +1,97 @@
+import itertools
+
+import pytest
+import torch
+
+from eigenattn import EigenAttentionConfig, EigenAttnError
+from eigenattn.compression.ranks import RANK_RULES, RankProblem
+
+LAYERS, HEADS, DIM = 3, 2, 16
+
+
+def problem(errors=None, seed=0, **config):
+    generator = torch.Generator().manual_seed(seed)
+    config = {"rank_multiple": 2, **config}
+    spectra = [
+        [
+            torch.rand(HEADS, DIM, generator=generator).double().pow(6).sort(descending=True).values
+            for _ in range(LAYERS)
+        ]
+        for _ in range(2)
+    ]
+
+    def tail_energy(candidates):
+        """A stand-in for measuring: the energy cut off, layer 1 being ten times as touchy."""
+        return [
+            [(10 if layer == 1 else 1) * float(k[:, r_k:].sum() + v[:, r_v:].sum()) for r_k, r_v in pairs]
+            for layer, (k, v, pairs) in enumerate(zip(*spectra, candidates, strict=True))
+        ]
+
+    return RankProblem(*spectra, EigenAttentionConfig(**config), errors or tail_energy)
+
+
+@pytest.mark.parametrize("rule", sorted(RANK_RULES))
+@pytest.mark.parametrize("ratio", [0.15, 0.4, 0.6, 0.75, 0.9])
+def test_the_ratio_is_met_from_below_with_whole_multiples(rule, ratio):
+    case = problem(kv_ratio=ratio, ranks=rule)
+    ranks = RANK_RULES[rule](case)
+    assert case.ratio(ranks) <= ratio + 1e-9
+    assert case.ratio(ranks) > ratio - 0.2
+    for rank in itertools.chain(*ranks):
+        assert rank in case.allowed(DIM)
+
+
+def test_uniform_is_within_one_multiple_everywhere():
+    case = problem(kv_ratio=0.6, ranks="uniform")
+    ranks = list(itertools.chain(*RANK_RULES["uniform"](case)))
+    assert max(ranks) - min(ranks) <= 2
+    assert case.ratio(RANK_RULES["uniform"](case)) > 0.6 - 2 / (DIM * LAYERS * 2)
+
+
+def test_energy_keeps_what_was_asked_in_every_head():
+    case = problem(energy=0.9)
+    for layer, pair in enumerate(RANK_RULES["energy"](case)):
+        for spectrum, rank in zip((case.keys[layer], case.values[layer]), pair, strict=True):
+            assert (spectrum[:, :rank].sum(-1) >= 0.9 * spectrum.sum(-1) * (1 - 1e-9)).all()
+            smaller = spectrum[:, : rank - 2].sum(-1) / spectrum.sum(-1)
+            assert (smaller < 0.9).any()
+
+
+def test_energy_of_one_is_full_rank():
+    assert RANK_RULES["energy"](problem(energy=1.0)) == [(DIM, DIM)] * LAYERS
+
+
+def test_error_budget_stops_at_the_first_excess():
+    dips = [0.0, 0.1, 0.05, 0.2]  # a later candidate under the budget does not count
+
+    def errors(candidates):
+        return [(dips + [1.0] * len(pairs))[: len(pairs)] for pairs in candidates]
+
+    seen = []
+    case = problem(errors=lambda candidates: seen.append(candidates) or errors(candidates), error_budget=0.07)
+    ranks = RANK_RULES["error_budget"](case)
+    assert ranks == [pairs[0] for pairs in seen[0]]
+
+
+def test_error_budget_gives_touchy_layers_more():
+    ranks = RANK_RULES["error_budget"](problem(kv_ratio=0.5, ranks="error_budget"))
+    sizes = [sum(pair) for pair in ranks]
+    assert sizes[1] == max(sizes)
+
+
+def test_a_larger_budget_never_keeps_more():
+    ratios = []
+    for budget in (0.001, 0.01, 0.1, 1.0):
+        case = problem(error_budget=budget)
+        ratios.append(case.ratio(RANK_RULES["error_budget"](case)))
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[0] > ratios[-1]
+
+
+def test_impossible_ratios_say_what_is_possible():
+    with pytest.raises(EigenAttnError, match=r"ratio of 0\.500"):
+        RANK_RULES["uniform"](problem(kv_ratio=0.3, ranks="uniform", rank_multiple=8))
+
+
+def test_multiples_that_do_not_divide_the_head():
+    assert problem(rank_multiple=6).allowed(16) == [6, 12, 16]

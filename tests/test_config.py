@@ -1,0 +1,53 @@
+import pytest
+
+from eigenattn import EigenAttentionConfig, EigenAttnError
+
+
+def test_json_round_trip():
+    config = EigenAttentionConfig(energy=0.9, rank_multiple=4)
+    assert EigenAttentionConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks"),
+    [
+        ({}, "error_budget"),
+        ({"kv_ratio": 0.5}, "error_budget"),
+        ({"kv_ratio": 0.5, "ranks": "uniform"}, "uniform"),
+        ({"energy": 0.9}, "energy"),
+        ({"error_budget": 0.02}, "error_budget"),
+    ],
+)
+def test_target_implies_the_rule(given, ranks):
+    assert EigenAttentionConfig(**given).ranks == ranks
+
+
+def test_default_target():
+    assert EigenAttentionConfig().kv_ratio == 0.6
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kv_ratio": 0.0},
+        {"kv_ratio": 1.5},
+        {"kv_ratio": float("nan")},
+        {"kv_ratio": "half"},
+        {"energy": 0},
+        {"energy": 1.01},
+        {"error_budget": -1.0},
+        {"rank_multiple": 0},
+        {"kv_ratio": 0.5, "energy": 0.9},
+        {"energy": 0.9, "ranks": "uniform"},
+        {"version": 99},
+    ],
+)
+def test_wrong_values_are_one_line(wrong):
+    with pytest.raises(EigenAttnError) as error:
+        EigenAttentionConfig(**wrong)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(EigenAttnError, match="colour"):
+        EigenAttentionConfig.from_dict({"colour": "red"})
