@@ -1,0 +1,97 @@
+"""Ways of generating that reach further than one pass: long texts, several turns, assistants, compiled graphs."""
+
+import pytest
+import torch
+from tiny import random_basis, tiny, tokens
+from transformers import DynamicCache, StaticCache
+
+from eigenattn.compression.folding import compress_layer
+from eigenattn.models.conversion import convert_attention, eigen_layers
+
+ROTARY = ["llama", "llama3", "mistral", "qwen2"]
+
+
+def small(name, seed=0):
+    model = tiny(name)
+    convert_attention(model)
+    for index, attention in enumerate(eigen_layers(model)):
+        keys, values = (
+            random_basis(attention, rank, True, seed + index + offset) for rank, offset in ((12, 0), (8, 50))
+        )
+        compress_layer(attention, keys, values)
+    return model
+
+
+def generate(model, ids, **options):
+    mask = options.pop("attention_mask", torch.ones_like(ids))
+    return model.generate(
+        ids, attention_mask=mask, do_sample=False, pad_token_id=0, **{"max_new_tokens": 24, **options}
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*ROTARY, "opt", "mpt"])
+def test_256_greedy_tokens(name):
+    model, ids = small(name), tokens(1, 8)
+    cached = generate(model, ids, use_cache=True, max_new_tokens=256, min_new_tokens=256)
+    assert cached.shape[1] == 264
+    assert torch.equal(cached, generate(model, ids, use_cache=False, max_new_tokens=256, min_new_tokens=256))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ROTARY)
+def test_padded_batches_generate_what_single_prompts_do(name):
+    model, long, short = small(name), tokens(1, 20), tokens(1, 9, seed=4)
+    room = torch.zeros(1, 11, dtype=torch.int64)
+    ids = torch.cat([long, torch.cat([room, short], 1)])
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    both = generate(model, ids, attention_mask=mask, min_new_tokens=24)
+    assert torch.equal(both[0, 20:], generate(model, long, min_new_tokens=24)[0, 20:])
+    assert torch.equal(both[1, 20:], generate(model, short, min_new_tokens=24)[0, 9:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*ROTARY, "opt"])
+def test_a_cache_carried_over_turns(name):
+    model, cache = small(name), None
+    cache = DynamicCache(config=model.config)
+    conversation = tokens(1, 7)
+    for turn in range(4):
+        conversation = generate(model, conversation, past_key_values=cache, max_new_tokens=6, min_new_tokens=6)
+        conversation = torch.cat([conversation, tokens(1, 3, seed=20 + turn)], 1)
+    fresh = model(conversation).logits[:, -1]
+    seen = cache.get_seq_length()
+    continued = model(conversation[:, seen:], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(continued, fresh, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*ROTARY, "opt"])
+def test_assisted_decoding_crops_the_cache(name):
+    model, assistant, ids = small(name), small(name, seed=7), tokens(1, 9)
+    expected = generate(model, ids, max_new_tokens=20, min_new_tokens=20)
+    options = {"max_new_tokens": 20, "min_new_tokens": 20}
+    assert torch.equal(generate(model, ids, assistant_model=assistant, **options), expected)
+    assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=3, **options), expected)
+
+
+@torch.no_grad()
+def test_one_graph_with_a_static_cache():
+    model, ids = small("llama"), tokens(1, 10)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    exact = model(ids).logits
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    logits = [model(ids[:, :6], past_key_values=cache).logits]
+    for i in range(6, 10):
+        logits.append(compiled(ids[:, i : i + 1], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(logits, 1), exact, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # transformers still passes a flag that PyTorch retires
+def test_flex_attention_takes_unequal_sizes():
+    model, ids = small("llama"), tokens(1, 10)
+    exact = model(ids).logits
+    model.set_attn_implementation("flex_attention")
+    torch.testing.assert_close(model(ids).logits, exact, rtol=0, atol=1e-4)

@@ -1,0 +1,179 @@
+"""The command line as a user meets it: in a process of its own for exit codes, in this one for speed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny
+from typer.testing import CliRunner
+
+from eigenattn.cli import app
+from eigenattn.errors import EigenAttnError
+
+TEXT = "The quick brown fox jumps over the lazy dog; it was not amused. " * 60
+COMPRESS = ["--samples", "4", "--length", "32", "--rank-multiple", "2"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def compressed(base, text, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "compressed"
+    run("compress", base, out, "--text", text, *COMPRESS)
+    return out
+
+
+def run(*arguments) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def run_json(*arguments) -> dict:
+    return json.loads(run(*arguments, "--json", "-"))
+
+
+def test_compress_writes_a_whole_checkpoint(compressed):
+    names = {path.name for path in compressed.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"} <= names
+    card = (compressed / "README.md").read_text()
+    assert "import eigenattn" in card
+    assert "fox.txt" in card
+    assert [path.name for path in compressed.parent.iterdir()] == ["compressed"]  # nothing partial is left
+
+
+def test_compress_json(base, text, tmp_path):
+    file = tmp_path / "report.json"
+    run("compress", base, tmp_path / "out", "--text", text, "--kv-ratio", "0.5", *COMPRESS, "--json", file)
+    report = json.loads(file.read_text())
+    assert 0.3 < report["kv_ratio"] <= 0.5
+    assert report["bytes_per_token"] < report["baseline_bytes_per_token"]
+    assert all({"rank_k", "rank_v"} == set(layer) for layer in report["layers"])
+    assert {"seconds", "forward_seconds", "peak_memory_bytes"} <= set(report)
+
+
+@pytest.mark.parametrize("target", [("--energy", "0.9"), ("--error-budget", "0.05"), ("--kv-ratio", "1.0")])
+def test_every_target(base, text, tmp_path, target):
+    report = run_json("compress", base, tmp_path / "out", "--text", text, *target, *COMPRESS)
+    assert 0 < report["kv_ratio"] <= 1
+
+
+def test_evaluate(compressed, base, text):
+    options = ("--text", text, "--tokens", "256", "--length", "64")
+    plain = run_json("evaluate", compressed, "--against", base, *options)
+    cached = run_json("evaluate", compressed, "--cached", *options)
+    assert plain["perplexity"] == pytest.approx(cached["perplexity"], rel=1e-4)
+    assert plain["relative_increase"] == pytest.approx(plain["perplexity"] / plain["baseline_perplexity"] - 1)
+    assert plain["tokens"] == 4 * 63
+    assert plain["kv_ratio"] <= 0.6
+    assert cached["baseline_perplexity"] is None
+    original = run_json("evaluate", base, *options)
+    assert original["perplexity"] == pytest.approx(plain["baseline_perplexity"])
+    assert original["kv_ratio"] == 1
+
+
+def test_generate(compressed):
+    once = run_json("generate", compressed, "The quick", "--max-new-tokens", "5")
+    assert 1 <= once["tokens"] <= 5
+    assert run("generate", compressed, "The quick", "--max-new-tokens", "5").startswith("The quick")
+    sampled = [run_json("generate", compressed, "The", "--temperature", "1.5", "--seed", "3")["text"] for _ in range(2)]
+    assert sampled[0] == sampled[1]
+
+
+def test_inspect(compressed, base):
+    found = run_json("inspect", compressed)
+    assert found["compressed"] is True
+    assert len(found["layers"]) == 3
+    assert found["provenance"]["text"]["source"] == "fox.txt"
+    assert len(found["provenance"]["text"]["sha256"]) == 64
+    assert "fox.txt" in run("inspect", compressed)
+    original = run_json("inspect", base)
+    assert original["compressed"] is False
+    assert original["kv_ratio"] == 1
+
+
+def test_help_has_examples():
+    for verb in ("compress", "evaluate", "generate", "inspect", "demo"):
+        assert f"eigenattn {verb}" in run(verb, "--help")
+
+
+def fails(*arguments) -> str:
+    with pytest.raises(EigenAttnError) as error:
+        CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def broken(base, tmp_path) -> Path:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for path in base.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_bad_input_is_one_line(base, text, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "exists").mkdir()
+    (tmp_path / "short.txt").write_text("too short")
+    assert "(0, 1]" in fails("compress", base, out, "--text", text, "--kv-ratio", "0")
+    assert "(0, 1]" in fails("compress", base, out, "--text", text, "--kv-ratio", "1.2")
+    assert "(0, 1]" in fails("compress", base, out, "--text", text, "--energy", "0")
+    assert "together" in fails("compress", base, out, "--energy", "0.9", "--kv-ratio", "0.5")
+    assert "exists already" in fails("compress", base, tmp_path / "exists", "--text", text)
+    assert "neither a file nor" in fails("compress", base, out, "--text", "nowhere.txt")
+    assert "--samples" in fails("compress", base, out, "--text", tmp_path / "short.txt")
+    assert "could not be loaded" in fails("compress", tmp_path / "nowhere", out, "--text", text)
+    assert "could not be loaded" in fails("inspect", tmp_path / "exists")
+    assert "unknown name 'cosine'" in fails("compress", base, out, "--text", text, "--basis", "cosine", *COMPRESS)
+    assert "unknown dtype" in fails("evaluate", base, "--text", text, "--length", "64", "--dtype", "int3")
+    assert "one window" in fails("evaluate", base, "--text", tmp_path / "short.txt")
+    assert ".gguf" in fails("compress", tmp_path / "short.txt", out, "--text", text)
+    assert not out.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exists", "short.txt"]
+
+
+def test_unknown_model_type(broken, text, tmp_path):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "ctrl"}))
+    assert "'ctrl' is not supported" in fails("compress", broken, tmp_path / "out", "--text", text, *COMPRESS)
+
+
+def test_model_without_a_tokenizer(broken, text, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (broken / name).unlink()
+    assert "tokenizer" in fails("compress", broken, tmp_path / "out", "--text", text, *COMPRESS)
+
+
+def test_truncated_checkpoint(compressed, text, tmp_path):
+    folder = tmp_path / "truncated"
+    folder.mkdir()
+    for path in compressed.iterdir():
+        content = path.read_bytes()
+        (folder / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".safetensors" else content)
+    assert "could not be loaded" in fails("evaluate", folder, "--text", text, "--length", "64")
+
+
+def test_exit_codes_of_the_program(tmp_path):
+    program = [sys.executable, "-m", "eigenattn.cli"]
+    wrong = subprocess.run(
+        [*program, "compress", "x", str(tmp_path), "--kv-ratio", "0"], capture_output=True, text=True
+    )
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("eigenattn: kv_ratio must lie in (0, 1]")
+    assert wrong.stderr.count("\n") == 1
+    assert wrong.stdout == ""
+    assert subprocess.run([*program, "squeeze"], capture_output=True).returncode == 2
