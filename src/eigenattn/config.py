@@ -27,6 +27,7 @@ class EigenAttentionConfig:
         basis: name of the basis (`eigenattn.compression.bases.BASES`).
         ranks: name of the rank rule (`eigenattn.compression.ranks.RANK_RULES`).
         rank_multiple: ranks are multiples of this, or the full head dimension.
+        window: how many of the last tokens are kept exactly, W; 0 is the paper's method.
         version: version of this configuration's format.
 
     Raises:
@@ -39,6 +40,7 @@ class EigenAttentionConfig:
     basis: str = "eigen"
     ranks: str | None = None
     rank_multiple: int = 8
+    window: int = 0
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
@@ -59,6 +61,8 @@ class EigenAttentionConfig:
             raise EigenAttnError(f"error_budget must be above 0, not {self.error_budget}: 0.02 allows 2% a layer.")
         if not isinstance(self.rank_multiple, int) or self.rank_multiple < 1:
             raise EigenAttnError(f"rank_multiple must be a whole number of at least 1, not {self.rank_multiple!r}.")
+        if not isinstance(self.window, int) or self.window < 0:
+            raise EigenAttnError(f"window must be a whole number of tokens, 0 or more, not {self.window!r}.")
         if self.version != CONFIG_VERSION:
             raise EigenAttnError(
                 f"this configuration has version {self.version}, and this eigenattn reads version {CONFIG_VERSION}: "

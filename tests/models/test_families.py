@@ -21,18 +21,33 @@ NAMES = list(TINY)
 RANK_K, RANK_V = 12, 8
 TOLERANCE = 1e-4
 LENGTH = 30
+WINDOW = 6
 # Where the original itself fails: Falcon's ALiBi does not fit a static cache's mask.
 NO_STATIC_CACHE = {"falcon-alibi"}
+# A window beside nothing but sliding layers: refused with a static cache (see test_window.py).
+NO_STATIC_WINDOW = {"mistral-sliding"}
+
+
+def has_static(name: str, window: int) -> bool:
+    return name not in NO_STATIC_CACHE and not (window and name in NO_STATIC_WINDOW)
+
+
 pytestmark = pytest.mark.parametrize("name", NAMES)
 
 
-def with_bases(model: nn.Module, rank_k: int, rank_v: int, centred: bool = False, folded: bool = True) -> nn.Module:
+WAYS = [("run-time", 0), ("folded", 0), ("windowed", WINDOW)]
+ways = pytest.mark.parametrize(("folded", "window"), [(w == "folded", n) for w, n in WAYS], ids=[w for w, _ in WAYS])
+
+
+def with_bases(
+    model: nn.Module, rank_k: int, rank_v: int, centred: bool = False, folded: bool = True, window: int = 0
+) -> nn.Module:
     """A copy of a model, compressed by arbitrary bases."""
     model = copy.deepcopy(model)
     convert_attention(model)
     for index, attention in enumerate(eigen_layers(model)):
         keys = random_basis(attention, rank_k, centred, seed=index)
-        attach(attention, keys, random_basis(attention, rank_v, centred, seed=100 + index))
+        attach(attention, keys, random_basis(attention, rank_v, centred, seed=100 + index), window)
         if folded:
             fold(attention)
     return model
@@ -62,31 +77,31 @@ def in_pieces(model: nn.Module, ids: torch.Tensor, cache, sizes: list[int]) -> t
 
 @torch.no_grad()
 @pytest.mark.parametrize("centred", [False, True], ids=["origin", "centred"])
-@pytest.mark.parametrize("folded", [False, True], ids=["run-time", "folded"])
-def test_full_rank_bases_change_nothing(name, centred, folded):
+@ways
+def test_full_rank_bases_change_nothing(name, centred, folded, window):
     model = tiny(name)
-    small = with_bases(model, HEAD_DIM, HEAD_DIM, centred, folded)
+    small = with_bases(model, HEAD_DIM, HEAD_DIM, centred, folded, window)
     ids = tokens(2, LENGTH)
     exact = model(ids).logits
     close(small(ids).logits, exact)
     close(in_pieces(small, ids, DynamicCache(config=model.config), [1] * LENGTH), exact)
     close(in_pieces(small, ids, DynamicCache(config=model.config), [13, 1, 16]), exact)
-    if name not in NO_STATIC_CACHE:
+    if has_static(name, window):
         close(in_pieces(small, ids, StaticCache(config=model.config, max_cache_len=48), [20] + [1] * 10), exact)
     left, mask = padded(ids, 5)
     close(small(left, attention_mask=mask).logits[:, 5:], model(left, attention_mask=mask).logits[:, 5:])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("folded", [False, True], ids=["run-time", "folded"])
-def test_truncated_cached_equals_uncached(name, folded):
-    small = with_bases(tiny(name), RANK_K, RANK_V, folded=folded)
+@ways
+def test_truncated_cached_equals_uncached(name, folded, window):
+    small = with_bases(tiny(name), RANK_K, RANK_V, True, folded, window)
     ids = tokens(2, LENGTH)
     exact = small(ids, use_cache=False).logits
     config = small.config
     close(in_pieces(small, ids, DynamicCache(config=config), [1] * LENGTH), exact)
     close(in_pieces(small, ids, DynamicCache(config=config), [13, 1, 16]), exact)
-    if name not in NO_STATIC_CACHE:
+    if has_static(name, window):
         close(in_pieces(small, ids, StaticCache(config=config, max_cache_len=48), [20] + [1] * 10), exact)
 
 
@@ -98,8 +113,9 @@ def test_run_time_maps_equal_folded_ones(name):
 
 
 @torch.no_grad()
-def test_left_padding_equals_single(name):
-    small = with_bases(tiny(name), RANK_K, RANK_V)
+@ways
+def test_left_padding_equals_single(name, folded, window):
+    small = with_bases(tiny(name), RANK_K, RANK_V, True, folded, window)
     long, short = tokens(1, LENGTH), tokens(1, LENGTH - 8, seed=2)
     padded_short, mask_short = padded(short, 8)
     ids, mask = torch.cat([long, padded_short]), torch.cat([torch.ones_like(long), mask_short])
@@ -124,13 +140,14 @@ def generate(model, ids, mask=None, **options):
 
 
 @torch.no_grad()
-def test_generate(name):
-    small = with_bases(tiny(name), RANK_K, RANK_V)
+@ways
+def test_generate(name, folded, window):
+    small = with_bases(tiny(name), RANK_K, RANK_V, True, folded, window)
     ids = tokens(2, 9)
     greedy = generate(small, ids, use_cache=True)
     assert torch.equal(greedy, generate(small, ids, use_cache=False))
     assert torch.equal(greedy, generate(small, ids, use_cache=True, prefill_chunk_size=4))
-    if name not in NO_STATIC_CACHE:
+    if has_static(name, window):
         static = {"cache_implementation": "static", "disable_compile": True}
         assert torch.equal(greedy, generate(small, ids, use_cache=True, **static))
     beams = {"num_beams": 3}
@@ -142,17 +159,19 @@ def test_generate(name):
 
 
 @torch.no_grad()
-def test_save_and_load(name, tmp_path):
+@pytest.mark.parametrize("window", [0, WINDOW])
+def test_save_and_load(name, window, tmp_path):
     small, ids = tiny(name), tokens(2, LENGTH)
-    compress(small, [ids], EigenAttentionConfig(kv_ratio=0.6, ranks="uniform", rank_multiple=2))
+    compress(small, [ids], EigenAttentionConfig(kv_ratio=0.6, ranks="uniform", rank_multiple=2, window=window))
     small.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert torch.equal(loaded(ids).logits, small(ids).logits)
     assert [(a.rank_k, a.rank_v) for a in eigen_layers(loaded)] == [(a.rank_k, a.rank_v) for a in eigen_layers(small)]
 
 
-def test_gradients_reach_every_map(name):
-    small = with_bases(tiny(name), RANK_K, RANK_V, centred=True)
+@ways
+def test_gradients_reach_every_map(name, folded, window):
+    small = with_bases(tiny(name), RANK_K, RANK_V, True, folded, window)
     ids = tokens(2, LENGTH)
     small(ids, labels=ids).loss.backward()
     for attention in eigen_layers(small):
@@ -163,8 +182,9 @@ def test_gradients_reach_every_map(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(name, dtype):
-    small, ids = with_bases(tiny(name), RANK_K, RANK_V), tokens(2, LENGTH)
+@ways
+def test_half_precision(name, folded, window, dtype):
+    small, ids = with_bases(tiny(name), RANK_K, RANK_V, True, folded, window), tokens(2, LENGTH)
     exact = small(ids).logits
     half = small.to(dtype)
     uncached = half(ids).logits.float()
@@ -199,6 +219,15 @@ def test_attention_runs_in_the_small_space(name, monkeypatch):
         assert held.values.shape == (1, layer.kv_heads, 8, RANK_V)
     if FAMILIES[model_type].positions in ("learned", "alibi"):
         assert not any(layer.rotates for layer in eigen_layers(small))
+
+
+@torch.no_grad()
+def test_a_window_over_everything_is_the_original(name):
+    model, ids = tiny(name), tokens(2, LENGTH)
+    small = with_bases(model, 2, 2, True, window=LENGTH)
+    exact = model(ids).logits
+    close(small(ids).logits, exact)
+    close(in_pieces(small, ids, DynamicCache(config=model.config), [13, 1, 16]), exact)
 
 
 @torch.no_grad()

@@ -9,16 +9,17 @@ from eigenattn.compression.folding import compress_layer
 from eigenattn.models.conversion import convert_attention, eigen_layers
 
 ROTARY = ["llama", "llama3", "mistral", "qwen2"]
+windows = pytest.mark.parametrize("window", [0, 6])
 
 
-def small(name, seed=0):
+def small(name, seed=0, window=0):
     model = tiny(name)
     convert_attention(model)
     for index, attention in enumerate(eigen_layers(model)):
         keys, values = (
             random_basis(attention, rank, True, seed + index + offset) for rank, offset in ((12, 0), (8, 50))
         )
-        compress_layer(attention, keys, values)
+        compress_layer(attention, keys, values, window)
     return model
 
 
@@ -30,18 +31,20 @@ def generate(model, ids, **options):
 
 
 @torch.no_grad()
+@windows
 @pytest.mark.parametrize("name", [*ROTARY, "opt", "mpt"])
-def test_256_greedy_tokens(name):
-    model, ids = small(name), tokens(1, 8)
+def test_256_greedy_tokens(name, window):
+    model, ids = small(name, window=window), tokens(1, 8)
     cached = generate(model, ids, use_cache=True, max_new_tokens=256, min_new_tokens=256)
     assert cached.shape[1] == 264
     assert torch.equal(cached, generate(model, ids, use_cache=False, max_new_tokens=256, min_new_tokens=256))
 
 
 @torch.no_grad()
+@windows
 @pytest.mark.parametrize("name", ROTARY)
-def test_padded_batches_generate_what_single_prompts_do(name):
-    model, long, short = small(name), tokens(1, 20), tokens(1, 9, seed=4)
+def test_padded_batches_generate_what_single_prompts_do(name, window):
+    model, long, short = small(name, window=window), tokens(1, 20), tokens(1, 9, seed=4)
     room = torch.zeros(1, 11, dtype=torch.int64)
     ids = torch.cat([long, torch.cat([room, short], 1)])
     mask = torch.ones_like(ids)
@@ -52,9 +55,10 @@ def test_padded_batches_generate_what_single_prompts_do(name):
 
 
 @torch.no_grad()
+@windows
 @pytest.mark.parametrize("name", [*ROTARY, "opt"])
-def test_a_cache_carried_over_turns(name):
-    model, cache = small(name), None
+def test_a_cache_carried_over_turns(name, window):
+    model = small(name, window=window)
     cache = DynamicCache(config=model.config)
     conversation = tokens(1, 7)
     for turn in range(4):
@@ -67,9 +71,10 @@ def test_a_cache_carried_over_turns(name):
 
 
 @torch.no_grad()
+@windows
 @pytest.mark.parametrize("name", [*ROTARY, "opt"])
-def test_assisted_decoding_crops_the_cache(name):
-    model, assistant, ids = small(name), small(name, seed=7), tokens(1, 9)
+def test_assisted_decoding_crops_the_cache(name, window):
+    model, assistant, ids = small(name, window=window), small(name, seed=7, window=window), tokens(1, 9)
     expected = generate(model, ids, max_new_tokens=20, min_new_tokens=20)
     options = {"max_new_tokens": 20, "min_new_tokens": 20}
     assert torch.equal(generate(model, ids, assistant_model=assistant, **options), expected)
@@ -77,8 +82,10 @@ def test_assisted_decoding_crops_the_cache(name):
 
 
 @torch.no_grad()
-def test_one_graph_with_a_static_cache():
-    model, ids = small("llama"), tokens(1, 10)
+@windows
+def test_one_graph_with_a_static_cache(window):
+    model, ids = small("llama", window=window), tokens(1, 10)
+    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     exact = model(ids).logits
     cache = StaticCache(config=model.config, max_cache_len=16)

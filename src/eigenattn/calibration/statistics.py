@@ -61,7 +61,7 @@ class MomentCollector:
         """Observe for the duration of the block."""
         hooks = []
         for attention, moments in zip(self.layers, self.moments, strict=True):
-            attention.observer = lambda _, heads, moments=moments: self._heads(moments, heads)
+            attention.observer = lambda _, heads, kwargs, moments=moments: self._heads(moments, heads)
             hook = attention.output_projection.register_forward_pre_hook(
                 lambda _, inputs, attention=attention, moments=moments: self._output(attention, moments, inputs[0])
             )

@@ -10,13 +10,15 @@ from ..models.projections import Heads, join_heads, split_heads, weight_of, with
 from .bases import Basis
 
 
-def attach(attention: EigenAttention, keys: Basis | None, values: Basis | None) -> None:
+def attach(attention: EigenAttention, keys: Basis | None, values: Basis | None, window: int = 0) -> None:
     """Compress a layer with maps applied at run time; the projections stay as they are.
 
     Args:
         keys, values: bases, or None for a side that stays as the original has it.
+        window: exact tokens, W.
     """
     detach(attention)
+    attention.window = window
     like = attention.output_projection.weight
     for side, basis in (("key", keys), ("value", values)):
         if basis is None:
@@ -31,6 +33,7 @@ def attach(attention: EigenAttention, keys: Basis | None, values: Basis | None) 
 def detach(attention: EigenAttention) -> None:
     """Undo `attach`: back to full rank."""
     attention.rank_k = attention.rank_v = attention.head_dim
+    attention.window = 0
     for name in MAPS:
         setattr(attention, name, None)
 
@@ -38,8 +41,8 @@ def detach(attention: EigenAttention) -> None:
 def fold(attention: EigenAttention) -> None:
     """Fold the attached maps into the projections wherever nothing stands between (arXiv 2408.05646, section 4.2).
 
-    Arithmetic is in float64; the new projections have the old ones' dtype. The result has the shapes that
-    `EigenAttention.allocate` gives.
+    With a window nothing is folded. Arithmetic is in float64; the new projections have the old ones' dtype. The result
+    has the shapes that `EigenAttention.allocate` gives.
     """
     folds = Heads(
         *(
@@ -63,7 +66,7 @@ def fold(attention: EigenAttention) -> None:
             biases = biases._replace(query=(decoder @ biases.query.unsqueeze(-1)).squeeze(-1))
             projected[0] = attention.rank_k
             attention.key_decoder = attention.key_mean = None
-    if attention.value_decoder is not None:
+    if attention.value_decoder is not None and not attention.window:
         _fold_output(attention)
         if folds.value:
             weights, biases = _encoded(attention, weights, biases, "value")
@@ -147,7 +150,7 @@ def _set_projections(attention: EigenAttention, weights: Heads, biases: Heads, h
 
 
 @torch.no_grad()
-def compress_layer(attention: EigenAttention, keys: Basis | None, values: Basis | None) -> None:
+def compress_layer(attention: EigenAttention, keys: Basis | None, values: Basis | None, window: int) -> None:
     """Attach the bases of one layer and fold them."""
-    attach(attention, keys, values)
+    attach(attention, keys, values, window)
     fold(attention)

@@ -106,7 +106,7 @@ def compress(
     del originals
     with clock.stage("folding"):
         for attention, (keys, values), (rank_k, rank_v) in zip(layers, bases, ranks, strict=True):
-            compress_layer(attention, keys.truncate(rank_k), values.truncate(rank_v))
+            compress_layer(attention, keys.truncate(rank_k), values.truncate(rank_v), config.window)
     element_size = layers[0].output_projection.weight.element_size()
     report = CompressionReport(
         kv_ratio=kv_ratio(layers),

@@ -16,6 +16,7 @@ from ..kernels.sdpa import widen
 from .families import Family
 from .projections import Heads, like, split_heads
 from .rotary import key_positions, rotate
+from .windowed import attend_with_window
 
 # A side at full rank needs none of these. Maps are stored as [G * R, D] and means as [G * D], so that tensor
 # parallelism can split them by head.
@@ -32,6 +33,8 @@ class EigenAttention(nn.Module):
       each rotated to its own position; without, `q @ U.T` meets `z` in the small space, and `q . mean`, equal for
       every key, is dropped by the softmax.
     - values: `z = (v - mean) @ E` is cached; attention sums latents, and its output is `mean + sum @ U`.
+
+    With a window W the last W tokens are kept exactly, and nothing is folded: see `eigenattn.models.windowed`.
 
     Args:
         original: the attention module of a transformers model, whose projections and norms are taken over.
@@ -69,13 +72,14 @@ class EigenAttention(nn.Module):
                 setattr(self, name, getattr(original, name))
         for name in MAPS:
             self.register_parameter(name, None)
-        self.observer: Callable[[EigenAttention, Heads], None] | None = None
+        self.window = 0
+        self.observer: Callable[[EigenAttention, Heads, dict[str, Any]], None] | None = None
         self.train(original.training)
 
     def extra_repr(self) -> str:
         return (
             f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, "
-            f"rank_k={self.rank_k}, rank_v={self.rank_v}"
+            f"rank_k={self.rank_k}, rank_v={self.rank_v}, window={self.window}"
         )
 
     @property
@@ -91,23 +95,25 @@ class EigenAttention(nn.Module):
     @property
     def folds(self) -> Heads:
         """Whether the maps of queries, keys and values can be folded into their projections."""
-        plain = not self.clip and not self.normalises
-        return Heads(query=plain and not self.rotates, key=plain, value=not self.clip)
+        free = not self.clip and not self.window
+        plain = free and not self.normalises
+        return Heads(query=plain and not self.rotates, key=plain, value=free)
 
     @property
     def output_projection(self) -> nn.Module:
         """The projection that follows attention."""
         return getattr(self, self.family.output)
 
-    def allocate(self, rank_k: int, rank_v: int, centred: bool) -> None:
+    def allocate(self, rank_k: int, rank_v: int, centred: bool, window: int) -> None:
         """Take the shapes that ranks ask for, folded, with values left empty: what a loader then fills.
 
         Args:
             rank_k, rank_v: ranks of keys and of values; the head dimension means untouched.
             centred: whether the bases have means, which fold into biases.
+            window: exact tokens, W; with a window the projections keep their shapes.
         """
+        self.rank_k, self.rank_v, self.window = rank_k, rank_v, window
         d, folds = self.head_dim, self.folds
-        self.rank_k, self.rank_v = rank_k, rank_v
         small_k, small_v = rank_k < d, rank_v < d
         self.projected = (
             rank_k if folds.query else d,
@@ -124,14 +130,16 @@ class EigenAttention(nn.Module):
         for name, out_features, offset in zip(self.family.qkv, rows, offsets, strict=True):
             old = getattr(self, name)
             setattr(self, name, like(old, out_features, hidden, old.bias is not None or offset, **factory))
-        old, offset = self.output_projection, centred and small_v
-        new = like(old, hidden, self.heads * rank_v, old.bias is not None or offset, **factory)
-        setattr(self, self.family.output, new)
+        if not window:
+            old, offset = self.output_projection, centred and small_v
+            new = like(old, hidden, self.heads * rank_v, old.bias is not None or offset, **factory)
+            setattr(self, self.family.output, new)
         kept = {
             "key_encoder": small_k and not folds.key,
             "key_decoder": small_k and not folds.query,
             "key_mean": small_k and centred and (self.rotates or not folds.key),
             "value_encoder": small_v and not folds.value,
+            "value_decoder": small_v and window > 0,
             "value_mean": small_v and centred and not folds.value,
         }
         for name in (name for name, keep in kept.items() if keep):
@@ -169,15 +177,46 @@ class EigenAttention(nn.Module):
             return stored.view(-1, 1, self.head_dim)
         return stored.view(-1, self.rank_k if name.startswith("key") else self.rank_v, self.head_dim)
 
+    def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, T, D] to latents [B, G, T, R]; what is latent already, or at full rank, passes."""
+        return self._encode(keys, "key"), self._encode(values, "value")
+
     def _encode(self, x: Tensor, side: str) -> Tensor:
-        """Keys or values [B, G, T, D] to latents [B, G, T, R]; latents already, or full rank, pass."""
         if getattr(self, f"{side}_encoder") is None:
             return x
         if getattr(self, f"{side}_mean") is not None:
             x = x - self._by_head(f"{side}_mean")
         return x @ self._by_head(f"{side}_encoder").transpose(-1, -2)
 
-    def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, latents: Tensor, side: str, weight: Tensor | None = None) -> Tensor:
+        """Latents [B, G or H, T, R] of keys or values to vectors [..., D]; at full rank they are those already.
+
+        Args:
+            weight: [B, H, T, 1], the attention weight that latents were summed with, which the mean comes in with.
+        """
+        if getattr(self, f"{side}_decoder") is None:
+            return latents
+        groups = latents.shape[1] // self._by_head(f"{side}_decoder").shape[0]
+        x = (latents.unflatten(1, (-1, groups)) @ self._by_head(f"{side}_decoder").unsqueeze(1)).flatten(1, 2)
+        if getattr(self, f"{side}_mean") is None:
+            return x
+        mean = self._by_head(f"{side}_mean").repeat_interleave(groups, dim=0)
+        return x + (mean if weight is None else mean * weight)
+
+    def query_in_small_space(self, q: Tensor) -> Tensor:
+        """Queries [B, H, T, D] without rotary positions, to meet latent keys: `q @ U.T`, [B, H, T, R_k]."""
+        grouped = q.unflatten(1, (-1, self.num_key_value_groups))  # [B, G, H/G, T, D]
+        return (grouped @ self._by_head("key_decoder").transpose(-1, -2).unsqueeze(1)).flatten(1, 2)
+
+    def query_on_mean(self, q: Tensor) -> Tensor | None:
+        """`q . mean` [B, H, T, 1], or None for a basis through the origin."""
+        if self.key_mean is None:
+            return None
+        mean = self._by_head("key_mean").repeat_interleave(self.num_key_value_groups, dim=0)  # [H, 1, D]
+        return q @ mean.transpose(-1, -2)
+
+    def angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions [B or 1, S], from the model's own rotary module."""
         arguments = (self.layer_type,) if self.family.rotary_by_layer_type else ()
         return self._rotary[0](x, positions, *arguments)
 
@@ -185,45 +224,43 @@ class EigenAttention(nn.Module):
         """As the original's: the output [B, T, C] and the attention weights, where the backend gives them."""
         family = self.family
         cache = kwargs.get(family.cache_argument)
-        q, k, v = self.project(hidden_states)  # [B, H, T, *], [B, G, T, *] twice
+        heads = self.project(hidden_states)  # [B, H, T, *], [B, G, T, *] twice
         if self.observer is not None:
-            self.observer(self, Heads(q, k, v))
-        k, v = self._encode(k, "key"), self._encode(v, "value")
-        decodes_keys = self.rotates and self.key_decoder is not None
-        if self.rotates:
-            q = rotate(q, *kwargs["position_embeddings"], family.interleaved)
-            if not decodes_keys:
-                k = rotate(k, *kwargs["position_embeddings"], family.interleaved)
-        elif self.key_decoder is not None:
-            grouped = q.unflatten(1, (-1, self.num_key_value_groups))  # [B, G, H/G, T, D]
-            q = (grouped @ self._by_head("key_decoder").transpose(-1, -2).unsqueeze(1)).flatten(1, 2)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
-        if decodes_keys:
-            k = k @ self._by_head("key_decoder")  # [B, G, S, D]
-            if self.key_mean is not None:
-                k = k + self._by_head("key_mean")
-            length = k.shape[-2] if cache is None else cache.get_seq_length(self.layer_idx)
-            positions = key_positions(kwargs["position_ids"], k.shape[-2], length)
-            k = rotate(k, *self._angles(k, positions), family.interleaved)
-        out, weights = self._attend(q, k, v, kwargs)  # [B, H, T, *]
-        if self.value_decoder is not None:
-            grouped = out.unflatten(1, (-1, self.num_key_value_groups))
-            out = (grouped @ self._by_head("value_decoder").unsqueeze(1)).flatten(1, 2)
-            if self.value_mean is not None:
-                out = out + self._by_head("value_mean").repeat_interleave(self.num_key_value_groups, dim=0)
+            self.observer(self, heads, kwargs)
+        if self.window:
+            out, weights = attend_with_window(self, heads, cache, kwargs), None
+        else:
+            out, weights = self._attend_to_latents(heads, cache, kwargs)
         out = self.output_projection(out.transpose(1, 2).flatten(2))
         if family.output_dropout is not None:
             out = getattr(self, family.output_dropout)(out)
         if family.adds_residual:
-            residual = args[0]
-            out = residual + nn.functional.dropout(out, self.config.hidden_dropout, self.training)
+            out = args[0] + nn.functional.dropout(out, self.config.hidden_dropout, self.training)
         return out, weights
+
+    def _attend_to_latents(self, heads: Heads, cache: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        q, (k, v) = heads.query, self.encode(heads.key, heads.value)
+        interleaved = self.family.interleaved
+        decodes_keys = self.rotates and self.key_decoder is not None
+        if self.rotates:
+            q = rotate(q, *kwargs["position_embeddings"], interleaved)
+            if not decodes_keys:
+                k = rotate(k, *kwargs["position_embeddings"], interleaved)
+        elif self.key_decoder is not None:
+            q = self.query_in_small_space(q)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        if decodes_keys:
+            length = k.shape[-2] if cache is None else cache.get_seq_length(self.layer_idx)
+            positions = key_positions(kwargs["position_ids"], k.shape[-2], length)
+            k = rotate(self.decode(k, "key"), *self.angles(k, positions), interleaved)  # [B, G, S, D]
+        out, weights = self._attend(q, k, v, kwargs)  # [B, H, T, *]
+        return self.decode(out, "value"), weights
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         # Falcon asks its attention for weights whatever the backend; the others have transformers collect them.
         implementation = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
-        mask = self._mask(q, k, kwargs)
+        mask = self.mask_for(q, k.shape[-2], kwargs)
         dropout = self.dropout if self.training else 0.0
         if implementation in BACKENDS:
             return BACKENDS[implementation](
@@ -240,33 +277,27 @@ class EigenAttention(nn.Module):
         out, weights = attend(self, widen(q, size), widen(k, size), widen(v, size), mask, **options)
         return out.transpose(1, 2)[..., :size_v], weights
 
-    def _mask(self, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> Any:
-        """The mask as the backends take it, with the family's bias on the scores added."""
+    def mask_for(self, q: Tensor, keys: int, kwargs: dict[str, Any]) -> Any:
+        """The mask over `keys` keys as the backends take it, with the family's bias on the scores added.
+
+        Returns:
+            [B or 1, H or 1, T, keys], boolean (True is visible) or additive, or None for causal attention. A mask only
+            the backend asked for understands (FlexAttention's block mask) passes.
+        """
         mask = kwargs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 4:
-            bias = self._bias(k, kwargs)
-            if bias is None or mask is not None:
-                return mask  # none, or one that only the backend asked for understands (FlexAttention's block mask)
-            return (
-                bias
-                if q.shape[-2] == 1
-                else bias.masked_fill(~causal_mask(q.shape[-2], k.shape[-2], q.device), torch.finfo(bias.dtype).min)
-            )
-        mask = mask[..., : k.shape[-2]]
-        if mask.dtype == torch.bool and self.family.mask_true_is_masked:
-            mask = ~mask
-        bias = self._bias(k, kwargs)
+        bias = kwargs.get(self.family.bias_argument) if self.family.bias_argument else None
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            mask = mask[..., :keys]
+            mask = ~mask if mask.dtype == torch.bool and self.family.mask_true_is_masked else mask
+        elif bias is None or mask is not None:
+            return mask
         if bias is None:
             return mask
-        if mask.dtype == torch.bool:
-            return bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
-        return bias + mask
-
-    def _bias(self, k: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """A bias on the scores, [1 or B, H, 1, S], or None."""
-        bias = kwargs.get(self.family.bias_argument) if self.family.bias_argument else None
-        # MPT gives [H, 1, longest] for all rows, BLOOM [B * H, 1, S].
-        return None if bias is None else bias.view(-1, self.heads, 1, bias.shape[-1])[..., -k.shape[-2] :].to(k.dtype)
+        # MPT gives [H, 1, longest] for all rows, BLOOM [B * H, 1, keys].
+        bias = bias.view(-1, self.heads, 1, bias.shape[-1])[..., -keys:].to(q.dtype)
+        if mask is None:
+            mask = causal_mask(q.shape[-2], keys, q.device) if q.shape[-2] > 1 else bias.new_zeros(())
+        return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
 
 
 @functools.cache

@@ -67,7 +67,7 @@ class EigenAttnQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        ranks = self.quantization_config.layers
+        ranks, window = self.quantization_config.layers, self.quantization_config.method["window"]
         convert_attention(model)
         layers = eigen_layers(model)
         if len(layers) != len(ranks):
@@ -77,7 +77,7 @@ class EigenAttnQuantizer(HfQuantizer):
                 raise EigenAttnError(
                     f"layer {index} of the checkpoint has ranks {layer}, above the head dimension {attention.head_dim}."
                 )
-            attention.allocate(layer["rank_k"], layer["rank_v"], self.quantization_config.centred)
+            attention.allocate(**layer, centred=self.quantization_config.centred, window=window)
         self._shapes = {
             (attention.layer_idx, name): parameter.shape
             for attention in layers

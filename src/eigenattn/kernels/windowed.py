@@ -1,0 +1,151 @@
+"""Attention whose nearest keys are exact and whose farther ones are decoded latents, under one softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Queries attended at a time in prefill (chosen): the exact keys in sight grow with it, and the number of calls falls.
+QUERY_BLOCK = 256
+
+
+def split_masks(
+    queries: Tensor, far: int, near: Tensor, window: int, mask: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Who sees whom, over far keys and near keys side by side.
+
+    Query m sees key n exactly if `m - window < n <= m`, and through its latent if `n <= m - window` or if no exact form
+    of it is held.
+
+    Args:
+        queries: columns of the queries [T].
+        far: number of far keys, F, columns 0 .. F - 1.
+        near: columns of the near keys [N]; negative ones are empty slots.
+        mask: the model's own mask over columns, [B or 1, H or 1, T, columns], boolean (True is visible) or additive, or
+            None.
+        dtype: of the scores.
+
+    Returns:
+        [B or 1, H or 1, T, F + N], boolean without a mask or with a boolean one, else additive.
+    """
+    m = queries.unsqueeze(-1)  # [T, 1]
+    n_far = torch.arange(far, device=queries.device)
+    sees_far = (n_far <= m - window) | (n_far < near[:1]) & (n_far <= m)
+    sees_near = (near > m - window) & (near <= m) & (near >= 0)
+    sees = torch.cat([sees_far, sees_near], dim=-1)[None, None]
+    if mask is None:
+        return sees
+    columns = torch.cat([n_far, near.clamp_min(0)])
+    chosen = mask.index_select(-1, columns)
+    if chosen.dtype == torch.bool:
+        return chosen & sees
+    return chosen.to(dtype).masked_fill(~sees, torch.finfo(dtype).min)
+
+
+def attend(
+    backend: Callable[..., tuple[Tensor, Tensor | None]],
+    q: Tensor,
+    far_keys: Tensor,
+    far_values: Tensor,
+    near_keys: Tensor,
+    near_values: Tensor,
+    *,
+    near_first: int | Tensor,
+    query_first: int | Tensor,
+    window: int,
+    mask: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """Attention over decoded far keys and exact near ones, in blocks of queries.
+
+    Args:
+        backend: attention over one list of keys (`eigenattn.kernels.BACKENDS`).
+        q: queries [B, H, T, D].
+        far_keys, far_values: [B, G, F, D], the first tokens, decoded (and rotated).
+        near_keys, near_values: [B, G, N, D], the last tokens.
+        near_first, query_first: columns of the first near key and of the first query; tensors with a static cache.
+        window: W.
+        mask: over columns, see `split_masks`.
+        options: passed on to the backend (scale, dropout, softcap).
+
+    Returns:
+        The output [B, H, T, D].
+    """
+    t, far, device = q.shape[-2], far_keys.shape[-2], q.device
+    queries = torch.arange(t, device=device) + query_first
+    near = torch.arange(near_keys.shape[-2], device=device) + near_first
+    if t <= QUERY_BLOCK:
+        seen = split_masks(queries, far, near, window, mask, q.dtype)
+        keys, values = torch.cat([far_keys, near_keys], -2), torch.cat([far_values, near_values], -2)
+        return backend(q, keys, values, mask=seen, **options)[0]
+    query_first, near_first = int(query_first), int(near_first)
+    outputs = []
+    for start in range(0, t, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, t)
+        # The block's queries are columns query_first + start ..; keys that none of them sees are left out.
+        last_far = min(max(query_first + stop - window, near_first, 0), far)
+        near_from = max(query_first + start - window + 1 - near_first, 0)
+        near_to = query_first + stop - near_first
+        seen = split_masks(
+            queries[start:stop],
+            last_far,
+            near[near_from:near_to],
+            window,
+            None if mask is None else mask[..., start:stop, :],
+            q.dtype,
+        )
+        keys = torch.cat([far_keys[:, :, :last_far], near_keys[:, :, near_from:near_to]], dim=-2)
+        values = torch.cat([far_values[:, :, :last_far], near_values[:, :, near_from:near_to]], dim=-2)
+        outputs.append(backend(q[:, :, start:stop], keys, values, mask=seen, **options)[0])
+    return torch.cat(outputs, dim=-2)
+
+
+def attend_one(
+    q: Tensor,
+    q_far: Tensor,
+    far_keys: Tensor,
+    far_values: Tensor,
+    near_keys: Tensor,
+    near_values: Tensor,
+    *,
+    far_offset: Tensor | None,
+    seen: Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One query a row: values are summed as latents, and decoded once by the caller.
+
+    Args:
+        q: query against near keys [B, H, 1, D].
+        q_far: query against far keys [B, H, 1, K]: the same, or one taken to the small space.
+        far_keys: [B, G, F, K]; far_values: [B, G, F, V].
+        near_keys, near_values: [B, G, N, D].
+        far_offset: [B, H, 1, 1], added to every far score before scaling (`q . mean`), or None.
+        seen: mask over far and near keys side by side, from `split_masks`.
+
+    Returns:
+        The far sum [B, H, 1, V], the far weight [B, H, 1, 1] and the near sum [B, H, 1, D].
+    """
+    b, h = q.shape[:2]
+    g, far = far_keys.shape[1:3]
+
+    def by_group(x: Tensor) -> Tensor:
+        return x.reshape(b, g, h // g, x.shape[-1])
+
+    far_scores = (by_group(q_far) @ far_keys.transpose(-1, -2)).reshape(b, h, 1, far)
+    if far_offset is not None:
+        far_scores = far_scores + far_offset
+    near_scores = (by_group(q) @ near_keys.transpose(-1, -2)).reshape(b, h, 1, -1)
+    scores = torch.cat([far_scores, near_scores], dim=-1) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    boolean = seen.dtype == torch.bool
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min) if boolean else scores + seen
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    far_weights, near_weights = weights[..., :far], weights[..., far:]
+    far_sum = (by_group(far_weights) @ far_values).reshape(b, h, 1, -1)
+    near_sum = (by_group(near_weights) @ near_values).reshape(b, h, 1, -1)
+    return far_sum, far_weights.sum(-1, keepdim=True), near_sum
