@@ -3,7 +3,7 @@ import torch
 from tiny import tiny, tokens
 
 from eigenattn import EigenAttnError
-from eigenattn.calibration.statistics import Batch, collect_moments, second_moment
+from eigenattn.calibration.statistics import Batch, LayerMoments, collect_moments, second_moment
 from eigenattn.models.conversion import convert_attention, eigen_layers
 
 
@@ -29,7 +29,7 @@ def test_second_moment_against_a_loop():
 def test_moments_are_those_of_the_projections():
     model, layers = converted()
     ids = tokens(2, 20)
-    (moments, *_) = collect_moments(model, layers, [Batch(ids)])
+    (moments, *_) = collect_moments(model, layers, [Batch(ids)], LayerMoments.of)
     hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
     attention = model.model.layers[0].self_attn
     keys = attention.k_proj(hidden).double().view(-1, 2, 16).transpose(0, 1)  # before rotation
@@ -42,21 +42,21 @@ def test_moments_are_those_of_the_projections():
 def test_batches_add_up_and_padding_does_not_count():
     model, layers = converted()
     first, second = tokens(1, 20), tokens(1, 12, seed=5)
-    apart = collect_moments(model, layers, [Batch(first), Batch(second)])
+    apart = collect_moments(model, layers, [Batch(first), Batch(second)], LayerMoments.of)
     pad = torch.zeros(1, 8, dtype=torch.int64)
     ids = torch.cat([first, torch.cat([second, pad], 1)])
     mask = torch.cat([torch.ones(1, 20), torch.cat([torch.ones(1, 12), torch.zeros(1, 8)], 1)]).long()
-    together = collect_moments(model, layers, [Batch(ids, mask)])
+    together = collect_moments(model, layers, [Batch(ids, mask)], LayerMoments.of)
     for a, b in zip(apart, together, strict=True):
         assert a.tokens == b.tokens == 32
-        for name in ("query", "key", "value", "output"):
+        for name in ("query", "key", "value"):
             torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-4, atol=1e-4)
 
 
 def test_observers_are_taken_off_again():
     model, layers = converted()
-    collect_moments(model, layers, [Batch(tokens(1, 8))])
-    assert all(a.observer is None and not a.output_projection._forward_pre_hooks for a in layers)
+    collect_moments(model, layers, [Batch(tokens(1, 8))], LayerMoments.of)
+    assert all(a.observer is None for a in layers)
 
 
 def test_not_finite_activations_name_the_layer():
@@ -64,13 +64,13 @@ def test_not_finite_activations_name_the_layer():
     with torch.no_grad():
         layers[1].v_proj.weight[0, 0] = float("nan")
     with pytest.raises(EigenAttnError, match="layer 1 gives NaN"):
-        collect_moments(model, layers, [Batch(tokens(1, 8))])
+        collect_moments(model, layers, [Batch(tokens(1, 8))], LayerMoments.of)
 
 
 def test_no_batches():
     model, layers = converted()
     with pytest.raises(EigenAttnError, match="no tokens"):
-        collect_moments(model, layers, [])
+        collect_moments(model, layers, [], LayerMoments.of)
 
 
 @pytest.mark.parametrize(

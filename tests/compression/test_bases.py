@@ -1,16 +1,14 @@
+import pytest
 import torch
 
+from eigenattn.calibration.attention_moments import AttentionMoments
 from eigenattn.calibration.statistics import LayerMoments
-from eigenattn.compression.bases import BASES, eigen
+from eigenattn.compression.bases import attention, eigen
 
 
 def moments_of(keys, queries, values):
     """Moments of [G, N, D] vectors."""
-    g, _, d = keys.shape
-    moments = LayerMoments.zeros(g, d, torch.device("cpu"))
-    for name, x in (("key", keys), ("query", queries), ("value", values)):
-        getattr(moments, name).add_(x.transpose(1, 2).double() @ x.double())
-    return moments
+    return LayerMoments(*(x.transpose(1, 2).double() @ x.double() for x in (queries, keys, values)))
 
 
 def random_vectors(seed=0):
@@ -40,11 +38,82 @@ def test_eigen_is_better_than_random_subspaces():
         assert (stack - stack @ other @ other.transpose(1, 2)).square().sum() > best
 
 
+def weighted_problem(seed=0, g=2, d=6, n=40):
+    """Moments of the `attention` basis from random vectors, and the errors of keys and of values they stand for."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    scale = torch.linspace(2, 0.2, d, dtype=torch.float64)
+    metric_root, k, weight = draw(g, d, d), draw(g, n, d) * scale + 3, draw(g, n).square()
+    output, p, value_root = draw(g, n, d) * scale + 2, draw(g, n).square(), draw(g, d, d)
+    metric, value_metric = metric_root @ metric_root.mT, value_root @ value_root.mT
+    rows, shares = k * weight[..., None], output * p[..., None]
+    moments = AttentionMoments(
+        *(metric, rows.mT @ k, rows.sum(1), weight.sum(1)),
+        value_metric,
+        *(output.mT @ output, shares.sum(1), p.square().sum(1)),
+        window=0,
+    )
+
+    def key_error(encoder, decoder, mean):
+        rest = (k - mean[:, None]) - (k - mean[:, None]) @ encoder @ decoder
+        return torch.einsum("gn,gnd,gde,gne->", weight / weight.sum(1, keepdim=True), rest, metric, rest)
+
+    def value_error(encoder, decoder, mean):
+        centred = output - p[..., None] * mean[:, None]
+        rest = centred - centred @ encoder @ decoder
+        return torch.einsum("gnd,gde,gne->", rest, value_metric, rest)
+
+    return moments, key_error, value_error
+
+
+def test_attention_basis_is_optimal():
+    """No random competitor, and none found from one by gradient descent, has a lower expected weighted error."""
+    moments, *errors = weighted_problem()
+    for basis, error in zip(attention(moments), errors, strict=True):
+        for rank in (1, 3, 5):
+            cut = basis.truncate(rank)
+            best = float(error(cut.encoder, cut.decoder, cut.mean))
+            generator = torch.Generator().manual_seed(rank)
+            competitors = []
+            for _ in range(2000):
+                encoder = torch.randn(2, 6, rank, generator=generator, dtype=torch.float64)
+                decoder = torch.linalg.pinv(encoder)
+                mean = cut.mean + 0.1 * torch.randn(2, 6, generator=generator, dtype=torch.float64)
+                competitors.append((float(error(encoder, decoder, mean)), encoder, decoder, mean))
+            assert min(competitor[0] for competitor in competitors) > best
+            for _, *start in sorted(competitors, key=lambda each: each[0])[:2]:
+                assert descend(error, start) > best * (1 - 1e-3)
+
+
+def descend(error, start):
+    """The error that gradient descent reaches from a competitor, over encoder, decoder and mean."""
+    parameters = [x.clone().requires_grad_() for x in start]
+    optimiser = torch.optim.LBFGS(parameters, max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        value = error(*parameters)
+        value.backward()
+        return value
+
+    optimiser.step(closure)
+    return error(*parameters).item()
+
+
+def test_the_attention_spectrum_is_the_error():
+    moments, key_error, value_error = weighted_problem(1)
+    for basis, error in zip(attention(moments), (key_error, value_error), strict=True):
+        for rank in (1, 4):
+            cut = basis.truncate(rank)
+            found = float(error(cut.encoder, cut.decoder, cut.mean))
+            assert found == pytest.approx(float(cut.spectrum[:, rank:].sum()), rel=1e-2)
+
+
 def test_signs_are_fixed():
     keys, queries, values = random_vectors()
-    for name in BASES:
-        once, again = (BASES[name](moments_of(keys, queries, values)) for _ in range(2))
-        assert torch.equal(once[0].encoder, again[0].encoder)
     basis = eigen(moments_of(keys, queries, values))[0]
     assert (basis.encoder.gather(1, basis.encoder.abs().argmax(1, keepdim=True)) > 0).all()
 

@@ -1,10 +1,11 @@
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from eigenattn import EigenAttentionConfig, EigenAttnError
-from eigenattn.compression.ranks import RANK_RULES, RankProblem
+from eigenattn.compression.ranks import RANK_RULES, RankProblem, allot
 
 LAYERS, HEADS, DIM = 3, 2, 16
 
@@ -27,7 +28,8 @@ def problem(errors=None, seed=0, **config):
             for layer, (k, v, pairs) in enumerate(zip(*spectra, candidates, strict=True))
         ]
 
-    return RankProblem(*spectra, EigenAttentionConfig(**config), errors or tail_energy)
+    costs = SimpleNamespace(layer_errors=errors or tail_energy, divergences=lambda ranks, trials: tail_energy(trials))
+    return RankProblem(*spectra, EigenAttentionConfig(**config), costs)
 
 
 @pytest.mark.parametrize("rule", sorted(RANK_RULES))
@@ -86,6 +88,31 @@ def test_a_larger_budget_never_keeps_more():
         ratios.append(case.ratio(RANK_RULES["error_budget"](case)))
     assert ratios == sorted(ratios, reverse=True)
     assert ratios[0] > ratios[-1]
+
+
+def test_allotting_equals_brute_force():
+    for seed in range(20):
+        case = problem(seed=seed, kv_ratio=0.5, ranks="sensitivity", rank_multiple=4)
+        generator = torch.Generator().manual_seed(seed)
+        weights = torch.rand(LAYERS, 2, generator=generator).pow(3).tolist()
+
+        def cost(ranks, case=case, weights=weights):
+            return sum(
+                weight * float(spectrum[:, rank:].sum())
+                for spectra, pair, row in zip(zip(case.keys, case.values, strict=True), ranks, weights, strict=True)
+                for spectrum, rank, weight in zip(spectra, pair, row, strict=True)
+            )
+
+        pairs = list(itertools.product(case.allowed(DIM), repeat=2))
+        every = (list(choice) for choice in itertools.product(pairs, repeat=LAYERS))
+        best = min(cost(ranks) for ranks in every if case.ratio(ranks) <= 0.5)
+        assert cost(allot(case, weights)) == pytest.approx(best)
+
+
+def test_sensitivity_meets_the_ratio_closely():
+    case = problem(kv_ratio=0.6, ranks="sensitivity", rank_multiple=1)
+    one_rank = 1 / (2 * DIM * LAYERS)
+    assert 0.6 - one_rank < case.ratio(RANK_RULES["sensitivity"](case)) <= 0.6
 
 
 def test_impossible_ratios_say_what_is_possible():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +18,26 @@ from ..models.projections import Heads
 class LayerMoments:
     """Uncentred second moments of one layer, sums over tokens, [G, D, D] in float64.
 
-    Queries and attention outputs are summed over the query heads of a group. Queries and keys are taken before
-    rotation.
+    Queries are summed over the query heads of a group. Queries and keys are taken before rotation.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    output: Tensor
     tokens: int = 0
 
     @classmethod
-    def zeros(cls, kv_heads: int, head_dim: int, device: torch.device) -> LayerMoments:
-        return cls(*(torch.zeros(kv_heads, head_dim, head_dim, dtype=torch.float64, device=device) for _ in range(4)))
+    def of(cls, attention: EigenAttention, window: int = 0) -> LayerMoments:
+        """Empty moments for a layer. They are over all tokens, whatever the window."""
+        shape = (attention.kv_heads, attention.head_dim, attention.head_dim)
+        device = attention.output_projection.weight.device
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)))
+
+    def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
+        """Add one batch."""
+        for sums, x in zip((self.query, self.key, self.value), heads, strict=True):
+            sums += second_moment(x, valid, attention.kv_heads)
+        self.tokens += heads.key.shape[0] * heads.key.shape[2] if valid is None else int(valid.sum())
 
 
 def second_moment(x: Tensor, valid: Tensor | None, kv_heads: int) -> Tensor:
@@ -48,57 +54,13 @@ def second_moment(x: Tensor, valid: Tensor | None, kv_heads: int) -> Tensor:
     return rows.transpose(-1, -2) @ rows
 
 
-class MomentCollector:
-    """Sums the moments of every layer while a converted model runs (`EigenAttention.observer`)."""
+class Moments(Protocol):
+    """What a basis is made of: sums over calibration text for one layer."""
 
-    def __init__(self, layers: list[EigenAttention]) -> None:
-        self.layers = layers
-        self.moments = [LayerMoments.zeros(a.kv_heads, a.head_dim, _device(a)) for a in layers]
-        self.valid: Tensor | None = None
+    tokens: int
 
-    @contextmanager
-    def attached(self) -> Iterator[MomentCollector]:
-        """Observe for the duration of the block."""
-        hooks = []
-        for attention, moments in zip(self.layers, self.moments, strict=True):
-            attention.observer = lambda _, heads, kwargs, moments=moments: self._heads(moments, heads)
-            hook = attention.output_projection.register_forward_pre_hook(
-                lambda _, inputs, attention=attention, moments=moments: self._output(attention, moments, inputs[0])
-            )
-            hooks.append(hook)
-        try:
-            yield self
-        finally:
-            for attention, hook in zip(self.layers, hooks, strict=True):
-                attention.observer = None
-                hook.remove()
-
-    def _heads(self, moments: LayerMoments, heads: Heads) -> None:
-        kv_heads = moments.key.shape[0]
-        moments.query += second_moment(heads.query, self.valid, kv_heads)
-        moments.key += second_moment(heads.key, self.valid, kv_heads)
-        moments.value += second_moment(heads.value, self.valid, kv_heads)
-        moments.tokens += heads.key.shape[0] * heads.key.shape[2] if self.valid is None else int(self.valid.sum())
-
-    def _output(self, attention: EigenAttention, moments: LayerMoments, flat: Tensor) -> None:
-        outputs = flat.unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2)  # [B, H, T, D]
-        moments.output += second_moment(outputs, self.valid, attention.kv_heads)
-
-    def check(self) -> None:
-        """Raise an `EigenAttnError` naming the first layer whose statistics are empty or not finite."""
-        for attention, moments in zip(self.layers, self.moments, strict=True):
-            if moments.tokens == 0:
-                raise EigenAttnError("the calibration batches held no tokens.")
-            for name in ("query", "key", "value", "output"):
-                if not getattr(moments, name).isfinite().all():
-                    raise EigenAttnError(
-                        f"layer {attention.layer_idx} gives NaN or infinite {name} vectors on the calibration text: "
-                        "try --dtype float32, or check the model's weights."
-                    )
-
-
-def _device(attention: EigenAttention) -> torch.device:
-    return attention.output_projection.weight.device
+    def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
+        """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
 
 
 @dataclass(frozen=True)
@@ -147,16 +109,38 @@ def forward_hidden(model: nn.Module, batch: Batch) -> None:
     model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
 
 
-def collect_moments(model: nn.Module, layers: list[EigenAttention], batches: Iterable[Batch]) -> list[LayerMoments]:
-    """Second moments of every layer over all batches; memory does not grow with their number.
+def collect_moments(
+    model: nn.Module,
+    layers: list[EigenAttention],
+    batches: Iterable[Batch],
+    empty: Callable[[EigenAttention], Moments],
+) -> list[Moments]:
+    """Moments of every layer over all batches; memory does not grow with their number.
+
+    Args:
+        empty: gives the empty moments of a layer.
 
     Raises:
         EigenAttnError: if there were no tokens, or a layer's activations are not finite.
     """
-    collector = MomentCollector(layers)
-    with collector.attached():
+    moments = [empty(attention) for attention in layers]
+    valid: Tensor | None = None
+    for attention, sums in zip(layers, moments, strict=True):
+        attention.observer = lambda layer, heads, kwargs, sums=sums: sums.observe(layer, heads, kwargs, valid)
+    try:
         for batch in batches:
-            collector.valid = batch.valid
+            valid = batch.valid
             forward_hidden(model, batch)
-    collector.check()
-    return collector.moments
+    finally:
+        for attention in layers:
+            attention.observer = None
+    for attention, sums in zip(layers, moments, strict=True):
+        if sums.tokens == 0:
+            raise EigenAttnError("the calibration batches held no tokens.")
+        for name, value in vars(sums).items():
+            if isinstance(value, Tensor) and not value.isfinite().all():
+                raise EigenAttnError(
+                    f"layer {attention.layer_idx} gives NaN or infinite {name} vectors on the calibration text: "
+                    "try --dtype float32, or check the model's weights."
+                )
+    return moments

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calibration.statistics import LayerMoments
+from ..calibration.attention_moments import AttentionMoments
+from ..calibration.statistics import LayerMoments, Moments
+from ..models.attention import EigenAttention
 
 
 @dataclass(frozen=True)
@@ -60,4 +63,61 @@ def eigen(moments: LayerMoments) -> tuple[Basis, Basis]:
     return _orthonormal(moments.key + moments.query), _orthonormal(moments.value)
 
 
-BASES: dict[str, Callable[[LayerMoments], tuple[Basis, Basis]]] = {"eigen": eigen}
+def attention(moments: AttentionMoments) -> tuple[Basis, Basis]:
+    """The best map of each rank under the error that matters: that of scores and of attention outputs.
+
+    A key's error meets the queries that attend to it, a value's error the output projection. Taking either error as a
+    product of a metric M and a covariance C, Eckart-Young gives the best rank-R map: with W the leading eigenvectors of
+    `M^(1/2) C M^(1/2)`, the encoder is `M^(1/2) W` and the decoder `W^T M^(-1/2)`. See docs/mathematics.md.
+
+    Returns:
+        The bases of keys and of values at full rank, in float64; the spectrum is in units of the error itself.
+    """
+    weight = moments.key_weight.clamp_min(TINY)
+    key_mean = moments.key_first / weight[:, None]
+    # Divided by the weight here, not there: the product is the sum of squared errors over all pairs.
+    key_covariance = moments.key_second / weight[:, None, None] - _outer(key_mean)
+    keys = _weighted(moments.key_metric, key_covariance, key_mean)
+    share = moments.output_weight.clamp_min(TINY)
+    value_mean = moments.output_first / share[:, None]
+    value_covariance = moments.output_second - _outer(value_mean) * share[:, None, None]
+    return keys, _weighted(moments.value_metric, value_covariance, value_mean)
+
+
+TINY = torch.finfo(torch.float64).tiny
+# A metric's smallest eigenvalues are raised by this share of their mean, for no calibration text shows every query
+# (chosen: small, so that it decides only among directions that hardly matter).
+METRIC_FLOOR = 1e-4
+
+
+def _outer(x: Tensor) -> Tensor:
+    return x.unsqueeze(-1) * x.unsqueeze(-2)
+
+
+def _weighted(metric: Tensor, covariance: Tensor, mean: Tensor) -> Basis:
+    """Minimise `tr(M (I - E U)^T C (I - E U))` at every rank: [G, D, D] twice and [G, D]."""
+    d = metric.shape[-1]
+    floor = METRIC_FLOOR * metric.diagonal(dim1=-2, dim2=-1).mean(-1)
+    # A head that nothing attends to from outside the window has no metric: any will do.
+    floor = torch.where(floor > 0, floor, 1.0)
+    values, vectors = torch.linalg.eigh(
+        metric + floor[:, None, None] * torch.eye(d, dtype=metric.dtype, device=metric.device)
+    )
+    root = (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
+    inverse = (vectors / values.clamp_min(TINY).sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
+    basis = _orthonormal(root @ covariance @ root)
+    return Basis(root @ basis.encoder, basis.decoder @ inverse, basis.spectrum, mean)
+
+
+@dataclass(frozen=True)
+class BasisMethod:
+    """A kind of basis: the moments it needs (`Moments.of(attention, window)`), and what it makes of them."""
+
+    moments: Callable[[EigenAttention, int], Moments]
+    build: Callable[[Any], tuple[Basis, Basis]]
+
+
+BASES: dict[str, BasisMethod] = {
+    "eigen": BasisMethod(LayerMoments.of, eigen),
+    "attention": BasisMethod(AttentionMoments.of, attention),
+}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,78 +11,164 @@ from torch import Tensor, nn
 
 from ..calibration.statistics import Batch, forward_hidden
 from ..models.attention import EigenAttention
+from ..progress import TokenProgress
 from .bases import Basis
 from .folding import attach, detach
+from .ranks import Ranks
+
+JUDGED_STRIDE = 4  # chosen
 
 
-def decoder_layers(model: nn.Module, layers: Sequence[EigenAttention]) -> list[nn.Module]:
-    """The decoder layer around each attention module: its parent."""
-    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
-    return [parents[id(attention)] for attention in layers]
-
-
-@torch.no_grad()
-def layer_errors(
-    model: nn.Module,
-    layers: Sequence[EigenAttention],
-    bases: Sequence[tuple[Basis, Basis]],
-    candidates: Sequence[Sequence[tuple[int, int]]],
-    batches: Iterable[Batch],
-    advance: Callable[[], None] = lambda: None,
-) -> list[list[float]]:
-    """Relative error at each decoder layer's output when its keys and values are truncated.
-
-    The error is `||Y - Y'|| / ||Y||` over all tokens of the batches, with the layer's original input (arXiv 2408.05646,
-    algorithm 1). Each layer is run again, within one pass over the batches, for each of its candidates.
+class Measurement:
+    """Runs a converted model on a few batches with some of its layers truncated.
 
     Args:
-        candidates: for each layer the pairs `(R_k, R_v)` to try.
-        advance: called after each layer of each batch, for a progress bar.
-
-    Returns:
-        For each layer the errors of its candidates.
+        bases: of keys and of values, at full rank, for each layer.
+        window: exact tokens, W.
+        batches: token ids the costs are measured on.
     """
-    errors = [torch.zeros(len(pairs), dtype=torch.float64) for pairs in candidates]
-    norms = torch.zeros(len(layers), dtype=torch.float64)
-    valid: Tensor | None = None
-    running = False
 
-    def square(x: Tensor) -> float:
-        x = x.double() if valid is None else x.double() * valid.unsqueeze(-1)
-        return float(x.square().sum())
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[EigenAttention],
+        bases: Sequence[tuple[Basis, Basis]],
+        window: int,
+        batches: Sequence[Batch],
+        bars: TokenProgress,
+    ) -> None:
+        self.model, self.layers, self.bases = model, layers, bases
+        self.window, self.batches, self.bars = window, batches, bars
+        parents = {id(child): parent for parent in model.modules() for child in parent.children()}
+        self.decoder_layers = [parents[id(attention)] for attention in layers]
 
-    def measure(index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        nonlocal running
-        if running:
-            return
-        running = True
+    def _truncate(self, index: int, ranks: tuple[int, int]) -> None:
+        (keys, values), (rank_k, rank_v) = self.bases[index], ranks
+        attach(self.layers[index], keys.truncate(rank_k), values.truncate(rank_v), self.window)
+
+    def _restore(self) -> None:
+        for attention in self.layers:
+            detach(attention)
+
+    @torch.no_grad()
+    def layer_errors(self, candidates: Sequence[Ranks]) -> list[list[float]]:
+        """Relative error at each decoder layer's output when its keys and values are truncated.
+
+        The error is `||Y - Y'|| / ||Y||` over all tokens of the batches, with the layer's original input (arXiv
+        2408.05646, algorithm 1). Each layer is run again, within one pass over the batches, for each of its candidates.
+
+        Args:
+            candidates: for each layer the pairs `(R_k, R_v)` to try.
+
+        Returns:
+            For each layer the errors of its candidates.
+        """
+        errors = [torch.zeros(len(pairs), dtype=torch.float64) for pairs in candidates]
+        norms = torch.zeros(len(self.layers), dtype=torch.float64)
+        valid: Tensor | None = None
+        running = False
+
+        def square(x: Tensor) -> float:
+            x = x.double() if valid is None else x.double() * valid.unsqueeze(-1)
+            return float(x.square().sum())
+
+        def measure(index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal running
+            if running:
+                return
+            running = True
+            try:
+                exact = _hidden(output)
+                norms[index] += square(exact)
+                for position, ranks in enumerate(candidates[index]):
+                    self._truncate(index, ranks)
+                    errors[index][position] += square(exact - _hidden(layer(*args, **kwargs)))
+            finally:
+                detach(self.layers[index])
+                running = False
+            progress.advance(0)
+
+        with self.bars.bar("Measuring layers", len(self.layers) * len(self.batches)) as progress, ExitStack() as hooks:
+            for index, layer in enumerate(self.decoder_layers):
+                hook = layer.register_forward_hook(
+                    lambda layer, args, kwargs, output, index=index: measure(index, layer, args, kwargs, output),
+                    with_kwargs=True,
+                )
+                hooks.callback(hook.remove)
+            for batch in self.batches:
+                valid = batch.valid
+                forward_hidden(self.model, batch)
+        return [(error / norm).sqrt().tolist() for error, norm in zip(errors, norms, strict=True)]
+
+    @torch.no_grad()
+    def divergences(self, ranks: Ranks | None, trials: Sequence[Ranks]) -> list[list[float]]:
+        """What changing one layer at a time costs: the mean KL divergence of the model's predictions from the original's.
+
+        A layer's trials change nothing before it, so the hidden states that reach it are computed once.
+
+        Args:
+            ranks: the truncation all layers start from; None is the original model.
+            trials: for each layer the pairs `(R_k, R_v)` it is given instead.
+
+        Returns:
+            For each layer the divergences of its trials, in nats a token.
+        """
+        sums = [[0.0] * len(pairs) for pairs in trials]
+        tokens = 0
+        steps = sum(len(pairs) for pairs in trials) * len(self.batches)
         try:
-            exact = _hidden(output)
-            norms[index] += square(exact)
-            for position, (rank_k, rank_v) in enumerate(candidates[index]):
-                keys, values = bases[index]
-                attach(layers[index], keys.truncate(rank_k), values.truncate(rank_v))
-                errors[index][position] += square(exact - _hidden(layer(*args, **kwargs)))
+            with self.bars.bar("Measuring sensitivities", steps) as progress:
+                for batch in self.batches:
+                    self._restore()
+                    positions = _judged_positions(batch)
+                    tokens += len(positions) * batch.input_ids.shape[0]
+                    exact = self._log_probabilities(batch, positions)
+                    for index, pair in enumerate(ranks or []):
+                        self._truncate(index, pair)
+                    outputs = self._layer_outputs(batch)
+                    for index, pairs in enumerate(trials):
+                        with ExitStack() as stack:
+                            # Earlier layers give the recorded output instead of running.
+                            for earlier in self.decoder_layers[:index]:
+                                recorded = outputs[index - 1]
+                                earlier.forward = lambda *args, recorded=recorded, **kwargs: recorded
+                                stack.callback(delattr, earlier, "forward")
+                            for position, pair in enumerate(pairs):
+                                self._truncate(index, pair)
+                                changed = self._log_probabilities(batch, positions)
+                                sums[index][position] += float((exact.exp() * (exact - changed)).sum())
+                                progress.advance(0)
+                        if ranks is None:
+                            detach(self.layers[index])
+                        else:
+                            self._truncate(index, ranks[index])
         finally:
-            detach(layers[index])
-            running = False
-        advance()
+            self._restore()
+        return [[value / tokens for value in values] for values in sums]
 
-    hooks = [
-        layer.register_forward_hook(
-            lambda layer, args, kwargs, output, index=index: measure(index, layer, args, kwargs, output),
-            with_kwargs=True,
-        )
-        for index, layer in enumerate(decoder_layers(model, layers))
-    ]
-    try:
-        for batch in batches:
-            valid = batch.valid
-            forward_hidden(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [(error / norm).sqrt().tolist() for error, norm in zip(errors, norms, strict=True)]
+    def _layer_outputs(self, batch: Batch) -> list[Any]:
+        outputs: list[Any] = []
+        with ExitStack() as hooks:
+            for layer in self.decoder_layers:
+                hook = layer.register_forward_hook(lambda layer, args, output: outputs.append(output))
+                hooks.callback(hook.remove)
+            forward_hidden(self.model, batch)
+        return outputs
+
+    def _log_probabilities(self, batch: Batch, positions: Tensor) -> Tensor:
+        """Log-probabilities of the next token [B * positions, vocabulary] in fp32; padding adds no divergence."""
+        logits = self.model(
+            batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=positions
+        ).logits
+        logs = logits.float().log_softmax(-1)
+        if batch.valid is not None:
+            logs = logs * batch.valid[:, positions, None]
+        return logs.flatten(0, 1)
+
+
+def _judged_positions(batch: Batch) -> Tensor:
+    """Every few positions: neighbours tell little more, and the output layer is much of a small model's work."""
+    return torch.arange(0, batch.input_ids.shape[1], JUDGED_STRIDE, device=batch.input_ids.device)
 
 
 def _hidden(output: Any) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio
-from ..calibration.statistics import Batch, LayerMoments, collect_moments, forward_hidden
+from ..calibration.statistics import Batch, collect_moments, forward_hidden
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
@@ -25,7 +25,7 @@ from ..progress import TokenProgress
 from ..version import versions
 from .bases import BASES, Basis
 from .folding import compress_layer
-from .measure import layer_errors
+from .measure import Measurement
 from .ranks import RANK_RULES, RankProblem, Ranks
 
 # Tokens, from the first batches on, over which errors of truncated layers are measured (chosen: each layer runs again
@@ -82,6 +82,7 @@ def compress(
     for name, table in ((config.basis, BASES), (config.ranks, RANK_RULES)):
         if name not in table:
             raise EigenAttnError(f"unknown name {name!r}: choose one of {', '.join(table)}.")
+    method = BASES[config.basis]
     clock, bars = _Clock(), TokenProgress(progress)
     was_training = model.training
     originals = convert_attention(model)
@@ -92,11 +93,16 @@ def compress(
         stream = _Stream(batches, device)
         with clock.stage("statistics"):
             total = len(batches) if hasattr(batches, "__len__") else None
-            moments = collect_moments(model, layers, bars.batches("Calibrating", stream, total))
+            moments = collect_moments(
+                model,
+                layers,
+                bars.batches("Calibrating", stream, total),
+                lambda attention: method.moments(attention, config.window),
+            )
         with clock.stage("bases"):
-            bases = [BASES[config.basis](layer) for layer in moments]
+            bases = [method.build(sums) for sums in moments]
         with clock.stage("ranks"):
-            ranks = _choose_ranks(model, layers, moments, bases, config, stream, bars)
+            ranks = _choose_ranks(model, layers, bases, config, stream, bars)
         forward_seconds = _time_forward(model, stream)
     except BaseException:
         restore_attention(model, originals)
@@ -128,7 +134,6 @@ def compress(
 def _choose_ranks(
     model: nn.Module,
     layers: list[EigenAttention],
-    moments: list[LayerMoments],
     bases: list[tuple[Basis, Basis]],
     config: EigenAttentionConfig,
     stream: _Stream,
@@ -137,12 +142,9 @@ def _choose_ranks(
     if config.kv_ratio == 1:
         return [(attention.head_dim, attention.head_dim) for attention in layers]
 
-    def errors(candidates: list[Ranks]) -> list[list[float]]:
-        with bars.bar("Measuring layers", len(layers) * len(stream.kept)) as progress:
-            return layer_errors(model, layers, bases, candidates, stream.kept, lambda: progress.advance(0))
-
+    costs = Measurement(model, layers, bases, config.window, stream.kept, bars)
     spectra = [[basis.spectrum.cpu() for basis in side] for side in zip(*bases, strict=True)]
-    return RANK_RULES[config.ranks](RankProblem(spectra[0], spectra[1], config, errors))
+    return RANK_RULES[config.ranks](RankProblem(spectra[0], spectra[1], config, costs))
 
 
 class _Stream:

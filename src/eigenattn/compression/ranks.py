@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +20,14 @@ Ranks = list[tuple[int, int]]
 ENERGY_STEP = 0.02
 
 
+class Costs(Protocol):
+    """What `eigenattn.compression.measure.Measurement` gives to rank rules."""
+
+    def layer_errors(self, candidates: Sequence[Ranks]) -> list[list[float]]: ...
+
+    def divergences(self, ranks: Ranks | None, trials: Sequence[Ranks]) -> list[list[float]]: ...
+
+
 @dataclass(frozen=True)
 class RankProblem:
     """What a rank rule may look at.
@@ -24,13 +35,13 @@ class RankProblem:
     Args:
         keys, values: spectra of each layer, [G, D], descending.
         config: the target, and the multiple that ranks are held to.
-        errors: measures, for each layer, the relative errors of candidate pairs of ranks.
+        costs: measures what truncation costs, by running the model.
     """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
     config: EigenAttentionConfig
-    errors: Callable[[list[Ranks]], list[list[float]]]
+    costs: Costs
 
     def allowed(self, head_dim: int) -> list[int]:
         """Ranks a side may have: multiples of `rank_multiple` and the head dimension."""
@@ -106,7 +117,7 @@ def error_budget(problem: RankProblem) -> Ranks:
     steps = int(1 / ENERGY_STEP)
     by_step = [problem.at_energy(1 - ENERGY_STEP * step) for step in range(steps)]
     candidates = [list(dict.fromkeys(pairs)) for pairs in zip(*by_step, strict=True)]
-    errors = problem.errors(candidates)
+    errors = problem.costs.layer_errors(candidates)
 
     def ranks_at(budget: float) -> Ranks:
         ranks = []
@@ -120,6 +131,106 @@ def error_budget(problem: RankProblem) -> Ranks:
         return ranks_at(problem.config.error_budget)
     budgets = sorted({0.0, *(error for measured in errors for error in measured)})
     return _largest_within(problem, (ranks_at(budget) for budget in budgets))
+
+
+def sensitivity(problem: RankProblem) -> Ranks:
+    """Spend one byte budget over all layers, keys and values, where a direction is worth most to the model.
+
+    A side's truncation error, its spectrum's tail, costs the model in proportion to a sensitivity. It is first measured on
+    one side at a time, at a uniform truncation, as a KL divergence over the tail; then once more around the ranks which
+    that gives, as the change of the whole compressed model's divergence over the change of the tail. The two estimates
+    meet half way, at their geometric mean.
+    """
+    if problem.config.kv_ratio is None:
+        raise EigenAttnError('ranks="sensitivity" needs a kv_ratio.')
+    start = uniform(problem)
+    tails = [tuple(_tail(spectrum) for spectrum in pair) for pair in zip(problem.keys, problem.values, strict=True)]
+    dims = [spectrum.shape[-1] for spectrum in problem.keys]
+    alone = problem.costs.divergences(
+        None, [[(rank_k, d), (d, rank_v)] for (rank_k, rank_v), d in zip(start, dims, strict=True)]
+    )
+    weights = [
+        [max(cost, 0.0) / float(tail[rank]) if tail[rank] > 0 else 0.0 for cost, tail, rank in zip(*side, strict=True)]
+        for side in zip(alone, tails, start, strict=True)
+    ]
+    ranks = allot(problem, weights)
+    around, steps = [], []
+    for (rank_k, rank_v), d in zip(ranks, dims, strict=True):
+        low_k, high_k = _neighbours(problem.allowed(d), rank_k)
+        low_v, high_v = _neighbours(problem.allowed(d), rank_v)
+        around.append([(low_k, rank_v), (high_k, rank_v), (rank_k, low_v), (rank_k, high_v)])
+        steps.append([(low_k, high_k), (low_v, high_v)])
+    together = problem.costs.divergences(ranks, around)
+    for layer, costs in enumerate(together):
+        for side, (low, high) in enumerate(steps[layer]):
+            tail = tails[layer][side]
+            gain, change = costs[2 * side] - costs[2 * side + 1], float(tail[low] - tail[high])
+            if gain > 0 and change > 0:
+                weights[layer][side] = math.sqrt(weights[layer][side] * gain / change)
+    return allot(problem, weights)
+
+
+def allot(problem: RankProblem, weights: Sequence[Sequence[float]]) -> Ranks:
+    """The ranks of least total weighted tail within the budget, by taking the best step for its bytes again and again.
+
+    Tails are convex, for spectra fall, so that with steps of equal cost no other choice is better.
+
+    Args:
+        weights: for each layer what a unit of its keys' and of its values' tail costs.
+    """
+    sides = []
+    for layer, pair in enumerate(zip(problem.keys, problem.values, strict=True)):
+        for side, spectrum in enumerate(pair):
+            sides.append(
+                (weights[layer][side], _tail(spectrum), problem.allowed(spectrum.shape[-1]), spectrum.shape[0])
+            )
+    chosen = [0] * len(sides)
+    total = sum(2 * spectrum.numel() for spectrum in problem.keys)
+    left = problem.config.kv_ratio * total * (1 + 1e-12) - sum(heads * allowed[0] for _, _, allowed, heads in sides)
+    if left < 0:
+        return _largest_within(problem, [_smallest(problem)])  # raises
+
+    def step(index: int) -> tuple[float, int] | None:
+        weight, tail, allowed, heads = sides[index]
+        if chosen[index] + 1 == len(allowed):
+            return None
+        low, high = allowed[chosen[index]], allowed[chosen[index] + 1]
+        cost = heads * (high - low)
+        # Where nothing was measured to matter, the tail itself decides.
+        return -(weight * float(tail[low] - tail[high]) + TIE * float(tail[low] - tail[high])) / cost, cost
+
+    queue = [(first[0], index, first[1]) for index in range(len(sides)) if (first := step(index)) is not None]
+    heapq.heapify(queue)
+    while queue:
+        _, index, cost = heapq.heappop(queue)
+        if cost > left:
+            continue
+        left -= cost
+        chosen[index] += 1
+        following = step(index)
+        if following is not None:
+            heapq.heappush(queue, (following[0], index, following[1]))
+    ranks = [allowed[i] for i, (_, _, allowed, _) in zip(chosen, sides, strict=True)]
+    return list(zip(ranks[::2], ranks[1::2], strict=True))
+
+
+TIE = 1e-12
+
+
+def _tail(spectrum: Tensor) -> Tensor:
+    """What is cut off at ranks 0 .. D, over all heads: [D + 1]."""
+    total = spectrum.sum(0)
+    return torch.cat([total.flip(0).cumsum(0).flip(0), total.new_zeros(1)])
+
+
+def _smallest(problem: RankProblem) -> Ranks:
+    return [(problem.allowed(s.shape[-1])[0],) * 2 for s in problem.keys]
+
+
+def _neighbours(allowed: list[int], rank: int) -> tuple[int, int]:
+    """The allowed ranks on either side, or the rank itself at an end."""
+    index = allowed.index(rank)
+    return allowed[max(index - 1, 0)], allowed[min(index + 1, len(allowed) - 1)]
 
 
 def _largest_within(problem: RankProblem, choices: Iterable[Ranks]) -> Ranks:
@@ -139,4 +250,5 @@ RANK_RULES: dict[str, Callable[[RankProblem], Ranks]] = {
     "uniform": uniform,
     "energy": energy,
     "error_budget": error_budget,
+    "sensitivity": sensitivity,
 }

@@ -1,0 +1,169 @@
+"""Moments weighted by attention: what the `attention` basis is made of, streamed in blocks of queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.reference import causal_mask
+from ..models.attention import EigenAttention
+from ..models.projections import Heads, weight_of
+from ..models.rotary import rotate
+
+# Queries at a time, so that memory is O(T x block) (chosen).
+QUERY_BLOCK = 256
+# Keys of a sequence at which the metric of rotated queries is sampled; see `_sampled_metric`.
+SAMPLED_KEYS = 16
+
+
+@dataclass
+class AttentionMoments:
+    """Sums over calibration text for one layer, in float64, over query-key pairs outside the window.
+
+    `a` is an attention weight, `p` the sum of a query's weights outside the window, `o` the sum of `a * v` there.
+
+    Args:
+        key_metric: `sum a q q^T` [G, D, D], each query seen in its key's frame and scaled to scores.
+        key_second, key_first, key_weight: `sum a k k^T` [G, D, D], `sum a k` [G, D] and `sum a` [G].
+        value_metric: `sum W_O^T W_O` over the heads of a group [G, D, D].
+        output_second, output_first, output_weight: `sum o o^T` [G, D, D], `sum p o` [G, D] and `sum p^2` [G].
+        window: tokens kept exactly, W.
+    """
+
+    key_metric: Tensor
+    key_second: Tensor
+    key_first: Tensor
+    key_weight: Tensor
+    value_metric: Tensor
+    output_second: Tensor
+    output_first: Tensor
+    output_weight: Tensor
+    window: int
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, attention: EigenAttention, window: int) -> AttentionMoments:
+        """Empty moments for a layer."""
+        weight = weight_of(attention.output_projection).detach().double()  # [C, H * D]
+        g, d = attention.kv_heads, attention.head_dim
+        by_group = weight.unflatten(1, (g, -1, d)).permute(1, 2, 0, 3).flatten(1, 2)  # [G, H/G * C, D]
+
+        def zeros(*shape: int) -> Tensor:
+            return weight.new_zeros(shape)
+
+        return cls(
+            *(zeros(g, d, d), zeros(g, d, d), zeros(g, d), zeros(g)),
+            by_group.transpose(1, 2) @ by_group,
+            *(zeros(g, d, d), zeros(g, d), zeros(g)),
+            window,
+        )
+
+    def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
+        """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
+        q, k, v = heads
+        t, interleaved = q.shape[-2], attention.family.interleaved
+        mask = attention.mask_for(q, t, kwargs)
+        mask = causal_mask(t, t, q.device)[None, None] if mask is None else mask
+        angles = kwargs["position_embeddings"] if attention.rotates else None
+        q_turned, k_turned = (rotate(x, *angles, interleaved) for x in (q, k)) if angles else (q, k)
+        log_sums = []
+        column_weight = torch.zeros(k.shape[:-1], dtype=torch.float64, device=k.device)  # [B, G, T]
+        for start in range(0, t, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, t)
+            scores = _scores(attention, q_turned[:, :, start:stop], k_turned[:, :, :stop], mask[..., start:stop, :stop])
+            log_sums.append(scores.logsumexp(-1, keepdim=True))
+            weights = (scores - log_sums[-1]).exp().tril(start - self.window)  # n <= m - W
+            if valid is not None:
+                weights = weights * valid[:, None, start:stop, None]
+            weights = weights.unflatten(1, (self.groups, -1))  # [B, G, H/G, block, stop]
+            column_weight[..., :stop] += weights.sum((2, 3))
+            share = weights.sum(-1, keepdim=True)
+            self._add_outputs(weights.to(v.dtype) @ v[:, :, None, :stop], share)
+            if not attention.rotates:
+                self.key_metric += self._gram(q[:, :, start:stop], share) * attention.scaling**2
+        self._add_keys(k, column_weight)
+        if attention.rotates:
+            log_sum = torch.cat(log_sums, dim=-2)
+            self._add_sampled_metric(attention, q_turned, k_turned, mask, column_weight, log_sum, kwargs, valid)
+        self.tokens += k.shape[0] * t if valid is None else int(valid.sum())
+
+    @property
+    def groups(self) -> int:
+        return self.key_weight.shape[0]
+
+    def _gram(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`sum weight x x^T` of vectors [B, H, n, D], per group of heads: [G, D, D] in float64.
+
+        Args:
+            weight: [B, G, H/G, n, 1].
+        """
+        rows = x.unflatten(1, (self.groups, -1)).transpose(0, 1).flatten(1, 3).double()  # [G, B * H/G * n, D]
+        return (rows * weight.transpose(0, 1).flatten(1, 3)).transpose(1, 2) @ rows
+
+    def _add_outputs(self, outputs: Tensor, share: Tensor) -> None:
+        rows, share = (y.transpose(0, 1).flatten(1, 3).double() for y in (outputs, share))
+        self.output_second += rows.transpose(1, 2) @ rows
+        self.output_first += (rows * share).sum(1)
+        self.output_weight += share.square().sum((1, 2))
+
+    def _add_keys(self, k: Tensor, weight: Tensor) -> None:
+        rows, share = k.transpose(0, 1).flatten(1, 2).double(), weight.transpose(0, 1).flatten(1).unsqueeze(-1)
+        self.key_second += (rows * share).transpose(1, 2) @ rows
+        self.key_first += (rows * share).sum(1)
+        self.key_weight += share.sum((1, 2))
+
+    def _add_sampled_metric(
+        self,
+        attention: EigenAttention,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor,
+        column_weight: Tensor,
+        log_sum: Tensor,
+        kwargs: dict[str, Any],
+        valid: Tensor | None,
+    ) -> None:
+        """`sum a q_mn q_mn^T` with `q_mn = R_n^T R_m q_m`, estimated at some keys of each batch.
+
+        Turning back is the same for all queries of one key, so it is done to their D x D sum. Keys are drawn in
+        proportion to the attention they get, by systematic sampling: a sink is drawn many times, but summed only once.
+        """
+        mass = column_weight.sum((0, 1))  # [T]
+        if not mass.sum() > 0:
+            return
+        marks = (torch.arange(SAMPLED_KEYS, device=mass.device, dtype=mass.dtype) + 0.5) / SAMPLED_KEYS
+        edges = mass.cumsum(0) / mass.sum()
+        drawn, times = torch.searchsorted(edges, marks).clamp_max(len(mass) - 1).unique(return_counts=True)
+        scores = _scores(attention, q, k[:, :, drawn], mask[..., drawn])  # [B, H, T, drawn]
+        weights = (scores - log_sum).exp()
+        queries = torch.arange(q.shape[-2], device=q.device)
+        weights = weights * (drawn <= queries.unsqueeze(-1) - self.window)
+        if valid is not None:
+            weights = weights * valid[:, None, :, None]
+        weights = weights.unflatten(1, (self.groups, -1))
+        shares = times * mass.sum() / (SAMPLED_KEYS * mass[drawn]) * attention.scaling**2
+        cos, sin = attention.angles(q.double(), kwargs["position_ids"][:1, drawn])
+        # One sum over a batch's queries is taken in fp32, at twice the speed; sums over batches are in float64.
+        rows = q.float().unflatten(1, (self.groups, -1)).transpose(0, 1).flatten(1, 3)  # [G, B * H/G * T, D]
+        weights = weights.transpose(0, 1).flatten(1, 3).sqrt()  # [G, B * H/G * T, drawn]
+        for i, share in enumerate(shares.tolist()):
+            weighted = rows * weights[..., i : i + 1]
+            metric = (weighted.transpose(1, 2) @ weighted).double()
+            for _ in range(2):  # R^T on the right side, then, transposed, on the left
+                turned = rotate(metric[None], cos[:, i : i + 1], -sin[:, i : i + 1], attention.family.interleaved)
+                metric = turned[0].transpose(-1, -2)
+            self.key_metric += share * metric
+
+
+def _scores(attention: EigenAttention, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """Masked scores [B, H, n, s] in fp32, of queries [B, H, n, D] and keys [B, G, s, D]."""
+    grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, G, H/G * n, D]
+    scores = (grouped @ k.transpose(-1, -2)).view(*q.shape[:-1], k.shape[-2]).float() * attention.scaling
+    if attention.softcap is not None:
+        scores = attention.softcap * torch.tanh(scores / attention.softcap)
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores + mask

@@ -1,0 +1,112 @@
+"""Attention-weighted moments against their definitions, written as loops over query-key pairs."""
+
+import pytest
+import torch
+from tiny import tiny, tokens
+
+from eigenattn.calibration import attention_moments
+from eigenattn.calibration.attention_moments import AttentionMoments
+from eigenattn.calibration.statistics import Batch, collect_moments
+from eigenattn.models.conversion import convert_attention, eigen_layers
+from eigenattn.models.rotary import rotate
+
+LENGTH = 12
+NAMES = ["llama", "llama-yarn", "phi3-partial", "qwen3", "opt", "mpt", "bloom", "mistral-sliding", "falcon-alibi"]
+
+
+def turned(attention, x, position, back=False):
+    """One vector [D], rotated to a position or, by the transpose, back from it."""
+    if not attention.rotates:
+        return x
+    cos, sin = attention.angles(x[None, None], torch.tensor([[position]]))
+    return rotate(x[None, None, None], cos, -sin if back else sin)[0, 0, 0]
+
+
+@torch.no_grad()
+def by_loops(attention, heads, weights, window):
+    """Every sum of `AttentionMoments`, from the weights [B, H, T, T] of the model itself."""
+    expected = AttentionMoments.of(attention, window)
+    b, h, t, _ = heads.query.shape
+    for row in range(b):
+        for head in range(h):
+            g = head // attention.num_key_value_groups
+            for m in range(t):
+                far = range(max(m - window + 1, 0)) if window else range(m + 1)
+                p, o = 0.0, torch.zeros(attention.head_dim, dtype=torch.float64)
+                for n in far:
+                    a = weights[row, head, m, n].double()
+                    key, value = heads.key[row, g, n].double(), heads.value[row, g, n].double()
+                    query = turned(attention, turned(attention, heads.query[row, head, m], m), n, back=True).double()
+                    expected.key_metric[g] += a * torch.outer(query, query) * attention.scaling**2
+                    expected.key_second[g] += a * torch.outer(key, key)
+                    expected.key_first[g] += a * key
+                    expected.key_weight[g] += a
+                    p, o = p + a, o + a * value
+                expected.output_second[g] += torch.outer(o, o)
+                expected.output_first[g] += p * o
+                expected.output_weight[g] += p**2
+    return expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_moments_are_their_definitions(name, window, monkeypatch):
+    # With as many draws as make every key's share whole, sampling by mass is only nearly exact: see the next test.
+    monkeypatch.setattr(attention_moments, "SAMPLED_KEYS", 4096)
+    monkeypatch.setattr(attention_moments, "QUERY_BLOCK", 5)
+    model, ids = tiny(name), tokens(2, LENGTH)
+    convert_attention(model)
+    layers, seen = eigen_layers(model), {}
+
+    class Recorder:
+        tokens = 1
+
+        def observe(self, attention, heads, kwargs, valid):
+            mask = attention.mask_for(heads.query, LENGTH, kwargs)
+            angles = kwargs["position_embeddings"] if attention.rotates else None
+            q, k = (rotate(x, *angles) if angles else x for x in heads[:2])
+            k = k.repeat_interleave(attention.num_key_value_groups, 1)
+            scores = q @ k.transpose(-1, -2) * attention.scaling
+            mask = torch.ones(LENGTH, LENGTH).tril().bool() if mask is None else mask
+            scores = scores.masked_fill(~mask, -1e30) if mask.dtype == torch.bool else scores + mask
+            seen[attention.layer_idx] = (heads, scores.softmax(-1))
+
+    collect_moments(model, layers, [Batch(ids)], lambda attention: Recorder())
+    moments = collect_moments(model, layers, [Batch(ids)], lambda attention: AttentionMoments.of(attention, window))
+    for attention, found in zip(layers, moments, strict=True):
+        expected = by_loops(attention, *seen[attention.layer_idx], window)
+        assert found.tokens == 2 * LENGTH
+        for field in ("key_second", "key_first", "key_weight", "output_second", "output_first", "output_weight"):
+            torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=1e-4, atol=1e-5)
+        error = (found.key_metric - expected.key_metric).norm() / expected.key_metric.norm()
+        assert error < (0.02 if attention.rotates else 1e-5)
+        torch.testing.assert_close(found.value_metric, expected.value_metric)
+
+
+@torch.no_grad()
+def test_value_metric_is_that_of_the_output_projection():
+    model = tiny("llama")
+    convert_attention(model)
+    attention = eigen_layers(model)[0]
+    metric = AttentionMoments.of(attention, 0).value_metric
+    x = torch.randn(16)
+    norms = sum(attention.o_proj.weight[:, 16 * h : 16 * (h + 1)].mul(x).sum(1).square().sum() for h in (2, 3))
+    torch.testing.assert_close((x.double() @ metric[1] @ x.double()).float(), norms)
+
+
+@torch.no_grad()
+def test_padding_does_not_count():
+    model, short = tiny("llama"), tokens(1, LENGTH)
+    convert_attention(model)
+    layers = eigen_layers(model)
+    ids = torch.cat([short, torch.zeros(1, 5, dtype=torch.int64)], 1)
+    mask = torch.cat([torch.ones_like(short), torch.zeros(1, 5, dtype=torch.int64)], 1)
+
+    def collect(batch):
+        return collect_moments(model, layers, [batch], lambda attention: AttentionMoments.of(attention, 3))
+
+    for a, b in zip(collect(Batch(short)), collect(Batch(ids, mask)), strict=True):
+        assert a.tokens == b.tokens
+        for field in ("key_second", "key_weight", "output_second", "key_metric"):
+            torch.testing.assert_close(getattr(a, field), getattr(b, field), rtol=1e-4, atol=1e-5)
