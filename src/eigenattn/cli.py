@@ -80,11 +80,12 @@ def compress(
     energy: Annotated[
         float | None, typer.Option(help="Instead of a ratio: share of squared singular values to keep, in (0, 1].")
     ] = None,
-    basis: Annotated[str, typer.Option(help=f"One of {', '.join(BASES)}.")] = "eigen",
+    basis: Annotated[str, typer.Option(help=f"One of {', '.join(BASES)}.")] = "attention",
     ranks: Annotated[
-        str | None, typer.Option(help=f"Rank rule: one of {', '.join(RANK_RULES)}; error_budget by default.")
+        str | None, typer.Option(help=f"Rank rule: one of {', '.join(RANK_RULES)}; sensitivity for a ratio.")
     ] = None,
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
+    window: Annotated[int, typer.Option(help="Last tokens kept exactly; 0 for none.")] = 32,
     text: TextSource = DEFAULT_SOURCE,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows to draw from the text.")] = 32,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
@@ -101,6 +102,7 @@ def compress(
         basis=basis,
         ranks=ranks,
         rank_multiple=rank_multiple,
+        window=window,
     )
     report = compress_checkpoint(
         model,

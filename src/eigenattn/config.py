@@ -17,6 +17,8 @@ DEFAULT_KV_RATIO = 0.6
 class EigenAttentionConfig:
     """What to compress a model's KV cache to, and how.
 
+    The paper's own method is `basis="eigen", ranks="error_budget", window=0`.
+
     One of the three targets is given; with none of them, `kv_ratio` is 0.6.
 
     Args:
@@ -24,8 +26,8 @@ class EigenAttentionConfig:
             searched for the largest cache that does not exceed it. 1.0 keeps full rank.
         error_budget: relative error allowed at the output of each decoder layer; implies `ranks="error_budget"`.
         energy: share of the squared singular values kept in each head, in (0, 1]; implies `ranks="energy"`.
-        basis: name of the basis (`eigenattn.compression.bases.BASES`).
-        ranks: name of the rank rule (`eigenattn.compression.ranks.RANK_RULES`).
+        basis: name of the basis (`eigenattn.compression.bases.BASES`): `attention`, or the paper's `eigen`.
+        ranks: name of the rank rule (`eigenattn.compression.ranks.RANK_RULES`); `sensitivity` for a KV ratio.
         rank_multiple: ranks are multiples of this, or the full head dimension.
         window: how many of the last tokens are kept exactly, W; 0 is the paper's method.
         version: version of this configuration's format.
@@ -37,10 +39,10 @@ class EigenAttentionConfig:
     kv_ratio: float | None = None
     error_budget: float | None = None
     energy: float | None = None
-    basis: str = "eigen"
+    basis: str = "attention"
     ranks: str | None = None
     rank_multiple: int = 8
-    window: int = 0
+    window: int = 32
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
@@ -70,7 +72,7 @@ class EigenAttentionConfig:
             )
         implied = "error_budget" if self.error_budget is not None else "energy" if self.energy is not None else None
         if self.ranks is None:
-            object.__setattr__(self, "ranks", implied or "error_budget")
+            object.__setattr__(self, "ranks", implied or "sensitivity")
         elif implied is not None and self.ranks != implied:
             raise EigenAttnError(f"{implied}={targets[implied]} goes with ranks={implied!r}, not {self.ranks!r}.")
 

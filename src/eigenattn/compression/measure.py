@@ -102,7 +102,7 @@ class Measurement:
 
     @torch.no_grad()
     def divergences(self, ranks: Ranks | None, trials: Sequence[Ranks]) -> list[list[float]]:
-        """What changing one layer at a time costs: the mean KL divergence of the model's predictions from the original's.
+        """What changing one layer at a time costs: the mean KL divergence of predictions from the original's.
 
         A layer's trials change nothing before it, so the hidden states that reach it are computed once.
 

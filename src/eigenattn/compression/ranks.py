@@ -136,10 +136,10 @@ def error_budget(problem: RankProblem) -> Ranks:
 def sensitivity(problem: RankProblem) -> Ranks:
     """Spend one byte budget over all layers, keys and values, where a direction is worth most to the model.
 
-    A side's truncation error, its spectrum's tail, costs the model in proportion to a sensitivity. It is first measured on
-    one side at a time, at a uniform truncation, as a KL divergence over the tail; then once more around the ranks which
-    that gives, as the change of the whole compressed model's divergence over the change of the tail. The two estimates
-    meet half way, at their geometric mean.
+    A side's truncation error, its spectrum's tail, costs the model in proportion to a sensitivity. It is first measured
+    on one side at a time, at a uniform truncation, as a KL divergence over the tail; then once more around the ranks
+    which that gives, as the change of the whole compressed model's divergence over the change of the tail. The two
+    estimates meet half way, at their geometric mean.
     """
     if problem.config.kv_ratio is None:
         raise EigenAttnError('ranks="sensitivity" needs a kv_ratio.')
