@@ -128,6 +128,8 @@ TINY: dict[str, tuple[str, dict]] = {
     ),
     "stablelm": ("stablelm", LLAMA),
     "stablelm-norm": ("stablelm", {**LLAMA, "qk_layernorm": True, "use_qkv_bias": True}),
+    "cohere": ("cohere", {**LLAMA, "logit_scale": 1.0}),
+    "cohere-norm": ("cohere", {**LLAMA, "logit_scale": 1.0, "use_qk_norm": True, "attention_bias": True}),
 }
 
 
@@ -139,7 +141,7 @@ def tiny(name: str, attn_implementation: str | None = None, **overrides) -> torc
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
     for parameter_name, parameter in model.named_parameters():
         # Biases and norms start as constants, which would hide a bias or norm that is left out.
-        if parameter.dim() == 1:
+        if parameter.dim() == 1 or "norm" in parameter_name:
             torch.nn.init.normal_(parameter, 1.0 if "norm" in parameter_name else 0.0, 0.3)
     return model.eval()
 

@@ -165,6 +165,14 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(title="OLMo 2", attention="Olmo2Attention", norms=("q_norm", "k_norm"), norm_on="width"),
     "granite": Family(title="Granite", attention="GraniteAttention"),
     "smollm3": Family(title="SmolLM3", attention="SmolLM3Attention", rotary_switch="use_rope"),
+    "cohere": Family(
+        title="Command R, Command R+",
+        attention="CohereAttention",
+        interleaved=True,
+        norms=("q_norm", "k_norm"),
+        norm_on="heads",
+        note="Has norms only with `use_qk_norm=True`; without them keys are folded.",
+    ),
     "stablelm": Family(
         title="StableLM",
         attention="StableLmAttention",
