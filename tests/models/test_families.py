@@ -155,7 +155,9 @@ def test_save_and_load(name, tmp_path):
     small, ids = tiny(name), tokens(2, LENGTH)
     compress(small, [ids], EigenAttentionConfig(kv_ratio=0.6, ranks="uniform", rank_multiple=2))
     small.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    # The attention backend is not saved.
+    backend = small.config._attn_implementation
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", attn_implementation=backend)
     assert torch.equal(loaded(ids).logits, small(ids).logits)
     assert [(a.rank_k, a.rank_v) for a in eigen_layers(loaded)] == [(a.rank_k, a.rank_v) for a in eigen_layers(small)]
 

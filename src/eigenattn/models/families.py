@@ -109,6 +109,12 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(title="Qwen 2, Qwen 2.5", attention="Qwen2Attention"),
     "qwen3": Family(title="Qwen 3", attention="Qwen3Attention", norms=("q_norm", "k_norm")),
     "qwen3_moe": Family(title="Qwen 3 MoE", attention="Qwen3MoeAttention", norms=("q_norm", "k_norm")),
+    "gemma2": Family(
+        title="Gemma 2",
+        attention="Gemma2Attention",
+        softcap="attn_logit_softcapping",
+        note="Caps scores, so it needs eager attention, which is its default from transformers 5.21.",
+    ),
     "gemma3_text": Family(
         title="Gemma 3 (text)",
         attention="Gemma3Attention",
