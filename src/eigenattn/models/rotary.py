@@ -12,17 +12,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     Args:
         x: [B, heads, T, D].
         cos, sin: [B or 1, T, width], as transformers' rotary modules give them; dimensions past `width` stay.
-        interleaved: pairs are neighbours, not halves.
+        interleaved: pairs are neighbours, not halves. Angles come in the same order, and arithmetic is in fp32.
     """
     width = cos.shape[-1]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turned, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
     if interleaved:
+        turned = turned.float()  # as Cohere does; families with halves rotate in the model's dtype
         partner = torch.stack([-turned[..., 1::2], turned[..., 0::2]], dim=-1).flatten(-2)
     else:
         first, second = turned.chunk(2, dim=-1)
         partner = torch.cat([-second, first], dim=-1)
-    # In fp32 cosines stay in fp32 (Cohere computes so); in the usual case all dtypes are equal and nothing is cast.
     turned = (turned * cos + partner * sin).to(x.dtype)
     return turned if rest is None else torch.cat([turned, rest], dim=-1)
 

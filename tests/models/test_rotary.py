@@ -1,0 +1,29 @@
+"""Rotation against transformers' own, to the last bit."""
+
+import pytest
+import torch
+from transformers.models.cohere import modeling_cohere
+from transformers.models.llama import modeling_llama
+
+from eigenattn.models.rotary import rotate
+
+HEAD_DIM = 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
+def test_rotate_is_exactly_the_original(interleaved, dtype):
+    config_class, rotary_class, original = (
+        (modeling_cohere.CohereConfig, modeling_cohere.CohereRotaryEmbedding, modeling_cohere.apply_rotary_pos_emb)
+        if interleaved
+        else (modeling_llama.LlamaConfig, modeling_llama.LlamaRotaryEmbedding, modeling_llama.apply_rotary_pos_emb)
+    )
+    rotary = rotary_class(config_class(hidden_size=4 * HEAD_DIM, num_attention_heads=4, num_key_value_heads=2))
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 9, HEAD_DIM, generator=generator).to(dtype)
+    k = torch.randn(2, 2, 9, HEAD_DIM, generator=generator).to(dtype)
+    cos, sin = rotary(q, torch.arange(9)[None])
+    expected = original(q, k, cos, sin)
+    assert torch.equal(rotate(q, cos, sin, interleaved), expected[0])
+    assert torch.equal(rotate(k, cos, sin, interleaved), expected[1])
+    assert rotate(q, cos, sin, interleaved).dtype == dtype

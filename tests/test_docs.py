@@ -1,0 +1,49 @@
+"""Pages that are written from code say what the code does."""
+
+import importlib.util
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from tiny import TINY, random_basis, tiny
+
+from eigenattn.compression.folding import attach, fold
+from eigenattn.models.attention import MAPS
+from eigenattn.models.conversion import convert_attention, eigen_layers
+from eigenattn.models.families import Family
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def generator():
+    spec = importlib.util.spec_from_file_location("generate_families", DOCS / "generate_families.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_families_page_is_up_to_date(generator):
+    committed = generator.PAGE.read_text(encoding="utf-8")
+    assert committed == generator.page(), "run: python docs/generate_families.py"
+
+
+def test_every_column_is_described(generator):
+    assert [line.split("`")[1] for line in generator.columns().splitlines()] == [f.name for f in fields(Family)]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_page_says_what_is_folded(generator, name):
+    model = tiny(name)
+    convert_attention(model)
+    for attention in eigen_layers(model):
+        traits = attention.rotates, attention.normalises, bool(attention.clip)
+        basis = random_basis(attention, 8, centred=False)
+        attach(attention, basis, basis)
+        fold(attention)
+        left = [name.replace("_", " ") for name in MAPS if getattr(attention, name) is not None]
+        assert left == generator.at_run_time(*traits)
+        narrow = [
+            side for side, size in zip(("queries", "keys", "values"), attention.projected, strict=True) if size == 8
+        ]
+        assert [*narrow, "output"] == generator.folded(*traits)
