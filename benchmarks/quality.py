@@ -1,9 +1,10 @@
 """Perplexity and copying against the KV ratio, for every basis, rank rule and window, on one model.
 
-Statistics are collected once for each basis and window and shared by all ratios. Results are written after every cell, and
-a run goes on where an earlier one stopped.
+Statistics are collected once for each basis and window and shared by all ratios. Results are written after every cell,
+and a run goes on where an earlier one stopped.
 
-    python benchmarks/quality.py smollm2 --calibration cal.txt --evaluation eval.txt --out benchmarks/results/smollm2.json \\
+    python benchmarks/quality.py smollm2 --calibration cal.txt --evaluation eval.txt \\
+        --out benchmarks/results/quality-smollm2.json \\
         --cells attention/sensitivity/32 eigen/error_budget/0 --ratios 0.75 0.6 0.5 0.4
 """
 
@@ -36,7 +37,7 @@ from eigenattn.version import versions
 
 @torch.no_grad()
 def copying(model, windows: torch.Tensor) -> float:
-    """Top-1 accuracy on the second copy of each half window, repeated; the first 16 tokens of the copy are not judged."""
+    """Top-1 accuracy on the second copy of half windows, repeated; the first 16 tokens of a copy are not judged."""
     hits = total = 0
     for window in windows:
         half = window[: len(window) // 2]

@@ -21,8 +21,9 @@ One attention module serves all the model types below. What sets them apart is a
 
 Encoders and decoders are folded into the projections where nothing stands between, and cost nothing then. What stands
 between are norms and clipping (the encoder follows them at run time) and rotary positions (the key decoder forms the
-keys before they are rotated). The table shows norms and clipping where a family can have them; notes say where they
-are optional.
+keys before they are rotated). With the exact window nothing is folded, in any family: the full projections stay, and
+encoders and decoders run beside them. The table holds for `window=0`. It shows norms and clipping where a family can
+have them; notes say where they are optional.
 """
 
 RESTRICTIONS = """\

@@ -154,19 +154,22 @@ def sensitivity(problem: RankProblem) -> Ranks:
         for side in zip(alone, tails, start, strict=True)
     ]
     ranks = allot(problem, weights)
-    around, steps = [], []
-    for (rank_k, rank_v), d in zip(ranks, dims, strict=True):
-        low_k, high_k = _neighbours(problem.allowed(d), rank_k)
-        low_v, high_v = _neighbours(problem.allowed(d), rank_v)
-        around.append([(low_k, rank_v), (high_k, rank_v), (rank_k, low_v), (rank_k, high_v)])
-        steps.append([(low_k, high_k), (low_v, high_v)])
-    together = problem.costs.divergences(ranks, around)
+    # One multiple less on each side in turn (one more where there is no less), and, once, the ranks as they are.
+    others = [[_neighbour(problem.allowed(d), rank) for rank in pair] for pair, d in zip(ranks, dims, strict=True)]
+    trials = [
+        [(other_k, rank_v), (rank_k, other_v)]
+        for (other_k, other_v), (rank_k, rank_v) in zip(others, ranks, strict=True)
+    ]
+    trials[0].append(ranks[0])
+    together = problem.costs.divergences(ranks, trials)
+    as_they_are = together[0].pop()
     for layer, costs in enumerate(together):
-        for side, (low, high) in enumerate(steps[layer]):
-            tail = tails[layer][side]
-            gain, change = costs[2 * side] - costs[2 * side + 1], float(tail[low] - tail[high])
-            if gain > 0 and change > 0:
-                weights[layer][side] = math.sqrt(weights[layer][side] * gain / change)
+        for side, cost in enumerate(costs):
+            tail, rank, other = tails[layer][side], ranks[layer][side], others[layer][side]
+            change = float(tail[other] - tail[rank])
+            slope = (cost - as_they_are) / change if change else 0.0
+            if slope > 0:
+                weights[layer][side] = math.sqrt(weights[layer][side] * slope)
     return allot(problem, weights)
 
 
@@ -227,10 +230,10 @@ def _smallest(problem: RankProblem) -> Ranks:
     return [(problem.allowed(s.shape[-1])[0],) * 2 for s in problem.keys]
 
 
-def _neighbours(allowed: list[int], rank: int) -> tuple[int, int]:
-    """The allowed ranks on either side, or the rank itself at an end."""
+def _neighbour(allowed: list[int], rank: int) -> int:
+    """The allowed rank below, or above the lowest one."""
     index = allowed.index(rank)
-    return allowed[max(index - 1, 0)], allowed[min(index + 1, len(allowed) - 1)]
+    return allowed[index - 1] if index else allowed[min(1, len(allowed) - 1)]
 
 
 def _largest_within(problem: RankProblem, choices: Iterable[Ranks]) -> Ranks:

@@ -36,6 +36,8 @@ def convert_attention(model: nn.Module) -> dict[str, nn.Module]:
         raise EigenAttnError(
             f"found no {family.attention} in this {type(model).__name__}: is it an ordinary transformers model?"
         )
+    if any(getattr(original, "is_cross_attention", False) for original in originals.values()):
+        raise EigenAttnError("this model has cross-attention: only decoders of one text are supported.")
     rotary = None
     if family.positions_of(config) == "rotary":
         rotary = next(m for name, m in model.named_modules() if name.split(".")[-1] == "rotary_emb")
