@@ -26,7 +26,7 @@ from eigenattn.calibration.text import load_text, sample_windows, tokenize
 from eigenattn.compression.bases import BASES
 from eigenattn.compression.folding import attach, detach
 from eigenattn.compression.measure import Measurement
-from eigenattn.compression.pipeline import ERROR_TOKENS
+from eigenattn.compression.pipeline import COST_TOKENS
 from eigenattn.compression.ranks import RANK_RULES, RankProblem
 from eigenattn.evaluation.perplexity import perplexity, windows_of
 from eigenattn.models.conversion import convert_attention, eigen_layers
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--evaluation-windows", type=int, default=48)
     parser.add_argument("--copy-windows", type=int, default=8)
     parser.add_argument("--rank-multiple", type=int, default=8)
+    parser.add_argument("--cost-tokens", type=int, default=COST_TOKENS, help="tokens that rank rules measure on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -118,7 +119,7 @@ def main() -> None:
             bases = made[basis, window]
             start = time.perf_counter()
             config = EigenAttentionConfig(kv_ratio=ratio, ranks=rule, rank_multiple=args.rank_multiple, window=window)
-            count = math.ceil(ERROR_TOKENS / args.length)
+            count = math.ceil(args.cost_tokens / args.length)
             costs = Measurement(model, layers, bases, window, batches[:count], bars)
             spectra = [[each.spectrum for each in side] for side in zip(*bases, strict=True)]
             problem = RankProblem(spectra[0], spectra[1], config, costs)

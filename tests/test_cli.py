@@ -13,7 +13,7 @@ from eigenattn.cli import app
 from eigenattn.errors import EigenAttnError
 
 TEXT = "The quick brown fox jumps over the lazy dog; it was not amused. " * 60
-COMPRESS = ["--samples", "4", "--length", "32", "--rank-multiple", "2"]
+COMPRESS = ["--samples", "4", "--length", "48", "--rank-multiple", "2", "--window", "8"]
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ def test_json_round_trip():
 @pytest.mark.parametrize(
     ("given", "ranks"),
     [
-        ({}, "error_budget"),
-        ({"kv_ratio": 0.5}, "error_budget"),
+        ({}, "sensitivity"),
+        ({"kv_ratio": 0.5}, "sensitivity"),
         ({"kv_ratio": 0.5, "ranks": "uniform"}, "uniform"),
         ({"energy": 0.9}, "energy"),
         ({"error_budget": 0.02}, "error_budget"),

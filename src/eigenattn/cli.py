@@ -57,6 +57,11 @@ def _emit(result: dict[str, Any], file: str | None) -> Console:
     return Console(stderr=file == "-")
 
 
+def _at_lengths(found: Any) -> str:
+    ratios = ", ".join(f"{ratio:.3f} at {length:,} tokens" for length, ratio in found.ratio_at.items())
+    return f"With the last {found.window} tokens exact the whole cache is {ratios}." if found.window else ""
+
+
 def _examples(*lines: str) -> str:
     return "**Examples**\n\n" + "\n\n".join(f"`{line}`" for line in lines)
 
@@ -119,7 +124,7 @@ def compress(
     console = _emit(report.to_dict(), json_file)
     console.print(
         f"{out}: {report.bytes_per_token:,} cache bytes a token instead of {report.baseline_bytes_per_token:,} "
-        f"(KV ratio {report.kv_ratio:.3f}), in {sum(report.seconds.values()):.0f} s.",
+        f"(KV ratio {report.kv_ratio:.3f}), in {sum(report.seconds.values()):.0f} s.\n{_at_lengths(report)}",
         highlight=False,
     )
 
@@ -202,7 +207,7 @@ def inspect(model: Model, json_file: Json = None) -> None:
         console.print("This model is not compressed.")
     console.print(
         f"{found.bytes_per_token:,} cache bytes a token of {found.baseline_bytes_per_token:,} "
-        f"(KV ratio {found.kv_ratio:.3f})",
+        f"(KV ratio {found.kv_ratio:.3f})\n{_at_lengths(found)}",
         highlight=False,
     )
     for name, value in found.provenance.items():
@@ -220,7 +225,7 @@ def demo(
     table = Table("", "original", "compressed", title="SmolLM2-135M-Instruct")
     sides = (result.original, result.compressed)
     table.add_row("perplexity (held-out text)", *(f"{side.perplexity:.2f}" for side in sides))
-    table.add_row("cache bytes a token (fp32)", *(f"{side.bytes_per_token:,.0f}" for side in sides))
+    table.add_row("cache bytes of 1,024 tokens (fp32)", *(f"{side.cache_bytes:,}" for side in sides))
     table.add_row("tokens a second", *(f"{side.continuation.tokens_per_second:.1f}" for side in sides))
     console.print(table)
     console.print(f"KV ratio {result.kv_ratio:.3f}. The same prompt, continued by both:\n", highlight=False)

@@ -13,7 +13,7 @@ from .calibration.text import DEFAULT_SOURCE, load_text, tokenize
 from .compression.checkpoint import compress_checkpoint
 from .config import EigenAttentionConfig
 from .errors import EigenAttnError
-from .evaluation.generation import Continuation, continue_prompt
+from .evaluation.generation import Continuation, cache_bytes_used, continue_prompt
 from .evaluation.perplexity import perplexity, windows_of
 from .models.loading import Source, check_new, load_model, load_tokenizer
 from .progress import TokenProgress
@@ -27,10 +27,10 @@ NEW_TOKENS = 48
 
 @dataclass(frozen=True)
 class Side:
-    """One column of the demonstration's table."""
+    """One column of the demonstration's table. Bytes are those allocated for `LENGTH` tokens, window included."""
 
     perplexity: float
-    bytes_per_token: float
+    cache_bytes: int
     continuation: Continuation
 
 
@@ -54,10 +54,11 @@ def _measure(name: str, progress: bool) -> Side:
     windows = windows_of(held_out, EVALUATION_TOKENS, LENGTH)
     with TokenProgress(progress).bar("Evaluating", len(windows)) as bar:
         value = perplexity(model, windows, advance=lambda: bar.advance(0)).value
+    allocated = cache_bytes_used(model, windows[:1])
     continuation = continue_prompt(model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS)
     del model
     gc.collect()
-    return Side(value, continuation.cache_bytes / continuation.cached_tokens, continuation)
+    return Side(value, allocated, continuation)
 
 
 def run_demo(out: Path | None, progress: bool = True) -> Demonstration:
@@ -86,6 +87,6 @@ def run_demo(out: Path | None, progress: bool = True) -> Demonstration:
             progress=progress,
         )
         original, compressed = _measure(MODEL, progress), _measure(str(folder), progress)
-    if compressed.bytes_per_token >= original.bytes_per_token:
+    if compressed.cache_bytes >= original.cache_bytes:
         raise EigenAttnError("the compressed model's cache is not smaller: please report this.")
     return Demonstration(original, compressed, report.kv_ratio, time.perf_counter() - start)

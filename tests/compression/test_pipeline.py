@@ -8,24 +8,33 @@ from tiny import tiny, tokens
 from transformers import DynamicCache
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
-from eigenattn.cache.size import allocated_bytes
+from eigenattn.cache.size import allocated_bytes, cache_bytes
+from eigenattn.compression.bases import BASES
+from eigenattn.compression.ranks import RANK_RULES
 from eigenattn.models.conversion import eigen_layers
 
-SMALL = {"rank_multiple": 2}
+SMALL = {"rank_multiple": 2, "window": 4}
 
 
 def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("ranks", ["uniform", "energy", "error_budget"])
-def test_report_is_what_the_cache_allocates(ranks):
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("basis", sorted(BASES))
+@pytest.mark.parametrize("ranks", sorted(RANK_RULES))
+def test_report_is_what_the_cache_allocates(ranks, basis, window):
     model = tiny("llama")
-    report = compress(model, [tokens(2, 40)], EigenAttentionConfig(kv_ratio=0.6, ranks=ranks, **SMALL))
+    config = EigenAttentionConfig(kv_ratio=0.6, ranks=ranks, basis=basis, rank_multiple=2, window=window)
+    report = compress(model, [tokens(2, 40)], config)
     assert report.kv_ratio <= 0.6
     cache = DynamicCache(config=model.config)
-    model(tokens(2, 10), past_key_values=cache, use_cache=True)
-    assert allocated_bytes(cache) == 2 * 10 * report.bytes_per_token
+    model(tokens(2, 30), past_key_values=cache, use_cache=True)
+    model(tokens(2, 1), past_key_values=cache, use_cache=True)
+    layers = eigen_layers(model)
+    assert allocated_bytes(cache) == 2 * cache_bytes(layers, 4, 31, window)
+    if not window:
+        assert allocated_bytes(cache) == 2 * 31 * report.bytes_per_token
     assert report.kv_ratio == report.bytes_per_token / report.baseline_bytes_per_token
     assert [(a.rank_k, a.rank_v) for a in eigen_layers(model)] == [
         (layer["rank_k"], layer["rank_v"]) for layer in report.layers
@@ -42,7 +51,8 @@ def test_full_rank_is_the_original_to_the_bit():
     assert torch.equal(model(ids).logits, exact)
 
 
-def test_a_model_that_is_low_rank_loses_nothing():
+@pytest.mark.parametrize("basis", sorted(BASES))
+def test_a_model_that_is_low_rank_loses_nothing(basis):
     """Keys, queries and values in half the dimensions of each head: a ratio of a half is then lossless."""
     model = tiny("llama-bias")
     generator = torch.Generator().manual_seed(0)
@@ -57,7 +67,7 @@ def test_a_model_that_is_low_rank_loses_nothing():
                 projection.bias.copy_((by_head @ projection.bias.view(heads, 16, 1)).flatten())
     ids = tokens(4, 40)
     exact = model(ids).logits
-    report = compress(model, [ids], EigenAttentionConfig(kv_ratio=0.5, ranks="uniform", rank_multiple=8))
+    report = compress(model, [ids], EigenAttentionConfig(kv_ratio=0.5, ranks="uniform", basis=basis, window=0))
     assert report.layers == [{"rank_k": 8, "rank_v": 8}] * 3
     torch.testing.assert_close(model(ids).logits, exact, rtol=0, atol=1e-4)
 
@@ -116,6 +126,11 @@ def test_a_batch_that_fails_half_way_leaves_the_model_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         compress(model, failing())
     assert not eigen_layers(model)
+
+
+def test_text_within_the_window_is_refused():
+    with pytest.raises(EigenAttnError, match="20 tokens at most, and the window keeps 32"):
+        compress(tiny("llama"), [tokens(2, 20)], EigenAttentionConfig(kv_ratio=0.6))
 
 
 def test_compressing_twice_is_refused():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio
+from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio, ratio_at
 from ..calibration.statistics import Batch, collect_moments, forward_hidden
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
@@ -28,21 +28,27 @@ from .folding import compress_layer
 from .measure import Measurement
 from .ranks import RANK_RULES, RankProblem, Ranks
 
-# Tokens, from the first batches on, over which errors of truncated layers are measured (chosen: each layer runs again
-# some fifteen times over them).
-ERROR_TOKENS = 2048
+# Tokens, from the first batches on, over which rank rules measure what truncation costs. Each side of each layer runs
+# again over them, twice.
+COST_TOKENS = 2048
 # Batches over which a plain forward pass is timed (chosen: enough to even out the first one's warm-up).
 TIMED_BATCHES = 2
 
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What `compress` did. Bytes are those the cache allocates in the model's dtype, all layers together."""
+    """What `compress` did.
+
+    Bytes are those the cache allocates in the model's dtype for a token outside the window, all layers together, and
+    `kv_ratio` is theirs to the original's. `ratio_at` is the whole cache's, window included, by length in tokens.
+    """
 
     kv_ratio: float
     bytes_per_token: int
     baseline_bytes_per_token: int
     layers: list[dict[str, int]]
+    window: int
+    ratio_at: dict[int, float]
     tokens: int
     seconds: dict[str, float]
     forward_seconds: float
@@ -99,6 +105,11 @@ def compress(
                 bars.batches("Calibrating", stream, total),
                 lambda attention: method.moments(attention, config.window),
             )
+        if config.kv_ratio != 1 and stream.longest <= config.window:
+            raise EigenAttnError(
+                f"the calibration sequences have {stream.longest} tokens at most, and the window keeps {config.window} "
+                "exactly: nothing lies outside. Give longer ones, or a smaller window."
+            )
         with clock.stage("bases"):
             bases = [method.build(sums) for sums in moments]
         with clock.stage("ranks"):
@@ -110,6 +121,8 @@ def compress(
     finally:
         model.train(was_training)
     del originals
+    if all(pair == (attention.head_dim,) * 2 for attention, pair in zip(layers, ranks, strict=True)):
+        config = dataclasses.replace(config, window=0)  # at full rank everything is exact
     with clock.stage("folding"):
         for attention, (keys, values), (rank_k, rank_v) in zip(layers, bases, ranks, strict=True):
             compress_layer(attention, keys.truncate(rank_k), values.truncate(rank_v), config.window)
@@ -119,6 +132,8 @@ def compress(
         bytes_per_token=bytes_per_token(layers, element_size),
         baseline_bytes_per_token=baseline_bytes_per_token(layers, element_size),
         layers=[{"rank_k": rank_k, "rank_v": rank_v} for rank_k, rank_v in ranks],
+        window=config.window,
+        ratio_at=ratio_at(layers, config.window),
         tokens=stream.tokens,
         seconds=clock.seconds,
         forward_seconds=forward_seconds,
@@ -153,14 +168,15 @@ class _Stream:
     def __init__(self, batches: Iterable[Any], device: torch.device) -> None:
         self.batches, self.device = batches, device
         self.kept: list[Batch] = []
-        self.tokens = 0
+        self.tokens = self.longest = 0
 
     def __iter__(self) -> Iterator[Batch]:
         for value in self.batches:
             batch = Batch.of(value, self.device)
-            if self.tokens < ERROR_TOKENS:
+            if self.tokens < COST_TOKENS:
                 self.kept.append(batch)
             self.tokens += batch.tokens
+            self.longest = max(self.longest, batch.input_ids.shape[1])
             yield batch
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..cache.size import allocated_bytes
@@ -26,6 +26,15 @@ class Continuation:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@torch.no_grad()
+def cache_bytes_used(model: nn.Module, ids: Tensor) -> int:
+    """Bytes that the cache holds after reading tokens [B, T], the last of them in a step of its own as in decoding."""
+    cache = DynamicCache(config=model.config)
+    for piece in (ids[:, :-1], ids[:, -1:]):
+        model(piece.to(model.get_input_embeddings().weight.device), past_key_values=cache, use_cache=True)
+    return allocated_bytes(cache)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ def model_card(checkpoint: Any, report: CompressionReport) -> str:
     facts, method = checkpoint.provenance, checkpoint.method
     target = next(f"`{n}={method[n]}`" for n in ("kv_ratio", "error_budget", "energy") if method[n] is not None)
     rows = "\n".join(f"| {i} | {layer['rank_k']} | {layer['rank_v']} |" for i, layer in enumerate(report.layers))
+    at_lengths = ", ".join(f"{ratio:.3f} at {length:,} tokens" for length, ratio in report.ratio_at.items())
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return f"""---
 library_name: transformers
@@ -29,6 +30,7 @@ This is {facts["base_model"]} with Eigen Attention (arXiv 2408.05646): it caches
 | --- | --- | --- |
 | cache bytes a token ({facts["dtype"]}) | {report.bytes_per_token:,} | {report.baseline_bytes_per_token:,} |
 | ratio | {report.kv_ratio:.3f} | 1 |
+| ratio of the whole cache, its window of {report.window} exact tokens included | {at_lengths} | 1 |
 
 ```python
 import eigenattn  # registers the loader
@@ -40,7 +42,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 ## How it was made
 
-- target {target}, basis `{method["basis"]}`, ranks by `{method["ranks"]}` in multiples of {method["rank_multiple"]}
+- target {target}, window {method["window"]}, basis `{method["basis"]}`
+- ranks by `{method["ranks"]}` in multiples of {method["rank_multiple"]}
 - calibrated on {facts["samples"]} windows of {facts["length"]} tokens of {facts["text"]["source"]}
   (SHA-256 {facts["text"]["sha256"]}), seed {facts["seed"]}
 - {versions}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio
+from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio, ratio_at
 from ..models.checkpoint import EigenAttnCheckpointConfig
 from ..models.families import family_of
 from ..models.loading import Source, load_config
@@ -32,6 +32,8 @@ class Inspection:
     head_dim: int
     kv_heads: int
     layers: list[dict[str, int]]
+    window: int
+    ratio_at: dict[int, float]
     method: dict[str, Any]
     provenance: dict[str, Any]
 
@@ -55,6 +57,7 @@ def inspect_checkpoint(name: str) -> Inspection:
     full = {"rank_k": head_dim, "rank_v": head_dim}
     ranks = checkpoint.layers if checkpoint else [full] * text.num_hidden_layers
     layers = [_Layer(kv_heads, head_dim, **pair) for pair in ranks]
+    window = checkpoint.method["window"] if checkpoint else 0
     element_size = (text.dtype or torch.float32).itemsize
     return Inspection(
         model_type=text.model_type,
@@ -65,6 +68,8 @@ def inspect_checkpoint(name: str) -> Inspection:
         head_dim=head_dim,
         kv_heads=kv_heads,
         layers=ranks,
+        window=window,
+        ratio_at=ratio_at(layers, window),
         method=checkpoint.method if checkpoint else {},
         provenance=checkpoint.provenance if checkpoint else {},
     )
