@@ -70,6 +70,12 @@ def test_every_target(base, text, tmp_path, target):
     assert 0 < report["kv_ratio"] <= 1
 
 
+def test_texts_mix_and_the_model_writes_its_own(base, text, tmp_path):
+    run("compress", base, tmp_path / "out", "--text", text, "--text", "self", *COMPRESS)
+    sources = run_json("inspect", tmp_path / "out")["provenance"]["text"]
+    assert [(each["source"], each["sha256"] is None) for each in sources] == [("fox.txt", False), ("self", True)]
+
+
 def test_evaluate(compressed, base, text):
     options = ("--text", text, "--tokens", "256", "--length", "64")
     plain = run_json("evaluate", compressed, "--against", base, *options)
@@ -96,8 +102,8 @@ def test_inspect(compressed, base):
     found = run_json("inspect", compressed)
     assert found["compressed"] is True
     assert len(found["layers"]) == 3
-    assert found["provenance"]["text"]["source"] == "fox.txt"
-    assert len(found["provenance"]["text"]["sha256"]) == 64
+    assert found["provenance"]["text"][0]["source"] == "fox.txt"
+    assert len(found["provenance"]["text"][0]["sha256"]) == 64
     assert "fox.txt" in run("inspect", compressed)
     original = run_json("inspect", base)
     assert original["compressed"] is False
@@ -136,6 +142,7 @@ def test_bad_input_is_one_line(base, text, tmp_path):
     assert "exists already" in fails("compress", base, tmp_path / "exists", "--text", text)
     assert "neither a file nor" in fails("compress", base, out, "--text", "nowhere.txt")
     assert "--samples" in fails("compress", base, out, "--text", tmp_path / "short.txt")
+    assert "cannot be shared" in fails("compress", base, out, "--text", text, "--text", text, "--samples", "1")
     assert "could not be loaded" in fails("compress", tmp_path / "nowhere", out, "--text", text)
     assert "could not be loaded" in fails("inspect", tmp_path / "exists")
     assert "unknown name 'cosine'" in fails("compress", base, out, "--text", text, "--basis", "cosine", *COMPRESS)

