@@ -6,5 +6,6 @@ Importing this package lets `AutoModelForCausalLM.from_pretrained` load the chec
 from .compression.pipeline import CompressionReport, compress
 from .config import EigenAttentionConfig
 from .errors import EigenAttnError
+from .models.bases_file import attach
 
-__all__ = ["CompressionReport", "EigenAttentionConfig", "EigenAttnError", "compress"]
+__all__ = ["CompressionReport", "EigenAttentionConfig", "EigenAttnError", "attach", "compress"]

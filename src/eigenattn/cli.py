@@ -100,6 +100,9 @@ def compress(
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows to draw from the text.")] = 32,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    bases_only: Annotated[
+        bool, typer.Option("--bases-only", help="Write the bases alone, to be attached to the original model.")
+    ] = False,
     dtype: Dtype = None,
     device: Device = None,
     json_file: Json = None,
@@ -124,6 +127,7 @@ def compress(
         seed=seed,
         dtype=dtype,
         device=device,
+        bases_only=bases_only,
         progress=True,
     )
     console = _emit(report.to_dict(), json_file)

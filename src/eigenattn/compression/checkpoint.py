@@ -8,6 +8,8 @@ from typing import Any
 
 from ..calibration.windows import SELF, complete, load_texts, text_windows
 from ..config import EigenAttentionConfig
+from ..errors import EigenAttnError
+from ..models.bases_file import save_bases
 from ..models.loading import Source, check_new, load_model, load_tokenizer, new_folder
 from ..report.card import model_card
 from .pipeline import CompressionReport, compress
@@ -24,6 +26,7 @@ def compress_checkpoint(
     seed: int,
     dtype: str | None = None,
     device: str | None = None,
+    bases_only: bool = False,
     progress: bool = False,
 ) -> CompressionReport:
     """Load a model, compress it on windows of a text, and write it with tokenizer, generation settings and model card.
@@ -34,11 +37,14 @@ def compress_checkpoint(
         texts: text sources (`eigenattn.calibration.text.load_text`); `self` is text the model writes.
         samples, length, seed: how many windows of how many tokens are drawn from the texts, and the draw.
         dtype, device: see `load_model`.
+        bases_only: write the bases alone, to be attached to the base model; needs a window.
 
     Raises:
         EigenAttnError: on any bad input; nothing is written then.
     """
     check_new(out)
+    if bases_only and not config.window:
+        raise EigenAttnError("--bases-only needs a window: without one the bases are folded into the weights.")
     loaded = load_texts(texts)  # before the model, which takes longer to load
     source = Source.of(name)
     tokenizer = load_tokenizer(source)
@@ -58,7 +64,11 @@ def compress_checkpoint(
     }
     report = compress(model, windows.split(1), config, provenance=provenance, progress=progress)
     with new_folder(out) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(model.config.quantization_config, report), encoding="utf-8")
+        if bases_only:
+            save_bases(model, folder)
+        else:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        card = model_card(model.config.quantization_config, report, bases_only)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return report

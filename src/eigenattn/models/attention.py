@@ -121,20 +121,8 @@ class EigenAttention(nn.Module):
             rank_k if folds.key else d,
             rank_v if folds.value else d,
         )
-        old = getattr(self, self.family.qkv[0])
-        factory = {"device": old.weight.device, "dtype": old.weight.dtype}
-        rows = [n * size for n, size in zip((self.heads, self.kv_heads, self.kv_heads), self.projected, strict=True)]
-        offsets = [False, centred and small_k and folds.key, centred and small_v and folds.value]
-        if self.family.fused:
-            rows, offsets = [sum(rows)], [any(offsets)]
-        hidden = self.config.hidden_size
-        for name, out_features, offset in zip(self.family.qkv, rows, offsets, strict=True):
-            old = getattr(self, name)
-            setattr(self, name, like(old, out_features, hidden, old.bias is not None or offset, **factory))
         if not window:
-            old, offset = self.output_projection, centred and small_v
-            new = like(old, hidden, self.heads * rank_v, old.bias is not None or offset, **factory)
-            setattr(self, self.family.output, new)
+            self._resize_projections(centred and small_k, centred and small_v)
         kept = {
             "key_encoder": small_k and not folds.key,
             "key_decoder": small_k and not folds.query,
@@ -143,10 +131,25 @@ class EigenAttention(nn.Module):
             "value_decoder": small_v and window > 0,
             "value_mean": small_v and centred and not folds.value,
         }
+        like_weight = self.output_projection.weight
         for name in (name for name, keep in kept.items() if keep):
             rank = rank_k if name.startswith("key") else rank_v
             shape = (self.kv_heads * d,) if name.endswith("mean") else (self.kv_heads * rank, d)
-            setattr(self, name, nn.Parameter(torch.empty(shape, **factory)))
+            setattr(self, name, nn.Parameter(like_weight.new_empty(shape)))
+
+    def _resize_projections(self, offset_k: bool, offset_v: bool) -> None:
+        """Empty projections of the folded sizes; `offset_k` and `offset_v` say whether means give biases."""
+        family, hidden = self.family, self.config.hidden_size
+        rows = [n * size for n, size in zip((self.heads, self.kv_heads, self.kv_heads), self.projected, strict=True)]
+        offsets = [False, offset_k and self.folds.key, offset_v and self.folds.value]
+        if family.fused:
+            rows, offsets = [sum(rows)], [any(offsets)]
+        shapes = [(out_features, hidden) for out_features in rows] + [(hidden, self.heads * self.rank_v)]
+        names = [*family.qkv, family.output]
+        for name, (out_features, in_features), offset in zip(names, shapes, [*offsets, offset_v], strict=True):
+            old = getattr(self, name)
+            factory = {"device": old.weight.device, "dtype": old.weight.dtype}
+            setattr(self, name, like(old, out_features, in_features, old.bias is not None or offset, **factory))
 
     def project(self, hidden_states: Tensor) -> Heads:
         """Queries [B, H, T, *], keys and values [B, G, T, *], after norms and clipping, before rotation."""

@@ -10,6 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
+from .attention import EigenAttention
 from .conversion import convert_attention, eigen_layers
 
 METHOD = "eigenattn"
@@ -60,6 +61,24 @@ def _is_layer(layer: Any) -> bool:
     return bool(ranks) and all(type(rank) is int and rank > 0 for rank in ranks)
 
 
+def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) -> None:
+    """Give the layers of a converted model the shapes of a checkpoint.
+
+    Raises:
+        EigenAttnError: if its ranks do not fit the model.
+    """
+    if len(layers) != len(config.layers):
+        raise EigenAttnError(
+            f"the checkpoint has ranks for {len(config.layers)} layers, and its model has {len(layers)}."
+        )
+    for index, (attention, ranks) in enumerate(zip(layers, config.layers, strict=True)):
+        if max(ranks.values()) > attention.head_dim:
+            raise EigenAttnError(
+                f"layer {index} of the checkpoint has ranks {ranks}, above the head dimension {attention.head_dim}."
+            )
+        attention.allocate(**ranks, centred=config.centred, window=config.method["window"])
+
+
 @register_quantizer(METHOD)
 class EigenAttnQuantizer(HfQuantizer):
     """Builds the compressed modules before the weights are loaded, and checks them afterwards."""
@@ -67,17 +86,9 @@ class EigenAttnQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        ranks, window = self.quantization_config.layers, self.quantization_config.method["window"]
         convert_attention(model)
         layers = eigen_layers(model)
-        if len(layers) != len(ranks):
-            raise EigenAttnError(f"the checkpoint has ranks for {len(ranks)} layers, and its model has {len(layers)}.")
-        for index, (attention, layer) in enumerate(zip(layers, ranks, strict=True)):
-            if max(layer.values()) > attention.head_dim:
-                raise EigenAttnError(
-                    f"layer {index} of the checkpoint has ranks {layer}, above the head dimension {attention.head_dim}."
-                )
-            attention.allocate(**layer, centred=self.quantization_config.centred, window=window)
+        allocate(layers, self.quantization_config)
         self._shapes = {
             (attention.layer_idx, name): parameter.shape
             for attention in layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import EigenAttnError
+from .bases_file import attach, read_bases_config
 from .families import family_of
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -24,11 +26,12 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: what `from_pretrained` takes."""
+    """Where a model is: what `from_pretrained` takes, and the folder of bases to put on it, if any."""
 
     name: str
     path: str
     gguf_file: str | None = None
+    bases: str | None = None
 
     @classmethod
     def of(cls, name: str) -> Source:
@@ -45,6 +48,12 @@ class Source:
                 )
             folder = Path(package.origin).parent
             return cls(name, str(folder), next(folder.glob("*.gguf")).name)
+        bases = read_bases_config(name)
+        if bases is not None:
+            base_model = bases.provenance.get("base_model")
+            if not isinstance(base_model, str) or base_model == name:
+                raise EigenAttnError(f"{name} does not say which model its bases belong to: use eigenattn.attach.")
+            return dataclasses.replace(cls.of(base_model), name=name, bases=name)
         path = Path(name)
         if path.is_file():
             if path.suffix != ".gguf":
@@ -98,6 +107,8 @@ def load_model(source: Source, dtype: str | None = None, device: str | None = No
         model = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=DTYPES.get(dtype, "auto"), device_map=where, **source.arguments
         )
+    if source.bases is not None:
+        attach(model, source.bases)
     return model.eval()
 
 

@@ -8,7 +8,21 @@ if TYPE_CHECKING:
     from ..compression.pipeline import CompressionReport
 
 
-def model_card(checkpoint: Any, report: CompressionReport) -> str:
+LOAD = """\
+import eigenattn  # registers the loader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
+ATTACH = """\
+import eigenattn
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base_model}")
+eigenattn.attach(model, "path/to/this/folder")"""
+
+
+def model_card(checkpoint: Any, report: CompressionReport, bases_only: bool = False) -> str:
     """Markdown that says what was compressed, how far, on what, and how to load it."""
     facts, method = checkpoint.provenance, checkpoint.method
     target = next(f"`{n}={method[n]}`" for n in ("kv_ratio", "error_budget", "energy") if method[n] is not None)
@@ -17,6 +31,7 @@ def model_card(checkpoint: Any, report: CompressionReport) -> str:
     texts = ", ".join(
         text["source"] + (f" (SHA-256 {text['sha256']})" if text["sha256"] else "") for text in facts["text"]
     )
+    code = ATTACH.format(base_model=facts["base_model"]) if bases_only else LOAD
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return f"""---
 library_name: transformers
@@ -36,11 +51,7 @@ This is {facts["base_model"]} with Eigen Attention (arXiv 2408.05646): it caches
 | ratio of the whole cache, its window of {report.window} exact tokens included | {at_lengths} | 1 |
 
 ```python
-import eigenattn  # registers the loader
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+{code}
 ```
 
 ## How it was made

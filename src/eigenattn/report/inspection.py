@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio, ratio_at
-from ..models.checkpoint import EigenAttnCheckpointConfig
+from ..models.bases_file import read_bases_config
+from ..models.checkpoint import METHOD, EigenAttnCheckpointConfig
 from ..models.families import family_of
 from ..models.loading import Source, load_config
 
@@ -47,13 +48,15 @@ def inspect_checkpoint(name: str) -> Inspection:
     Raises:
         EigenAttnError: if it cannot be read, or its type is not supported.
     """
-    config = load_config(Source.of(name))
+    source = Source.of(name)
+    config = load_config(source)
     family = family_of(config)
     text = config.get_text_config(decoder=True)
     kv_heads, head_dim = family.kv_heads(text), family.head_dim(text)
+    checkpoint = read_bases_config(source.bases) if source.bases else None
     stored = getattr(config, "quantization_config", None)
-    compressed = isinstance(stored, dict) and stored.get("quant_method") == "eigenattn"
-    checkpoint = EigenAttnCheckpointConfig.from_dict(stored) if compressed else None
+    if isinstance(stored, dict) and stored.get("quant_method") == METHOD:
+        checkpoint = EigenAttnCheckpointConfig.from_dict(stored)
     full = {"rank_k": head_dim, "rank_v": head_dim}
     ranks = checkpoint.layers if checkpoint else [full] * text.num_hidden_layers
     layers = [_Layer(kv_heads, head_dim, **pair) for pair in ranks]
@@ -61,7 +64,7 @@ def inspect_checkpoint(name: str) -> Inspection:
     element_size = (text.dtype or torch.float32).itemsize
     return Inspection(
         model_type=text.model_type,
-        compressed=compressed,
+        compressed=checkpoint is not None,
         kv_ratio=kv_ratio(layers),
         bytes_per_token=bytes_per_token(layers, element_size),
         baseline_bytes_per_token=baseline_bytes_per_token(layers, element_size),

@@ -1,0 +1,123 @@
+"""Bases without the model: with a window the original weights stay, and the bases are all there is to keep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..errors import EigenAttnError
+from .attention import MAPS, EigenAttention
+from .checkpoint import EigenAttnCheckpointConfig, allocate, mark_compressed
+from .conversion import convert_attention, eigen_layers, restore_attention
+
+CONFIG_FILE = "eigenattn_config.json"
+BASES_FILE = "eigenattn.safetensors"
+
+
+def save_bases(model: nn.Module, folder: Path) -> None:
+    """Write the bases of a model compressed with a window, and what they belong to.
+
+    Raises:
+        EigenAttnError: if the bases are folded into the weights (`window=0`).
+    """
+    config = model.config.quantization_config
+    if not config.method["window"]:
+        raise EigenAttnError("without a window the bases are folded into the weights: save the whole model.")
+    tensors = {
+        f"layers.{attention.layer_idx}.{name}": getattr(attention, name).detach().cpu().contiguous()
+        for attention in eigen_layers(model)
+        for name in MAPS
+        if getattr(attention, name) is not None
+    }
+    save_file(tensors, folder / BASES_FILE, metadata={"format": "pt"})
+    revision = getattr(model.config, "_commit_hash", None)
+    content = {**config.to_dict(), "base_model_revision": revision}
+    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_bases_config(folder: str) -> EigenAttnCheckpointConfig | None:
+    """What a folder of bases says of itself; None if the folder is something else."""
+    path = Path(folder) / CONFIG_FILE
+    return _read_config(path) if path.is_file() else None
+
+
+def attach(model: nn.Module, bases: str | Path) -> nn.Module:
+    """Put bases on the model they were made for, in place; it then caches latents.
+
+    Args:
+        model: the base model, as `AutoModelForCausalLM.from_pretrained` gives it.
+        bases: a folder that `eigenattn compress --bases-only` wrote, or a hub id.
+
+    Returns:
+        The model.
+
+    Raises:
+        EigenAttnError: if there are no bases, or they do not fit. The model is then as it was.
+    """
+    config = _read_config(_file(bases, CONFIG_FILE))
+    weights = _file(bases, BASES_FILE)
+    originals = convert_attention(model)
+    try:
+        layers = eigen_layers(model)
+        allocate(layers, config)
+        _load(layers, weights)
+    except BaseException:
+        restore_attention(model, originals)
+        raise
+    mark_compressed(model, config)
+    return model
+
+
+def _file(bases: str | Path, name: str) -> Path:
+    if Path(bases).is_dir():
+        path = Path(bases) / name
+        if not path.is_file():
+            raise EigenAttnError(f"{bases} has no {name}: give a folder that `compress --bases-only` wrote.")
+        return path
+    try:
+        return Path(hf_hub_download(str(bases), name))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise EigenAttnError(f"{bases!r} is neither a folder of bases nor a hub id that can be reached.") from error
+
+
+def _read_config(path: Path) -> EigenAttnCheckpointConfig:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = EigenAttnCheckpointConfig.from_dict(values)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise EigenAttnError(f"{path} is not a configuration of bases.") from error
+    if not config.method["window"]:
+        raise EigenAttnError(f"{path} is of a model without a window, whose bases are folded into its weights.")
+    return config
+
+
+def _load(layers: list[EigenAttention], path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for attention in layers:
+                for name in MAPS:
+                    parameter = getattr(attention, name)
+                    if parameter is None:
+                        continue
+                    where = f"layers.{attention.layer_idx}.{name}"
+                    if where not in names:
+                        raise EigenAttnError(f"{path} lacks {where}: is it truncated?")
+                    shape = tuple(file.get_slice(where).get_shape())
+                    if shape != tuple(parameter.shape):
+                        raise EigenAttnError(
+                            f"{where} has shape {shape} in {path}, and this model asks for {tuple(parameter.shape)}: "
+                            "were the bases made for another model?"
+                        )
+                    with torch.no_grad():
+                        parameter.copy_(file.get_tensor(where))
+    except SafetensorError as error:
+        raise EigenAttnError(f"{path} could not be read: {error}") from error
