@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from .calibration.text import DEFAULT_SOURCE, SOURCES
 from .compression.bases import BASES
@@ -246,6 +247,8 @@ def demo(
 
 def main() -> None:
     """Entry point: an `EigenAttnError` is one line on the error stream and exit status 1."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers' own, which would fill a log
     try:
         app()
     except EigenAttnError as error:

@@ -30,7 +30,7 @@ from .ranks import RANK_RULES, RankProblem, Ranks
 
 # Tokens, from the first batches on, over which rank rules measure what truncation costs. Each side of each layer runs
 # again over them, twice.
-COST_TOKENS = 2048
+COST_TOKENS = 1024
 # Batches over which a plain forward pass is timed (chosen: enough to even out the first one's warm-up).
 TIMED_BATCHES = 2
 
