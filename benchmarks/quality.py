@@ -78,7 +78,7 @@ def main() -> None:
 
     results = json.loads(args.out.read_text()) if args.out.exists() else {"cells": {}}
     results |= {
-        "model": args.model,
+        "model": Path(args.model).name,
         "calibration": f"{args.samples} x {args.length} tokens of {load_text(args.calibration).source}",
         "evaluation": f"{len(windows)} x {args.length} tokens of {load_text(args.evaluation).source}",
         "versions": versions(),

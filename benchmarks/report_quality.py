@@ -1,0 +1,121 @@
+"""Write docs/results.md, and its plot, from what `quality.py` measured.
+
+python benchmarks/report_quality.py [--plot]    # the plot needs the extra `plot`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE, PLOT = ROOT / "docs" / "results.md", ROOT / "docs" / "quality.png"
+TITLES = {"smollm2": "SmolLM2-135M-Instruct", "opt-13m": "OPT, 13M", "mpt-12m": "MPT, 12M"}
+METHODS = {
+    "eigen/error_budget/0": "the paper's method",
+    "eigen/uniform/0": "its basis, uniform ranks",
+    "eigen/sensitivity/0": "its basis, our ranks",
+    "attention/sensitivity/0": "our basis and ranks, no window",
+    "eigen/error_budget/32": "the paper's method, window 32",
+    "eigen/uniform/32": "its basis, uniform ranks, window 32",
+    "attention/uniform/32": "our basis, uniform ranks, window 32",
+    "attention/sensitivity/32": "**the default**: our basis and ranks, window 32",
+}
+INTRODUCTION = """\
+<!-- Written by benchmarks/report_quality.py from benchmarks/results/quality-*.json: edit there. -->
+# Results
+
+How much worse does a model predict with a smaller cache? Perplexity on windows of 1,024 tokens, each read on its own,
+in fp32, against the same model uncompressed on the same windows; behind it the standard error of the paired difference
+of log-likelihoods. Copying is the share of tokens guessed right in the second copy of 512 tokens repeated, which
+perplexity hides. "Reached" is the KV ratio of the latents; rank rules keep to the ratio asked for from below. Where there
+is a window, its 32 exact tokens a sequence come on top.
+
+![Increase of perplexity against the KV ratio](quality.png)
+"""
+
+
+def load() -> dict[str, dict]:
+    """Results by model."""
+    return {
+        path.stem.removeprefix("quality-"): json.loads(path.read_text())
+        for path in sorted((ROOT / "benchmarks" / "results").glob("quality-*.json"), reverse=True)
+    }
+
+
+def cells_of(result: dict) -> dict[str, list[dict]]:
+    """Cells by method, each with its `ratio` asked for, falling."""
+    found: dict[str, list[dict]] = {}
+    for key, cell in result["cells"].items():
+        basis, rule, window, multiple, ratio = key.split("/")
+        found.setdefault(f"{basis}/{rule}/{window}", []).append(
+            {**cell, "ratio": float(ratio), "multiple": int(multiple)}
+        )
+    return {name: sorted(rows, key=lambda row: -row["ratio"]) for name, rows in found.items()}
+
+
+def section(name: str, result: dict) -> str:
+    """The table of one model and the command that made it."""
+    base = result["baseline"]
+    lines = [
+        f"## {TITLES.get(name, name)}",
+        "",
+        f"Calibrated on {result['calibration']}, evaluated on {result['evaluation']}. Uncompressed: perplexity "
+        f"{base['perplexity']:.2f}, copying {base['copying']:.1%}. Ranks in multiples of 8. Measured on "
+        f"{result['machine']}, torch {result['versions']['torch']}, transformers {result['versions']['transformers']}.",
+        "",
+        "| method | asked | reached | perplexity | copying |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    cells = cells_of(result)
+    for method, title in METHODS.items():
+        for row in cells.get(method, []):
+            lines.append(
+                f"| {title} | {row['ratio']} | {row['kv_ratio']:.3f} | {row['relative_increase']:+.2%} "
+                f"± {row['standard_error']:.2%} | {row['copying']:.1%} |"
+            )
+    ratios = sorted({row["ratio"] for rows in cells.values() for row in rows}, reverse=True)
+    lines += [
+        "",
+        f"    python benchmarks/quality.py {result['model']} --calibration sotu-calibration.txt \\",
+        f"        --evaluation sotu-evaluation.txt --out benchmarks/results/quality-{name}.json \\",
+        f"        --cells {' '.join(method for method in METHODS if method in cells)} \\",
+        f"        --ratios {' '.join(map(str, ratios))}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def page(results: dict[str, dict]) -> str:
+    return INTRODUCTION + "\n" + "\n".join(section(name, result) for name, result in results.items())
+
+
+def plot(results: dict[str, dict]) -> None:
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(results), figsize=(5 * len(results), 4.2), constrained_layout=True)
+    for panel, (name, result) in zip(panels, results.items(), strict=True):
+        cells = cells_of(result)
+        for method, title in METHODS.items():
+            rows = cells.get(method, [])
+            x, y = [row["kv_ratio"] for row in rows], [max(100 * row["relative_increase"], 0.005) for row in rows]
+            panel.plot(x, y, marker="o", label=title.replace("**", ""))
+        panel.set(title=TITLES.get(name, name), xlabel="KV ratio of the latents", yscale="log")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("increase of perplexity, %")
+    panels[0].legend(fontsize=7)
+    figure.savefig(PLOT, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plot", action="store_true")
+    results = load()
+    if parser.parse_args().plot:
+        plot(results)
+    PAGE.write_text(page(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
