@@ -29,8 +29,8 @@ INTRODUCTION = """\
 How much worse does a model predict with a smaller cache? Perplexity on windows of 1,024 tokens, each read on its own,
 in fp32, against the same model uncompressed on the same windows; behind it the standard error of the paired difference
 of log-likelihoods. Copying is the share of tokens guessed right in the second copy of 512 tokens repeated, which
-perplexity hides. "Reached" is the KV ratio of the latents; rank rules keep to the ratio asked for from below. Where there
-is a window, its 32 exact tokens a sequence come on top.
+perplexity hides. "Reached" is the KV ratio of the latents; rank rules keep to the ratio asked for from below. Where
+there is a window, its 32 exact tokens a sequence come on top.
 
 ![Increase of perplexity against the KV ratio](quality.png)
 """
