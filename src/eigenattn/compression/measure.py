@@ -121,7 +121,8 @@ class Measurement:
                 for batch in self.batches:
                     self._restore()
                     positions = _judged_positions(batch)
-                    tokens += len(positions) * batch.input_ids.shape[0]
+                    rows = batch.input_ids.shape[0]
+                    tokens += rows * len(positions) if batch.valid is None else int(batch.valid[:, positions].sum())
                     exact = self._log_probabilities(batch, positions)
                     for index, pair in enumerate(ranks or []):
                         self._truncate(index, pair)
