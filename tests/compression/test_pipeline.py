@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from tiny import tiny, tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.size import allocated_bytes, cache_bytes
@@ -146,6 +146,12 @@ def test_unknown_model_types_list_the_known_ones():
     model = CTRLLMHeadModel(CTRLConfig(n_layer=1, n_embd=16, n_head=2, dff=16, vocab_size=20))
     with pytest.raises(EigenAttnError, match=r"'ctrl'.*llama.*families\.py"):
         compress(model, [tokens(1, 10) % 20])
+
+
+def test_cross_attention_is_refused():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, add_cross_attention=True))
+    with pytest.raises(EigenAttnError, match="cross-attention"):
+        compress(model, [tokens(1, 40) % 50])
 
 
 def test_a_copy_of_a_compressed_model_is_its_own():

@@ -243,9 +243,10 @@ def test_a_window_over_everything_is_the_original(name):
 
 
 @torch.no_grad()
-def test_attention_weights_are_returned(name):
+@ways
+def test_attention_weights_are_returned(name, folded, window):
     model = tiny(name, attn_implementation="eager")
-    small = with_bases(model, HEAD_DIM, HEAD_DIM)
+    small = with_bases(model, HEAD_DIM, HEAD_DIM, True, folded, window)
     ids = tokens(1, LENGTH)
     ours, theirs = small(ids, output_attentions=True), model(ids, output_attentions=True)
     if name == "falcon-alibi":
@@ -256,3 +257,8 @@ def test_attention_weights_are_returned(name):
         for a, b in zip(ours.attentions, theirs.attentions, strict=True):
             close(a, b)
     close(ours.logits, theirs.logits)
+    cache = DynamicCache(config=small.config)
+    small(ids[:, :-1], past_key_values=cache, use_cache=True)
+    last = small(ids[:, -1:], past_key_values=cache, use_cache=True, output_attentions=True)
+    for a, b in zip(last.attentions, ours.attentions, strict=True):
+        close(a, b[:, :, -1:, -a.shape[-1] :])  # a sliding layer no longer holds the first columns

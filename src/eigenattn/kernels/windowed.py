@@ -45,6 +45,17 @@ def split_masks(
     return chosen.to(dtype).masked_fill(~sees, torch.finfo(dtype).min)
 
 
+def by_column(weights: Tensor, far: int, near: Tensor, columns: int) -> Tensor:
+    """Attention weights over far and near keys side by side [B, H, T, F + N], as weights of tokens [B, H, T, columns].
+
+    Args:
+        near: columns of the near keys [N]; negative ones are empty slots, whose weight is zero.
+    """
+    found = weights.new_zeros(*weights.shape[:-1], columns)
+    found[..., :far] = weights[..., :far]
+    return found.index_add(-1, near.clamp_min(0), weights[..., far:])
+
+
 def attend(
     backend: Callable[..., tuple[Tensor, Tensor | None]],
     q: Tensor,
@@ -57,8 +68,9 @@ def attend(
     query_first: int | Tensor,
     window: int,
     mask: Tensor | None,
+    columns: int,
     **options: Any,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Attention over decoded far keys and exact near ones, in blocks of queries.
 
     Args:
@@ -69,10 +81,11 @@ def attend(
         near_first, query_first: columns of the first near key and of the first query; tensors with a static cache.
         window: W.
         mask: over columns, see `split_masks`.
+        columns: number of columns.
         options: passed on to the backend (scale, dropout, softcap).
 
     Returns:
-        The output [B, H, T, D].
+        The output [B, H, T, D] and, if the backend gives them, the attention weights [B, H, T, columns].
     """
     t, far, device = q.shape[-2], far_keys.shape[-2], q.device
     queries = torch.arange(t, device=device) + query_first
@@ -80,9 +93,10 @@ def attend(
     if t <= QUERY_BLOCK:
         seen = split_masks(queries, far, near, window, mask, q.dtype)
         keys, values = torch.cat([far_keys, near_keys], -2), torch.cat([far_values, near_values], -2)
-        return backend(q, keys, values, mask=seen, **options)[0]
+        out, weights = backend(q, keys, values, mask=seen, **options)
+        return out, None if weights is None else by_column(weights, far, near, columns)
     query_first, near_first = int(query_first), int(near_first)
-    outputs = []
+    outputs, spread = [], []
     for start in range(0, t, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, t)
         # The block's queries are columns query_first + start ..; keys that none of them sees are left out.
@@ -99,8 +113,11 @@ def attend(
         )
         keys = torch.cat([far_keys[:, :, :last_far], near_keys[:, :, near_from:near_to]], dim=-2)
         values = torch.cat([far_values[:, :, :last_far], near_values[:, :, near_from:near_to]], dim=-2)
-        outputs.append(backend(q[:, :, start:stop], keys, values, mask=seen, **options)[0])
-    return torch.cat(outputs, dim=-2)
+        out, weights = backend(q[:, :, start:stop], keys, values, mask=seen, **options)
+        outputs.append(out)
+        if weights is not None:
+            spread.append(by_column(weights, last_far, near[near_from:near_to], columns))
+    return torch.cat(outputs, dim=-2), torch.cat(spread, dim=-2) if spread else None
 
 
 def attend_one(
@@ -115,7 +132,7 @@ def attend_one(
     seen: Tensor,
     scale: float,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One query a row: values are summed as latents, and decoded once by the caller.
 
     Args:
@@ -127,7 +144,8 @@ def attend_one(
         seen: mask over far and near keys side by side, from `split_masks`.
 
     Returns:
-        The far sum [B, H, 1, V], the far weight [B, H, 1, 1] and the near sum [B, H, 1, D].
+        The far sum [B, H, 1, V], the far weight [B, H, 1, 1], the near sum [B, H, 1, D], and the attention weights over
+        far and near keys side by side [B, H, 1, F + N].
     """
     b, h = q.shape[:2]
     g, far = far_keys.shape[1:3]
@@ -148,4 +166,4 @@ def attend_one(
     far_weights, near_weights = weights[..., :far], weights[..., far:]
     far_sum = (by_group(far_weights) @ far_values).reshape(b, h, 1, -1)
     near_sum = (by_group(near_weights) @ near_values).reshape(b, h, 1, -1)
-    return far_sum, far_weights.sum(-1, keepdim=True), near_sum
+    return far_sum, far_weights.sum(-1, keepdim=True), near_sum, weights

@@ -234,7 +234,7 @@ class EigenAttention(nn.Module):
         if self.observer is not None:
             self.observer(self, heads, kwargs)
         if self.window:
-            out, weights = attend_with_window(self, heads, cache, kwargs), None
+            out, weights = attend_with_window(self, heads, cache, kwargs)
         else:
             out, weights = self._attend_to_latents(heads, cache, kwargs)
         out = self.output_projection(out.transpose(1, 2).flatten(2))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..cache.layers import Far, Near, with_window
 from ..kernels import BACKENDS
-from ..kernels.windowed import attend, attend_one, split_masks
+from ..kernels.windowed import attend, attend_one, by_column, split_masks
 from .projections import Heads
 from .rotary import key_positions, rotate
 
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from .attention import EigenAttention
 
 
-def attend_with_window(attention: EigenAttention, heads: Heads, cache: Any, kwargs: dict[str, Any]) -> Tensor:
-    """The attention output [B, H, T, D] of queries, keys and values before rotation.
+def attend_with_window(
+    attention: EigenAttention, heads: Heads, cache: Any, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The attention output [B, H, T, D] of queries, keys and values before rotation, and the weights if eager.
 
     The meaning is the same in prefill and in decoding, with a cache and without one: query m sees keys m - W + 1 .. m
     exactly and all earlier ones through their latents.
@@ -44,10 +46,11 @@ def attend_with_window(attention: EigenAttention, heads: Heads, cache: Any, kwar
     q = rotate(q, *kwargs["position_embeddings"], attention.family.interleaved) if attention.rotates else q
     near_keys = rotate_near(near.keys)
     mask = attention.mask_for(q, columns, kwargs)
+    implementation = "eager" if kwargs.get("output_attentions") else attention.config._attn_implementation
     options = {"scale": attention.scaling, "softcap": attention.softcap}
     if t > 1:
         return attend(
-            BACKENDS.get(attention.config._attn_implementation, BACKENDS["sdpa"]),
+            BACKENDS.get(implementation, BACKENDS["sdpa"]),
             q,
             rotate_far(attention.decode(far.keys, "key")),
             attention.decode(far.values, "value"),
@@ -57,6 +60,7 @@ def attend_with_window(attention: EigenAttention, heads: Heads, cache: Any, kwar
             query_first=near.query,
             window=window,
             mask=mask,
+            columns=columns,
             dropout=attention.dropout if attention.training else 0.0,
             **options,
         )
@@ -68,10 +72,13 @@ def attend_with_window(attention: EigenAttention, heads: Heads, cache: Any, kwar
     query = torch.zeros(1, dtype=torch.int64, device=q.device) + near.query
     columns_near = torch.arange(near_keys.shape[-2], device=q.device) + near.first
     seen = split_masks(query, far_keys.shape[-2], columns_near, window, mask, q.dtype)
-    far_sum, far_weight, near_sum = attend_one(
+    far_sum, far_weight, near_sum, weights = attend_one(
         q, q_far, far_keys, far.values, near_keys, near.values, far_offset=offset, seen=seen, **options
     )
-    return near_sum + attention.decode(far_sum, "value", weight=far_weight)
+    out = near_sum + attention.decode(far_sum, "value", weight=far_weight)
+    if implementation != "eager":
+        return out, None
+    return out, by_column(weights, far_keys.shape[-2], columns_near, columns)
 
 
 def _rotations(attention: EigenAttention, q: Tensor, far: Far, near: Near, columns: int, length: Any, kwargs: dict):
