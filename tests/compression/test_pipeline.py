@@ -148,6 +148,13 @@ def test_unknown_model_types_list_the_known_ones():
         compress(model, [tokens(1, 10) % 20])
 
 
+def test_attention_that_cannot_be_looked_into_is_refused():
+    model = tiny("llama")
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(EigenAttnError, match="sdpa"):
+        compress(model, [tokens(1, 40)])
+
+
 def test_cross_attention_is_refused():
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, add_cross_attention=True))
     with pytest.raises(EigenAttnError, match="cross-attention"):

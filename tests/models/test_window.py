@@ -104,9 +104,8 @@ def test_cropping_what_the_last_update_brought_is_exact(name):
         cache = DynamicCache(config=model.config)
         model(ids[:, :20], past_key_values=cache)
         model(tokens(1, 18, seed=5), past_key_values=cache)
-        cache.crop(-(18 - kept) if kept else -18)
-        # What stays of the wrong continuation is taken back as well.
-        cache.crop(-kept)
+        cache.crop(kept - 18)
+        cache.crop(-kept)  # what stays of the wrong continuation is taken back as well
         assert cache.get_seq_length() == 20
         again = model(ids[:, 20:], past_key_values=cache).logits
         torch.testing.assert_close(again, exact[:, 20:], rtol=0, atol=1e-4)
@@ -133,6 +132,13 @@ def test_static_caches_that_only_slide_are_refused():
     cache = StaticCache(config=model.config, max_cache_len=40)
     with pytest.raises(EigenAttnError, match="dynamic cache"):
         model(tokens(1, 8), past_key_values=cache)
+
+
+def test_other_attention_is_refused():
+    model = small()
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(EigenAttnError, match="sdpa"):
+        model(tokens(1, 8))
 
 
 @torch.no_grad()

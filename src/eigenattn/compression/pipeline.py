@@ -18,6 +18,7 @@ from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio, ra
 from ..calibration.statistics import Batch, collect_moments, forward_hidden
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
+from ..kernels import BACKENDS
 from ..models.attention import EigenAttention
 from ..models.checkpoint import EigenAttnCheckpointConfig, mark_compressed
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
@@ -73,7 +74,7 @@ def compress(
         model: a model as `AutoModelForCausalLM.from_pretrained` gives it.
         batches: calibration text: token-id tensors [B, T], or dictionaries with `input_ids` and `attention_mask`. Any
             iterable; it is read once.
-        config: what to compress to, and how; the default keeps 60% of the cache by the paper's method.
+        config: what to compress to, and how; the default keeps 60% of the cache, and the last 32 tokens exact.
         provenance: facts to keep in the checkpoint (where model and text came from).
         progress: show progress bars on the error stream, if it is a terminal.
 
@@ -88,6 +89,11 @@ def compress(
     for name, table in ((config.basis, BASES), (config.ranks, RANK_RULES)):
         if name not in table:
             raise EigenAttnError(f"unknown name {name!r}: choose one of {', '.join(table)}.")
+    implementation = model.config.get_text_config(decoder=True)._attn_implementation
+    if implementation not in BACKENDS:
+        raise EigenAttnError(
+            f'compressing looks into attention, which {implementation} hides: call model.set_attn_implementation("sdpa").'
+        )
     method = BASES[config.basis]
     clock, bars = _Clock(), TokenProgress(progress)
     was_training = model.training

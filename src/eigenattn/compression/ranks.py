@@ -1,4 +1,4 @@
-"""Choosing ranks: from spectra, measured errors and a target to `(R_k, R_v)` for each layer."""
+"""Choosing ranks: from spectra, measured costs and a target to `(R_k, R_v)` for each layer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from ..errors import EigenAttnError
 
 Ranks = list[tuple[int, int]]
 
-# Step and lowest value of the energy threshold (the paper's step; its code stops where ranks do).
+# Step in which an energy threshold falls (the paper's).
 ENERGY_STEP = 0.02
+# Share of a tail that counts whatever was measured, so that sides measured at nothing are ranked by their tails (chosen).
+TIE = 1e-12
 
 
 class Costs(Protocol):
@@ -199,8 +201,7 @@ def allot(problem: RankProblem, weights: Sequence[Sequence[float]]) -> Ranks:
             return None
         low, high = allowed[chosen[index]], allowed[chosen[index] + 1]
         cost = heads * (high - low)
-        # Where nothing was measured to matter, the tail itself decides.
-        return -(weight * float(tail[low] - tail[high]) + TIE * float(tail[low] - tail[high])) / cost, cost
+        return -(weight + TIE) * float(tail[low] - tail[high]) / cost, cost
 
     queue = [(first[0], index, first[1]) for index in range(len(sides)) if (first := step(index)) is not None]
     heapq.heapify(queue)
@@ -215,9 +216,6 @@ def allot(problem: RankProblem, weights: Sequence[Sequence[float]]) -> Ranks:
             heapq.heappush(queue, (following[0], index, following[1]))
     ranks = [allowed[i] for i, (_, _, allowed, _) in zip(chosen, sides, strict=True)]
     return list(zip(ranks[::2], ranks[1::2], strict=True))
-
-
-TIE = 1e-12
 
 
 def _tail(spectrum: Tensor) -> Tensor:

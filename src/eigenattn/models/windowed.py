@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cache.layers import Far, Near, with_window
+from ..errors import EigenAttnError
 from ..kernels import BACKENDS
 from ..kernels.windowed import attend, attend_one, by_column, split_masks
 from .projections import Heads
@@ -25,6 +26,11 @@ def attend_with_window(
     The meaning is the same in prefill and in decoding, with a cache and without one: query m sees keys m - W + 1 .. m
     exactly and all earlier ones through their latents.
     """
+    implementation = "eager" if kwargs.get("output_attentions") else attention.config._attn_implementation
+    if implementation not in BACKENDS:
+        raise EigenAttnError(
+            f'{implementation} cannot attend with an exact window: load the model with attn_implementation="sdpa".'
+        )
     q, k, v = heads
     window, t = attention.window, q.shape[-2]
     if cache is None:
@@ -46,11 +52,10 @@ def attend_with_window(
     q = rotate(q, *kwargs["position_embeddings"], attention.family.interleaved) if attention.rotates else q
     near_keys = rotate_near(near.keys)
     mask = attention.mask_for(q, columns, kwargs)
-    implementation = "eager" if kwargs.get("output_attentions") else attention.config._attn_implementation
     options = {"scale": attention.scaling, "softcap": attention.softcap}
     if t > 1:
         return attend(
-            BACKENDS.get(implementation, BACKENDS["sdpa"]),
+            BACKENDS[implementation],
             q,
             rotate_far(attention.decode(far.keys, "key")),
             attention.decode(far.values, "value"),
