@@ -134,6 +134,7 @@ def test_static_caches_that_only_slide_are_refused():
         model(tokens(1, 8), past_key_values=cache)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # transformers still passes a flag that PyTorch retires
 def test_other_attention_is_refused():
     model = small()
     model.set_attn_implementation("flex_attention")

@@ -92,7 +92,7 @@ def compress(
     implementation = model.config.get_text_config(decoder=True)._attn_implementation
     if implementation not in BACKENDS:
         raise EigenAttnError(
-            f'compressing looks into attention, which {implementation} hides: call model.set_attn_implementation("sdpa").'
+            f'compressing looks into attention, and {implementation} hides it: load with attn_implementation="sdpa".'
         )
     method = BASES[config.basis]
     clock, bars = _Clock(), TokenProgress(progress)

@@ -18,7 +18,7 @@ Ranks = list[tuple[int, int]]
 
 # Step in which an energy threshold falls (the paper's).
 ENERGY_STEP = 0.02
-# Share of a tail that counts whatever was measured, so that sides measured at nothing are ranked by their tails (chosen).
+# What a tail counts whatever was measured, so that sides measured at nothing are ranked by their tails (chosen).
 TIE = 1e-12
 
 
