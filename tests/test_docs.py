@@ -12,15 +12,27 @@ from eigenattn.models.attention import MAPS
 from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.models.families import Family
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+
+
+def script(path: Path):
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def generator():
-    spec = importlib.util.spec_from_file_location("generate_families", DOCS / "generate_families.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(ROOT / "docs" / "generate_families.py")
+
+
+def test_results_page_is_up_to_date():
+    report = script(ROOT / "benchmarks" / "report_quality.py")
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(report.load()), (
+        "run: python benchmarks/report_quality.py --plot"
+    )
 
 
 def test_families_page_is_up_to_date(generator):
