@@ -136,6 +136,7 @@ def compress(
         f"{out}: {report.bytes_per_token:,} cache bytes a token instead of {report.baseline_bytes_per_token:,} "
         f"(KV ratio {report.kv_ratio:.3f}), in {sum(report.seconds.values()):.0f} s.\n{_at_lengths(report)}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -173,7 +174,7 @@ def evaluate(
     line += f", KV ratio {result.kv_ratio:.3f}"
     if against is not None:
         line += f"; baseline {result.baseline_perplexity:.3f} ({result.relative_increase:+.2%})"
-    console.print(line, highlight=False)
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command(
@@ -201,7 +202,7 @@ def generate(
         seed=seed,
     )
     console = _emit(result.to_dict(), json_file)
-    console.print(prompt + result.text, highlight=False, markup=False)
+    console.print(prompt + result.text, highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command(epilog=_examples("eigenattn inspect smollm2-60", "eigenattn inspect smollm2-60 --json -"))
@@ -219,9 +220,10 @@ def inspect(model: Model, json_file: Json = None) -> None:
         f"{found.bytes_per_token:,} cache bytes a token of {found.baseline_bytes_per_token:,} "
         f"(KV ratio {found.kv_ratio:.3f})\n{_at_lengths(found)}",
         highlight=False,
+        soft_wrap=True,
     )
     for name, value in found.provenance.items():
-        console.print(f"{name}: {value}", highlight=False, markup=False)
+        console.print(f"{name}: {value}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command(epilog=_examples("eigenattn demo", "eigenattn demo --out smollm2-60"))
@@ -238,11 +240,15 @@ def demo(
     table.add_row("cache bytes of 1,024 tokens (fp32)", *(f"{side.cache_bytes:,}" for side in sides))
     table.add_row("tokens a second", *(f"{side.continuation.tokens_per_second:.1f}" for side in sides))
     console.print(table)
-    console.print(f"KV ratio {result.kv_ratio:.3f}. The same prompt, continued by both:\n", highlight=False)
+    console.print(
+        f"KV ratio {result.kv_ratio:.3f}. The same prompt, continued by both:\n", highlight=False, soft_wrap=True
+    )
     for title, side in zip(("original", "compressed"), sides, strict=True):
         console.print(f"[bold]{title}[/bold]")
-        console.print(side.continuation.prompt + side.continuation.text + "\n", highlight=False, markup=False)
-    console.print(f"{result.seconds:.0f} s in all.", highlight=False)
+        console.print(
+            side.continuation.prompt + side.continuation.text + "\n", highlight=False, soft_wrap=True, markup=False
+        )
+    console.print(f"{result.seconds:.0f} s in all.", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
