@@ -48,6 +48,7 @@ class WindowedLayer(CacheLayerMixin):
 
     is_compileable = False
     is_croppable = True
+    _names = ("keys", "values", "window_keys", "window_values")
 
     def __init__(self, window: int, sliding_window: int | None = None) -> None:
         super().__init__()
@@ -57,10 +58,6 @@ class WindowedLayer(CacheLayerMixin):
         self.window_keys: Tensor | None = None
         self.window_values: Tensor | None = None
         self.dropped = 0  # tokens that slid out of sight
-
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return ("keys", "values", "window_keys", "window_values")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device

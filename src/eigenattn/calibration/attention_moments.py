@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.reference import causal_mask
+from ..kernels.reference import cap_and_mask, causal_mask
 from ..models.attention import EigenAttention
 from ..models.projections import Heads, weight_of
 from ..models.rotary import rotate
@@ -88,7 +88,6 @@ class AttentionMoments:
         if attention.rotates:
             log_sum = torch.cat(log_sums, dim=-2)
             self._add_sampled_metric(attention, q_turned, k_turned, mask, column_weight, log_sum, kwargs, valid)
-        self.tokens += k.shape[0] * t if valid is None else int(valid.sum())
 
     @property
     def groups(self) -> int:
@@ -162,8 +161,4 @@ def _scores(attention: EigenAttention, q: Tensor, k: Tensor, mask: Tensor) -> Te
     """Masked scores [B, H, n, s] in fp32, of queries [B, H, n, D] and keys [B, G, s, D]."""
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, G, H/G * n, D]
     scores = (grouped @ k.transpose(-1, -2)).view(*q.shape[:-1], k.shape[-2]).float() * attention.scaling
-    if attention.softcap is not None:
-        scores = attention.softcap * torch.tanh(scores / attention.softcap)
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores + mask
+    return cap_and_mask(scores, mask, attention.softcap)

@@ -37,7 +37,6 @@ class LayerMoments:
         """Add one batch."""
         for sums, x in zip((self.query, self.key, self.value), heads, strict=True):
             sums += second_moment(x, valid, attention.kv_heads)
-        self.tokens += heads.key.shape[0] * heads.key.shape[2] if valid is None else int(valid.sum())
 
 
 def second_moment(x: Tensor, valid: Tensor | None, kv_heads: int) -> Tensor:
@@ -131,6 +130,8 @@ def collect_moments(
         for batch in batches:
             valid = batch.valid
             forward_hidden(model, batch)
+            for sums in moments:
+                sums.tokens += batch.tokens
     finally:
         for attention in layers:
             attention.observer = None

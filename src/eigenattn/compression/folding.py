@@ -44,6 +44,8 @@ def fold(attention: EigenAttention) -> None:
     With a window nothing is folded. Arithmetic is in float64; the new projections have the old ones' dtype. The result
     has the shapes that `EigenAttention.allocate` gives.
     """
+    if attention.window:
+        return
     folds = Heads(
         *(
             fold and encoder is not None
@@ -66,7 +68,7 @@ def fold(attention: EigenAttention) -> None:
             biases = biases._replace(query=(decoder @ biases.query.unsqueeze(-1)).squeeze(-1))
             projected[0] = attention.rank_k
             attention.key_decoder = attention.key_mean = None
-    if attention.value_decoder is not None and not attention.window:
+    if attention.value_decoder is not None:
         _fold_output(attention)
         if folds.value:
             weights, biases = _encoded(attention, weights, biases, "value")

@@ -11,6 +11,15 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
 
 
+def cap_and_mask(scores: Tensor, mask: Tensor | None, softcap: float | None) -> Tensor:
+    """Scores [B, H, T, S] as the softmax takes them; arguments as in `attend`, but None masks nothing."""
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -39,13 +48,9 @@ def attend(
     b, h, t, d = q.shape
     g, s = k.shape[1:3]
     scores = (q.reshape(b, g, (h // g) * t, d) @ k.transpose(-1, -2)).reshape(b, h, t, s) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
     if mask is None and t > 1:
         mask = causal_mask(t, s, q.device)
-    if mask is not None:
-        masked = mask.dtype == torch.bool
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if masked else scores + mask
+    scores = cap_and_mask(scores, mask, softcap)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
     weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
     out = weights.reshape(b, g, (h // g) * t, s) @ v  # [B, G, H/G * T, V]

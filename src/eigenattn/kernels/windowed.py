@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference import cap_and_mask
+
 # Queries attended at a time in prefill (chosen): the exact keys in sight grow with it, and the number of calls falls.
 QUERY_BLOCK = 256
 
@@ -157,11 +159,7 @@ def attend_one(
     if far_offset is not None:
         far_scores = far_scores + far_offset
     near_scores = (by_group(q) @ near_keys.transpose(-1, -2)).reshape(b, h, 1, -1)
-    scores = torch.cat([far_scores, near_scores], dim=-1) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    boolean = seen.dtype == torch.bool
-    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min) if boolean else scores + seen
+    scores = cap_and_mask(torch.cat([far_scores, near_scores], dim=-1) * scale, seen, softcap)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
     far_weights, near_weights = weights[..., :far], weights[..., far:]
     far_sum = (by_group(far_weights) @ far_values).reshape(b, h, 1, -1)

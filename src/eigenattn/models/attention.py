@@ -264,8 +264,7 @@ class EigenAttention(nn.Module):
         return self.decode(out, "value"), weights
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        # Falcon asks its attention for weights whatever the backend; the others have transformers collect them.
-        implementation = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
+        implementation = self.implementation_for(kwargs)
         mask = self.mask_for(q, k.shape[-2], kwargs)
         dropout = self.dropout if self.training else 0.0
         if implementation in BACKENDS:
@@ -282,6 +281,11 @@ class EigenAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS[implementation]
         out, weights = attend(self, widen(q, size), widen(k, size), widen(v, size), mask, **options)
         return out.transpose(1, 2)[..., :size_v], weights
+
+    def implementation_for(self, kwargs: dict[str, Any]) -> str:
+        """Name of the attention backend to use."""
+        # Falcon asks its attention for weights whatever the backend; the others have transformers collect them.
+        return "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
 
     def mask_for(self, q: Tensor, keys: int, kwargs: dict[str, Any]) -> Any:
         """The mask over `keys` keys as the backends take it, with the family's bias on the scores added.

@@ -26,7 +26,7 @@ def attend_with_window(
     The meaning is the same in prefill and in decoding, with a cache and without one: query m sees keys m - W + 1 .. m
     exactly and all earlier ones through their latents.
     """
-    implementation = "eager" if kwargs.get("output_attentions") else attention.config._attn_implementation
+    implementation = attention.implementation_for(kwargs)
     if implementation not in BACKENDS:
         raise EigenAttnError(
             f'{implementation} cannot attend with an exact window: load the model with attn_implementation="sdpa".'
