@@ -47,14 +47,13 @@ def divergence(model, layers, bases, ranks, window, batches):
 
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("name", ["llama", "opt", "gemma3", "bloom"])
-@pytest.mark.parametrize("start", [None, [(8, 12), (6, 10), (14, 4)]], ids=["from the original", "from ranks"])
-def test_divergences_are_those_of_whole_passes(name, window, start):
+def test_divergences_are_those_of_whole_passes(name, window):
     model, layers, bases, costs = measurement(name, window)
     trials = [[(6, 16), (16, 6)], [(4, 12)], [(16, 16), (2, 2)]]
-    found = costs.divergences(start, trials)
+    found = costs.divergences(trials)
     for index, (pairs, values) in enumerate(zip(trials, found, strict=True)):
         for pair, value in zip(pairs, values, strict=True):
-            ranks = list(start or [FULL] * 3)
+            ranks = [FULL] * 3
             ranks[index] = pair
             expected = divergence(model, layers, bases, ranks, window, costs.batches)
             assert value == pytest.approx(expected, rel=1e-3, abs=1e-6)
@@ -63,9 +62,9 @@ def test_divergences_are_those_of_whole_passes(name, window, start):
 def test_nothing_truncated_costs_nothing_and_nothing_is_left_behind():
     model, layers, _, costs = measurement("llama", 5)
     exact = model(tokens(1, 20)).logits
-    for (value,) in costs.divergences(None, [[FULL]] * 3):
+    for (value,) in costs.divergences([[FULL]] * 3):
         assert value == pytest.approx(0, abs=1e-6)
-    costs.divergences([(8, 8)] * 3, [[(4, 4)]] * 3)
+    costs.divergences([[(4, 4)]] * 3)
     costs.layer_errors([[(8, 8)]] * 3)
     assert torch.equal(model(tokens(1, 20)).logits, exact)
     assert all("forward" not in vars(layer) for layer in costs.decoder_layers)
@@ -77,9 +76,9 @@ def test_padding_is_not_judged():
     mask[1, 12:] = 0
     _, _, _, costs = measurement("llama", 0, mask)
     costs.batches = costs.batches[:1]
-    padded = costs.divergences(None, [[(4, 4)], [], []])[0][0]
+    padded = costs.divergences([[(4, 4)], [], []])[0][0]
     costs.batches = [Batch(costs.batches[0].input_ids[:1]), Batch(costs.batches[0].input_ids[1:, :12])]
-    alone = costs.divergences(None, [[(4, 4)], [], []])[0][0]
+    alone = costs.divergences([[(4, 4)], [], []])[0][0]
     assert padded == pytest.approx(alone, rel=1e-3)
 
 

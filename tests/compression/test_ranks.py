@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eigenattn import EigenAttentionConfig, EigenAttnError
-from eigenattn.compression.ranks import RANK_RULES, RankProblem, allot
+from eigenattn.compression.ranks import RANK_RULES, RankProblem, allot, measured_costs
 
 LAYERS, HEADS, DIM = 3, 2, 16
 
@@ -28,7 +28,7 @@ def problem(errors=None, seed=0, **config):
             for layer, (k, v, pairs) in enumerate(zip(*spectra, candidates, strict=True))
         ]
 
-    costs = SimpleNamespace(layer_errors=errors or tail_energy, divergences=lambda ranks, trials: tail_energy(trials))
+    costs = SimpleNamespace(layer_errors=errors or tail_energy, divergences=tail_energy)
     return RankProblem(*spectra, EigenAttentionConfig(**config), costs)
 
 
@@ -90,23 +90,59 @@ def test_a_larger_budget_never_keeps_more():
     assert ratios[0] > ratios[-1]
 
 
+def brute_force(case, costs):
+    """The least total cost within the budget."""
+    pairs = list(itertools.product(case.allowed(DIM), repeat=2))
+    every = (list(choice) for choice in itertools.product(pairs, repeat=LAYERS))
+    return min(total(costs, ranks) for ranks in every if case.ratio(ranks) <= case.config.kv_ratio)
+
+
+def total(costs, ranks):
+    return sum(float(k[r_k] + v[r_v]) for (k, v), (r_k, r_v) in zip(costs, ranks, strict=True))
+
+
 def test_allotting_equals_brute_force():
     for seed in range(20):
         case = problem(seed=seed, kv_ratio=0.5, ranks="sensitivity", rank_multiple=4)
         generator = torch.Generator().manual_seed(seed)
-        weights = torch.rand(LAYERS, 2, generator=generator).pow(3).tolist()
+        drops = torch.rand(LAYERS, 2, DIM, generator=generator).double().pow(3).sort(descending=True).values
+        convex = torch.cat([drops.flip(-1).cumsum(-1).flip(-1), torch.zeros(LAYERS, 2, 1)], dim=-1)
+        costs = [tuple(sides) for sides in convex]
+        assert total(costs, allot(case, costs)) == pytest.approx(brute_force(case, costs))
 
-        def cost(ranks, case=case, weights=weights):
-            return sum(
-                weight * float(spectrum[:, rank:].sum())
-                for spectra, pair, row in zip(zip(case.keys, case.values, strict=True), ranks, weights, strict=True)
-                for spectrum, rank, weight in zip(spectra, pair, row, strict=True)
-            )
 
-        pairs = list(itertools.product(case.allowed(DIM), repeat=2))
-        every = (list(choice) for choice in itertools.product(pairs, repeat=LAYERS))
-        best = min(cost(ranks) for ranks in every if case.ratio(ranks) <= 0.5)
-        assert cost(allot(case, weights)) == pytest.approx(best)
+def test_a_flat_stretch_does_not_hide_the_gain_behind_it():
+    case = problem(kv_ratio=0.5, ranks="sensitivity", rank_multiple=4)
+    flat = torch.zeros(DIM + 1, dtype=torch.float64)
+    # Only the keys of layer 1 cost anything, and nothing is gained before rank 12.
+    steep = torch.where(torch.arange(DIM + 1) < 12, 1.0, 0.0).double()
+    costs = [(flat, flat), (steep, flat), (flat, flat)]
+    assert total(costs, allot(case, costs)) == 0 == brute_force(case, costs)
+
+
+def test_costs_pass_through_what_was_measured():
+    case = problem(kv_ratio=0.5, ranks="sensitivity")
+    asked = []
+    measure = case.costs.divergences
+    case.costs.divergences = lambda trials: asked.append(trials) or measure(trials)
+    costs = measured_costs(case)
+    assert len(asked) == 2
+    for first, second in zip(*asked, strict=True):
+        assert first != second  # the second measurement of a side is at another rank
+    for trials in asked:
+        for pairs, values, (k, v) in zip(trials, measure(trials), costs, strict=True):
+            assert [float(k[pairs[0][0]]), float(v[pairs[1][1]])] == pytest.approx(values)
+    for k, v in costs:
+        assert (k.diff() <= 1e-12).all() and k[-1] == v[-1] == 0
+
+
+def test_sides_that_cost_nothing_are_ranked_by_their_tails():
+    case = problem(kv_ratio=0.5, ranks="sensitivity")
+    case.costs.divergences = lambda trials: [[0.0 for _ in pairs] for pairs in trials]
+    for curves, spectra in zip(measured_costs(case), zip(case.keys, case.values, strict=True), strict=True):
+        for curve, spectrum in zip(curves, spectra, strict=True):
+            assert (curve[:-1] > 0).all()
+            assert float(curve[4] / curve[0]) == pytest.approx(float(spectrum[:, 4:].sum() / spectrum.sum()))
 
 
 def test_sensitivity_meets_the_ratio_closely():

@@ -46,10 +46,6 @@ class Measurement:
         (keys, values), (rank_k, rank_v) = self.bases[index], ranks
         attach(self.layers[index], keys.truncate(rank_k), values.truncate(rank_v), self.window)
 
-    def _restore(self) -> None:
-        for attention in self.layers:
-            detach(attention)
-
     @torch.no_grad()
     def layer_errors(self, candidates: Sequence[Ranks]) -> list[list[float]]:
         """Relative error at each decoder layer's output when its keys and values are truncated.
@@ -101,14 +97,13 @@ class Measurement:
         return [(error / norm).sqrt().tolist() for error, norm in zip(errors, norms, strict=True)]
 
     @torch.no_grad()
-    def divergences(self, ranks: Ranks | None, trials: Sequence[Ranks]) -> list[list[float]]:
-        """What changing one layer at a time costs: the mean KL divergence of predictions from the original's.
+    def divergences(self, trials: Sequence[Ranks]) -> list[list[float]]:
+        """What truncating one layer at a time costs: the mean KL divergence of predictions from the original's.
 
         A layer's trials change nothing before it, so the hidden states that reach it are computed once.
 
         Args:
-            ranks: the truncation all layers start from; None is the original model.
-            trials: for each layer the pairs `(R_k, R_v)` it is given instead.
+            trials: for each layer the pairs `(R_k, R_v)` it is given, all others being at full rank.
 
         Returns:
             For each layer the divergences of its trials, in nats a token.
@@ -119,13 +114,10 @@ class Measurement:
         try:
             with self.bars.bar("Measuring sensitivities", steps) as progress:
                 for batch in self.batches:
-                    self._restore()
                     positions = _judged_positions(batch)
                     rows = batch.input_ids.shape[0]
                     tokens += rows * len(positions) if batch.valid is None else int(batch.valid[:, positions].sum())
                     exact = self._log_probabilities(batch, positions)
-                    for index, pair in enumerate(ranks or []):
-                        self._truncate(index, pair)
                     outputs = self._layer_outputs(batch)
                     for index, pairs in enumerate(trials):
                         with ExitStack() as stack:
@@ -139,12 +131,10 @@ class Measurement:
                                 changed = self._log_probabilities(batch, positions)
                                 sums[index][position] += float((exact.exp() * (exact - changed)).sum())
                                 progress.advance(0)
-                        if ranks is None:
-                            detach(self.layers[index])
-                        else:
-                            self._truncate(index, ranks[index])
+                        detach(self.layers[index])
         finally:
-            self._restore()
+            for attention in self.layers:
+                detach(attention)
         return [[value / tokens for value in values] for values in sums]
 
     def _layer_outputs(self, batch: Batch) -> list[Any]:

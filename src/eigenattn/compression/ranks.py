@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +19,8 @@ Ranks = list[tuple[int, int]]
 
 # Step in which an energy threshold falls (the paper's).
 ENERGY_STEP = 0.02
-# What a tail counts whatever was measured, so that sides measured at nothing are ranked by their tails (chosen).
-TIE = 1e-12
+# What a unit of a tail counts where nothing was measured, so that such sides are ranked by their tails (chosen).
+TIE = 1e-30
 
 
 class Costs(Protocol):
@@ -27,7 +28,7 @@ class Costs(Protocol):
 
     def layer_errors(self, candidates: Sequence[Ranks]) -> list[list[float]]: ...
 
-    def divergences(self, ranks: Ranks | None, trials: Sequence[Ranks]) -> list[list[float]]: ...
+    def divergences(self, trials: Sequence[Ranks]) -> list[list[float]]: ...
 
 
 @dataclass(frozen=True)
@@ -136,86 +137,115 @@ def error_budget(problem: RankProblem) -> Ranks:
 
 
 def sensitivity(problem: RankProblem) -> Ranks:
-    """Spend one byte budget over all layers, keys and values, where a direction is worth most to the model.
-
-    A side's truncation error, its spectrum's tail, costs the model in proportion to a sensitivity. It is first measured
-    on one side at a time, at a uniform truncation, as a KL divergence over the tail; then once more around the ranks
-    which that gives, as the change of the whole compressed model's divergence over the change of the tail. The two
-    estimates meet half way, at their geometric mean.
-    """
+    """Spend one byte budget over all layers, keys and values, where a direction is worth most to the model."""
     if problem.config.kv_ratio is None:
         raise EigenAttnError('ranks="sensitivity" needs a kv_ratio.')
-    start = uniform(problem)
+    return allot(problem, measured_costs(problem))
+
+
+def measured_costs(problem: RankProblem) -> list[tuple[Tensor, Tensor]]:
+    """What truncating each layer's keys, and its values, costs the model at every rank.
+
+    A cost is a KL divergence of the model's predictions, with one side truncated and all others as they were. It is
+    measured twice: at a uniform truncation, then at the ranks which that suggests. In between, the cost of a unit of
+    the spectrum's tail is interpolated on a logarithmic scale, and beyond it stays as it is.
+
+    Returns:
+        For each layer, for keys and for values, the costs at ranks 0 .. D in nats a token, [D + 1].
+    """
     tails = [tuple(_tail(spectrum) for spectrum in pair) for pair in zip(problem.keys, problem.values, strict=True)]
-    dims = [spectrum.shape[-1] for spectrum in problem.keys]
-    alone = problem.costs.divergences(
-        None, [[(rank_k, d), (d, rank_v)] for (rank_k, rank_v), d in zip(start, dims, strict=True)]
-    )
-    weights = [
-        [max(cost, 0.0) / float(tail[rank]) if tail[rank] > 0 else 0.0 for cost, tail, rank in zip(*side, strict=True)]
-        for side in zip(alone, tails, start, strict=True)
-    ]
-    ranks = allot(problem, weights)
-    # One multiple less on each side in turn (one more where there is no less), and, once, the ranks as they are.
-    others = [[_neighbour(problem.allowed(d), rank) for rank in pair] for pair, d in zip(ranks, dims, strict=True)]
-    trials = [
-        [(other_k, rank_v), (rank_k, other_v)]
-        for (other_k, other_v), (rank_k, rank_v) in zip(others, ranks, strict=True)
-    ]
-    trials[0].append(ranks[0])
-    together = problem.costs.divergences(ranks, trials)
-    as_they_are = together[0].pop()
-    for layer, costs in enumerate(together):
-        for side, cost in enumerate(costs):
-            tail, rank, other = tails[layer][side], ranks[layer][side], others[layer][side]
-            change = float(tail[other] - tail[rank])
-            slope = (cost - as_they_are) / change if change else 0.0
-            if slope > 0:
-                weights[layer][side] = math.sqrt(weights[layer][side] * slope)
-    return allot(problem, weights)
+    allowed = [problem.allowed(spectrum.shape[-1]) for spectrum in problem.keys]
+    measured: list[tuple[dict[int, float], dict[int, float]]] = [({}, {}) for _ in tails]
+
+    def curves() -> list[tuple[Tensor, Tensor]]:
+        return [
+            tuple(_interpolated(tail, points) for tail, points in zip(*pair, strict=True))
+            for pair in zip(tails, measured, strict=True)
+        ]
+
+    ranks = uniform(problem)
+    for _ in range(2):
+        chosen = [
+            [_unmeasured(choices, rank, points) for rank, points in zip(pair, sides, strict=True)]
+            for choices, pair, sides in zip(allowed, ranks, measured, strict=True)
+        ]
+        trials = [[(rank_k, top[-1]), (top[-1], rank_v)] for (rank_k, rank_v), top in zip(chosen, allowed, strict=True)]
+        for pair, costs, sides in zip(chosen, problem.costs.divergences(trials), measured, strict=True):
+            for rank, cost, points in zip(pair, costs, sides, strict=True):
+                points[rank] = cost
+        ranks = allot(problem, curves())
+    return curves()
 
 
-def allot(problem: RankProblem, weights: Sequence[Sequence[float]]) -> Ranks:
-    """The ranks of least total weighted tail within the budget, by taking the best step for its bytes again and again.
+def _unmeasured(allowed: list[int], rank: int, measured: dict[int, float]) -> int:
+    """The allowed rank nearest to `rank` that tells something new; full rank costs nothing and tells nothing."""
+    new = [each for each in allowed[:-1] if each not in measured]
+    return min(new, key=lambda each: abs(each - rank), default=allowed[0])
 
-    Tails are convex, for spectra fall, so that with steps of equal cost no other choice is better.
+
+def _interpolated(tail: Tensor, measured: dict[int, float]) -> Tensor:
+    """Costs at all ranks [D + 1] of a side whose tail is [D + 1], from costs measured at some ranks."""
+    weights = {rank: cost / float(tail[rank]) for rank, cost in sorted(measured.items()) if tail[rank] > 0 < cost}
+    if not weights:
+        return tail.cpu().double() * TIE
+    logs = np.interp(range(len(tail)), list(weights), [math.log(weight) for weight in weights.values()])
+    return tail.cpu().double() * torch.from_numpy(logs).exp()
+
+
+def allot(problem: RankProblem, costs: Sequence[tuple[Tensor, Tensor]]) -> Ranks:
+    """The ranks of least total cost within the budget, by taking the best step for its bytes again and again.
+
+    That is exact for costs that are convex in the rank and steps of equal bytes; other costs are replaced by the
+    largest convex curves below them.
 
     Args:
-        weights: for each layer what a unit of its keys' and of its values' tail costs.
+        costs: for each layer the costs of its keys and of its values at ranks 0 .. D, [D + 1].
     """
     sides = []
-    for layer, pair in enumerate(zip(problem.keys, problem.values, strict=True)):
-        for side, spectrum in enumerate(pair):
-            sides.append(
-                (weights[layer][side], _tail(spectrum), problem.allowed(spectrum.shape[-1]), spectrum.shape[0])
-            )
+    for pair in zip(zip(problem.keys, problem.values, strict=True), costs, strict=True):
+        for spectrum, curve in zip(*pair, strict=True):
+            allowed = problem.allowed(spectrum.shape[-1])
+            sides.append((_convex(allowed, curve[allowed].tolist()), allowed, spectrum.shape[0]))
     chosen = [0] * len(sides)
     total = sum(2 * spectrum.numel() for spectrum in problem.keys)
-    left = problem.config.kv_ratio * total * (1 + 1e-12) - sum(heads * allowed[0] for _, _, allowed, heads in sides)
+    left = problem.config.kv_ratio * total * (1 + 1e-12) - sum(heads * allowed[0] for _, allowed, heads in sides)
     if left < 0:
         return _largest_within(problem, [_smallest(problem)])  # raises
 
     def step(index: int) -> tuple[float, int] | None:
-        weight, tail, allowed, heads = sides[index]
-        if chosen[index] + 1 == len(allowed):
+        curve, allowed, heads = sides[index]
+        at = chosen[index]
+        if at + 1 == len(allowed):
             return None
-        low, high = allowed[chosen[index]], allowed[chosen[index] + 1]
-        cost = heads * (high - low)
-        return -(weight + TIE) * float(tail[low] - tail[high]) / cost, cost
+        size = heads * (allowed[at + 1] - allowed[at])
+        return (curve[at + 1] - curve[at]) / size, size
 
     queue = [(first[0], index, first[1]) for index in range(len(sides)) if (first := step(index)) is not None]
     heapq.heapify(queue)
     while queue:
-        _, index, cost = heapq.heappop(queue)
-        if cost > left:
+        _, index, size = heapq.heappop(queue)
+        if size > left:
             continue
-        left -= cost
+        left -= size
         chosen[index] += 1
         following = step(index)
         if following is not None:
             heapq.heappush(queue, (following[0], index, following[1]))
-    ranks = [allowed[i] for i, (_, _, allowed, _) in zip(chosen, sides, strict=True)]
+    ranks = [allowed[i] for i, (_, allowed, _) in zip(chosen, sides, strict=True)]
     return list(zip(ranks[::2], ranks[1::2], strict=True))
+
+
+def _convex(at: list[int], values: list[float]) -> list[float]:
+    """The largest convex curve below points at ascending places, at these places."""
+    hull: list[int] = []
+    for i in range(len(at)):
+        # The last corner goes if it lies on or above the line from the one before it to the new point.
+        while len(hull) > 1 and (values[hull[-1]] - values[hull[-2]]) * (at[i] - at[hull[-2]]) >= (
+            values[i] - values[hull[-2]]
+        ) * (at[hull[-1]] - at[hull[-2]]):
+            hull.pop()
+        hull.append(i)
+    return np.interp(at, [at[i] for i in hull], [values[i] for i in hull]).tolist()
 
 
 def _tail(spectrum: Tensor) -> Tensor:
@@ -226,12 +256,6 @@ def _tail(spectrum: Tensor) -> Tensor:
 
 def _smallest(problem: RankProblem) -> Ranks:
     return [(problem.allowed(s.shape[-1])[0],) * 2 for s in problem.keys]
-
-
-def _neighbour(allowed: list[int], rank: int) -> int:
-    """The allowed rank below, or above the lowest one."""
-    index = allowed.index(rank)
-    return allowed[index - 1] if index else allowed[min(1, len(allowed) - 1)]
 
 
 def _largest_within(problem: RankProblem, choices: Iterable[Ranks]) -> Ranks:
