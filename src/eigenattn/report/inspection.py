@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..cache.packing import Widths
 from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio, ratio_at
 from ..models.bases_file import read_bases_config
-from ..models.checkpoint import METHOD, EigenAttnCheckpointConfig
+from ..models.checkpoint import METHOD, WIDTHS, EigenAttnCheckpointConfig
 from ..models.families import family_of
 from ..models.loading import Source, load_config
 
@@ -19,6 +20,8 @@ class _Layer(NamedTuple):
     head_dim: int
     rank_k: int
     rank_v: int
+    widths_k: Widths | None = None
+    widths_v: Widths | None = None
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Inspection:
     baseline_bytes_per_token: int
     head_dim: int
     kv_heads: int
-    layers: list[dict[str, int]]
+    layers: list[dict[str, Any]]
     window: int
     ratio_at: dict[int, float]
     method: dict[str, Any]
@@ -59,7 +62,10 @@ def inspect_checkpoint(name: str) -> Inspection:
         checkpoint = EigenAttnCheckpointConfig.from_dict(stored)
     full = {"rank_k": head_dim, "rank_v": head_dim}
     ranks = checkpoint.layers if checkpoint else [full] * text.num_hidden_layers
-    layers = [_Layer(kv_heads, head_dim, **pair) for pair in ranks]
+    layers = [
+        _Layer(kv_heads, head_dim, **{name: Widths(*x) if name in WIDTHS else x for name, x in layer.items()})
+        for layer in ranks
+    ]
     window = checkpoint.method["window"] if checkpoint else 0
     element_size = (text.dtype or torch.float32).itemsize
     return Inspection(
