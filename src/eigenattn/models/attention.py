@@ -223,7 +223,10 @@ class EigenAttention(nn.Module):
         return offset, step, self.widths_k if side == "key" else self.widths_v
 
     def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What the cache holds of keys and values [B, G, T, D]: latents [B, G, T, R], or bytes of packed codes."""
+        """What the cache holds of keys and values [B, G, T, D]: latents [B, G, T, R], or bytes of packed codes.
+
+        Bytes carry no gradients: quantised models are trained without a cache.
+        """
         latents = self.encode(keys, values)
         return (
             latents if self.widths_k is None else (self._packed(latents[0], "key"), self._packed(latents[1], "value"))
