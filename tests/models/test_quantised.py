@@ -16,7 +16,7 @@ from eigenattn.cache.size import allocated_bytes, bytes_per_token, cache_bytes
 from eigenattn.compression.folding import compress_layer, detach
 from eigenattn.models.attention import QUANTISERS
 from eigenattn.models.bases_file import save_bases
-from eigenattn.models.checkpoint import EigenAttnCheckpointConfig, mark_compressed
+from eigenattn.models.checkpoint import EigenAttnCheckpointConfig, layer_entry, mark_compressed
 from eigenattn.models.conversion import convert_attention, eigen_layers
 
 NAMES = [name for name in TINY if name not in ("mixtral", "qwen3_moe")]  # their experts know no float64
@@ -168,10 +168,7 @@ def test_half_precision(dtype):
 
 
 def marked(model, window):
-    layers = [
-        {"rank_k": a.rank_k, "rank_v": a.rank_v, "widths_k": list(a.widths_k), "widths_v": list(a.widths_v)}
-        for a in eigen_layers(model)
-    ]
+    layers = [layer_entry(attention) for attention in eigen_layers(model)]
     mark_compressed(model, EigenAttnCheckpointConfig(layers, True, {"window": window}))
     return model
 

@@ -136,15 +136,20 @@ def error_budget(problem: RankProblem) -> Ranks:
 
 
 def sensitivity(problem: RankProblem) -> Ranks:
-    """Spend one byte budget over all layers, keys and values, where a direction is worth most to the model.
+    """Spend one byte budget over all layers, keys and values, where a direction is worth most to the model."""
+    if problem.config.kv_ratio is None:
+        raise EigenAttnError('ranks="sensitivity" needs a kv_ratio.')
+    return allot(problem, sensitivities(problem))
+
+
+def sensitivities(problem: RankProblem) -> list[list[float]]:
+    """What a unit of its keys' and of its values' tail costs the model, for each layer, near the problem's KV ratio.
 
     A side's truncation error, its spectrum's tail, costs the model in proportion to a sensitivity. It is first measured
     on one side at a time, at a uniform truncation, as a KL divergence over the tail; then once more around the ranks
     which that gives, as the change of the whole compressed model's divergence over the change of the tail. The two
     estimates meet half way, at their geometric mean.
     """
-    if problem.config.kv_ratio is None:
-        raise EigenAttnError('ranks="sensitivity" needs a kv_ratio.')
     start = uniform(problem)
     tails = [tuple(_tail(spectrum) for spectrum in pair) for pair in zip(problem.keys, problem.values, strict=True)]
     dims = [spectrum.shape[-1] for spectrum in problem.keys]
@@ -172,7 +177,7 @@ def sensitivity(problem: RankProblem) -> Ranks:
             slope = (cost - as_they_are) / change if change else 0.0
             if slope > 0:
                 weights[layer][side] = math.sqrt(weights[layer][side] * slope)
-    return allot(problem, weights)
+    return weights
 
 
 def allot(problem: RankProblem, weights: Sequence[Sequence[float]]) -> Ranks:
@@ -193,7 +198,7 @@ def allot(problem: RankProblem, weights: Sequence[Sequence[float]]) -> Ranks:
     total = sum(2 * spectrum.numel() for spectrum in problem.keys)
     left = problem.config.kv_ratio * total * (1 + 1e-12) - sum(heads * allowed[0] for _, _, allowed, heads in sides)
     if left < 0:
-        return _largest_within(problem, [_smallest(problem)])  # raises
+        return _largest_within(problem, [smallest(problem)])  # raises
 
     def step(index: int) -> tuple[float, int] | None:
         weight, tail, allowed, heads = sides[index]
@@ -224,7 +229,8 @@ def _tail(spectrum: Tensor) -> Tensor:
     return torch.cat([total.flip(0).cumsum(0).flip(0), total.new_zeros(1)])
 
 
-def _smallest(problem: RankProblem) -> Ranks:
+def smallest(problem: RankProblem) -> Ranks:
+    """The smallest ranks allowed."""
     return [(problem.allowed(s.shape[-1])[0],) * 2 for s in problem.keys]
 
 

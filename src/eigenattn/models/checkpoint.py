@@ -62,6 +62,14 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         self.format_version = format_version
 
 
+def layer_entry(attention: EigenAttention) -> dict[str, Any]:
+    """What the configuration says of a layer: its ranks, and its widths if it is quantised."""
+    entry: dict[str, Any] = {name: getattr(attention, name) for name in RANKS}
+    if attention.widths_k is not None:
+        entry |= {name: list(getattr(attention, name)) for name in WIDTHS}
+    return entry
+
+
 def _is_layer(layer: Any) -> bool:
     if not isinstance(layer, dict):
         return False

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..cache.packing import Widths
-from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio, ratio_at
+from ..cache.size import baseline_bytes_per_token, bytes_of_layer, bytes_per_token, kv_ratio, ratio_at
 from ..models.bases_file import read_bases_config
 from ..models.checkpoint import METHOD, WIDTHS, EigenAttnCheckpointConfig
 from ..models.families import family_of
@@ -26,7 +26,10 @@ class _Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Inspection:
-    """Ranks by layer, cache bytes a token in the checkpoint's dtype, and provenance; originals are at full rank."""
+    """Ranks and widths by layer, cache bytes a token in the checkpoint's dtype, and provenance.
+
+    Originals are at full rank. `widths_k` and `widths_v` count the channels of 8, 4 and 2 bits of quantised latents.
+    """
 
     model_type: str
     compressed: bool
@@ -36,6 +39,7 @@ class Inspection:
     head_dim: int
     kv_heads: int
     layers: list[dict[str, Any]]
+    bytes_by_layer: list[int]
     window: int
     ratio_at: dict[int, float]
     method: dict[str, Any]
@@ -77,6 +81,7 @@ def inspect_checkpoint(name: str) -> Inspection:
         head_dim=head_dim,
         kv_heads=kv_heads,
         layers=ranks,
+        bytes_by_layer=[bytes_of_layer(layer, element_size) for layer in layers],
         window=window,
         ratio_at=ratio_at(layers, window),
         method=checkpoint.method if checkpoint else {},
