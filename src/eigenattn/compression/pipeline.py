@@ -27,15 +27,12 @@ from ..version import versions
 from .bases import BASES, Basis
 from .folding import compress_layer
 from .measure import Measurement
-from .quantise import quantise_bases
+from .quantise import equivalent_ratio, fit_quantisers, quantise_bases
 from .ranks import RANK_RULES, RankProblem, sensitivities, smallest
 
 # Tokens, from the first batches on, over which rank rules measure what truncation costs. Each side of each layer runs
 # again over them, twice.
 COST_TOKENS = 1024
-# The KV ratio near which sensitivities are measured for quantised latents, `RATIO_AT_0 + RATIO_PER_BIT * bits` (chosen:
-# truncation that costs SmolLM2 about as much as so many bits; 0.76 costs it what 4.5 do, 0.5 what 2.5 do).
-RATIO_AT_0, RATIO_PER_BIT = 0.2, 0.125
 # Batches over which a plain forward pass is timed (chosen: enough to even out the first one's warm-up).
 TIMED_BATCHES = 2
 
@@ -177,18 +174,13 @@ def _choose(
             (keys.truncate(rank_k), values.truncate(rank_v))
             for (keys, values), (rank_k, rank_v) in zip(bases, ranks, strict=True)
         ]
-    ratio = max(RATIO_AT_0 + RATIO_PER_BIT * config.bits_per_element, problem.ratio(smallest(problem)))
-    near = dataclasses.replace(config, bits_per_element=None, kv_ratio=min(ratio, 0.9))
-    return quantise_bases(
-        model,
-        layers,
-        bases,
-        bars.batches("Fitting quantisers", stream.again(), stream.count),
-        sensitivities(dataclasses.replace(problem, config=near)),
-        window=config.window,
-        bits_per_element=config.bits_per_element,
-        multiple=config.rank_multiple,
+    fitted = fit_quantisers(
+        model, layers, bases, bars.batches("Fitting quantisers", stream.again(), stream.count), config.window
     )
+    ratio = max(equivalent_ratio(config.bits_per_element), problem.ratio(smallest(problem)))
+    near = dataclasses.replace(config, bits_per_element=None, kv_ratio=ratio)
+    weights = sensitivities(dataclasses.replace(problem, config=near))
+    return quantise_bases(layers, bases, fitted, weights, config.bits_per_element, config.rank_multiple)
 
 
 class _Stream:
