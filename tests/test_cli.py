@@ -98,6 +98,21 @@ def test_generate(compressed):
     assert sampled[0] == sampled[1]
 
 
+def test_quantised_latents(base, text, tmp_path):
+    options = ("--text", text, "--samples", "4", "--length", "64", "--window", "4", "--rank-multiple", "4")
+    run("compress", base, tmp_path / "out", "--bits-per-element", "3", *options)
+    run("compress", base, tmp_path / "bases", "--bits-per-element", "3", "--bases-only", *options)
+    for folder in (tmp_path / "out", tmp_path / "bases"):
+        found = run_json("inspect", folder)
+        assert 2.5 < found["kv_ratio"] * 16 <= 3
+        assert sum(found["bytes_by_layer"]) == found["bytes_per_token"]
+        assert all(sum(layer["widths_k"]) == layer["rank_k"] for layer in found["layers"])
+        assert "keys of 8, 4, 2 bits" in (folder / "README.md").read_text()
+    assert "bits" in run("inspect", tmp_path / "out")
+    whole, attached = (run("generate", tmp_path / name, "The quick brown") for name in ("out", "bases"))
+    assert whole == attached
+
+
 def test_inspect(compressed, base):
     found = run_json("inspect", compressed)
     assert found["compressed"] is True

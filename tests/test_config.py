@@ -16,6 +16,7 @@ def test_json_round_trip():
         ({"kv_ratio": 0.5, "ranks": "uniform"}, "uniform"),
         ({"energy": 0.9}, "energy"),
         ({"error_budget": 0.02}, "error_budget"),
+        ({"bits_per_element": 3}, "sensitivity"),
     ],
 )
 def test_target_implies_the_rule(given, ranks):
@@ -39,6 +40,11 @@ def test_default_target():
         {"rank_multiple": 0},
         {"kv_ratio": 0.5, "energy": 0.9},
         {"energy": 0.9, "ranks": "uniform"},
+        {"bits_per_element": 0},
+        {"bits_per_element": 9},
+        {"bits_per_element": 3, "kv_ratio": 0.5},
+        {"bits_per_element": 3, "ranks": "uniform"},
+        {"bits_per_element": 3, "basis": "eigen"},
         {"version": 99},
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from eigenattn.compression.bases import Basis
+from eigenattn.cache.packing import BITS, Widths
+from eigenattn.compression.bases import Basis, Quantiser
 from eigenattn.models.attention import EigenAttention
 
 VOCABULARY = 128
@@ -173,6 +175,15 @@ def random_basis(attention: EigenAttention, rank: int, centred: bool, seed: int 
     decoder = torch.linalg.inv(encoder)
     mean = torch.randn(g, d, generator=generator, dtype=torch.float64) if centred else None
     return Basis(encoder[..., :rank], decoder[:, :rank], torch.ones(g, d), mean)
+
+
+def quantised_basis(attention: EigenAttention, widths: Widths, centred: bool, seed: int = 0) -> Basis:
+    """An arbitrary basis of quantised latents; ranges are about as wide as the tiny models' latents."""
+    basis = random_basis(attention, widths.channels, centred, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    top = torch.tensor([2**bits - 1 for bits, count in zip(BITS, widths, strict=True) for _ in range(count)])
+    low, high = (3 + 2 * torch.rand(2, attention.kv_heads, len(top), generator=generator)).unbind()
+    return dataclasses.replace(basis, quantiser=Quantiser(-low, (low + high) / top, widths))
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

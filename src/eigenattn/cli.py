@@ -70,6 +70,7 @@ def _examples(*lines: str) -> str:
     epilog=_examples(
         "eigenattn compress smollm2 smollm2-60 --kv-ratio 0.6",
         "eigenattn compress meta-llama/Llama-3.1-8B llama-50 --kv-ratio 0.5 --text wikitext2 --dtype bfloat16",
+        "eigenattn compress smollm2 smollm2-3-bits --bits-per-element 3",
         "eigenattn compress ./my-model ./my-model-small --text prompts.jsonl --text self --length 4096",
         "eigenattn compress smollm2 papers-way --basis eigen --ranks error_budget --window 0",
     )
@@ -85,6 +86,10 @@ def compress(
     ] = None,
     energy: Annotated[
         float | None, typer.Option(help="Instead of a ratio: share of squared singular values to keep, in (0, 1].")
+    ] = None,
+    bits_per_element: Annotated[
+        float | None,
+        typer.Option(help="Instead of a ratio: quantised latents, of so many bits an element of the original (of 16)."),
     ] = None,
     basis: Annotated[str, typer.Option(help=f"One of {', '.join(BASES)}.")] = "attention",
     ranks: Annotated[
@@ -113,6 +118,7 @@ def compress(
         kv_ratio=kv_ratio,
         error_budget=error_budget,
         energy=energy,
+        bits_per_element=bits_per_element,
         basis=basis,
         ranks=ranks,
         rank_multiple=rank_multiple,
@@ -207,12 +213,17 @@ def generate(
 
 @app.command(epilog=_examples("eigenattn inspect smollm2-60", "eigenattn inspect smollm2-60 --json -"))
 def inspect(model: Model, json_file: Json = None) -> None:
-    """Show ranks by layer, cache bytes a token and provenance, without loading weights."""
+    """Show ranks, bits and cache bytes a token by layer, and provenance, without loading weights."""
     found = inspect_checkpoint(model)
     console = _emit(found.to_dict(), json_file)
-    table = Table("layer", "rank of keys", "rank of values", title=f"{model} ({found.model_type}), of {found.head_dim}")
-    for index, layer in enumerate(found.layers):
-        table.add_row(str(index), str(layer["rank_k"]), str(layer["rank_v"]))
+    columns = ["layer", "rank of keys", "rank of values", "bytes a token"]
+    quantised = any("widths_k" in layer for layer in found.layers)
+    if quantised:
+        columns[3:3] = ["keys of 8, 4, 2 bits", "values of 8, 4, 2 bits"]
+    table = Table(*columns, title=f"{model} ({found.model_type}), of {found.head_dim}")
+    for index, (layer, size) in enumerate(zip(found.layers, found.bytes_by_layer, strict=True)):
+        widths = [", ".join(map(str, layer[name])) for name in ("widths_k", "widths_v")] if quantised else []
+        table.add_row(str(index), str(layer["rank_k"]), str(layer["rank_v"]), *widths, f"{size:,}")
     console.print(table)
     if not found.compressed:
         console.print("This model is not compressed.")

@@ -11,6 +11,7 @@ from .errors import EigenAttnError
 
 CONFIG_VERSION = 1
 DEFAULT_KV_RATIO = 0.6
+TARGETS = ("kv_ratio", "error_budget", "energy", "bits_per_element")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,16 +20,19 @@ class EigenAttentionConfig:
 
     The paper's own method is `basis="eigen", ranks="error_budget", window=0`.
 
-    One of the three targets is given; with none of them, `kv_ratio` is 0.6.
+    One of the four targets is given; with none of them, `kv_ratio` is 0.6.
 
     Args:
         kv_ratio: bytes of the compressed cache over those of the original at 16 bits, in (0, 1]. The rank rule is
             searched for the largest cache that does not exceed it. 1.0 keeps full rank.
         error_budget: relative error allowed at the output of each decoder layer; implies `ranks="error_budget"`.
         energy: share of the squared singular values kept in each head, in (0, 1]; implies `ranks="energy"`.
+        bits_per_element: quantised latents, of so many bits for each element of the original cache (which has 16), in
+            (0, 8]. Ranks and bits are one choice, weighed by `sensitivity`; needs `basis="attention"`.
         basis: name of the basis (`eigenattn.compression.bases.BASES`): `attention`, or the paper's `eigen`.
         ranks: name of the rank rule (`eigenattn.compression.ranks.RANK_RULES`); `sensitivity` for a KV ratio.
-        rank_multiple: ranks are multiples of this, or the full head dimension.
+        rank_multiple: ranks are multiples of this, or the full head dimension; of quantised latents so are the channels
+            of each width.
         window: how many of the last tokens are kept exactly, W; 0 is the paper's method.
         version: version of this configuration's format.
 
@@ -39,6 +43,7 @@ class EigenAttentionConfig:
     kv_ratio: float | None = None
     error_budget: float | None = None
     energy: float | None = None
+    bits_per_element: float | None = None
     basis: str = "attention"
     ranks: str | None = None
     rank_multiple: int = 8
@@ -46,7 +51,7 @@ class EigenAttentionConfig:
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
-        targets = {name: getattr(self, name) for name in ("kv_ratio", "error_budget", "energy")}
+        targets = {name: getattr(self, name) for name in TARGETS}
         given = [name for name, value in targets.items() if value is not None]
         if len(given) > 1:
             raise EigenAttnError(f"{' and '.join(given)} were given together: choose one target.")
@@ -61,6 +66,12 @@ class EigenAttentionConfig:
             raise EigenAttnError(f"energy must lie in (0, 1], not {self.energy}: 0.95 keeps 95% of the energy.")
         if self.error_budget is not None and self.error_budget <= 0:
             raise EigenAttnError(f"error_budget must be above 0, not {self.error_budget}: 0.02 allows 2% a layer.")
+        if self.bits_per_element is not None and not 0 < self.bits_per_element <= 8:
+            raise EigenAttnError(
+                f"bits_per_element must lie in (0, 8], not {self.bits_per_element}: 3 keeps 3 bits of 16 on average."
+            )
+        if self.bits_per_element is not None and self.basis != "attention":
+            raise EigenAttnError(f"bits_per_element goes with basis='attention', not {self.basis!r}.")
         if not isinstance(self.rank_multiple, int) or self.rank_multiple < 1:
             raise EigenAttnError(f"rank_multiple must be a whole number of at least 1, not {self.rank_multiple!r}.")
         if not isinstance(self.window, int) or self.window < 0:
@@ -70,11 +81,13 @@ class EigenAttentionConfig:
                 f"this configuration has version {self.version}, and this eigenattn reads version {CONFIG_VERSION}: "
                 "install the eigenattn that wrote it."
             )
-        implied = "error_budget" if self.error_budget is not None else "energy" if self.energy is not None else None
+        rules = {"error_budget": "error_budget", "energy": "energy", "bits_per_element": "sensitivity"}
+        target = next((name for name in rules if targets[name] is not None), None)
+        implied = rules.get(target)
         if self.ranks is None:
             object.__setattr__(self, "ranks", implied or "sensitivity")
         elif implied is not None and self.ranks != implied:
-            raise EigenAttnError(f"{implied}={targets[implied]} goes with ranks={implied!r}, not {self.ranks!r}.")
+            raise EigenAttnError(f"{target}={targets[target]} goes with ranks={implied!r}, not {self.ranks!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""

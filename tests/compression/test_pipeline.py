@@ -20,6 +20,7 @@ def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("basis", sorted(BASES))
 @pytest.mark.parametrize("ranks", sorted(RANK_RULES))

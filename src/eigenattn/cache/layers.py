@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer, StaticLayer
 
 from ..errors import EigenAttnError
+from .store import Store
 
+# Exact keys and values [B, G, n, D] to what is stored of them, [B, G, n, width]: latents, or bytes of packed codes.
 Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Tokens of the last update that stay exact beyond the window, so that they can be taken back without loss (chosen: more
@@ -19,10 +21,10 @@ ROLLBACK = 32
 
 
 class Far(NamedTuple):
-    """Latents of all tokens that some current query sees from outside its window: column n is token n of the mask."""
+    """All tokens that some current query sees from outside its window, as stored: column n is token n of the mask."""
 
-    keys: Tensor  # [B, G, F, R_k]
-    values: Tensor  # [B, G, F, R_v]
+    keys: Tensor  # [B, G, F, R_k], or packed [B, G, F, bytes]
+    values: Tensor  # [B, G, F, R_v], or packed [B, G, F, bytes]
 
 
 class Near(NamedTuple):
@@ -35,7 +37,7 @@ class Near(NamedTuple):
 
 
 class WindowedLayer(CacheLayerMixin):
-    """Grows with the text: latents `keys`, `values`, and exact `window_keys`, `window_values`.
+    """Grows with the text: latents `keys`, `values`, plain or packed, and exact `window_keys`, `window_values`.
 
     After an update of T tokens it holds latents of all but the last `window` tokens, and the last `window + T` tokens
     exactly, T being counted up to `ROLLBACK`: so `crop` takes back what the last update brought without loss. Where
@@ -48,7 +50,6 @@ class WindowedLayer(CacheLayerMixin):
 
     is_compileable = False
     is_croppable = True
-    _names = ("keys", "values", "window_keys", "window_values")
 
     def __init__(self, window: int, sliding_window: int | None = None) -> None:
         super().__init__()
@@ -57,6 +58,7 @@ class WindowedLayer(CacheLayerMixin):
         self.is_sliding = sliding_window is not None
         self.window_keys: Tensor | None = None
         self.window_values: Tensor | None = None
+        self._stores: tuple[Store, ...] = ()
         self.dropped = 0  # tokens that slid out of sight
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -68,20 +70,22 @@ class WindowedLayer(CacheLayerMixin):
         """Add exact keys and values [B, G, T, D] and return what the current queries may look at: `Far`, `Near`.
 
         Args:
-            encode: maps exact keys and values to latents.
+            encode: maps exact keys and values to what is stored of them.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = encode(self.window_keys, self.window_values)
+            self._stores = tuple(Store(empty) for empty in encode(self.window_keys, self.window_values))
+            self._show()
         new, held, latents = key_states.shape[-2], self.window_keys.shape[-2], self.keys.shape[-2]
         seen = self._held_tokens()
         near_keys = torch.cat([self.window_keys, key_states], dim=-2)
         near_values = torch.cat([self.window_values, value_states], dim=-2)
         leaving = slice(latents - (seen - held), max(seen + new - self.window, latents) - (seen - held))
         if leaving.stop > leaving.start:
-            keys, values = encode(near_keys[:, :, leaving], near_values[:, :, leaving])
-            self.keys = torch.cat([self.keys, keys], dim=-2)
-            self.values = torch.cat([self.values, values], dim=-2)
+            left = encode(near_keys[:, :, leaving], near_values[:, :, leaving])
+            for store, rows in zip(self._stores, left, strict=True):
+                store.append(rows)
+            self._show()
         far, near = Far(self.keys, self.values), Near(near_keys, near_values, seen - held, seen)
         # Copies, for a slice would keep the whole prompt's keys alive.
         kept = self.window + min(new, ROLLBACK)
@@ -91,11 +95,16 @@ class WindowedLayer(CacheLayerMixin):
             self._slide(seen + new)
         return far, near
 
+    def _show(self) -> None:
+        self.keys, self.values = (store.rows for store in self._stores)
+
     def _slide(self, held: int) -> None:
         """Drop what no later query will see."""
         past = max(held - (self.sliding_window - 1), 0)
         self.dropped += past
-        self.keys, self.values = self.keys[:, :, past:], self.values[:, :, past:]
+        for store in self._stores:
+            store.drop_first(past)
+        self._show()
         exact = held - past
         self.window_keys = self.window_keys[:, :, max(self.window_keys.shape[-2] - exact, 0) :]
         self.window_values = self.window_values[:, :, max(self.window_values.shape[-2] - exact, 0) :]
@@ -126,16 +135,22 @@ class WindowedLayer(CacheLayerMixin):
         remaining = max(self._held_tokens() - removed, 0)
         exact = max(self.window_keys.shape[-2] - removed, 0)
         latents = min(max(remaining - self.window, remaining - exact, 0), self.keys.shape[-2])
-        self.keys, self.values = self.keys[:, :, :latents], self.values[:, :, :latents]
+        for store in self._stores:
+            store.crop(latents)
+        self._show()
         self.window_keys, self.window_values = self.window_keys[:, :, :exact], self.window_values[:, :, :exact]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.is_initialized:
-            for name in self._names:
-                setattr(self, name, change(getattr(self, name)))
+        if not self.is_initialized:
+            return
+        for store in self._stores:
+            store.map(change)
+        self._show()
+        self.window_keys, self.window_values = change(self.window_keys), change(self.window_values)
 
     def reset(self) -> None:
         self.keys = self.values = self.window_keys = self.window_values = None
+        self._stores = ()
         self.is_initialized, self.dropped = False, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from .packing import Widths
+from .store import room_for
+
 
 class Layer(Protocol):
     """What a layer's size follows from."""
@@ -13,11 +16,24 @@ class Layer(Protocol):
     head_dim: int
     rank_k: int
     rank_v: int
+    widths_k: Widths | None
+    widths_v: Widths | None
+
+
+# Bytes of an element of the original cache, where sizes are compared.
+HALF = 2
+
+
+def bytes_of_layer(layer: Layer, element_size: int) -> int:
+    """Bytes of a token's latents in one layer, packed if quantised, or in elements of `element_size` bytes."""
+    if layer.widths_k is None or layer.widths_v is None:
+        return layer.kv_heads * (layer.rank_k + layer.rank_v) * element_size
+    return layer.kv_heads * (layer.widths_k.bytes + layer.widths_v.bytes)
 
 
 def bytes_per_token(layers: Sequence[Layer], element_size: int) -> int:
     """Bytes a token adds to the cache, all layers together, at `element_size` bytes an element."""
-    return sum(layer.kv_heads * (layer.rank_k + layer.rank_v) for layer in layers) * element_size
+    return sum(bytes_of_layer(layer, element_size) for layer in layers)
 
 
 def baseline_bytes_per_token(layers: Sequence[Layer], element_size: int) -> int:
@@ -28,30 +44,31 @@ def baseline_bytes_per_token(layers: Sequence[Layer], element_size: int) -> int:
 def cache_bytes(layers: Sequence[Layer], element_size: int, length: int, window: int) -> int:
     """Bytes of the cache of one sequence of `length` tokens in decoding, the exact window included.
 
-    The window holds one token more than its size: the last one, which can still be taken back, displaces none.
+    The window holds one token more than its size: the last one, which can still be taken back, displaces none. Beside a
+    window latents lie in a store with room behind them (`eigenattn.cache.store`), which counts too.
     """
     exact = min(window + 1, length) if window else 0
-    latents = max(length - window, 0)
+    latents = room_for(max(length - window, 0)) if window else length
     full = sum(2 * layer.kv_heads * layer.head_dim for layer in layers)
     return latents * bytes_per_token(layers, element_size) + exact * full * element_size
 
 
 def kv_ratio(layers: Sequence[Layer]) -> float:
-    """Size of the cache in proportion to the original's; 1 for a model without compressed layers."""
-    return bytes_per_token(layers, 1) / baseline_bytes_per_token(layers, 1) if layers else 1.0
+    """Size of the cache in proportion to the original's at 16 bits; 1 for a model without compressed layers."""
+    return bytes_per_token(layers, HALF) / baseline_bytes_per_token(layers, HALF) if layers else 1.0
 
 
 STATED_LENGTHS = (1024, 4096, 32768)
 
 
 def ratio_at(layers: Sequence[Layer], window: int) -> dict[int, float]:
-    """Size of the whole cache, window included, in proportion to the original's, at some lengths."""
-    original = baseline_bytes_per_token(layers, 1)
-    return {length: cache_bytes(layers, 1, length, window) / (length * original) for length in STATED_LENGTHS}
+    """Size of the whole cache, window included, in proportion to the original's at 16 bits, at some lengths."""
+    original = baseline_bytes_per_token(layers, HALF)
+    return {length: cache_bytes(layers, HALF, length, window) / (length * original) for length in STATED_LENGTHS}
 
 
 def allocated_bytes(cache: Any) -> int:
-    """Bytes that a transformers cache holds for keys and values, the exact window included."""
+    """Bytes that a transformers cache holds for keys and values, the exact window and room to grow included."""
     names = ("keys", "values", "window_keys", "window_values")
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in names]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)

@@ -9,9 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache.packing import Widths
 from ..calibration.attention_moments import AttentionMoments
 from ..calibration.statistics import LayerMoments, Moments
 from ..models.attention import EigenAttention
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """Static uniform quantisers of the channels of one layer's latents, for keys or for values.
+
+    Args:
+        offset, step: [G, R], the value of code 0 and the distance of codes.
+        widths: how many channels have codes of 8, 4 and 2 bits, the same for all heads; channels lie in this order.
+    """
+
+    offset: Tensor
+    step: Tensor
+    widths: Widths
 
 
 @dataclass(frozen=True)
@@ -24,12 +39,14 @@ class Basis:
         spectrum: [G, D], descending: what each direction carries, in the units of the basis (for `eigen`, squared
             singular values). Not shortened by `truncate`.
         mean: [G, D], or None for a basis through the origin.
+        quantiser: of the latents, or None for latents in the model's dtype.
     """
 
     encoder: Tensor
     decoder: Tensor
     spectrum: Tensor
     mean: Tensor | None = None
+    quantiser: Quantiser | None = None
 
     @property
     def rank(self) -> int:

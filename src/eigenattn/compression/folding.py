@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..models.attention import MAPS, EigenAttention
+from ..models.attention import MAPS, QUANTISERS, EigenAttention
 from ..models.projections import Heads, join_heads, split_heads, weight_of, with_weight
 from .bases import Basis
 
@@ -28,13 +28,18 @@ def attach(attention: EigenAttention, keys: Basis | None, values: Basis | None, 
         _set(attention, f"{side}_decoder", basis.decoder.flatten(0, 1), like)
         if basis.mean is not None:
             _set(attention, f"{side}_mean", basis.mean.flatten(), like)
+        if basis.quantiser is not None:
+            setattr(attention, "widths_k" if side == "key" else "widths_v", basis.quantiser.widths)
+            _set(attention, f"{side}_offset", basis.quantiser.offset.flatten(), like)
+            _set(attention, f"{side}_step", basis.quantiser.step.flatten(), like)
 
 
 def detach(attention: EigenAttention) -> None:
     """Undo `attach`: back to full rank."""
     attention.rank_k = attention.rank_v = attention.head_dim
     attention.window = 0
-    for name in MAPS:
+    attention.widths_k = attention.widths_v = None
+    for name in (*MAPS, *QUANTISERS):
         setattr(attention, name, None)
 
 

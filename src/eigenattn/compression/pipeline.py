@@ -20,14 +20,15 @@ from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..kernels import BACKENDS
 from ..models.attention import EigenAttention
-from ..models.checkpoint import EigenAttnCheckpointConfig, mark_compressed
+from ..models.checkpoint import EigenAttnCheckpointConfig, layer_entry, mark_compressed
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
 from ..progress import TokenProgress
 from ..version import versions
 from .bases import BASES, Basis
 from .folding import compress_layer
 from .measure import Measurement
-from .ranks import RANK_RULES, RankProblem, Ranks
+from .quantise import equivalent_ratio, fit_quantisers, quantise_bases
+from .ranks import RANK_RULES, RankProblem, sensitivities, smallest
 
 # Tokens, from the first batches on, over which rank rules measure what truncation costs. Each side of each layer runs
 # again over them, twice.
@@ -40,14 +41,15 @@ TIMED_BATCHES = 2
 class CompressionReport:
     """What `compress` did.
 
-    Bytes are those the cache allocates in the model's dtype for a token outside the window, all layers together, and
-    `kv_ratio` is theirs to the original's. `ratio_at` is the whole cache's, window included, by length in tokens.
+    Bytes are those the cache allocates in the model's dtype for a token outside the window, all layers together.
+    `kv_ratio` is theirs to the original's, at 16 bits where latents are quantised, and `ratio_at` is the whole cache's,
+    window included, by length in tokens.
     """
 
     kv_ratio: float
     bytes_per_token: int
     baseline_bytes_per_token: int
-    layers: list[dict[str, int]]
+    layers: list[dict[str, Any]]
     window: int
     ratio_at: dict[int, float]
     tokens: int
@@ -102,7 +104,7 @@ def compress(
         model.eval()
         layers = eigen_layers(model)
         device = model.get_input_embeddings().weight.device
-        stream = _Stream(batches, device)
+        stream = _Stream(batches, device, twice=config.bits_per_element is not None)
         with clock.stage("statistics"):
             total = len(batches) if hasattr(batches, "__len__") else None
             moments = collect_moments(
@@ -119,7 +121,7 @@ def compress(
         with clock.stage("bases"):
             bases = [method.build(sums) for sums in moments]
         with clock.stage("ranks"):
-            ranks = _choose_ranks(model, layers, bases, config, stream, bars)
+            chosen = _choose(model, layers, bases, config, stream, bars)
         forward_seconds = _time_forward(model, stream)
     except BaseException:
         restore_attention(model, originals)
@@ -127,17 +129,17 @@ def compress(
     finally:
         model.train(was_training)
     del originals
-    if all(pair == (attention.head_dim,) * 2 for attention, pair in zip(layers, ranks, strict=True)):
+    if all(basis is None for pair in chosen for basis in pair):
         config = dataclasses.replace(config, window=0)  # at full rank everything is exact
     with clock.stage("folding"):
-        for attention, (keys, values), (rank_k, rank_v) in zip(layers, bases, ranks, strict=True):
-            compress_layer(attention, keys.truncate(rank_k), values.truncate(rank_v), config.window)
+        for attention, (keys, values) in zip(layers, chosen, strict=True):
+            compress_layer(attention, keys, values, config.window)
     element_size = layers[0].output_projection.weight.element_size()
     report = CompressionReport(
         kv_ratio=kv_ratio(layers),
         bytes_per_token=bytes_per_token(layers, element_size),
         baseline_bytes_per_token=baseline_bytes_per_token(layers, element_size),
-        layers=[{"rank_k": rank_k, "rank_v": rank_v} for rank_k, rank_v in ranks],
+        layers=[layer_entry(attention) for attention in layers],
         window=config.window,
         ratio_at=ratio_at(layers, config.window),
         tokens=stream.tokens,
@@ -152,28 +154,46 @@ def compress(
     return report
 
 
-def _choose_ranks(
+def _choose(
     model: nn.Module,
     layers: list[EigenAttention],
     bases: list[tuple[Basis, Basis]],
     config: EigenAttentionConfig,
     stream: _Stream,
     bars: TokenProgress,
-) -> Ranks:
+) -> list[tuple[Basis | None, Basis | None]]:
+    """The bases to attach: truncated, or quantised; None for a side that stays at full rank."""
     if config.kv_ratio == 1:
-        return [(attention.head_dim, attention.head_dim) for attention in layers]
-
+        return [(None, None)] * len(layers)
     costs = Measurement(model, layers, bases, config.window, stream.kept, bars)
     spectra = [[basis.spectrum.cpu() for basis in side] for side in zip(*bases, strict=True)]
-    return RANK_RULES[config.ranks](RankProblem(spectra[0], spectra[1], config, costs))
+    problem = RankProblem(spectra[0], spectra[1], config, costs)
+    if config.bits_per_element is None:
+        ranks = RANK_RULES[config.ranks](problem)
+        return [
+            (keys.truncate(rank_k), values.truncate(rank_v))
+            for (keys, values), (rank_k, rank_v) in zip(bases, ranks, strict=True)
+        ]
+    fitted = fit_quantisers(
+        model, layers, bases, bars.batches("Fitting quantisers", stream.again(), stream.count), config.window
+    )
+    ratio = max(equivalent_ratio(config.bits_per_element), problem.ratio(smallest(problem)))
+    near = dataclasses.replace(config, bits_per_element=None, kv_ratio=ratio)
+    weights = sensitivities(dataclasses.replace(problem, config=near))
+    return quantise_bases(layers, bases, fitted, weights, config.bits_per_element, config.rank_multiple)
 
 
 class _Stream:
-    """The user's batches, read once; the first ones are kept for measuring."""
+    """The user's batches, read once; the first ones are kept for measuring.
 
-    def __init__(self, batches: Iterable[Any], device: torch.device) -> None:
-        self.batches, self.device = batches, device
+    Args:
+        twice: keep the token ids of all batches, for `again`.
+    """
+
+    def __init__(self, batches: Iterable[Any], device: torch.device, twice: bool = False) -> None:
+        self.batches, self.device, self.twice = batches, device, twice
         self.kept: list[Batch] = []
+        self.later: list[Batch] = []
         self.tokens = self.longest = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -181,9 +201,20 @@ class _Stream:
             batch = Batch.of(value, self.device)
             if self.tokens < COST_TOKENS:
                 self.kept.append(batch)
+            elif self.twice:
+                self.later.append(batch)
             self.tokens += batch.tokens
             self.longest = max(self.longest, batch.input_ids.shape[1])
             yield batch
+
+    def again(self) -> Iterator[Batch]:
+        """All batches once more."""
+        yield from self.kept
+        yield from self.later
+
+    @property
+    def count(self) -> int:
+        return len(self.kept) + len(self.later)
 
 
 def _time_forward(model: nn.Module, stream: _Stream) -> float:

@@ -143,6 +143,16 @@ def sensitivity(problem: RankProblem) -> Ranks:
     return allot(problem, measured_costs(problem))
 
 
+def sensitivities(problem: RankProblem) -> list[list[float]]:
+    """What a unit of its keys' and of its values' tail costs the model, for each layer, near the problem's KV ratio."""
+    weights = _measured_weights(problem)
+    ranks = allot(problem, _costs(problem, weights))
+    return [
+        [float(side[rank]) for side, rank in zip(sides, pair, strict=True)]
+        for sides, pair in zip(weights, ranks, strict=True)
+    ]
+
+
 def measured_costs(problem: RankProblem) -> list[tuple[Tensor, Tensor]]:
     """What truncating each layer's keys, and its values, costs the model at every rank.
 
@@ -153,16 +163,14 @@ def measured_costs(problem: RankProblem) -> list[tuple[Tensor, Tensor]]:
     Returns:
         For each layer, for keys and for values, the costs at ranks 0 .. D in nats a token, [D + 1].
     """
+    return _costs(problem, _measured_weights(problem))
+
+
+def _measured_weights(problem: RankProblem) -> list[tuple[Tensor, Tensor]]:
+    """What a unit of its tail costs each side at every rank: as `measured_costs`, over the tail."""
     tails = [tuple(_tail(spectrum) for spectrum in pair) for pair in zip(problem.keys, problem.values, strict=True)]
     allowed = [problem.allowed(spectrum.shape[-1]) for spectrum in problem.keys]
     measured: list[tuple[dict[int, float], dict[int, float]]] = [({}, {}) for _ in tails]
-
-    def curves() -> list[tuple[Tensor, Tensor]]:
-        return [
-            tuple(_interpolated(tail, points) for tail, points in zip(*pair, strict=True))
-            for pair in zip(tails, measured, strict=True)
-        ]
-
     ranks = uniform(problem)
     for _ in range(2):
         chosen = [
@@ -173,8 +181,19 @@ def measured_costs(problem: RankProblem) -> list[tuple[Tensor, Tensor]]:
         for pair, costs, sides in zip(chosen, problem.costs.divergences(trials), measured, strict=True):
             for rank, cost, points in zip(pair, costs, sides, strict=True):
                 points[rank] = cost
-        ranks = allot(problem, curves())
-    return curves()
+        weights = [
+            tuple(_interpolated(tail, points) for tail, points in zip(*pair, strict=True))
+            for pair in zip(tails, measured, strict=True)
+        ]
+        ranks = allot(problem, _costs(problem, weights))
+    return weights
+
+
+def _costs(problem: RankProblem, weights: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    return [
+        tuple(_tail(spectrum).cpu() * weight for spectrum, weight in zip(*pair, strict=True))
+        for pair in zip(zip(problem.keys, problem.values, strict=True), weights, strict=True)
+    ]
 
 
 def _unmeasured(allowed: list[int], rank: int, measured: dict[int, float]) -> int:
@@ -184,12 +203,12 @@ def _unmeasured(allowed: list[int], rank: int, measured: dict[int, float]) -> in
 
 
 def _interpolated(tail: Tensor, measured: dict[int, float]) -> Tensor:
-    """Costs at all ranks [D + 1] of a side whose tail is [D + 1], from costs measured at some ranks."""
-    weights = {rank: cost / float(tail[rank]) for rank, cost in sorted(measured.items()) if tail[rank] > 0 < cost}
-    if not weights:
-        return tail.cpu().double() * TIE
-    logs = np.interp(range(len(tail)), list(weights), [math.log(weight) for weight in weights.values()])
-    return tail.cpu().double() * torch.from_numpy(logs).exp()
+    """What a unit of a side's tail [D + 1] costs at all ranks [D + 1], from costs measured at some ranks."""
+    found = {rank: cost / float(tail[rank]) for rank, cost in sorted(measured.items()) if tail[rank] > 0 < cost}
+    if not found:
+        return torch.full((len(tail),), TIE, dtype=torch.float64)
+    logs = np.interp(range(len(tail)), list(found), [math.log(weight) for weight in found.values()])
+    return torch.from_numpy(logs).exp()
 
 
 def allot(problem: RankProblem, costs: Sequence[tuple[Tensor, Tensor]]) -> Ranks:
@@ -210,7 +229,7 @@ def allot(problem: RankProblem, costs: Sequence[tuple[Tensor, Tensor]]) -> Ranks
     total = sum(2 * spectrum.numel() for spectrum in problem.keys)
     left = problem.config.kv_ratio * total * (1 + 1e-12) - sum(heads * allowed[0] for _, allowed, heads in sides)
     if left < 0:
-        return _largest_within(problem, [_smallest(problem)])  # raises
+        return _largest_within(problem, [smallest(problem)])  # raises
 
     def step(index: int) -> tuple[float, int] | None:
         curve, allowed, heads = sides[index]
@@ -254,7 +273,8 @@ def _tail(spectrum: Tensor) -> Tensor:
     return torch.cat([total.flip(0).cumsum(0).flip(0), total.new_zeros(1)])
 
 
-def _smallest(problem: RankProblem) -> Ranks:
+def smallest(problem: RankProblem) -> Ranks:
+    """The smallest ranks allowed."""
     return [(problem.allowed(s.shape[-1])[0],) * 2 for s in problem.keys]
 
 

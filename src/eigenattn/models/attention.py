@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..cache.packing import Widths, dequantise, pack, quantise, unpack
 from ..errors import EigenAttnError
 from ..kernels import BACKENDS
 from ..kernels.reference import causal_mask
@@ -22,6 +23,8 @@ from .windowed import attend_with_window
 # A side at full rank needs none of these. Maps are stored as [G * R, D] and means as [G * D], so that tensor
 # parallelism can split them by head.
 MAPS = ("key_encoder", "key_decoder", "key_mean", "value_encoder", "value_decoder", "value_mean")
+# Value of code 0, and distance of codes, of each channel of a quantised latent: stored as [G * R].
+QUANTISERS = ("key_offset", "key_step", "value_offset", "value_step")
 
 
 class EigenAttention(nn.Module):
@@ -36,6 +39,9 @@ class EigenAttention(nn.Module):
     - values: `z = (v - mean) @ E` is cached; attention sums latents, and its output is `mean + sum @ U`.
 
     With a window W the last W tokens are kept exactly, and nothing is folded: see `eigenattn.models.windowed`.
+
+    Latents may be quantised, each channel by a static uniform quantiser of its own (`QUANTISERS`): the cache then holds
+    packed codes, and attention the latents that codes stand for, with a cache or without.
 
     Args:
         original: the attention module of a transformers model, whose projections and norms are taken over.
@@ -71,17 +77,22 @@ class EigenAttention(nn.Module):
         for name in (*family.qkv, family.output, *(family.norms or ()), family.output_dropout):
             if name is not None and getattr(original, name, None) is not None:
                 setattr(self, name, getattr(original, name))
-        for name in MAPS:
+        for name in (*MAPS, *QUANTISERS):
             self.register_parameter(name, None)
         self.window = 0
+        self.widths_k: Widths | None = None  # of quantised latents
+        self.widths_v: Widths | None = None
         self.observer: Callable[[EigenAttention, Heads, dict[str, Any]], None] | None = None
         self.train(original.training)
 
     def extra_repr(self) -> str:
-        return (
+        text = (
             f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, "
             f"rank_k={self.rank_k}, rank_v={self.rank_v}, window={self.window}"
         )
+        if self.widths_k is not None:
+            text += f", widths_k={tuple(self.widths_k)}, widths_v={tuple(self.widths_v)}"
+        return text
 
     @property
     def rotates(self) -> bool:
@@ -105,17 +116,27 @@ class EigenAttention(nn.Module):
         """The projection that follows attention."""
         return getattr(self, self.family.output)
 
-    def allocate(self, rank_k: int, rank_v: int, centred: bool, window: int) -> None:
+    def allocate(
+        self,
+        rank_k: int,
+        rank_v: int,
+        centred: bool,
+        window: int,
+        widths_k: Widths | None = None,
+        widths_v: Widths | None = None,
+    ) -> None:
         """Take the shapes that ranks ask for, folded, with values left empty: what a loader then fills.
 
         Args:
-            rank_k, rank_v: ranks of keys and of values; the head dimension means untouched.
+            rank_k, rank_v: ranks of keys and of values; the head dimension means untouched, unless it is quantised.
             centred: whether the bases have means, which fold into biases.
             window: exact tokens, W; with a window the projections keep their shapes.
+            widths_k, widths_v: of quantised latents; both or none.
         """
         self.rank_k, self.rank_v, self.window = rank_k, rank_v, window
+        self.widths_k, self.widths_v = widths_k, widths_v
         d, folds = self.head_dim, self.folds
-        small_k, small_v = rank_k < d, rank_v < d
+        small_k, small_v = rank_k < d or widths_k is not None, rank_v < d or widths_v is not None
         self.projected = (
             rank_k if folds.query else d,
             rank_k if folds.key else d,
@@ -130,11 +151,15 @@ class EigenAttention(nn.Module):
             "value_encoder": small_v and not folds.value,
             "value_decoder": small_v and window > 0,
             "value_mean": small_v and centred and not folds.value,
+            **dict.fromkeys(QUANTISERS, widths_k is not None),
         }
         like_weight = self.output_projection.weight
         for name in (name for name, keep in kept.items() if keep):
             rank = rank_k if name.startswith("key") else rank_v
-            shape = (self.kv_heads * d,) if name.endswith("mean") else (self.kv_heads * rank, d)
+            if name in QUANTISERS:
+                shape = (self.kv_heads * rank,)
+            else:
+                shape = (self.kv_heads * d,) if name.endswith("mean") else (self.kv_heads * rank, d)
             setattr(self, name, nn.Parameter(like_weight.new_empty(shape)))
 
     def _resize_projections(self, offset_k: bool, offset_v: bool) -> None:
@@ -192,6 +217,50 @@ class EigenAttention(nn.Module):
             x = x - self._by_head(f"{side}_mean")
         return x @ self._by_head(f"{side}_encoder").transpose(-1, -2)
 
+    def _quantiser(self, side: str) -> tuple[Tensor, Tensor, Widths]:
+        """Offset and step [G, 1, R], and widths."""
+        offset, step = (getattr(self, f"{side}_{name}").view(self.kv_heads, 1, -1) for name in ("offset", "step"))
+        return offset, step, self.widths_k if side == "key" else self.widths_v
+
+    def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cache holds of keys and values [B, G, T, D]: latents [B, G, T, R], or bytes of packed codes.
+
+        Bytes carry no gradients: quantised models are trained without a cache.
+        """
+        latents = self.encode(keys, values)
+        return (
+            latents if self.widths_k is None else (self._packed(latents[0], "key"), self._packed(latents[1], "value"))
+        )
+
+    def _packed(self, latents: Tensor, side: str) -> Tensor:
+        offset, step, widths = self._quantiser(side)
+        return pack(quantise(latents, offset, step, widths), widths)
+
+    def restored(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Latents [B, G, S, R] of keys and values that the cache holds; packed ones in `dtype`."""
+        if self.widths_k is None:
+            return keys, values
+        return self._unpacked(keys, "key", dtype), self._unpacked(values, "value", dtype)
+
+    def _unpacked(self, packed: Tensor, side: str, dtype: torch.dtype) -> Tensor:
+        offset, step, widths = self._quantiser(side)
+        return dequantise(unpack(packed, widths), offset, step).to(dtype)
+
+    def rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [B, G, T, R] of keys and values [B, G, T, D] as they come back from the cache, without one.
+
+        Gradients pass the quantisers as if they were not there (the straight-through estimator, arXiv 1308.3432).
+        """
+        latents = self.encode(keys, values)
+        if self.widths_k is None:
+            return latents
+        return self._rounded(latents[0], "key"), self._rounded(latents[1], "value")
+
+    def _rounded(self, latents: Tensor, side: str) -> Tensor:
+        offset, step, widths = self._quantiser(side)
+        found = dequantise(quantise(latents, offset, step, widths), offset, step).to(latents.dtype)
+        return latents + (found - latents).detach() if latents.requires_grad else found
+
     def decode(self, latents: Tensor, side: str, weight: Tensor | None = None) -> Tensor:
         """Latents [B, G or H, T, R] of keys or values to vectors [..., D]; at full rank they are those already.
 
@@ -245,7 +314,7 @@ class EigenAttention(nn.Module):
         return out, weights
 
     def _attend_to_latents(self, heads: Heads, cache: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        q, (k, v) = heads.query, self.encode(heads.key, heads.value)
+        q, (k, v) = heads.query, (self.rounded if cache is None else self.stored)(heads.key, heads.value)
         interleaved = self.family.interleaved
         decodes_keys = self.rotates and self.key_decoder is not None
         if self.rotates:
@@ -255,7 +324,7 @@ class EigenAttention(nn.Module):
         elif self.key_decoder is not None:
             q = self.query_in_small_space(q)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
+            k, v = self.restored(*cache.update(k, v, self.layer_idx), q.dtype)
         if decodes_keys:
             length = k.shape[-2] if cache is None else cache.get_seq_length(self.layer_idx)
             positions = key_positions(kwargs["position_ids"], k.shape[-2], length)

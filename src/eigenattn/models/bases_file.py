@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import EigenAttnError
-from .attention import MAPS, EigenAttention
+from .attention import MAPS, QUANTISERS, EigenAttention
 from .checkpoint import EigenAttnCheckpointConfig, allocate, mark_compressed
 from .conversion import convert_attention, eigen_layers, restore_attention
 
@@ -34,7 +34,7 @@ def save_bases(model: nn.Module, folder: Path) -> None:
     tensors = {
         f"layers.{attention.layer_idx}.{name}": getattr(attention, name).detach().cpu().contiguous()
         for attention in eigen_layers(model)
-        for name in MAPS
+        for name in (*MAPS, *QUANTISERS)
         if getattr(attention, name) is not None
     }
     save_file(tensors, folder / BASES_FILE, metadata={"format": "pt"})
@@ -104,7 +104,7 @@ def _load(layers: list[EigenAttention], path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             for attention in layers:
-                for name in MAPS:
+                for name in (*MAPS, *QUANTISERS):
                     parameter = getattr(attention, name)
                     if parameter is None:
                         continue

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..cache.packing import BITS, Widths
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from .attention import EigenAttention
@@ -15,6 +16,7 @@ from .conversion import convert_attention, eigen_layers
 
 METHOD = "eigenattn"
 FORMAT_VERSION = 1
+RANKS, WIDTHS = ("rank_k", "rank_v"), ("widths_k", "widths_v")
 
 
 @register_quantization_config(METHOD)
@@ -22,7 +24,8 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
     """What `config.json` carries as `quantization_config`: the ranks, and how they came about.
 
     Args:
-        layers: `{"rank_k": R_k, "rank_v": R_v}` for each layer.
+        layers: `{"rank_k": R_k, "rank_v": R_v}` for each layer; with quantised latents also `widths_k` and `widths_v`,
+            each the number of channels of 8, 4 and 2 bits.
         centred: whether the bases have means.
         method: the `EigenAttentionConfig` of the compression, as a dictionary.
         provenance: base model, calibration text and its hash, seed, tokens, versions.
@@ -34,7 +37,7 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        layers: list[dict[str, int]],
+        layers: list[dict[str, Any]],
         centred: bool = False,
         method: dict[str, Any] | None = None,
         provenance: dict[str, Any] | None = None,
@@ -48,17 +51,37 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
                 "install the eigenattn that wrote it."
             )
         if not isinstance(layers, list) or not layers or not all(_is_layer(layer) for layer in layers):
-            raise EigenAttnError("the checkpoint's quantization_config has no whole positive ranks for every layer.")
-        self.layers = [{"rank_k": layer["rank_k"], "rank_v": layer["rank_v"]} for layer in layers]
+            raise EigenAttnError(
+                "the checkpoint's quantization_config has no whole positive ranks for every layer, or its widths do "
+                "not add up to them."
+            )
+        self.layers = [{name: layer[name] for name in (*RANKS, *WIDTHS) if name in layer} for layer in layers]
         self.centred = bool(centred)
         self.method = EigenAttentionConfig.from_dict(method or {}).to_dict()
         self.provenance = provenance or {}
         self.format_version = format_version
 
 
+def layer_entry(attention: EigenAttention) -> dict[str, Any]:
+    """What the configuration says of a layer: its ranks, and its widths if it is quantised."""
+    entry: dict[str, Any] = {name: getattr(attention, name) for name in RANKS}
+    if attention.widths_k is not None:
+        entry |= {name: list(getattr(attention, name)) for name in WIDTHS}
+    return entry
+
+
 def _is_layer(layer: Any) -> bool:
-    ranks = [layer.get("rank_k"), layer.get("rank_v")] if isinstance(layer, dict) else []
-    return bool(ranks) and all(type(rank) is int and rank > 0 for rank in ranks)
+    if not isinstance(layer, dict):
+        return False
+    ranks, widths = ([layer.get(name) for name in names] for names in (RANKS, WIDTHS))
+    if not all(type(rank) is int and rank > 0 for rank in ranks):
+        return False
+    return widths == [None, None] or all(map(_are_widths, widths, ranks))
+
+
+def _are_widths(widths: Any, rank: int) -> bool:
+    counts = isinstance(widths, list) and len(widths) == len(BITS)
+    return counts and all(type(count) is int and count >= 0 for count in widths) and sum(widths) == rank
 
 
 def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) -> None:
@@ -71,12 +94,14 @@ def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) ->
         raise EigenAttnError(
             f"the checkpoint has ranks for {len(config.layers)} layers, and its model has {len(layers)}."
         )
-    for index, (attention, ranks) in enumerate(zip(layers, config.layers, strict=True)):
+    for index, (attention, layer) in enumerate(zip(layers, config.layers, strict=True)):
+        ranks = {name: layer[name] for name in RANKS}
         if max(ranks.values()) > attention.head_dim:
             raise EigenAttnError(
                 f"layer {index} of the checkpoint has ranks {ranks}, above the head dimension {attention.head_dim}."
             )
-        attention.allocate(**ranks, centred=config.centred, window=config.method["window"])
+        widths = {name: Widths(*layer[name]) for name in WIDTHS if name in layer}
+        attention.allocate(**ranks, **widths, centred=config.centred, window=config.method["window"])
 
 
 @register_quantizer(METHOD)

@@ -35,17 +35,18 @@ def attend_with_window(
     window, t = attention.window, q.shape[-2]
     if cache is None:
         leaving = max(t - window, 0)
-        far = Far(*attention.encode(k[:, :, :leaving], v[:, :, :leaving]))
+        far = Far(*attention.rounded(k[:, :, :leaving], v[:, :, :leaving]))
         near = Near(k, v, 0, 0)
         columns = length = t
     else:
         with_window(cache, attention.layer_idx, window, attention.sliding_window)
-        far, near = cache.update(k, v, attention.layer_idx, encode=attention.encode)
+        far, near = cache.update(k, v, attention.layer_idx, encode=attention.stored)
         static = isinstance(near.first, Tensor)
         mask = kwargs.get("attention_mask")
         if static and isinstance(mask, Tensor) and mask.shape[-1] < far.keys.shape[-2]:
             # The mask of the first pass was made for the layer that stood here before, with room for what slides only.
             far = Far(*(x[:, :, : mask.shape[-1]] for x in far))
+        far = Far(*attention.restored(*far, k.dtype))
         columns = far.keys.shape[-2] if static else near.first + near.keys.shape[-2]
         length = cache.get_seq_length(attention.layer_idx) if static else columns
     rotate_far, rotate_near = _rotations(attention, q, far, near, columns, length, kwargs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..config import TARGETS
+
 if TYPE_CHECKING:
     from ..compression.pipeline import CompressionReport
 
@@ -25,8 +27,13 @@ eigenattn.attach(model, "path/to/this/folder")"""
 def model_card(checkpoint: Any, report: CompressionReport, bases_only: bool = False) -> str:
     """Markdown that says what was compressed, how far, on what, and how to load it."""
     facts, method = checkpoint.provenance, checkpoint.method
-    target = next(f"`{n}={method[n]}`" for n in ("kv_ratio", "error_budget", "energy") if method[n] is not None)
-    rows = "\n".join(f"| {i} | {layer['rank_k']} | {layer['rank_v']} |" for i, layer in enumerate(report.layers))
+    target = next(f"`{name}={method[name]}`" for name in TARGETS if method[name] is not None)
+    quantised = method["bits_per_element"] is not None
+    titles = {"rank_k": "rank of keys", "rank_v": "rank of values"}
+    if quantised:
+        titles |= {"widths_k": "keys of 8, 4, 2 bits", "widths_v": "values of 8, 4, 2 bits"}
+    rows = "\n".join(_row(i, *(layer[name] for name in titles)) for i, layer in enumerate(report.layers))
+    held = "quantised low-rank keys and values" if quantised else "low-rank keys and values"
     at_lengths = ", ".join(f"{ratio:.3f} at {length:,} tokens" for length, ratio in report.ratio_at.items())
     texts = ", ".join(
         text["source"] + (f" (SHA-256 {text['sha256']})" if text["sha256"] else "") for text in facts["text"]
@@ -42,7 +49,7 @@ tags:
 
 # {facts["base_model"]}, KV cache at {report.kv_ratio:.1%}
 
-This is {facts["base_model"]} with Eigen Attention (arXiv 2408.05646): it caches low-rank keys and values.
+This is {facts["base_model"]} with Eigen Attention (arXiv 2408.05646): it caches {held}.
 
 | | this model | original |
 | --- | --- | --- |
@@ -61,7 +68,12 @@ This is {facts["base_model"]} with Eigen Attention (arXiv 2408.05646): it caches
 - calibrated on {facts["samples"]} windows of {facts["length"]} tokens, seed {facts["seed"]}, of {texts}
 - {versions}
 
-| layer | rank of keys | rank of values |
-| --- | --- | --- |
+{_row("layer", *titles.values())}
+{_row("---", *("---" for _ in titles))}
 {rows}
 """
+
+
+def _row(*cells: Any) -> str:
+    texts = (", ".join(map(str, cell)) if isinstance(cell, list) else str(cell) for cell in cells)
+    return f"| {' | '.join(texts)} |"

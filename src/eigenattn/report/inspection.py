@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio, ratio_at
+from ..cache.packing import Widths
+from ..cache.size import baseline_bytes_per_token, bytes_of_layer, bytes_per_token, kv_ratio, ratio_at
 from ..models.bases_file import read_bases_config
-from ..models.checkpoint import METHOD, EigenAttnCheckpointConfig
+from ..models.checkpoint import METHOD, WIDTHS, EigenAttnCheckpointConfig
 from ..models.families import family_of
 from ..models.loading import Source, load_config
 
@@ -19,11 +20,16 @@ class _Layer(NamedTuple):
     head_dim: int
     rank_k: int
     rank_v: int
+    widths_k: Widths | None = None
+    widths_v: Widths | None = None
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Ranks by layer, cache bytes a token in the checkpoint's dtype, and provenance; originals are at full rank."""
+    """Ranks and widths by layer, cache bytes a token in the checkpoint's dtype, and provenance.
+
+    Originals are at full rank. `widths_k` and `widths_v` count the channels of 8, 4 and 2 bits of quantised latents.
+    """
 
     model_type: str
     compressed: bool
@@ -32,7 +38,8 @@ class Inspection:
     baseline_bytes_per_token: int
     head_dim: int
     kv_heads: int
-    layers: list[dict[str, int]]
+    layers: list[dict[str, Any]]
+    bytes_by_layer: list[int]
     window: int
     ratio_at: dict[int, float]
     method: dict[str, Any]
@@ -59,7 +66,10 @@ def inspect_checkpoint(name: str) -> Inspection:
         checkpoint = EigenAttnCheckpointConfig.from_dict(stored)
     full = {"rank_k": head_dim, "rank_v": head_dim}
     ranks = checkpoint.layers if checkpoint else [full] * text.num_hidden_layers
-    layers = [_Layer(kv_heads, head_dim, **pair) for pair in ranks]
+    layers = [
+        _Layer(kv_heads, head_dim, **{name: Widths(*x) if name in WIDTHS else x for name, x in layer.items()})
+        for layer in ranks
+    ]
     window = checkpoint.method["window"] if checkpoint else 0
     element_size = (text.dtype or torch.float32).itemsize
     return Inspection(
@@ -71,6 +81,7 @@ def inspect_checkpoint(name: str) -> Inspection:
         head_dim=head_dim,
         kv_heads=kv_heads,
         layers=ranks,
+        bytes_by_layer=[bytes_of_layer(layer, element_size) for layer in layers],
         window=window,
         ratio_at=ratio_at(layers, window),
         method=checkpoint.method if checkpoint else {},

@@ -1,0 +1,112 @@
+"""How latents are distributed, as attention weighs them: what quantisers are fitted to, streamed over text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.reference import causal_mask
+from ..models.attention import EigenAttention
+from ..models.projections import Heads
+from ..models.rotary import rotate
+from .attention_moments import QUERY_BLOCK, _scores
+
+# Bins between -REACH and REACH in `asinh(z / scale)` (chosen): fine near zero, in proportion to z far out, and an
+# outlier of a thousand scales still has its place.
+BINS = 128
+REACH = 8.0
+
+
+class Map(NamedTuple):
+    """What gives latents: `z = (x - mean) @ encoder`, with encoder [G, D, R] and mean [G, D] or None."""
+
+    encoder: Tensor
+    mean: Tensor | None
+
+
+@dataclass
+class Histograms:
+    """Weighted histograms of the latents of keys, or of values, of one layer.
+
+    Each bin knows the mean and the spread of what fell into it: an attention sink is a point that holds half of all the
+    weight, and its place within a bin matters.
+
+    Args:
+        sums: `sum w`, `sum w z` and `sum w z^2` of each bin, [3, G, R, BINS] in float64.
+        scale: [G, R], the unit of the bins; set by the first batch that has any weight.
+    """
+
+    sums: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def empty(cls, like: Tensor, kv_heads: int, rank: int) -> Histograms:
+        """Without anything in them, on the device of `like`."""
+        return cls(torch.zeros(3, kv_heads, rank, BINS, dtype=torch.float64, device=like.device))
+
+    @property
+    def weight(self) -> Tensor:
+        """Total weight [G, R]; all channels of a head have the same."""
+        return self.sums[0].sum(-1)
+
+    def add(self, z: Tensor, weight: Tensor) -> None:
+        """Add latents [B, G, T, R] with weights [B, G, T]."""
+        z = z.permute(1, 3, 0, 2).flatten(2).double()  # [G, R, B * T]
+        weight = weight.transpose(0, 1).flatten(1).unsqueeze(1)  # [G, 1, B * T]
+        if self.scale is None:
+            seen = weight.expand(z.shape) > 0
+            if not seen.any():
+                return
+            # Not the spread, which one sink may decide: what lies near zero would then fall into one bin.
+            middle = z.abs().where(seen, torch.nan).nanmedian(-1).values
+            self.scale = torch.where(middle > 0, middle, 1.0)
+        bins = (((z / self.scale.unsqueeze(-1)).asinh() + REACH) * (BINS / (2 * REACH))).long().clamp_(0, BINS - 1)
+        weight = weight.expand(z.shape)
+        for sums in self.sums:
+            sums.scatter_add_(-1, bins, weight)
+            weight = weight * z
+
+
+class LatentHistograms:
+    """Histograms of one layer's latents, over tokens weighted by the attention they get from outside the window.
+
+    Keys count with `sum_m a_mn`, for a key's error meets every query in proportion to its attention. Values count with
+    `sum_m a_mn^2`, for the errors of independent tokens average in a query's output. Both are sums over the queries of
+    a group.
+
+    Args:
+        keys, values: what gives the latents.
+        window: tokens kept exactly, W.
+    """
+
+    def __init__(self, keys: Map, values: Map, window: int) -> None:
+        self.maps, self.window, self.tokens = (keys, values), window, 0
+        g, _, rank = keys.encoder.shape
+        self.keys, self.values = (Histograms.empty(keys.encoder, g, rank) for _ in range(2))
+
+    def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
+        """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
+        q, k, v = heads
+        t, groups = q.shape[-2], k.shape[1]
+        mask = attention.mask_for(q, t, kwargs)
+        mask = causal_mask(t, t, q.device)[None, None] if mask is None else mask
+        angles = kwargs["position_embeddings"] if attention.rotates else None
+        q_turned, k_turned = (rotate(x, *angles, attention.family.interleaved) for x in (q, k)) if angles else (q, k)
+        first, second = (torch.zeros(k.shape[:-1], dtype=torch.float64, device=k.device) for _ in range(2))  # [B, G, T]
+        for start in range(0, t, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, t)
+            scores = _scores(attention, q_turned[:, :, start:stop], k_turned[:, :, :stop], mask[..., start:stop, :stop])
+            weights = scores.softmax(-1).tril(start - self.window)  # n <= m - W
+            if valid is not None:
+                weights = weights * valid[:, None, start:stop, None]
+            weights = weights.unflatten(1, (groups, -1))  # [B, G, H/G, block, stop]
+            first[..., :stop] += weights.sum((2, 3))
+            second[..., :stop] += weights.square().sum((2, 3))
+        for side, x, weight, (encoder, mean) in zip(
+            (self.keys, self.values), (k, v), (first, second), self.maps, strict=True
+        ):
+            x = x.float() if mean is None else x.float() - mean.float().unsqueeze(1)
+            side.add(x @ encoder.float(), weight)

@@ -1,0 +1,296 @@
+"""Ranks and bits as one choice: a quantiser for each channel, and bits where they pay (transform coding)."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..cache.packing import BITS, Widths
+from ..calibration.latent_histograms import Histograms, LatentHistograms, Map
+from ..calibration.statistics import Batch, collect_moments
+from ..errors import EigenAttnError
+from ..models.attention import EigenAttention
+from .bases import Basis, Quantiser
+from .ranks import TIE
+
+# Widths a channel may have, narrowest first. Of width 0 nothing is stored, and the latent is its mean, 0.
+CHOICES = (0, *reversed(BITS))
+# Ranges tried first, in standard deviations to either side of the mean; 2 bits end near 1.5, and outliers need many.
+SPREADS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 16.0, 32.0)
+# Then either end is moved by these shares of the range, in turn.
+MOVES = (-0.3, -0.15, -0.07, -0.03, -0.01, 0.01, 0.03, 0.07, 0.15, 0.3)
+ROUNDS = 4
+# A bin's latents lie within this many deviations at least (chosen: far below a step of 8 bits).
+POINT = 1e-4
+TINY = torch.finfo(torch.float64).tiny
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The best uniform quantisers of one side's channels at each width that stores something.
+
+    Args:
+        offset, step: for each width of `BITS`, [G, R].
+        error: the weighted sum of squared errors they leave, for each width of `BITS`, [G, R].
+        energy: the weighted sum of squares of the latents, [G, R].
+    """
+
+    offset: dict[int, Tensor]
+    step: dict[int, Tensor]
+    error: dict[int, Tensor]
+    energy: Tensor
+
+
+def fit(histograms: Histograms) -> Fit:
+    """Fit offset and step of each channel at each width to a histogram, by least weighted squared error.
+
+    The latents of a bin are taken as spread evenly about their mean, as widely as their variance says, and the error is
+    integrated in closed form: with `u` in steps from the offset and `c` the code nearest to it, the integral of
+    `(u - c)^2` from 0 to `u` is `c / 12 + (u - c)^3 / 3`.
+    """
+    weight, first, second = histograms.sums  # [G, R, BINS]
+    total = weight.sum(-1).clamp_min(TINY)
+    energy = second.sum(-1)
+    mean = first.sum(-1) / total
+    deviation = (energy / total - mean.square()).clamp_min(0).sqrt()
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    centre = first / weight.clamp_min(TINY)
+    half = (3 * (second / weight.clamp_min(TINY) - centre.square()).clamp_min(0)).sqrt()
+    half = half.maximum(POINT * deviation.unsqueeze(-1))
+    occupied = weight > 0
+    lowest = centre.where(occupied, torch.inf).amin(-1).where(occupied.any(-1), -1.0)
+    highest = centre.where(occupied, -torch.inf).amax(-1).where(occupied.any(-1), 1.0)
+    below, above, density = centre - half, centre + half, weight / (2 * half)
+
+    def error(low: Tensor, high: Tensor, top: int) -> Tensor:
+        low, step = low.unsqueeze(-1), ((high - low) / top).unsqueeze(-1)
+
+        def integral(x: Tensor) -> Tensor:
+            u = (x - low) / step
+            code = u.round().clamp_(0, top)
+            return code / 12 + (u - code) ** 3 / 3
+
+        return ((integral(above) - integral(below)) * density * step**3).sum(-1)
+
+    offset, steps, errors = {}, {}, {}
+    for bits in BITS:
+        top = 2**bits - 1
+        low, high = mean - deviation, mean + deviation
+        best = error(low, high, top)
+
+        def better(new_low: Tensor, new_high: Tensor, top: int = top) -> None:
+            nonlocal low, high, best
+            found = error(new_low, new_high, top)
+            wins = (found < best) & (new_low < new_high)
+            low, high = torch.where(wins, new_low, low), torch.where(wins, new_high, high)
+            best = torch.where(wins, found, best)
+
+        for spread in SPREADS:
+            better(mean - spread * deviation, mean + spread * deviation)
+        for _ in range(ROUNDS):
+            # A sink is often the outermost of all, and a level should meet it.
+            better(lowest, high)
+            better(low, highest)
+            for move in MOVES:
+                better(low + move * (high - low), high)
+            for move in MOVES:
+                better(low, high + move * (high - low))
+        offset[bits], steps[bits], errors[bits] = low, (high - low) / top, best.clamp_min(0)
+    return Fit(offset, steps, errors, energy)
+
+
+def key_costs(fitted: Fit, basis: Basis, weight: Tensor) -> Tensor:
+    """What keys' channels cost at each width of `CHOICES`, summed over heads, in units of the spectrum: [R, widths].
+
+    Args:
+        weight: total weight of each head's histograms [G]; the spectrum is of a covariance, that is, of means.
+    """
+    weight = weight.clamp_min(TINY).unsqueeze(-1)
+    columns = [basis.spectrum, *(fitted.error[bits] / weight for bits in CHOICES[1:])]
+    return torch.stack([column.sum(0) for column in columns], dim=-1)
+
+
+def value_costs(fitted: Fit, basis: Basis) -> Tensor:
+    """As `key_costs`, for values.
+
+    The spectrum is what is lost of attention *outputs* when latents are cut off: errors that add up over tokens. A
+    quantiser's error has a part in proportion to the latent, `c z`, which adds up like that, and a rest that is
+    independent from token to token. The best quantiser's error is orthogonal to what it restores, so that `c` is the
+    error's share of the energy. At `c = 1` this is truncation.
+    """
+    columns = [basis.spectrum]
+    for bits in CHOICES[1:]:
+        share = (fitted.error[bits] / fitted.energy.clamp_min(TINY)).clamp_max(1)
+        columns.append(share.square() * basis.spectrum + (1 - share) * fitted.error[bits])
+    return torch.stack([column.sum(0) for column in columns], dim=-1)
+
+
+def allocate(
+    costs: Sequence[Tensor], weights: Sequence[float], heads: Sequence[int], budget: float, multiple: int
+) -> list[Tensor]:
+    """The widths of least weighted cost within a budget: ranks and bits of all sides in one greedy choice.
+
+    Channels are taken in groups of `multiple`. A group's costs against its bits have a lower convex hull, along which
+    every step pays less for a bit than the one before; the best step of all groups of all sides is taken again and
+    again. No choice of so few bytes costs less, up to what the last step leaves unused. Every side keeps one group at
+    least.
+
+    Args:
+        costs: for each side [R, widths], the cost of each channel at each width of `CHOICES`, over all its heads.
+        weights: for each side what a unit of its cost counts.
+        heads: for each side its KV heads, G, all of which store their channels so.
+        budget: bytes of a token, packed, all sides together.
+        multiple: channels that share one width.
+
+    Returns:
+        For each side the width of each channel [R].
+
+    Raises:
+        EigenAttnError: if the smallest choice does not fit.
+    """
+    groups = [
+        [(cost[i : i + multiple].sum(0), len(cost[i : i + multiple])) for i in range(0, len(cost), multiple)]
+        for cost in costs
+    ]
+    chosen = [[CHOICES[1]] + [0] * (len(side) - 1) for side in groups]
+
+    def size(side: int) -> int:
+        counts = [sum(n for (_, n), w in zip(groups[side], chosen[side], strict=True) if w == bits) for bits in BITS]
+        return heads[side] * Widths(*counts).bytes
+
+    sizes = [size(side) for side in range(len(costs))]
+    if sum(sizes) > budget:
+        raise EigenAttnError(
+            f"the budget of {budget:.0f} bytes a token cannot be met: the smallest quantised cache takes {sum(sizes)}. "
+            "Ask for more bits_per_element, or lower rank_multiple."
+        )
+
+    def step(side: int, group: int) -> tuple[float, int, int, int] | None:
+        """The next step along the hull: the point of best gain for a bit beyond the present width."""
+        cost, count = groups[side][group]
+        width = chosen[side][group]
+        present = float(cost[CHOICES.index(width)])
+        slopes = [
+            ((present - float(cost[i])) / (heads[side] * count * (bits - width)), bits)
+            for i, bits in enumerate(CHOICES)
+            if bits > width
+        ]
+        gain, bits = max(slopes, default=(0.0, 0))
+        return (-(weights[side] + TIE) * gain, side, group, bits) if gain > 0 else None
+
+    queue = [found for side in range(len(costs)) for group in range(len(groups[side])) if (found := step(side, group))]
+    heapq.heapify(queue)
+    total = sum(sizes)
+    while queue:
+        _, side, group, bits = heapq.heappop(queue)
+        before, chosen[side][group] = chosen[side][group], bits
+        new = size(side)
+        if total + new - sizes[side] > budget:
+            chosen[side][group] = before
+            continue
+        total, sizes[side] = total + new - sizes[side], new
+        following = step(side, group)
+        if following is not None:
+            heapq.heappush(queue, following)
+    return [
+        torch.tensor([width for width, (_, count) in zip(side, pairs, strict=True) for _ in range(count)])
+        for side, pairs in zip(chosen, groups, strict=True)
+    ]
+
+
+def quantised(basis: Basis, fitted: Fit, widths: Tensor) -> Basis:
+    """The basis of the channels that are stored, sorted by width, with their quantisers.
+
+    Args:
+        widths: bits of each channel [R].
+    """
+    order = torch.argsort(widths, descending=True, stable=True)[: int((widths > 0).sum())]
+    stored = widths[order].tolist()
+    offset, step = (
+        torch.stack([table[bits][:, channel] for channel, bits in zip(order.tolist(), stored, strict=True)], dim=-1)
+        for table in (fitted.offset, fitted.step)
+    )
+    quantiser = Quantiser(offset, step, Widths(*(stored.count(bits) for bits in BITS)))
+    order = order.to(basis.encoder.device)
+    return Basis(basis.encoder[..., order], basis.decoder[:, order], basis.spectrum, basis.mean, quantiser)
+
+
+class Fitted(NamedTuple):
+    """One layer's quantisers at every width, and what they cost: see `key_costs` and `value_costs`."""
+
+    keys: Fit
+    values: Fit
+    key_costs: Tensor
+    value_costs: Tensor
+
+
+def fit_quantisers(
+    model: nn.Module,
+    layers: list[EigenAttention],
+    bases: Sequence[tuple[Basis, Basis]],
+    batches: Iterable[Batch],
+    window: int,
+) -> list[Fitted]:
+    """Fit quantisers to all channels of all layers, on a pass over calibration text.
+
+    Args:
+        bases: of the kind `attention`, in whose latents a squared error adds to the spectrum's tail.
+        batches: token ids; memory does not grow with their number.
+        window: exact tokens, W.
+    """
+    maps = {
+        attention.layer_idx: [Map(basis.encoder, basis.mean) for basis in pair]
+        for attention, pair in zip(layers, bases, strict=True)
+    }
+    found = collect_moments(
+        model, layers, batches, lambda attention: LatentHistograms(*maps[attention.layer_idx], window)
+    )
+    fitted = []
+    for histograms, (keys, values) in zip(found, bases, strict=True):
+        fit_k, fit_v = fit(histograms.keys), fit(histograms.values)
+        costs_k = key_costs(fit_k, keys, histograms.keys.weight[:, 0])
+        fitted.append(Fitted(fit_k, fit_v, costs_k.cpu(), value_costs(fit_v, values).cpu()))
+    return fitted
+
+
+def equivalent_ratio(bits_per_element: float) -> float:
+    """The KV ratio at which truncation costs about as much as quantised latents of so many bits an element.
+
+    Sensitivities are measured there. A line through two pairs measured on SmolLM2: 0.76 costs it what 4.5 bits do, 0.51
+    what 2.5 do.
+    """
+    return min(0.2 + 0.125 * bits_per_element, 0.9)
+
+
+def quantise_bases(
+    layers: Sequence[EigenAttention],
+    bases: Sequence[tuple[Basis, Basis]],
+    fitted: Sequence[Fitted],
+    weights: Sequence[Sequence[float]],
+    bits_per_element: float,
+    multiple: int,
+) -> list[tuple[Basis, Basis]]:
+    """Share bits out over all layers, keys and values, and give the bases of what is stored.
+
+    Args:
+        weights: for each layer what a unit of its keys' and of its values' tail costs the model.
+        bits_per_element: latent bits for each element of the original cache.
+        multiple: see `allocate`.
+
+    Raises:
+        EigenAttnError: if the budget is too small.
+    """
+    costs = [cost for layer in fitted for cost in (layer.key_costs, layer.value_costs)]
+    heads = [attention.kv_heads for attention in layers for _ in range(2)]
+    elements = sum(2 * attention.kv_heads * attention.head_dim for attention in layers)
+    flat = [weight for pair in weights for weight in pair]
+    widths = allocate(costs, flat, heads, bits_per_element * elements / 8, multiple)
+    return [
+        (quantised(keys, layer.keys, width_k), quantised(values, layer.values, width_v))
+        for (keys, values), layer, width_k, width_v in zip(bases, fitted, widths[::2], widths[1::2], strict=True)
+    ]

@@ -1,0 +1,83 @@
+"""Histograms against attention written out pair by pair, and against the moments the bases are made of."""
+
+import pytest
+import torch
+from tiny import random_basis, tiny, tokens
+
+from eigenattn.calibration.attention_moments import AttentionMoments
+from eigenattn.calibration.latent_histograms import BINS, REACH, LatentHistograms, Map
+from eigenattn.calibration.statistics import Batch, collect_moments
+from eigenattn.compression.bases import attention as attention_basis
+from eigenattn.models.conversion import convert_attention, eigen_layers
+
+WINDOW = 4
+
+
+def collected(name, batches, window=WINDOW):
+    model = tiny(name, attn_implementation="eager")
+    convert_attention(model)
+    layers = eigen_layers(model)
+    maps = {
+        a.layer_idx: [Map(b.encoder, b.mean) for b in (random_basis(a, 16, True, i), random_basis(a, 16, True, 9))]
+        for i, a in enumerate(layers)
+    }
+    found = collect_moments(model, layers, batches, lambda a: LatentHistograms(*maps[a.layer_idx], window))
+    return model, layers, maps, found
+
+
+def expected_weights(model, layer, batch, window=WINDOW):
+    """First and second sums of attention from outside the window, [B, G, T], by the model's own eager weights."""
+    weights = model(batch.input_ids, attention_mask=batch.attention_mask, output_attentions=True).attentions
+    a = weights[layer.layer_idx].detach().double().tril(-window)
+    if batch.valid is not None:
+        a = a * batch.valid[:, None, :, None]
+    a = a.unflatten(1, (layer.kv_heads, -1))
+    return a.sum((2, 3)), a.square().sum((2, 3))
+
+
+@pytest.mark.parametrize("name", ["llama", "mpt", "gemma2"])
+def test_every_latent_is_in_its_bin_with_its_weight(name):
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[1, :7] = 0
+    batches = [Batch(tokens(2, 20), mask), Batch(tokens(1, 26, seed=3))]
+    model, layers, maps, found = collected(name, batches)
+    layer, histograms = layers[1], found[1]
+    seen = []
+    layer.observer = lambda attention, heads, kwargs: seen.append(heads)
+    weights = [expected_weights(model, layer, batch) for batch in batches]
+    for side, index, (encoder, mean) in zip((histograms.keys, histograms.values), (0, 1), maps[1], strict=True):
+        edges = side.scale[..., None] * torch.linspace(-REACH, REACH, BINS + 1, dtype=torch.float64).sinh()
+        expected = torch.zeros(3, layer.kv_heads, 16, BINS, dtype=torch.float64)
+        for heads, pair in zip(seen, weights, strict=True):
+            z = (heads[1 + index].detach().double() - mean.unsqueeze(1)) @ encoder
+            for g in range(layer.kv_heads):
+                for r in range(16):
+                    which = torch.searchsorted(edges[g, r], z[:, g, :, r].contiguous()) - 1
+                    for power in range(3):
+                        share = pair[index][:, g] * z[:, g, :, r] ** power
+                        expected[power, g, r].index_add_(0, which.flatten(), share.flatten())
+        torch.testing.assert_close(side.sums, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_and_spread_are_those_of_the_basis():
+    """In the `attention` basis the weighted variance of a key's latent is its eigenvalue."""
+    model, batches = tiny("llama"), [Batch(tokens(4, 60))]
+    convert_attention(model)
+    layers = eigen_layers(model)
+    moments = collect_moments(model, layers, batches, lambda a: AttentionMoments.of(a, WINDOW))
+    bases = [attention_basis(sums) for sums in moments]
+    maps = {a.layer_idx: [Map(b.encoder, b.mean) for b in pair] for a, pair in zip(layers, bases, strict=True)}
+    found = collect_moments(model, layers, batches, lambda a: LatentHistograms(*maps[a.layer_idx], WINDOW))
+    for sums, histograms, (keys, _) in zip(moments, found, bases, strict=True):
+        total = histograms.keys.weight
+        torch.testing.assert_close(total, sums.key_weight[:, None].expand_as(total), rtol=1e-4, atol=0)
+        variance = histograms.keys.sums[2].sum(-1) / total
+        torch.testing.assert_close(variance, keys.spectrum, rtol=1e-3, atol=1e-6)
+
+
+def test_outliers_keep_a_place():
+    side = collected("llama", [Batch(tokens(1, 20))])[-1][0].keys
+    far, before = side.scale[None, :, None, :] * 1e6, side.weight
+    side.add(far, torch.ones(1, 2, 1, dtype=torch.float64))
+    assert side.sums[0, ..., -1].min() >= 1
+    torch.testing.assert_close(side.weight, before + 1)

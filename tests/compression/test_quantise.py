@@ -1,0 +1,187 @@
+"""Quantisers against direct search on samples, bits against brute force."""
+
+import itertools
+
+import pytest
+import torch
+from tiny import random_basis, tiny, tokens
+
+from eigenattn import EigenAttentionConfig, EigenAttnError, compress
+from eigenattn.cache.packing import BITS, Widths, dequantise, quantise
+from eigenattn.calibration.latent_histograms import Histograms
+from eigenattn.compression.quantise import CHOICES, allocate, fit, key_costs, quantised, value_costs
+from eigenattn.models.conversion import convert_attention, eigen_layers
+
+
+def samples(kind, n=4000):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(1, 1, n, 1, generator=generator, dtype=torch.float64)
+    weight = torch.rand(1, 1, n, generator=generator, dtype=torch.float64)
+    if kind == "skewed":
+        z = z.exp()
+    if kind == "sink":  # one token far out, with half of all the attention
+        z[:, :, 0], weight[:, :, 0] = 40.0, weight.sum()
+    return z.float(), weight
+
+
+def fitted(z, weight):
+    histograms = Histograms.empty(z, 1, 1)
+    histograms.add(z, weight)
+    return fit(histograms)
+
+
+def error(z, weight, offset, step, bits):
+    widths = Widths(*(int(bits == b) for b in BITS))
+    restored = dequantise(quantise(z, offset, step, widths), offset, step)
+    return float(((z - restored).double().square().squeeze(-1) * weight).sum())
+
+
+@pytest.mark.parametrize("kind", ["normal", "skewed", "sink"])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_fit_is_as_good_as_a_search_over_the_samples(kind, bits):
+    z, weight = samples(kind)
+    found = fitted(z, weight)
+    measured = error(z, weight, found.offset[bits], found.step[bits], bits)
+    assert float(found.error[bits]) == pytest.approx(measured, rel=0.1)
+    low, high = float(z.min()), float(z.max())
+    ends = [low + (high - low) * share for share in torch.linspace(0, 1, 17).tolist()]
+    best = min(
+        error(z, weight, torch.tensor(a), torch.tensor((b - a) / (2**bits - 1)), bits)
+        for a, b in itertools.combinations(ends, 2)
+    )
+    assert measured <= 1.15 * best
+
+
+def test_more_bits_err_less_and_energy_is_that_of_the_samples():
+    z, weight = samples("normal")
+    found = fitted(z, weight)
+    errors = [float(found.error[bits]) for bits in (2, 4, 8)]
+    # The best uniform quantisers of a normal variable leave 0.1188 of it at 2 bits and 0.01154 at 4 (Max, 1960).
+    assert errors[0] / float(found.energy) == pytest.approx(0.1188, rel=0.05)
+    assert errors[1] / float(found.energy) == pytest.approx(0.01154, rel=0.15)
+    assert errors[2] < errors[1] / 50
+    assert float(found.energy) == pytest.approx(float((z.double().square().squeeze(-1) * weight).sum()), rel=0.01)
+
+
+def test_a_head_without_attention_still_has_a_quantiser():
+    found = fit(Histograms.empty(torch.zeros(()), 2, 3))
+    for bits in BITS:
+        assert (found.step[bits] > 0).all()
+        assert (found.error[bits] == 0).all()
+
+
+def test_costs_start_at_the_spectrum_and_fall():
+    z, weight = samples("normal")
+    attention = converted()
+    basis = random_basis(attention, 1, True)
+    spectrum = float((z.double().square().squeeze(-1) * weight).sum() / weight.sum())
+    basis = type(basis)(basis.encoder[:1], basis.decoder[:1], torch.full((1, 1), spectrum), basis.mean)
+    found = fitted(z, weight)
+    keys = key_costs(found, basis, weight.sum().reshape(1))
+    assert keys.shape == (1, len(CHOICES))
+    assert float(keys[0, 1] / keys[0, 0]) == pytest.approx(0.1188, rel=0.05)
+    # Values whose errors are independent in all respects have a spectrum of their weighted energy.
+    own = type(basis)(basis.encoder, basis.decoder, found.energy, basis.mean)
+    assert float(value_costs(found, own)[0, 1] / found.energy) == pytest.approx(0.1188, rel=0.05)
+    # Where outputs carry more, because tokens agree, so does the part of the error that goes with the latent.
+    agreeing = type(basis)(basis.encoder, basis.decoder, 30 * found.energy, basis.mean)
+    costs = value_costs(found, agreeing)[0] / float(found.energy)
+    assert float(costs[1]) == pytest.approx(30 * 0.1188**2 + (1 - 0.1188) * 0.1188, rel=0.1)
+    assert (costs.diff() < 0).all()
+
+
+def converted():
+    model = tiny("llama")
+    convert_attention(model)
+    return eigen_layers(model)[0]
+
+
+def tables(seed, sides=3, channels=4):
+    generator = torch.Generator().manual_seed(seed)
+    spectra = torch.rand(sides, channels, generator=generator, dtype=torch.float64).pow(4)
+    spectra = spectra.sort(descending=True).values
+    # Distortion per width as a uniform quantiser has it, a little different from channel to channel.
+    shape = torch.tensor([1, 0.12, 0.012, 6e-5], dtype=torch.float64)
+    wobble = 1 + 0.3 * torch.rand(sides, channels, len(CHOICES), generator=generator, dtype=torch.float64)
+    return list(spectra.unsqueeze(-1) * shape * wobble), torch.rand(sides, generator=generator).pow(2).tolist()
+
+
+def bytes_of(widths, heads):
+    counts = [[side.tolist().count(bits) for bits in BITS] for side in widths]
+    return sum(g * Widths(*count).bytes for g, count in zip(heads, counts, strict=True))
+
+
+def cost_of(costs, weights, widths):
+    return sum(
+        weight * float(cost[torch.arange(len(cost)), [CHOICES.index(w) for w in side.tolist()]].sum())
+        for cost, weight, side in zip(costs, weights, widths, strict=True)
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_allocation_is_as_good_as_brute_force_up_to_one_step(seed):
+    """Channels in groups of 4 fill whole bytes, so that every step costs what it says."""
+    costs, weights = tables(seed, sides=2, channels=12)
+    heads = [1, 2]
+    choices = [choice for choice in itertools.product(CHOICES, repeat=3) if choice[0]]
+    options = [torch.tensor(choice).repeat_interleave(4) for choice in choices]
+    every = [(bytes_of(pair, heads), cost_of(costs, weights, pair)) for pair in itertools.product(options, options)]
+    largest_step, exact = 2 * 4 * 8 // 8, 0
+    for budget in range(3, 37):
+        widths = allocate(costs, weights, heads, budget, 4)
+        size, cost = bytes_of(widths, heads), cost_of(costs, weights, widths)
+        assert size <= budget
+        assert cost <= min((c for s, c in every if s <= budget - largest_step), default=float("inf")) + 1e-12
+        exact += cost <= min(c for s, c in every if s <= size) + 1e-12
+    assert exact > 20
+
+
+@pytest.mark.parametrize("multiple", [1, 3, 5])
+def test_odd_groups_keep_to_the_budget_with_their_padding(multiple):
+    costs, weights = tables(1, sides=3, channels=13)
+    for budget in (12, 20, 30.5):
+        widths = allocate(costs, weights, [2, 2, 1], budget, multiple)
+        assert budget - 8 < bytes_of(widths, [2, 2, 1]) <= budget
+        for side in widths:
+            for first in range(0, 13, multiple):
+                assert len(set(side[first : first + multiple].tolist())) == 1
+
+
+def test_budgets_that_cannot_be_met_say_what_is_possible():
+    costs, weights = tables(0)
+    with pytest.raises(EigenAttnError, match="takes 3"):
+        allocate(costs, weights, [1, 1, 1], 2, 4)
+
+
+def test_a_quantised_basis_is_sorted_by_width():
+    attention = converted()
+    basis, widths = random_basis(attention, 6, True), torch.tensor([8, 2, 0, 8, 4, 2])
+    table = {bits: torch.full((2, 6), float(bits)) + torch.arange(6) / 10 for bits in BITS}
+    found = quantised(basis, type(fit(Histograms.empty(widths, 2, 6)))(table, table, table, table[8]), widths)
+    order = [0, 3, 4, 1, 5]
+    assert torch.equal(found.encoder, basis.encoder[..., order])
+    assert torch.equal(found.decoder, basis.decoder[:, order])
+    assert found.quantiser.widths == Widths(2, 1, 2)
+    assert found.quantiser.offset[0].tolist() == pytest.approx([8.0, 8.3, 4.4, 2.1, 2.5])
+
+
+@torch.no_grad()
+def test_more_bits_are_nearer_to_the_original():
+    ids, batches = tokens(2, 60, seed=9), list(tokens(8, 60).split(2))
+    exact, errors = tiny("llama")(ids).logits, []
+    for bits in (1.0, 4.0):
+        model = tiny("llama")
+        report = compress(model, batches, EigenAttentionConfig(bits_per_element=bits, rank_multiple=4, window=4))
+        assert bits - 0.5 < report.kv_ratio * 16 <= bits
+        errors.append(float((model(ids).logits - exact).square().mean()))
+        assert [layer["widths_k"] for layer in report.layers] == [list(a.widths_k) for a in eigen_layers(model)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[0] / 10
+
+
+@torch.no_grad()
+def test_without_a_window_too():
+    ids, model = tokens(2, 30), tiny("opt")
+    exact = model(ids).logits
+    compress(model, [tokens(4, 60)], EigenAttentionConfig(bits_per_element=7, rank_multiple=4, window=0))
+    assert (model(ids).logits - exact).abs().mean() < 0.3 * exact.std()

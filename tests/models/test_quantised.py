@@ -1,0 +1,225 @@
+"""Quantised latents: the same with a cache and without, in bytes that were planned, through files and graphs.
+
+Models are in float64: rounding noise of shapes and orders then stays far from the edges between codes.
+"""
+
+import pytest
+import torch
+from test_families import NO_STATIC_CACHE_WITHOUT_MASK, NO_STATIC_WINDOW, in_pieces
+from tiny import TINY, quantised_basis, tiny, tokens
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+import eigenattn
+from eigenattn import EigenAttnError
+from eigenattn.cache.packing import Widths, dequantise, quantise, unpack
+from eigenattn.cache.size import allocated_bytes, bytes_per_token, cache_bytes
+from eigenattn.compression.folding import compress_layer, detach
+from eigenattn.models.attention import QUANTISERS
+from eigenattn.models.bases_file import save_bases
+from eigenattn.models.checkpoint import EigenAttnCheckpointConfig, layer_entry, mark_compressed
+from eigenattn.models.conversion import convert_attention, eigen_layers
+
+NAMES = [name for name in TINY if name not in ("mixtral", "qwen3_moe")]  # their experts know no float64
+WINDOW, LENGTH = 6, 30
+WIDTHS_K, WIDTHS_V = Widths(3, 5, 3), Widths(2, 1, 6)
+windows = pytest.mark.parametrize("window", [0, WINDOW])
+
+
+def small(name="llama", window=WINDOW, widths_k=WIDTHS_K, widths_v=WIDTHS_V, dtype=torch.float64):
+    model = tiny(name)
+    convert_attention(model)
+    for index, attention in enumerate(eigen_layers(model)):
+        keys = quantised_basis(attention, widths_k, True, seed=index)
+        compress_layer(attention, keys, quantised_basis(attention, widths_v, True, seed=50 + index), window)
+    return model.to(dtype)
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "window"), [*((name, WINDOW) for name in NAMES), ("llama", 0), ("opt", 0), ("mpt", 0)]
+)
+def test_cached_equals_uncached(name, window):
+    model, ids = small(name, window), tokens(2, LENGTH)
+    exact = model(ids, use_cache=False).logits
+    close(in_pieces(model, ids, DynamicCache(config=model.config), [1] * LENGTH), exact)
+    close(in_pieces(model, ids, DynamicCache(config=model.config), [13, 1, 16]), exact)
+    if name not in NO_STATIC_CACHE_WITHOUT_MASK | NO_STATIC_WINDOW:
+        close(in_pieces(model, ids, StaticCache(config=model.config, max_cache_len=48), [20] + [1] * 10), exact)
+    for attention in eigen_layers(model):
+        attention.widths_k = attention.widths_v = None
+    assert (model(ids, use_cache=False).logits - exact).abs().max() > 1e-2  # the quantisers do something
+
+
+@torch.no_grad()
+@windows
+@pytest.mark.parametrize("name", ["llama", "mpt"])
+def test_the_cache_holds_codes_of_the_latents(name, window):
+    model, ids = small(name, window), tokens(2, LENGTH)
+    attention, seen = eigen_layers(model)[0], []
+    attention.observer = lambda layer, heads, kwargs: seen.append(heads)
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache, use_cache=True)
+    held = cache.layers[0]
+    latents = attention.encode(seen[0].key, seen[0].value)
+    for rows, z, side, widths in (
+        (held.keys, latents[0], "key", WIDTHS_K),
+        (held.values, latents[1], "value", WIDTHS_V),
+    ):
+        far = LENGTH - window
+        assert rows.dtype == torch.uint8
+        assert rows.shape == (2, attention.kv_heads, far, widths.bytes)
+        offset, step = (getattr(attention, f"{side}_{n}").view(attention.kv_heads, 1, -1) for n in ("offset", "step"))
+        assert torch.equal(unpack(rows, widths), quantise(z[:, :, :far], offset, step, widths))
+        found = attention.restored(held.keys, held.values, torch.float64)[side == "value"]
+        assert torch.equal(found, dequantise(unpack(rows, widths), offset, step).double())
+
+
+@torch.no_grad()
+@windows
+@pytest.mark.parametrize("length", [1, 6, 7, 71, 72])
+def test_bytes_are_those_planned(window, length):
+    model = small(window=window)
+    cache = DynamicCache(config=model.config)
+    for piece in tokens(2, length).tensor_split([length - 1], dim=1):
+        if piece.shape[1]:
+            model(piece, past_key_values=cache)
+    layers = eigen_layers(model)
+    assert allocated_bytes(cache) == 2 * cache_bytes(layers, 8, length, window)
+    assert bytes_per_token(layers, 8) == 3 * 2 * (3 + 3 + 1 + 2 + 1 + 2)
+
+
+@torch.no_grad()
+@windows
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_generate(name, window):
+    model, long, short = small(name, window), tokens(1, 20), tokens(1, 9, seed=4)
+    options = {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16, "pad_token_id": 0}
+
+    def generate(ids, mask=None, **more):
+        return model.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **options, **more)
+
+    alone = generate(long)
+    assert torch.equal(alone, generate(long, use_cache=False))
+    assert torch.equal(alone, generate(long, prefill_chunk_size=4))
+    assert torch.equal(alone, generate(long, prompt_lookup_num_tokens=3))
+    assert torch.equal(alone, generate(long, cache_implementation="static", disable_compile=True))
+    assert torch.equal(generate(long, num_beams=3), generate(long, num_beams=3, use_cache=False))
+    room = torch.zeros(1, 11, dtype=torch.int64)
+    ids = torch.cat([long, torch.cat([room, short], 1)])
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    both = generate(ids, mask)
+    assert torch.equal(both[0], alone[0])
+    assert torch.equal(both[1, 20:], generate(short)[0, 9:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_cropping_what_the_last_update_brought_is_exact(name):
+    model, ids = small(name), tokens(1, 40)
+    exact = model(ids).logits
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :20], past_key_values=cache)
+    model(tokens(1, 18, seed=5), past_key_values=cache)
+    cache.crop(-18)
+    close(model(ids[:, 20:], past_key_values=cache).logits, exact[:, 20:])
+
+
+@torch.no_grad()
+@windows
+def test_one_graph_with_a_static_cache(window):
+    model, ids = small(window=window), tokens(1, 10)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    exact = model(ids).logits
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    logits = [model(ids[:, :6], past_key_values=cache).logits]
+    for i in range(6, 10):
+        logits.append(compiled(ids[:, i : i + 1], past_key_values=cache).logits)
+    close(torch.cat(logits, 1), exact)
+
+
+@torch.no_grad()
+def test_many_bits_at_full_rank_are_nearly_the_original():
+    ids, errors = tokens(2, LENGTH), []
+    exact = tiny("llama")(ids).logits
+    for full in (Widths(16, 0, 0), Widths(0, 16, 0), Widths(0, 0, 16)):
+        model = small(widths_k=full, widths_v=full)
+        for attention in eigen_layers(model):
+            for name in QUANTISERS:
+                getattr(attention, name).mul_(2)  # wide enough to clip hardly anything
+        errors.append(float((model(ids).logits - exact).abs().mean() / exact.std()))
+    assert errors[0] < 0.1
+    assert errors[0] < errors[1] / 3 < errors[2] / 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    ids = tokens(2, LENGTH)
+    exact, half = small()(ids).logits, small(dtype=dtype)
+    cached = in_pieces(half, ids, DynamicCache(config=half.config), [20] + [1] * 10)
+    assert cached.dtype == dtype
+    assert (cached - exact).abs().mean() < 0.15 * exact.std()
+
+
+def marked(model, window):
+    layers = [layer_entry(attention) for attention in eigen_layers(model)]
+    mark_compressed(model, EigenAttnCheckpointConfig(layers, True, {"window": window}))
+    return model
+
+
+@torch.no_grad()
+@windows
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_save_and_load(name, window, tmp_path):
+    model, ids = marked(small(name, window), window), tokens(2, LENGTH)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert eigen_layers(again)[0].widths_k == WIDTHS_K
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_bases_alone(tmp_path):
+    model, ids = marked(small(), WINDOW), tokens(2, LENGTH)
+    save_bases(model, tmp_path)
+    again = eigenattn.attach(tiny("llama").double(), tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"rank_k": 4, "rank_v": 4, "widths_k": [1, 1, 1], "widths_v": [4, 0, 0]},
+        {"rank_k": 4, "rank_v": 4, "widths_k": [4, 0], "widths_v": [4, 0, 0]},
+        {"rank_k": 4, "rank_v": 4, "widths_k": [5, -1, 0], "widths_v": [4, 0, 0]},
+        {"rank_k": 4, "rank_v": 4, "widths_k": [4, 0, 0]},
+        {"rank_k": 4, "rank_v": 4, "widths_k": "400", "widths_v": [4, 0, 0]},
+    ],
+)
+def test_malformed_widths_are_refused(layer):
+    with pytest.raises(EigenAttnError, match="widths"):
+        EigenAttnCheckpointConfig([layer])
+
+
+def test_gradients_pass_the_quantisers():
+    model, ids = small(), tokens(1, LENGTH)
+    attention = eigen_layers(model)[1]
+    model(ids, use_cache=False).logits.square().sum().backward()
+    assert attention.key_encoder.grad.abs().sum() > 0
+    assert attention.value_encoder.grad.abs().sum() > 0
+
+
+def test_detaching_forgets_the_quantisers():
+    model = tiny("llama")
+    exact = model(tokens(1, LENGTH)).logits
+    convert_attention(model)
+    for attention in eigen_layers(model):
+        compress_layer(attention, quantised_basis(attention, WIDTHS_K, True), None, WINDOW)
+        detach(attention)
+    assert torch.equal(model(tokens(1, LENGTH)).logits, exact)
