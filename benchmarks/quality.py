@@ -55,7 +55,12 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cells", nargs="+", required=True, help="basis/ranks/window")
+    parser.add_argument(
+        "--cells",
+        nargs="+",
+        required=True,
+        help="basis/ranks/window, or basis:N/ranks/window where N heads share a latent",
+    )
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.6, 0.5, 0.4])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
@@ -102,21 +107,23 @@ def main() -> None:
     baseline = results["baseline"]
     print(f"baseline {baseline['perplexity']:.3f}, copying {baseline['copying']:.4f}", flush=True)
 
-    made: dict[tuple[str, int], list] = {}
+    made: dict[tuple[str, int, int], list] = {}
     for cell in args.cells:
-        basis, rule, window_text = cell.split("/")
-        window = int(window_text)
+        kind, rule, window_text = cell.split("/")
+        basis, _, shared_text = kind.partition(":")
+        window, shared = int(window_text), int(shared_text or 1)
         for ratio in args.ratios:
             key = f"{cell}/{args.rank_multiple}/{ratio}"
             if key in results["cells"]:
                 continue
             start = time.perf_counter()
-            if (basis, window) not in made:
+            wanted = (basis, window, shared)
+            if wanted not in made:
                 method = BASES[basis]
-                moments = collect_moments(model, layers, batches, lambda a, m=method, w=window: m.moments(a, w))
-                made[basis, window] = [method.build(sums) for sums in moments]
-                print(f"statistics for {basis}, window {window}: {time.perf_counter() - start:.0f} s", flush=True)
-            bases = made[basis, window]
+                moments = collect_moments(model, layers, batches, lambda a, m=method, w=wanted: m.moments(a, *w[1:]))
+                made[wanted] = [method.build(sums) for sums in moments]
+                print(f"statistics for {kind}, window {window}: {time.perf_counter() - start:.0f} s", flush=True)
+            bases = made[wanted]
             start = time.perf_counter()
             config = EigenAttentionConfig(kv_ratio=ratio, ranks=rule, rank_multiple=args.rank_multiple, window=window)
             count = math.ceil(args.cost_tokens / args.length)
@@ -126,7 +133,7 @@ def main() -> None:
             ranks = RANK_RULES[rule](problem)
             seconds = time.perf_counter() - start
             for attention, (keys, values), (rank_k, rank_v) in zip(layers, bases, ranks, strict=True):
-                attach(attention, keys.truncate(rank_k), values.truncate(rank_v), window)
+                attach(attention, keys.truncate(rank_k), values.truncate(rank_v), window, shared)
             result = perplexity(model, windows)
             differences = torch.tensor(result.window_nll) - torch.tensor(baseline["window_nll"])
             results["cells"][key] = {

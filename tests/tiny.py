@@ -166,9 +166,9 @@ def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def random_basis(attention: EigenAttention, rank: int, centred: bool, seed: int = 0) -> Basis:
+def random_basis(attention: EigenAttention, rank: int, centred: bool, seed: int = 0, shared_heads: int = 1) -> Basis:
     """An arbitrary basis: at full rank its decoder undoes its encoder, whatever its mean."""
-    g, d = attention.kv_heads, attention.head_dim
+    g, d = attention.kv_heads // shared_heads, attention.head_dim * shared_heads
     generator = torch.Generator().manual_seed(seed)
     encoder = torch.linalg.qr(torch.randn(g, d, d, generator=generator, dtype=torch.float64)).Q
     encoder = encoder * (0.5 + torch.rand(g, 1, d, generator=generator, dtype=torch.float64))
@@ -177,12 +177,14 @@ def random_basis(attention: EigenAttention, rank: int, centred: bool, seed: int 
     return Basis(encoder[..., :rank], decoder[:, :rank], torch.ones(g, d), mean)
 
 
-def quantised_basis(attention: EigenAttention, widths: Widths, centred: bool, seed: int = 0) -> Basis:
+def quantised_basis(
+    attention: EigenAttention, widths: Widths, centred: bool, seed: int = 0, shared_heads: int = 1
+) -> Basis:
     """An arbitrary basis of quantised latents; ranges are about as wide as the tiny models' latents."""
-    basis = random_basis(attention, widths.channels, centred, seed)
+    basis = random_basis(attention, widths.channels, centred, seed, shared_heads)
     generator = torch.Generator().manual_seed(seed + 1)
     top = torch.tensor([2**bits - 1 for bits, count in zip(BITS, widths, strict=True) for _ in range(count)])
-    low, high = (3 + 2 * torch.rand(2, attention.kv_heads, len(top), generator=generator)).unbind()
+    low, high = (3 + 2 * torch.rand(2, len(basis.encoder), len(top), generator=generator)).unbind()
     return dataclasses.replace(basis, quantiser=Quantiser(-low, (low + high) / top, widths))
 
 

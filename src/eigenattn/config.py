@@ -34,6 +34,9 @@ class EigenAttentionConfig:
         rank_multiple: ranks are multiples of this, or the full head dimension; of quantised latents so are the channels
             of each width.
         window: how many of the last tokens are kept exactly, W; 0 is the paper's method.
+        shared_heads: how many KV heads share one latent, N; it must divide their number. Bytes are those of the KV
+            ratio whatever N is. What heads have in common is stored once, which loses less, and every head decodes from
+            the whole latent, which takes N times the arithmetic.
         version: version of this configuration's format.
 
     Raises:
@@ -48,6 +51,7 @@ class EigenAttentionConfig:
     ranks: str | None = None
     rank_multiple: int = 8
     window: int = 32
+    shared_heads: int = 1
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
@@ -76,6 +80,10 @@ class EigenAttentionConfig:
             raise EigenAttnError(f"rank_multiple must be a whole number of at least 1, not {self.rank_multiple!r}.")
         if not isinstance(self.window, int) or self.window < 0:
             raise EigenAttnError(f"window must be a whole number of tokens, 0 or more, not {self.window!r}.")
+        if not isinstance(self.shared_heads, int) or self.shared_heads < 1:
+            raise EigenAttnError(f"shared_heads must be a whole number of at least 1, not {self.shared_heads!r}.")
+        if self.shared_heads > 1 and self.basis != "attention":
+            raise EigenAttnError(f'heads share latents of the basis "attention" only, not of {self.basis!r}.')
         if self.version != CONFIG_VERSION:
             raise EigenAttnError(
                 f"this configuration has version {self.version}, and this eigenattn reads version {CONFIG_VERSION}: "

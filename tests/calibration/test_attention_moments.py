@@ -23,35 +23,37 @@ def turned(attention, x, position, back=False):
 
 
 @torch.no_grad()
-def by_loops(attention, heads, weights, window):
+def by_loops(attention, heads, weights, window, shared):
     """Every sum of `AttentionMoments`, from the weights [B, H, T, T] of the model itself."""
-    expected = AttentionMoments.of(attention, window)
+    expected = AttentionMoments.of(attention, window, shared)
     b, h, t, _ = heads.query.shape
     for row in range(b):
         for head in range(h):
             g = head // attention.num_key_value_groups
+            latent = g // shared
+            mates = slice(latent * shared, (latent + 1) * shared)
             for m in range(t):
                 far = range(max(m - window + 1, 0)) if window else range(m + 1)
-                p, o = 0.0, torch.zeros(attention.head_dim, dtype=torch.float64)
+                p, o = 0.0, torch.zeros(shared * attention.head_dim, dtype=torch.float64)
                 for n in far:
                     a = weights[row, head, m, n].double()
-                    key, value = heads.key[row, g, n].double(), heads.value[row, g, n].double()
+                    key, value = (x[row, mates, n].flatten().double() for x in heads[1:])
                     query = turned(attention, turned(attention, heads.query[row, head, m], m), n, back=True).double()
                     expected.key_metric[g] += a * torch.outer(query, query) * attention.scaling**2
-                    expected.key_second[g] += a * torch.outer(key, key)
-                    expected.key_first[g] += a * key
-                    expected.key_weight[g] += a
+                    expected.key_second[latent] += a * torch.outer(key, key)
+                    expected.key_first[latent] += a * key
+                    expected.key_weight[latent] += a
                     p, o = p + a, o + a * value
-                expected.output_second[g] += torch.outer(o, o)
-                expected.output_first[g] += p * o
-                expected.output_weight[g] += p**2
+                expected.output_second[latent] += torch.outer(o, o)
+                expected.output_first[latent] += p * o
+                expected.output_weight[latent] += p**2
     return expected
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("window", [0, 4])
-@pytest.mark.parametrize("name", NAMES)
-def test_moments_are_their_definitions(name, window, monkeypatch):
+@pytest.mark.parametrize(("name", "shared"), [*((name, 1) for name in NAMES), ("llama", 2), ("opt", 2), ("opt", 4)])
+def test_moments_are_their_definitions(name, shared, window, monkeypatch):
     # With as many draws as make every key's share whole, sampling by mass is only nearly exact: see the next test.
     monkeypatch.setattr(attention_moments, "SAMPLED_KEYS", 4096)
     monkeypatch.setattr(attention_moments, "QUERY_BLOCK", 5)
@@ -73,9 +75,9 @@ def test_moments_are_their_definitions(name, window, monkeypatch):
             seen[attention.layer_idx] = (heads, scores.softmax(-1))
 
     collect_moments(model, layers, [Batch(ids)], lambda attention: Recorder())
-    moments = collect_moments(model, layers, [Batch(ids)], lambda attention: AttentionMoments.of(attention, window))
+    moments = collect_moments(model, layers, [Batch(ids)], lambda layer: AttentionMoments.of(layer, window, shared))
     for attention, found in zip(layers, moments, strict=True):
-        expected = by_loops(attention, *seen[attention.layer_idx], window)
+        expected = by_loops(attention, *seen[attention.layer_idx], window, shared)
         assert found.tokens == 2 * LENGTH
         for field in ("key_second", "key_first", "key_weight", "output_second", "output_first", "output_weight"):
             torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=1e-4, atol=1e-5)

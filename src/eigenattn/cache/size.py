@@ -18,6 +18,7 @@ class Layer(Protocol):
     rank_v: int
     widths_k: Widths | None
     widths_v: Widths | None
+    shared_heads: int
 
 
 # Bytes of an element of the original cache, where sizes are compared.
@@ -27,8 +28,8 @@ HALF = 2
 def bytes_of_layer(layer: Layer, element_size: int) -> int:
     """Bytes of a token's latents in one layer, packed if quantised, or in elements of `element_size` bytes."""
     if layer.widths_k is None or layer.widths_v is None:
-        return layer.kv_heads * (layer.rank_k + layer.rank_v) * element_size
-    return layer.kv_heads * (layer.widths_k.bytes + layer.widths_v.bytes)
+        return layer.kv_heads // layer.shared_heads * (layer.rank_k + layer.rank_v) * element_size
+    return layer.kv_heads // layer.shared_heads * (layer.widths_k.bytes + layer.widths_v.bytes)
 
 
 def bytes_per_token(layers: Sequence[Layer], element_size: int) -> int:

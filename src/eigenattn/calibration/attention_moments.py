@@ -23,13 +23,15 @@ SAMPLED_KEYS = 16
 class AttentionMoments:
     """Sums over calibration text for one layer, in float64, over query-key pairs outside the window.
 
-    `a` is an attention weight, `p` the sum of a query's weights outside the window, `o` the sum of `a * v` there.
+    `a` is an attention weight, `p` the sum of a query's weights outside the window, `o` the sum of `a * v` there. Where
+    N KV heads share a latent, `k` and `v` are the vectors of all of them, N * D dimensions: a key's weights are summed
+    over the heads, and each query head has an `o` of all values under its own attention.
 
     Args:
         key_metric: `sum a q q^T` [G, D, D], each query seen in its key's frame and scaled to scores.
-        key_second, key_first, key_weight: `sum a k k^T` [G, D, D], `sum a k` [G, D] and `sum a` [G].
+        key_second, key_first, key_weight: `sum a k k^T` [G/N, N * D, N * D], `sum a k` [G/N, N * D], `sum a` [G/N].
         value_metric: `sum W_O^T W_O` over the heads of a group [G, D, D].
-        output_second, output_first, output_weight: `sum o o^T` [G, D, D], `sum p o` [G, D] and `sum p^2` [G].
+        output_second, output_first, output_weight: `sum o o^T`, `sum p o` and `sum p^2`, in the same shapes.
         window: tokens kept exactly, W.
     """
 
@@ -45,7 +47,7 @@ class AttentionMoments:
     tokens: int = 0
 
     @classmethod
-    def of(cls, attention: EigenAttention, window: int) -> AttentionMoments:
+    def of(cls, attention: EigenAttention, window: int, shared_heads: int = 1) -> AttentionMoments:
         """Empty moments for a layer."""
         weight = weight_of(attention.output_projection).detach().double()  # [C, H * D]
         g, d = attention.kv_heads, attention.head_dim
@@ -54,16 +56,16 @@ class AttentionMoments:
         def zeros(*shape: int) -> Tensor:
             return weight.new_zeros(shape)
 
-        return cls(
-            *(zeros(g, d, d), zeros(g, d, d), zeros(g, d), zeros(g)),
-            by_group.transpose(1, 2) @ by_group,
-            *(zeros(g, d, d), zeros(g, d), zeros(g)),
-            window,
+        latents, size = g // shared_heads, shared_heads * d
+        keys, outputs = (
+            (zeros(latents, size, size), zeros(latents, size), zeros(latents)) for _ in ("keys", "outputs")
         )
+        return cls(zeros(g, d, d), *keys, by_group.transpose(1, 2) @ by_group, *outputs, window)
 
     def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
         """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
         q, k, v = heads
+        shared_k, shared_v = self._joined(k), self._joined(v)
         t, interleaved = q.shape[-2], attention.family.interleaved
         mask = attention.mask_for(q, t, kwargs)
         mask = causal_mask(t, t, q.device)[None, None] if mask is None else mask
@@ -78,20 +80,30 @@ class AttentionMoments:
             weights = (scores - log_sums[-1]).exp().tril(start - self.window)  # n <= m - W
             if valid is not None:
                 weights = weights * valid[:, None, start:stop, None]
+            by_latent = weights.unflatten(1, (self.latents, -1))  # [B, G/N, H/G * N, block, stop]
             weights = weights.unflatten(1, (self.groups, -1))  # [B, G, H/G, block, stop]
             column_weight[..., :stop] += weights.sum((2, 3))
-            share = weights.sum(-1, keepdim=True)
-            self._add_outputs(weights.to(v.dtype) @ v[:, :, None, :stop], share)
+            outputs = by_latent.to(v.dtype) @ shared_v[:, :, None, :stop]
+            self._add_outputs(outputs, by_latent.sum(-1, keepdim=True))
             if not attention.rotates:
+                share = weights.sum(-1, keepdim=True)
                 self.key_metric += self._gram(q[:, :, start:stop], share) * attention.scaling**2
-        self._add_keys(k, column_weight)
+        self._add_keys(shared_k, column_weight.unflatten(1, (self.latents, -1)).sum(2))
         if attention.rotates:
             log_sum = torch.cat(log_sums, dim=-2)
             self._add_sampled_metric(attention, q_turned, k_turned, mask, column_weight, log_sum, kwargs, valid)
 
     @property
     def groups(self) -> int:
-        return self.key_weight.shape[0]
+        return len(self.key_metric)
+
+    @property
+    def latents(self) -> int:
+        return len(self.key_weight)
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """Vectors [B, G, T, D] of the heads that share a latent side by side: [B, G/N, T, N * D]."""
+        return x.unflatten(1, (self.latents, -1)).transpose(2, 3).flatten(3)
 
     def _gram(self, x: Tensor, weight: Tensor) -> Tensor:
         """`sum weight x x^T` of vectors [B, H, n, D], per group of heads: [G, D, D] in float64.

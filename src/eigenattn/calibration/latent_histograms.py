@@ -75,7 +75,7 @@ class LatentHistograms:
 
     Keys count with `sum_m a_mn`, for a key's error meets every query in proportion to its attention. Values count with
     `sum_m a_mn^2`, for the errors of independent tokens average in a query's output. Both are sums over the queries of
-    a group.
+    a group, or of all the groups that share a latent.
 
     Args:
         keys, values: what gives the latents.
@@ -108,5 +108,7 @@ class LatentHistograms:
         for side, x, weight, (encoder, mean) in zip(
             (self.keys, self.values), (k, v), (first, second), self.maps, strict=True
         ):
-            x = x.float() if mean is None else x.float() - mean.float().unsqueeze(1)
-            side.add(x @ encoder.float(), weight)
+            latents = len(encoder)
+            x = x.float().unflatten(1, (latents, -1)).transpose(2, 3).flatten(3)  # [B, G/N, T, N * D]
+            x = x if mean is None else x - mean.float().unsqueeze(1)
+            side.add(x @ encoder.float(), weight.unflatten(1, (latents, -1)).sum(2))

@@ -27,8 +27,8 @@ class LayerMoments:
     tokens: int = 0
 
     @classmethod
-    def of(cls, attention: EigenAttention, window: int = 0) -> LayerMoments:
-        """Empty moments for a layer. They are over all tokens, whatever the window."""
+    def of(cls, attention: EigenAttention, window: int = 0, shared_heads: int = 1) -> LayerMoments:
+        """Empty moments for a layer. They are over all tokens, whatever the window, and of single heads."""
         shape = (attention.kv_heads, attention.head_dim, attention.head_dim)
         device = attention.output_projection.weight.device
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)))

@@ -33,6 +33,8 @@ class Quantiser:
 class Basis:
     """Encoder, decoder, mean and spectrum of each KV head of one layer, for keys or for values.
 
+    Where N KV heads share a latent, they count as one of G/N heads of N * D dimensions.
+
     Args:
         encoder: [G, D, R]; `z = (x - mean) @ encoder`.
         decoder: [G, R, D]; `x_hat = mean + z @ decoder`.
@@ -85,7 +87,8 @@ def attention(moments: AttentionMoments) -> tuple[Basis, Basis]:
 
     A key's error meets the queries that attend to it, a value's error the output projection. Taking either error as a
     product of a metric M and a covariance C, Eckart-Young gives the best rank-R map: with W the leading eigenvectors of
-    `M^(1/2) C M^(1/2)`, the encoder is `M^(1/2) W` and the decoder `W^T M^(-1/2)`. See docs/mathematics.md.
+    `M^(1/2) C M^(1/2)`, the encoder is `M^(1/2) W` and the decoder `W^T M^(-1/2)`. Where heads share a latent, C is of
+    all their vectors together, and M has a block for each. See docs/mathematics.md.
 
     Returns:
         The bases of keys and of values at full rank, in float64; the spectrum is in units of the error itself.
@@ -94,11 +97,11 @@ def attention(moments: AttentionMoments) -> tuple[Basis, Basis]:
     key_mean = moments.key_first / weight[:, None]
     # Divided by the weight here, not there: the product is the sum of squared errors over all pairs.
     key_covariance = moments.key_second / weight[:, None, None] - _outer(key_mean)
-    keys = _weighted(moments.key_metric, key_covariance, key_mean)
+    keys = _weighted(_blocks(moments.key_metric, len(weight)), key_covariance, key_mean)
     share = moments.output_weight.clamp_min(TINY)
     value_mean = moments.output_first / share[:, None]
     value_covariance = moments.output_second - _outer(value_mean) * share[:, None, None]
-    return keys, _weighted(moments.value_metric, value_covariance, value_mean)
+    return keys, _weighted(_blocks(moments.value_metric, len(share)), value_covariance, value_mean)
 
 
 TINY = torch.finfo(torch.float64).tiny
@@ -109,6 +112,11 @@ METRIC_FLOOR = 1e-4
 
 def _outer(x: Tensor) -> Tensor:
     return x.unsqueeze(-1) * x.unsqueeze(-2)
+
+
+def _blocks(metric: Tensor, count: int) -> Tensor:
+    """Metrics of G heads [G, D, D] as block-diagonal ones of `count` groups of neighbours, [count, N * D, N * D]."""
+    return torch.stack([torch.block_diag(*group) for group in metric.unflatten(0, (count, -1))])
 
 
 def _weighted(metric: Tensor, covariance: Tensor, mean: Tensor) -> Basis:
@@ -128,9 +136,9 @@ def _weighted(metric: Tensor, covariance: Tensor, mean: Tensor) -> Basis:
 
 @dataclass(frozen=True)
 class BasisMethod:
-    """A kind of basis: the moments it needs (`Moments.of(attention, window)`), and what it makes of them."""
+    """A kind of basis: the moments it needs (`of(attention, window, shared_heads)`), and what it makes of them."""
 
-    moments: Callable[[EigenAttention, int], Moments]
+    moments: Callable[[EigenAttention, int, int], Moments]
     build: Callable[[Any], tuple[Basis, Basis]]
 
 

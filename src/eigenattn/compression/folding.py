@@ -10,15 +10,19 @@ from ..models.projections import Heads, join_heads, split_heads, weight_of, with
 from .bases import Basis
 
 
-def attach(attention: EigenAttention, keys: Basis | None, values: Basis | None, window: int = 0) -> None:
+def attach(
+    attention: EigenAttention, keys: Basis | None, values: Basis | None, window: int = 0, shared_heads: int = 1
+) -> None:
     """Compress a layer with maps applied at run time; the projections stay as they are.
 
     Args:
         keys, values: bases, or None for a side that stays as the original has it.
         window: exact tokens, W.
+        shared_heads: KV heads that share a latent, N: the bases are of so many together.
     """
     detach(attention)
-    attention.window = window
+    attention.window, attention.shared_heads = window, shared_heads
+    attention.rank_k = attention.rank_v = attention.latent_dim
     like = attention.output_projection.weight
     for side, basis in (("key", keys), ("value", values)):
         if basis is None:
@@ -37,7 +41,7 @@ def attach(attention: EigenAttention, keys: Basis | None, values: Basis | None, 
 def detach(attention: EigenAttention) -> None:
     """Undo `attach`: back to full rank."""
     attention.rank_k = attention.rank_v = attention.head_dim
-    attention.window = 0
+    attention.window, attention.shared_heads = 0, 1
     attention.widths_k = attention.widths_v = None
     for name in (*MAPS, *QUANTISERS):
         setattr(attention, name, None)
@@ -46,10 +50,10 @@ def detach(attention: EigenAttention) -> None:
 def fold(attention: EigenAttention) -> None:
     """Fold the attached maps into the projections wherever nothing stands between (arXiv 2408.05646, section 4.2).
 
-    With a window nothing is folded. Arithmetic is in float64; the new projections have the old ones' dtype. The result
-    has the shapes that `EigenAttention.allocate` gives.
+    With a window, or latents shared by heads, nothing is folded. Arithmetic is in float64; the new projections have the
+    old ones' dtype. The result has the shapes that `EigenAttention.allocate` gives.
     """
-    if attention.window:
+    if attention.keeps_projections:
         return
     folds = Heads(
         *(
@@ -157,7 +161,9 @@ def _set_projections(attention: EigenAttention, weights: Heads, biases: Heads, h
 
 
 @torch.no_grad()
-def compress_layer(attention: EigenAttention, keys: Basis | None, values: Basis | None, window: int) -> None:
+def compress_layer(
+    attention: EigenAttention, keys: Basis | None, values: Basis | None, window: int, shared_heads: int = 1
+) -> None:
     """Attach the bases of one layer and fold them."""
-    attach(attention, keys, values, window)
+    attach(attention, keys, values, window, shared_heads)
     fold(attention)

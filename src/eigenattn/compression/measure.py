@@ -43,8 +43,9 @@ class Measurement:
         self.decoder_layers = [parents[id(attention)] for attention in layers]
 
     def _truncate(self, index: int, ranks: tuple[int, int]) -> None:
-        (keys, values), (rank_k, rank_v) = self.bases[index], ranks
-        attach(self.layers[index], keys.truncate(rank_k), values.truncate(rank_v), self.window)
+        attention, (keys, values), (rank_k, rank_v) = self.layers[index], self.bases[index], ranks
+        shared_heads = attention.kv_heads // len(keys.encoder)
+        attach(attention, keys.truncate(rank_k), values.truncate(rank_v), self.window, shared_heads)
 
     @torch.no_grad()
     def layer_errors(self, candidates: Sequence[Ranks]) -> list[list[float]]:

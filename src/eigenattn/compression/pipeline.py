@@ -103,6 +103,7 @@ def compress(
     try:
         model.eval()
         layers = eigen_layers(model)
+        _check_sharing(layers[0].kv_heads, config.shared_heads)
         device = model.get_input_embeddings().weight.device
         stream = _Stream(batches, device, twice=config.bits_per_element is not None)
         with clock.stage("statistics"):
@@ -111,7 +112,7 @@ def compress(
                 model,
                 layers,
                 bars.batches("Calibrating", stream, total),
-                lambda attention: method.moments(attention, config.window),
+                lambda attention: method.moments(attention, config.window, config.shared_heads),
             )
         if config.kv_ratio != 1 and stream.longest <= config.window:
             raise EigenAttnError(
@@ -130,10 +131,10 @@ def compress(
         model.train(was_training)
     del originals
     if all(basis is None for pair in chosen for basis in pair):
-        config = dataclasses.replace(config, window=0)  # at full rank everything is exact
+        config = dataclasses.replace(config, window=0, shared_heads=1)  # at full rank everything is exact
     with clock.stage("folding"):
         for attention, (keys, values) in zip(layers, chosen, strict=True):
-            compress_layer(attention, keys, values, config.window)
+            compress_layer(attention, keys, values, config.window, config.shared_heads)
     element_size = layers[0].output_projection.weight.element_size()
     report = CompressionReport(
         kv_ratio=kv_ratio(layers),
@@ -152,6 +153,14 @@ def compress(
     centred = any(basis.mean is not None for pair in bases for basis in pair)
     mark_compressed(model, EigenAttnCheckpointConfig(report.layers, centred, config.to_dict(), facts))
     return report
+
+
+def _check_sharing(kv_heads: int, shared_heads: int) -> None:
+    if kv_heads % shared_heads:
+        divisors = [str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+        raise EigenAttnError(
+            f"{shared_heads} KV heads cannot share a latent where there are {kv_heads}: choose {', '.join(divisors)}."
+        )
 
 
 def _choose(

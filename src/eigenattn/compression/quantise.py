@@ -286,7 +286,7 @@ def quantise_bases(
         EigenAttnError: if the budget is too small.
     """
     costs = [cost for layer in fitted for cost in (layer.key_costs, layer.value_costs)]
-    heads = [attention.kv_heads for attention in layers for _ in range(2)]
+    heads = [len(basis.encoder) for pair in bases for basis in pair]
     elements = sum(2 * attention.kv_heads * attention.head_dim for attention in layers)
     flat = [weight for pair in weights for weight in pair]
     widths = allocate(costs, flat, heads, bits_per_element * elements / 8, multiple)

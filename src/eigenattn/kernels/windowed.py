@@ -140,7 +140,7 @@ def attend_one(
     Args:
         q: query against near keys [B, H, 1, D].
         q_far: query against far keys [B, H, 1, K]: the same, or one taken to the small space.
-        far_keys: [B, G, F, K]; far_values: [B, G, F, V].
+        far_keys: [B, G or fewer, F, K]; far_values: [B, G or fewer, F, V]; fewer are shared by neighbouring heads.
         near_keys, near_values: [B, G, N, D].
         far_offset: [B, H, 1, 1], added to every far score before scaling (`q . mean`), or None.
         seen: mask over far and near keys side by side, from `split_masks`.
@@ -150,18 +150,19 @@ def attend_one(
         far and near keys side by side [B, H, 1, F + N].
     """
     b, h = q.shape[:2]
-    g, far = far_keys.shape[1:3]
+    far = far_keys.shape[2]
 
-    def by_group(x: Tensor) -> Tensor:
-        return x.reshape(b, g, h // g, x.shape[-1])
+    def times(x: Tensor, held: Tensor) -> Tensor:
+        """Each query head's row [B, H, 1, n] times what its KV head holds [B, G or fewer, n, m]: [B, H, 1, m]."""
+        g = held.shape[1]
+        return (x.reshape(b, g, h // g, x.shape[-1]) @ held).reshape(b, h, 1, held.shape[-1])
 
-    far_scores = (by_group(q_far) @ far_keys.transpose(-1, -2)).reshape(b, h, 1, far)
+    far_scores = times(q_far, far_keys.transpose(-1, -2))
     if far_offset is not None:
         far_scores = far_scores + far_offset
-    near_scores = (by_group(q) @ near_keys.transpose(-1, -2)).reshape(b, h, 1, -1)
+    near_scores = times(q, near_keys.transpose(-1, -2))
     scores = cap_and_mask(torch.cat([far_scores, near_scores], dim=-1) * scale, seen, softcap)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
     far_weights, near_weights = weights[..., :far], weights[..., far:]
-    far_sum = (by_group(far_weights) @ far_values).reshape(b, h, 1, -1)
-    near_sum = (by_group(near_weights) @ near_values).reshape(b, h, 1, -1)
+    far_sum, near_sum = times(far_weights, far_values), times(near_weights, near_values)
     return far_sum, far_weights.sum(-1, keepdim=True), near_sum, weights

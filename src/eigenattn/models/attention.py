@@ -21,7 +21,7 @@ from .rotary import key_positions, rotate
 from .windowed import attend_with_window
 
 # A side at full rank needs none of these. Maps are stored as [G * R, D] and means as [G * D], so that tensor
-# parallelism can split them by head.
+# parallelism can split them by head. Where N KV heads share a latent, maps are [G/N * R, N * D].
 MAPS = ("key_encoder", "key_decoder", "key_mean", "value_encoder", "value_decoder", "value_mean")
 # Value of code 0, and distance of codes, of each channel of a quantised latent: stored as [G * R].
 QUANTISERS = ("key_offset", "key_step", "value_offset", "value_step")
@@ -39,6 +39,9 @@ class EigenAttention(nn.Module):
     - values: `z = (v - mean) @ E` is cached; attention sums latents, and its output is `mean + sum @ U`.
 
     With a window W the last W tokens are kept exactly, and nothing is folded: see `eigenattn.models.windowed`.
+
+    N neighbouring KV heads may share one latent (`shared_heads`): it is made of all their vectors, and every head
+    decodes its own vectors from the whole of it. Nothing is folded then either.
 
     Latents may be quantised, each channel by a static uniform quantiser of its own (`QUANTISERS`): the cache then holds
     packed codes, and attention the latents that codes stand for, with a cache or without.
@@ -61,6 +64,7 @@ class EigenAttention(nn.Module):
         self.kv_heads: int = family.kv_heads(config)
         self.head_dim: int = family.head_dim(config)
         self.rank_k = self.rank_v = self.head_dim
+        self.shared_heads = 1
         self.projected = (self.head_dim,) * 3  # dimensions a head that the q, k and v projections give
         self.num_key_value_groups = self.heads // self.kv_heads  # transformers' attention functions read this name
         self.scaling: float = getattr(original, family.scale)
@@ -105,9 +109,24 @@ class EigenAttention(nn.Module):
         return self.family.norms is not None and hasattr(self, self.family.norms[1])
 
     @property
+    def latent_heads(self) -> int:
+        """Latents of keys, and of values, that a token has: G/N."""
+        return self.kv_heads // self.shared_heads
+
+    @property
+    def latent_dim(self) -> int:
+        """What a latent is made of, and its full rank: N * D."""
+        return self.shared_heads * self.head_dim
+
+    @property
+    def keeps_projections(self) -> bool:
+        """Whether all maps are applied at run time, and the projections stay the original's."""
+        return self.window > 0 or self.shared_heads > 1
+
+    @property
     def folds(self) -> Heads:
         """Whether the maps of queries, keys and values can be folded into their projections."""
-        free = not self.clip and not self.window
+        free = not self.clip and not self.keeps_projections
         plain = free and not self.normalises
         return Heads(query=plain and not self.rotates, key=plain, value=free)
 
@@ -124,32 +143,35 @@ class EigenAttention(nn.Module):
         window: int,
         widths_k: Widths | None = None,
         widths_v: Widths | None = None,
+        shared_heads: int = 1,
     ) -> None:
         """Take the shapes that ranks ask for, folded, with values left empty: what a loader then fills.
 
         Args:
-            rank_k, rank_v: ranks of keys and of values; the head dimension means untouched, unless it is quantised.
+            rank_k, rank_v: ranks of keys and of values; full rank means untouched, unless it is quantised.
             centred: whether the bases have means, which fold into biases.
             window: exact tokens, W; with a window the projections keep their shapes.
             widths_k, widths_v: of quantised latents; both or none.
+            shared_heads: KV heads that share a latent, N.
         """
+        self.shared_heads = shared_heads
         self.rank_k, self.rank_v, self.window = rank_k, rank_v, window
         self.widths_k, self.widths_v = widths_k, widths_v
-        d, folds = self.head_dim, self.folds
-        small_k, small_v = rank_k < d or widths_k is not None, rank_v < d or widths_v is not None
+        d, full, folds = self.head_dim, self.latent_dim, self.folds
+        small_k, small_v = rank_k < full or widths_k is not None, rank_v < full or widths_v is not None
         self.projected = (
             rank_k if folds.query else d,
             rank_k if folds.key else d,
             rank_v if folds.value else d,
         )
-        if not window:
+        if not self.keeps_projections:
             self._resize_projections(centred and small_k, centred and small_v)
         kept = {
             "key_encoder": small_k and not folds.key,
             "key_decoder": small_k and not folds.query,
             "key_mean": small_k and centred and (self.rotates or not folds.key),
             "value_encoder": small_v and not folds.value,
-            "value_decoder": small_v and window > 0,
+            "value_decoder": small_v and self.keeps_projections,
             "value_mean": small_v and centred and not folds.value,
             **dict.fromkeys(QUANTISERS, widths_k is not None),
         }
@@ -157,9 +179,9 @@ class EigenAttention(nn.Module):
         for name in (name for name, keep in kept.items() if keep):
             rank = rank_k if name.startswith("key") else rank_v
             if name in QUANTISERS:
-                shape = (self.kv_heads * rank,)
+                shape = (self.latent_heads * rank,)
             else:
-                shape = (self.kv_heads * d,) if name.endswith("mean") else (self.kv_heads * rank, d)
+                shape = (self.kv_heads * d,) if name.endswith("mean") else (self.latent_heads * rank, full)
             setattr(self, name, nn.Parameter(like_weight.new_empty(shape)))
 
     def _resize_projections(self, offset_k: bool, offset_v: bool) -> None:
@@ -199,31 +221,40 @@ class EigenAttention(nn.Module):
     def _normalised(self, query: Tensor, key: Tensor) -> list[Tensor]:
         return [getattr(self, name)(x) for name, x in zip(self.family.norms, (query, key), strict=True)]
 
-    def _by_head(self, name: str) -> Tensor:
-        """A run-time map as [G, R, D], or a mean as [G, 1, D]."""
+    def _by_latent(self, name: str) -> Tensor:
+        """A run-time map as [G/N, R, N * D], or a mean as [G/N, 1, N * D]."""
         stored = getattr(self, name)
         if stored.dim() == 1:
-            return stored.view(-1, 1, self.head_dim)
-        return stored.view(-1, self.rank_k if name.startswith("key") else self.rank_v, self.head_dim)
+            return stored.view(-1, 1, self.latent_dim)
+        return stored.view(-1, self.rank_k if name.startswith("key") else self.rank_v, self.latent_dim)
+
+    def _by_head(self, name: str) -> Tensor:
+        """A decoder as [G, R, D], or a mean as [G, 1, D]."""
+        return self._by_latent(name).unflatten(-1, (self.shared_heads, -1)).transpose(1, 2).flatten(0, 1)
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """Vectors [B, G, T, D] of the heads that share a latent side by side: [B, G/N, T, N * D]."""
+        return x.unflatten(1, (-1, self.shared_heads)).transpose(2, 3).flatten(3)
 
     def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, G, T, D] to latents [B, G, T, R]; what is latent already, or at full rank, passes."""
+        """Keys and values [B, G, T, D] to latents [B, G/N, T, R]; what is latent already, or at full rank, passes."""
         return self._encode(keys, "key"), self._encode(values, "value")
 
     def _encode(self, x: Tensor, side: str) -> Tensor:
         if getattr(self, f"{side}_encoder") is None:
             return x
+        x = self._joined(x)
         if getattr(self, f"{side}_mean") is not None:
-            x = x - self._by_head(f"{side}_mean")
-        return x @ self._by_head(f"{side}_encoder").transpose(-1, -2)
+            x = x - self._by_latent(f"{side}_mean")
+        return x @ self._by_latent(f"{side}_encoder").transpose(-1, -2)
 
     def _quantiser(self, side: str) -> tuple[Tensor, Tensor, Widths]:
-        """Offset and step [G, 1, R], and widths."""
-        offset, step = (getattr(self, f"{side}_{name}").view(self.kv_heads, 1, -1) for name in ("offset", "step"))
+        """Offset and step [G/N, 1, R], and widths."""
+        offset, step = (getattr(self, f"{side}_{name}").view(self.latent_heads, 1, -1) for name in ("offset", "step"))
         return offset, step, self.widths_k if side == "key" else self.widths_v
 
     def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What the cache holds of keys and values [B, G, T, D]: latents [B, G, T, R], or bytes of packed codes.
+        """What the cache holds of keys and values [B, G, T, D]: latents [B, G/N, T, R], or bytes of packed codes.
 
         Bytes carry no gradients: quantised models are trained without a cache.
         """
@@ -237,7 +268,7 @@ class EigenAttention(nn.Module):
         return pack(quantise(latents, offset, step, widths), widths)
 
     def restored(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Latents [B, G, S, R] of keys and values that the cache holds; packed ones in `dtype`."""
+        """Latents [B, G/N, S, R] of keys and values that the cache holds; packed ones in `dtype`."""
         if self.widths_k is None:
             return keys, values
         return self._unpacked(keys, "key", dtype), self._unpacked(values, "value", dtype)
@@ -247,7 +278,7 @@ class EigenAttention(nn.Module):
         return dequantise(unpack(packed, widths), offset, step).to(dtype)
 
     def rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [B, G, T, R] of keys and values [B, G, T, D] as they come back from the cache, without one.
+        """Latents [B, G/N, T, R] of keys and values [B, G, T, D] as they come back from the cache, without one.
 
         Gradients pass the quantisers as if they were not there (the straight-through estimator, arXiv 1308.3432).
         """
@@ -261,20 +292,33 @@ class EigenAttention(nn.Module):
         found = dequantise(quantise(latents, offset, step, widths), offset, step).to(latents.dtype)
         return latents + (found - latents).detach() if latents.requires_grad else found
 
-    def decode(self, latents: Tensor, side: str, weight: Tensor | None = None) -> Tensor:
-        """Latents [B, G or H, T, R] of keys or values to vectors [..., D]; at full rank they are those already.
-
-        Args:
-            weight: [B, H, T, 1], the attention weight that latents were summed with, which the mean comes in with.
-        """
+    def decode(self, latents: Tensor, side: str) -> Tensor:
+        """Latents [B, G/N, T, R] of keys or values to vectors [B, G, T, D]; at full rank they are those already."""
         if getattr(self, f"{side}_decoder") is None:
             return latents
-        groups = latents.shape[1] // self._by_head(f"{side}_decoder").shape[0]
-        x = (latents.unflatten(1, (-1, groups)) @ self._by_head(f"{side}_decoder").unsqueeze(1)).flatten(1, 2)
-        if getattr(self, f"{side}_mean") is None:
+        x = latents @ self._by_latent(f"{side}_decoder")
+        if getattr(self, f"{side}_mean") is not None:
+            x = x + self._by_latent(f"{side}_mean")
+        return x.unflatten(-1, (self.shared_heads, -1)).transpose(2, 3).flatten(1, 2)
+
+    def decode_output(self, sums: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Attention's sums of value latents [B, H, T, R] to sums of values [B, H, T, D].
+
+        Args:
+            weight: [B, H, T, 1], the attention weight that latents were summed with, which the mean comes in with; None
+                means 1.
+        """
+        if self.value_decoder is None:
+            return sums
+        x = (sums.unflatten(1, (self.kv_heads, -1)) @ self._by_head("value_decoder").unsqueeze(1)).flatten(1, 2)
+        if self.value_mean is None:
             return x
-        mean = self._by_head(f"{side}_mean").repeat_interleave(groups, dim=0)
+        mean = self._by_head("value_mean").repeat_interleave(self.num_key_value_groups, dim=0)
         return x + (mean if weight is None else mean * weight)
+
+    def for_each_head(self, latents: Tensor) -> Tensor:
+        """Latents [B, G/N, S, R] once for every KV head that shares them: [B, G, S, R]."""
+        return latents.repeat_interleave(self.kv_heads // latents.shape[1], dim=1)
 
     def query_in_small_space(self, q: Tensor) -> Tensor:
         """Queries [B, H, T, D] without rotary positions, to meet latent keys: `q @ U.T`, [B, H, T, R_k]."""
@@ -329,8 +373,8 @@ class EigenAttention(nn.Module):
             length = k.shape[-2] if cache is None else cache.get_seq_length(self.layer_idx)
             positions = key_positions(kwargs["position_ids"], k.shape[-2], length)
             k = rotate(self.decode(k, "key"), *self.angles(k, positions), interleaved)  # [B, G, S, D]
-        out, weights = self._attend(q, k, v, kwargs)  # [B, H, T, *]
-        return self.decode(out, "value"), weights
+        out, weights = self._attend(q, self.for_each_head(k), self.for_each_head(v), kwargs)  # [B, H, T, *]
+        return self.decode_output(out), weights
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         implementation = self.implementation_for(kwargs)

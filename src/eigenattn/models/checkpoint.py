@@ -94,14 +94,21 @@ def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) ->
         raise EigenAttnError(
             f"the checkpoint has ranks for {len(config.layers)} layers, and its model has {len(layers)}."
         )
+    shared = config.method["shared_heads"]
     for index, (attention, layer) in enumerate(zip(layers, config.layers, strict=True)):
         ranks = {name: layer[name] for name in RANKS}
-        if max(ranks.values()) > attention.head_dim:
+        if attention.kv_heads % shared:
             raise EigenAttnError(
-                f"layer {index} of the checkpoint has ranks {ranks}, above the head dimension {attention.head_dim}."
+                f"the checkpoint has {shared} KV heads share a latent, and the model has {attention.kv_heads}."
+            )
+        if max(ranks.values()) > attention.head_dim * shared:
+            raise EigenAttnError(
+                f"layer {index} of the checkpoint has ranks {ranks}, above full rank, {attention.head_dim * shared}."
             )
         widths = {name: Widths(*layer[name]) for name in WIDTHS if name in layer}
-        attention.allocate(**ranks, **widths, centred=config.centred, window=config.method["window"])
+        attention.allocate(
+            **ranks, **widths, centred=config.centred, window=config.method["window"], shared_heads=shared
+        )
 
 
 @register_quantizer(METHOD)

@@ -81,7 +81,7 @@ def attend_with_window(
     far_sum, far_weight, near_sum, weights = attend_one(
         q, q_far, far_keys, far.values, near_keys, near.values, far_offset=offset, seen=seen, **options
     )
-    out = near_sum + attention.decode(far_sum, "value", weight=far_weight)
+    out = near_sum + attention.decode_output(far_sum, weight=far_weight)
     if implementation != "eager":
         return out, None
     return out, by_column(weights, far_keys.shape[-2], columns_near, columns)

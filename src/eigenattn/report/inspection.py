@@ -22,6 +22,7 @@ class _Layer(NamedTuple):
     rank_v: int
     widths_k: Widths | None = None
     widths_v: Widths | None = None
+    shared_heads: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,16 @@ def inspect_checkpoint(name: str) -> Inspection:
         checkpoint = EigenAttnCheckpointConfig.from_dict(stored)
     full = {"rank_k": head_dim, "rank_v": head_dim}
     ranks = checkpoint.layers if checkpoint else [full] * text.num_hidden_layers
+    window, shared_heads = (checkpoint.method["window"], checkpoint.method["shared_heads"]) if checkpoint else (0, 1)
     layers = [
-        _Layer(kv_heads, head_dim, **{name: Widths(*x) if name in WIDTHS else x for name, x in layer.items()})
+        _Layer(
+            kv_heads,
+            head_dim,
+            **{name: Widths(*x) if name in WIDTHS else x for name, x in layer.items()},
+            shared_heads=shared_heads,
+        )
         for layer in ranks
     ]
-    window = checkpoint.method["window"] if checkpoint else 0
     element_size = (text.dtype or torch.float32).itemsize
     return Inspection(
         model_type=text.model_type,
