@@ -130,6 +130,26 @@ def test_cropping_what_the_last_update_brought_is_exact(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("quantiser", [False, True])
+def test_batches_of_a_cache_change_and_move(quantiser):
+    """What beams, contrastive search and offloading do to a cache between two passes."""
+    model, ids = small(), tokens(2, LENGTH)
+    if not quantiser:
+        for attention in eigen_layers(model):
+            attention.widths_k = attention.widths_v = None
+    exact = model(ids).logits[:, 20:]
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :20], past_key_values=cache)
+    cache.batch_repeat_interleave(2)  # rows 0, 0, 1, 1
+    cache.reorder_cache(torch.tensor([2, 0, 3, 1]))
+    cache.batch_select_indices(torch.tensor([1, 2]))  # rows 0, 1
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    close(model(ids[:, 20:], past_key_values=cache).logits, exact)
+
+
+@torch.no_grad()
 @windows
 def test_one_graph_with_a_static_cache(window):
     model, ids = small(window=window), tokens(1, 10)

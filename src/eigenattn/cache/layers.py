@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -246,7 +247,32 @@ def with_window(cache: Any, layer_idx: int, window: int, sliding_window: int | N
         return
     if type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
         raise EigenAttnError(
-            f"a cache of {type(layer).__name__} cannot hold the exact window: use a dynamic or a static cache."
+            f"a cache of {type(layer).__name__} cannot hold the exact window: use a dynamic or a static cache "
+            "(quantised latents, which compressing with bits_per_element gives, are held by both)."
         )
     sliding = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
     cache.layers[layer_idx] = WindowedLayer(window, sliding)
+
+
+def check_quantised(cache: Any, layer_idx: int, rows: tuple[Tensor, Tensor]) -> None:
+    """Look whether transformers' quantised caches can hold a layer's latents; other caches can.
+
+    Args:
+        rows: what is to be stored of keys and values, [B, G, T, width] each.
+
+    Raises:
+        EigenAttnError: if codes would be quantised again, or groups of a scale do not fit latents of any length.
+    """
+    layer = cache.layers[layer_idx] if layer_idx < len(getattr(cache, "layers", ())) else None
+    name = type(layer).__name__
+    if "Quantized" not in name:
+        return
+    if rows[0].dtype == torch.uint8:
+        raise EigenAttnError(f"the latents are quantised already, and {name} would do it again: use a dynamic cache.")
+    group = getattr(layer, "q_group_size", 1)
+    sizes = [row.shape[1] * row.shape[-1] for row in rows]  # elements of a token
+    if any(size % group for size in sizes):
+        raise EigenAttnError(
+            f"{name} quantises {group} elements together, and a token's latents are of {sizes[0]} and {sizes[1]}: pass "
+            f"a q_group_size that divides both, such as {math.gcd(*sizes, group)}, or compress with bits_per_element."
+        )

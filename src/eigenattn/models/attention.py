@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..cache.layers import check_quantised
 from ..cache.packing import Widths, dequantise, pack, quantise, unpack
 from ..errors import EigenAttnError
 from ..kernels import BACKENDS
@@ -368,6 +369,7 @@ class EigenAttention(nn.Module):
         elif self.key_decoder is not None:
             q = self.query_in_small_space(q)
         if cache is not None:
+            check_quantised(cache, self.layer_idx, (k, v))
             k, v = self.restored(*cache.update(k, v, self.layer_idx), q.dtype)
         if decodes_keys:
             length = k.shape[-2] if cache is None else cache.get_seq_length(self.layer_idx)
