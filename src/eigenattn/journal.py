@@ -40,10 +40,9 @@ class Journal:
         self.folder = out.with_name(f"{out.name}.partial")
         # As JSON gives it back: tuples are lists, keys are strings.
         self.command: dict[str, Any] = json.loads(json.dumps(command))
-        if out.exists():
-            if self._stored_command() == self.command:
-                shutil.rmtree(self.folder, ignore_errors=True)  # killed between the last two steps
-            raise EigenAttnError(f"{out} exists already: choose another output, or remove it.")
+        if out.exists() and self._stored_command() == self.command:
+            shutil.rmtree(self.folder, ignore_errors=True)  # killed between the last two steps
+        check_new(out)
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / LOCK_FILE).open("w")
@@ -167,6 +166,12 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_new(path: Path) -> None:
+    """Raise an `EigenAttnError` if the path exists."""
+    if path.exists():
+        raise EigenAttnError(f"{path} exists already: choose another output, or remove it.")
 
 
 def identity(folder: str, file: str | None = None) -> list[Any] | str:

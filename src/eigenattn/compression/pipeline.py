@@ -18,6 +18,7 @@ from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio, ra
 from ..calibration.statistics import Batch, collect_moments, forward_hidden
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
+from ..journal import Journal
 from ..kernels import BACKENDS
 from ..models.attention import EigenAttention
 from ..models.checkpoint import EigenAttnCheckpointConfig, layer_entry, mark_compressed
@@ -29,6 +30,7 @@ from .folding import compress_layer
 from .measure import Measurement
 from .quantise import equivalent_ratio, fit_quantisers, quantise_bases
 from .ranks import RANK_RULES, RankProblem, sensitivities, smallest
+from .resuming import KeptCosts, KeptMoments
 
 # Tokens, from the first batches on, over which rank rules measure what truncation costs. Each side of each layer runs
 # again over them, twice.
@@ -68,6 +70,7 @@ def compress(
     config: EigenAttentionConfig | None = None,
     *,
     provenance: dict[str, Any] | None = None,
+    journal: Journal | None = None,
     progress: bool = False,
 ) -> CompressionReport:
     """Compress the KV cache of a transformers causal language model, in place.
@@ -78,6 +81,7 @@ def compress(
             iterable; it is read once.
         config: what to compress to, and how; the default keeps 60% of the cache, and the last 32 tokens exact.
         provenance: facts to keep in the checkpoint (where model and text came from).
+        journal: keeps what is finished, and is asked for it: the same model, batches and config have to come again.
         progress: show progress bars on the error stream, if it is a terminal.
 
     Returns:
@@ -107,11 +111,9 @@ def compress(
         stream = _Stream(batches, device, twice=config.bits_per_element is not None)
         with clock.stage("statistics"):
             total = len(batches) if hasattr(batches, "__len__") else None
+            kept = KeptMoments(lambda attention: method.moments(attention, config.window), journal)
             moments = collect_moments(
-                model,
-                layers,
-                bars.batches("Calibrating", stream, total),
-                lambda attention: method.moments(attention, config.window),
+                model, layers, bars.batches("Calibrating", kept.batches(stream), total), kept.empty
             )
         if config.kv_ratio != 1 and stream.longest <= config.window:
             raise EigenAttnError(
@@ -121,7 +123,7 @@ def compress(
         with clock.stage("bases"):
             bases = [method.build(sums) for sums in moments]
         with clock.stage("ranks"):
-            chosen = _choose(model, layers, bases, config, stream, bars)
+            chosen = _choose(model, layers, bases, config, stream, bars, journal)
         forward_seconds = _time_forward(model, stream)
     except BaseException:
         restore_attention(model, originals)
@@ -161,11 +163,12 @@ def _choose(
     config: EigenAttentionConfig,
     stream: _Stream,
     bars: TokenProgress,
+    journal: Journal | None,
 ) -> list[tuple[Basis | None, Basis | None]]:
     """The bases to attach: truncated, or quantised; None for a side that stays at full rank."""
     if config.kv_ratio == 1:
         return [(None, None)] * len(layers)
-    costs = Measurement(model, layers, bases, config.window, stream.kept, bars)
+    costs = KeptCosts(Measurement(model, layers, bases, config.window, stream.kept, bars), journal)
     spectra = [[basis.spectrum.cpu() for basis in side] for side in zip(*bases, strict=True)]
     problem = RankProblem(spectra[0], spectra[1], config, costs)
     if config.bits_per_element is None:

@@ -1,10 +1,8 @@
-"""Models by the names people give: a folder, a hub id, a GGUF file, or `smollm2`. Outputs that appear whole or not."""
+"""Models by the names people give: a folder, a hub id, a GGUF file, or `smollm2`."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,32 +118,3 @@ def load_tokenizer(source: Source) -> Any:
     """
     with _explained(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source.path, **source.arguments)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write to that gets its name when everything in it is written, and vanishes if anything fails.
-
-    Raises:
-        EigenAttnError: if the path exists, or cannot be written to.
-    """
-    check_new(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise EigenAttnError(f"{path} could not be written: {error.strerror}.") from error
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        partial.rename(path)
-    except OSError as error:
-        raise EigenAttnError(f"{path} could not be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_new(path: Path) -> None:
-    """Raise an `EigenAttnError` if the path exists."""
-    if path.exists():
-        raise EigenAttnError(f"{path} exists already: choose another output, or remove it.")
