@@ -26,6 +26,7 @@ from ..models.conversion import convert_attention, eigen_layers, restore_attenti
 from ..progress import TokenProgress
 from ..version import versions
 from .bases import BASES, Basis
+from .checks import check_layer, check_range, check_vocabulary, check_weights
 from .folding import compress_layer
 from .measure import Measurement
 from .quantise import equivalent_ratio, fit_quantisers, quantise_bases
@@ -100,6 +101,7 @@ def compress(
         raise EigenAttnError(
             f'compressing looks into attention, and {implementation} hides it: load with attn_implementation="sdpa".'
         )
+    check_weights(model)
     method = BASES[config.basis]
     clock, bars = _Clock(), TokenProgress(progress)
     was_training = model.training
@@ -108,7 +110,7 @@ def compress(
         model.eval()
         layers = eigen_layers(model)
         device = model.get_input_embeddings().weight.device
-        stream = _Stream(batches, device, twice=config.bits_per_element is not None)
+        stream = _Stream(batches, model, device, twice=config.bits_per_element is not None)
         with clock.stage("statistics"):
             total = len(batches) if hasattr(batches, "__len__") else None
             kept = KeptMoments(lambda attention: method.moments(attention, config.window), journal)
@@ -124,6 +126,8 @@ def compress(
             bases = [method.build(sums) for sums in moments]
         with clock.stage("ranks"):
             chosen = _choose(model, layers, bases, config, stream, bars, journal)
+        for attention, pair in zip(layers, chosen, strict=True):
+            check_range(attention, pair)
         forward_seconds = _time_forward(model, stream)
     except BaseException:
         restore_attention(model, originals)
@@ -136,6 +140,7 @@ def compress(
     with clock.stage("folding"):
         for attention, (keys, values) in zip(layers, chosen, strict=True):
             compress_layer(attention, keys, values, config.window)
+            check_layer(attention)
     element_size = layers[0].output_projection.weight.element_size()
     report = CompressionReport(
         kv_ratio=kv_ratio(layers),
@@ -193,8 +198,8 @@ class _Stream:
         twice: keep the token ids of all batches, for `again`.
     """
 
-    def __init__(self, batches: Iterable[Any], device: torch.device, twice: bool = False) -> None:
-        self.batches, self.device, self.twice = batches, device, twice
+    def __init__(self, batches: Iterable[Any], model: nn.Module, device: torch.device, twice: bool = False) -> None:
+        self.batches, self.model, self.device, self.twice = batches, model, device, twice
         self.kept: list[Batch] = []
         self.later: list[Batch] = []
         self.tokens = self.longest = 0
@@ -202,6 +207,7 @@ class _Stream:
     def __iter__(self) -> Iterator[Batch]:
         for value in self.batches:
             batch = Batch.of(value, self.device)
+            check_vocabulary(batch, self.model)
             if self.tokens < COST_TOKENS:
                 self.kept.append(batch)
             elif self.twice:

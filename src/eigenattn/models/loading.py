@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -51,6 +50,8 @@ class Source:
             base_model = bases.provenance.get("base_model")
             if not isinstance(base_model, str) or base_model == name:
                 raise EigenAttnError(f"{name} does not say which model its bases belong to: use eigenattn.attach.")
+            if read_bases_config(base_model) is not None:
+                raise EigenAttnError(f"{name} names as its base model another folder of bases, {base_model!r}.")
             return dataclasses.replace(cls.of(base_model), name=name, bases=name)
         path = Path(name)
         if path.is_file():
@@ -71,7 +72,7 @@ def _explained(source: Source, what: str) -> Iterator[None]:
         yield
     except EigenAttnError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a damaged file makes transformers raise anything
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise EigenAttnError(f"the {what} of {source.name!r} could not be loaded: {reason}") from error
