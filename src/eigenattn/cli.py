@@ -344,8 +344,6 @@ def main() -> None:
         app()
     except EigenAttnError as error:
         sys.exit(f"eigenattn: {error}")
-    except MemoryError:
-        sys.exit("eigenattn: out of memory: use a smaller --length, or a machine with more.")
 
 
 if __name__ == "__main__":

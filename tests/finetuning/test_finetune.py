@@ -75,6 +75,18 @@ def test_distillation_wins_back_what_was_lost(name, window):
     assert model(TRAINING).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("window", [0, 4])
+def test_quantised_latents_train_through_their_quantisers(window):
+    model = tiny("llama")
+    compress(model, [tokens(4, 40, seed=3)], EigenAttentionConfig(bits_per_element=3, rank_multiple=4, window=window))
+    before = state(model)
+    config = FinetuneConfig(steps=6, batch_size=8, validate_every=3, learning_rate=1e-3, lora_rank=4, lora_alpha=4)
+    model, report = finetune(model, TRAINING, TRAINING, config, baseline=tiny("llama"))
+    assert report.after < report.before
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert not any(name.endswith(("_offset", "_step")) for name in changed)
+
+
 def test_next_tokens_without_a_baseline():
     _, report = finetune(small(), TRAINING[:2], TRAINING[:2], QUICK)
     assert report.measure == "perplexity"

@@ -15,7 +15,7 @@ from tiny import save_tiny, tiny, tokens
 
 import eigenattn
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
-from eigenattn.models.attention import MAPS
+from eigenattn.models.attention import MAPS, QUANTISERS
 from eigenattn.models.bases_file import BASES_FILE, CONFIG_FILE, save_bases
 from eigenattn.models.checkpoint import EigenAttnCheckpointConfig, allocate
 from eigenattn.models.conversion import convert_attention, eigen_layers
@@ -42,6 +42,13 @@ def model():
     model = tiny("llama")
     config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=4, ranks="uniform")
     compress(model, [tokens(2, 40)], config, provenance={"base_model": "base", "seed": 0})
+    return model
+
+
+@pytest.fixture(scope="module")
+def quantised():
+    model = tiny("llama")
+    compress(model, [tokens(4, 40)], EigenAttentionConfig(bits_per_element=3, rank_multiple=4, window=4))
     return model
 
 
@@ -102,8 +109,8 @@ def tampered(draw, tree):
     return tree
 
 
-def test_configurations(model):
-    valid = model.config.quantization_config.to_dict()
+def test_configurations(model, quantised):
+    valid = [each.config.quantization_config.to_dict() for each in (model, quantised)]
     with torch.device("meta"):
         empty = tiny("llama")
     convert_attention(empty)
@@ -111,12 +118,12 @@ def test_configurations(model):
     outcomes = {"refused": 0, "taken": 0}
 
     @fuzz(1)
-    @given(tampered(valid))
+    @given(st.one_of(*map(tampered, valid)))
     def attempt(values):
         if not isinstance(values, dict):
             return
         for attention in layers:
-            for name in MAPS:
+            for name in (*MAPS, *QUANTISERS):
                 setattr(attention, name, None)
         try:
             config = EigenAttnCheckpointConfig.from_dict(values)
@@ -128,7 +135,8 @@ def test_configurations(model):
         json.dumps(config.to_dict())
         outcomes["taken"] += 1
         for attention in layers:
-            assert sum(p.numel() for n, p in attention.named_parameters() if n in MAPS) <= 4 * 2 * 16 * 16 + 2 * 2 * 16
+            sizes = {n: p.numel() for n, p in attention.named_parameters() if n in (*MAPS, *QUANTISERS)}
+            assert all(size <= 2 * 16 * 16 for size in sizes.values())
 
     attempt()
     assert min(outcomes.values()) > EXAMPLES // 50
@@ -144,7 +152,7 @@ def attach_or_refuse(folder: Path, original) -> bool:
         assert not eigen_layers(victim)
         return True
     for attention in eigen_layers(victim):
-        for name in MAPS:
+        for name in (*MAPS, *QUANTISERS):
             parameter = getattr(attention, name)
             assert parameter is None or parameter.isfinite().all()
     return False
@@ -186,6 +194,20 @@ def test_headers_of_bases(bases, original, tmp_path_factory):
         text = json.dumps(values).encode()
         announced = max(len(text) + off, 0)
         (folder / BASES_FILE).write_bytes(struct.pack("<Q", announced) + text + data)
+        attach_or_refuse(folder, original)
+
+    attempt()
+
+
+def test_quantised_bases(quantised, original, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantised")
+    save_bases(quantised, folder)
+    valid = json.loads((folder / CONFIG_FILE).read_text())
+
+    @fuzz(4)
+    @given(tampered(valid["layers"]))
+    def attempt(layers):
+        (folder / CONFIG_FILE).write_text(json.dumps({**valid, "layers": layers}))
         attach_or_refuse(folder, original)
 
     attempt()

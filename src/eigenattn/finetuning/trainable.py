@@ -122,7 +122,8 @@ def _folded(attention: EigenAttention) -> list[nn.Module]:
     if attention.window:
         return []
     family, folds = attention.family, attention.folds
-    small_k, small_v = attention.rank_k < attention.head_dim, attention.rank_v < attention.head_dim
+    small_k = attention.rank_k < attention.head_dim or attention.widths_k is not None
+    small_v = attention.rank_v < attention.head_dim or attention.widths_v is not None
     small = [small_k and folds.query, small_k and folds.key, small_v and folds.value]
     small = [any(small)] if family.fused else small
     names = [name for name, is_small in zip(family.qkv, small, strict=True) if is_small]
