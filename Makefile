@@ -6,7 +6,11 @@ BIN := $(VENV)/bin
 OLDEST_TRANSFORMERS := 5.17.0
 OLDEST := $(VENV)-oldest
 
-.PHONY: demo test test-oldest lint clean
+# Tools that look at the dependencies have requirements of their own, and so a virtual environment too.
+AUDIT := $(VENV)-audit
+LICENCES := Apache;BSD;MIT;ISC;MPL;PSF
+
+.PHONY: demo test test-oldest kills fuzz long audit lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/eigenattn demo
@@ -16,6 +20,24 @@ test: $(VENV)/.demo
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/pytest -n auto
+
+# What `make test` tries a little of, tried much: see docs/reliability.md.
+kills: $(VENV)/.installed
+	EIGENATTN_KILLS=20 $(BIN)/pytest -s tests/test_interruption.py
+
+fuzz: $(VENV)/.installed
+	EIGENATTN_FUZZ=10000 $(BIN)/pytest tests/robustness/test_hostile_checkpoints.py
+
+long: $(VENV)/.installed
+	EIGENATTN_LONG=10000 $(BIN)/pytest tests/robustness/test_long_use.py
+
+# Known vulnerabilities of the tested versions, and licences that oblige who passes the package on. It needs the network.
+audit: $(VENV)/.installed
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install --quiet pip-audit==2.10.1 pip-licenses==5.5.5
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+	$(AUDIT)/bin/pip-licenses --python $(BIN)/python --partial-match --ignore-packages eigenattn \
+		--allow-only "$(LICENCES)"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -43,4 +65,4 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST)
+	rm -rf $(VENV) $(OLDEST) $(AUDIT)

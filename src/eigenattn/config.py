@@ -60,8 +60,11 @@ class EigenAttentionConfig:
         if len(given) > 1:
             raise EigenAttnError(f"{' and '.join(given)} were given together: choose one target.")
         for name in given:
-            if not isinstance(targets[name], (int, float)) or not math.isfinite(targets[name]):
-                raise EigenAttnError(f"{name} must be a number, not {targets[name]!r}.")
+            if not isinstance(targets[name], (int, float)) or not abs(targets[name]) < math.inf:
+                raise EigenAttnError(f"{name} must be a number, not {targets[name]!r:.60}.")
+        for name in ("basis", "ranks"):
+            if not isinstance(getattr(self, name), str | None):
+                raise EigenAttnError(f"{name} must be a name, not {getattr(self, name)!r:.60}.")
         if not given:
             object.__setattr__(self, "kv_ratio", DEFAULT_KV_RATIO)
         if self.kv_ratio is not None and not 0 < self.kv_ratio <= 1:
@@ -76,18 +79,18 @@ class EigenAttentionConfig:
             )
         if self.bits_per_element is not None and self.basis != "attention":
             raise EigenAttnError(f"bits_per_element goes with basis='attention', not {self.basis!r}.")
-        if not isinstance(self.rank_multiple, int) or self.rank_multiple < 1:
-            raise EigenAttnError(f"rank_multiple must be a whole number of at least 1, not {self.rank_multiple!r}.")
-        if not isinstance(self.window, int) or self.window < 0:
-            raise EigenAttnError(f"window must be a whole number of tokens, 0 or more, not {self.window!r}.")
-        if not isinstance(self.shared_heads, int) or self.shared_heads < 1:
-            raise EigenAttnError(f"shared_heads must be a whole number of at least 1, not {self.shared_heads!r}.")
+        if type(self.rank_multiple) is not int or self.rank_multiple < 1:
+            raise EigenAttnError(f"rank_multiple must be a whole number of at least 1, not {self.rank_multiple!r:.60}.")
+        if type(self.window) is not int or self.window < 0:
+            raise EigenAttnError(f"window must be a whole number of tokens, 0 or more, not {self.window!r:.60}.")
+        if type(self.shared_heads) is not int or self.shared_heads < 1:
+            raise EigenAttnError(f"shared_heads must be a whole number of at least 1, not {self.shared_heads!r:.60}.")
         if self.shared_heads > 1 and self.basis != "attention":
             raise EigenAttnError(f'heads share latents of the basis "attention" only, not of {self.basis!r}.')
         if self.version != CONFIG_VERSION:
             raise EigenAttnError(
-                f"this configuration has version {self.version}, and this eigenattn reads version {CONFIG_VERSION}: "
-                "install the eigenattn that wrote it."
+                f"this configuration has version {self.version!r:.60}, and this eigenattn reads version "
+                f"{CONFIG_VERSION}: install the eigenattn that wrote it."
             )
         rules = {"error_budget": "error_budget", "energy": "energy", "bits_per_element": "sensitivity"}
         target = next((name for name in rules if targets[name] is not None), None)

@@ -15,7 +15,8 @@ from .config import EigenAttentionConfig
 from .errors import EigenAttnError
 from .evaluation.generation import Continuation, cache_bytes_used, continue_prompt
 from .evaluation.perplexity import perplexity, windows_of
-from .models.loading import Source, check_new, load_model, load_tokenizer
+from .journal import check_new
+from .models.loading import Source, load_model, load_tokenizer
 from .progress import TokenProgress
 
 MODEL = "smollm2"

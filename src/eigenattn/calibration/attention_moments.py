@@ -171,6 +171,8 @@ class AttentionMoments:
 
 def _scores(attention: EigenAttention, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """Masked scores [B, H, n, s] in fp32, of queries [B, H, n, D] and keys [B, G, s, D]."""
+    if q.dtype == torch.float16:
+        q, k = q.float(), k.float()  # before it is scaled, a score may pass 65,504, where fp16 ends
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, G, H/G * n, D]
     scores = (grouped @ k.transpose(-1, -2)).view(*q.shape[:-1], k.shape[-2]).float() * attention.scaling
     return cap_and_mask(scores, mask, attention.softcap)

@@ -80,6 +80,8 @@ def _file(path: Path) -> str:
         raise EigenAttnError(f"text {path} could not be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise EigenAttnError(f"text {path} is not UTF-8 text (byte {error.start}).") from error
+    if "\0" in raw:
+        raise EigenAttnError(f"text {path} is not text: it holds zero bytes.")
     if path.suffix != ".jsonl":
         return raw
     pieces = []

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from ..calibration.windows import SELF, complete, load_texts, text_windows
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
+from ..journal import Journal, identity
 from ..models.bases_file import save_bases
-from ..models.loading import Source, check_new, load_model, load_tokenizer, new_folder
+from ..models.loading import Source, load_model, load_tokenizer
 from ..report.card import model_card
+from ..version import versions
 from .pipeline import CompressionReport, compress
 
 
@@ -31,9 +35,11 @@ def compress_checkpoint(
 ) -> CompressionReport:
     """Load a model, compress it on windows of a text, and write it with tokenizer, generation settings and model card.
 
+    Killed at any moment, it goes on when it is called again in the same way.
+
     Args:
         name: a folder, a hub id, a `.gguf` file, or `smollm2`.
-        out: a folder that does not exist yet; it appears when everything is written.
+        out: a folder that does not exist yet; it appears when everything is written. `OUT.partial` keeps what is done.
         texts: text sources (`eigenattn.calibration.text.load_text`); `self` is text the model writes.
         samples, length, seed: how many windows of how many tokens are drawn from the texts, and the draw.
         dtype, device: see `load_model`.
@@ -42,33 +48,55 @@ def compress_checkpoint(
     Raises:
         EigenAttnError: on any bad input; nothing is written then.
     """
-    check_new(out)
     if bases_only and not config.window:
         raise EigenAttnError("--bases-only needs a window: without one the bases are folded into the weights.")
     loaded = load_texts(texts)  # before the model, which takes longer to load
     source = Source.of(name)
-    tokenizer = load_tokenizer(source)
-    parts = text_windows(loaded, tokenizer, samples, length, seed)
-    model = load_model(source, dtype, device)
-    windows = complete(parts, model, length, seed)
-    provenance: dict[str, Any] = {
-        "base_model": name,
-        "text": [
-            {"source": name, "sha256": text.sha256 if text else None}
-            for name, text in zip((text.source if text else SELF for text in loaded), loaded, strict=True)
-        ],
+    sources = [{"source": text.source if text else SELF, "sha256": text.sha256 if text else None} for text in loaded]
+    command = {
+        "verb": "compress",
+        "model": identity(source.path, source.gguf_file),
+        "text": [text["sha256"] for text in sources],
         "samples": samples,
         "length": length,
         "seed": seed,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **config.to_dict(),
+        "bases_only": bases_only,
+        "dtype": dtype,
+        "device": device,
+        "versions": versions(),
     }
-    report = compress(model, windows.split(1), config, provenance=provenance, progress=progress)
-    with new_folder(out) as folder:
-        if bases_only:
-            save_bases(model, folder)
-        else:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        card = model_card(model.config.quantization_config, report, bases_only)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    with Journal(out, command) as journal:
+        tokenizer = load_tokenizer(source)
+        parts = text_windows(loaded, tokenizer, samples, length, seed)
+        model = load_model(source, dtype, device)
+        windows = _windows(parts, model, length, seed, journal)
+        provenance: dict[str, Any] = {
+            "base_model": name,
+            "text": sources,
+            "samples": samples,
+            "length": length,
+            "seed": seed,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+        report = compress(model, windows.split(1), config, provenance=provenance, journal=journal, progress=progress)
+        with journal.output() as folder:
+            if bases_only:
+                save_bases(model, folder)
+            else:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+            card = model_card(model.config.quantization_config, report, bases_only)
+            (folder / "README.md").write_text(card, encoding="utf-8")
     return report
+
+
+def _windows(parts: Sequence[Tensor | int], model: nn.Module, length: int, seed: int, journal: Journal) -> Tensor:
+    """All calibration windows; those the model writes are kept, for writing takes long."""
+    kept = journal.read("windows")
+    if kept is not None:
+        return kept[0]["windows"]
+    windows = complete(parts, model, length, seed)
+    if any(isinstance(part, int) for part in parts):
+        journal.write("windows", {"windows": windows})
+    return windows

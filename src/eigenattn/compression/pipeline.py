@@ -18,6 +18,7 @@ from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio, ra
 from ..calibration.statistics import Batch, collect_moments, forward_hidden
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
+from ..journal import Journal
 from ..kernels import BACKENDS
 from ..models.attention import EigenAttention
 from ..models.checkpoint import EigenAttnCheckpointConfig, layer_entry, mark_compressed
@@ -25,10 +26,12 @@ from ..models.conversion import convert_attention, eigen_layers, restore_attenti
 from ..progress import TokenProgress
 from ..version import versions
 from .bases import BASES, Basis
+from .checks import check_layer, check_range, check_vocabulary, check_weights
 from .folding import compress_layer
 from .measure import Measurement
 from .quantise import equivalent_ratio, fit_quantisers, quantise_bases
 from .ranks import RANK_RULES, RankProblem, sensitivities, smallest
+from .resuming import KeptCosts, KeptMoments
 
 # Tokens, from the first batches on, over which rank rules measure what truncation costs. Each side of each layer runs
 # again over them, twice.
@@ -68,6 +71,7 @@ def compress(
     config: EigenAttentionConfig | None = None,
     *,
     provenance: dict[str, Any] | None = None,
+    journal: Journal | None = None,
     progress: bool = False,
 ) -> CompressionReport:
     """Compress the KV cache of a transformers causal language model, in place.
@@ -78,6 +82,7 @@ def compress(
             iterable; it is read once.
         config: what to compress to, and how; the default keeps 60% of the cache, and the last 32 tokens exact.
         provenance: facts to keep in the checkpoint (where model and text came from).
+        journal: keeps what is finished, and is asked for it: the same model, batches and config have to come again.
         progress: show progress bars on the error stream, if it is a terminal.
 
     Returns:
@@ -96,6 +101,7 @@ def compress(
         raise EigenAttnError(
             f'compressing looks into attention, and {implementation} hides it: load with attn_implementation="sdpa".'
         )
+    check_weights(model)
     method = BASES[config.basis]
     clock, bars = _Clock(), TokenProgress(progress)
     was_training = model.training
@@ -105,14 +111,12 @@ def compress(
         layers = eigen_layers(model)
         _check_sharing(layers[0].kv_heads, config.shared_heads)
         device = model.get_input_embeddings().weight.device
-        stream = _Stream(batches, device, twice=config.bits_per_element is not None)
+        stream = _Stream(batches, model, device, twice=config.bits_per_element is not None)
         with clock.stage("statistics"):
             total = len(batches) if hasattr(batches, "__len__") else None
+            kept = KeptMoments(lambda attention: method.moments(attention, config.window, config.shared_heads), journal)
             moments = collect_moments(
-                model,
-                layers,
-                bars.batches("Calibrating", stream, total),
-                lambda attention: method.moments(attention, config.window, config.shared_heads),
+                model, layers, bars.batches("Calibrating", kept.batches(stream), total), kept.empty
             )
         if config.kv_ratio != 1 and stream.longest <= config.window:
             raise EigenAttnError(
@@ -122,7 +126,9 @@ def compress(
         with clock.stage("bases"):
             bases = [method.build(sums) for sums in moments]
         with clock.stage("ranks"):
-            chosen = _choose(model, layers, bases, config, stream, bars)
+            chosen = _choose(model, layers, bases, config, stream, bars, journal)
+        for attention, pair in zip(layers, chosen, strict=True):
+            check_range(attention, pair)
         forward_seconds = _time_forward(model, stream)
     except BaseException:
         restore_attention(model, originals)
@@ -135,6 +141,7 @@ def compress(
     with clock.stage("folding"):
         for attention, (keys, values) in zip(layers, chosen, strict=True):
             compress_layer(attention, keys, values, config.window, config.shared_heads)
+            check_layer(attention)
     element_size = layers[0].output_projection.weight.element_size()
     report = CompressionReport(
         kv_ratio=kv_ratio(layers),
@@ -170,11 +177,12 @@ def _choose(
     config: EigenAttentionConfig,
     stream: _Stream,
     bars: TokenProgress,
+    journal: Journal | None,
 ) -> list[tuple[Basis | None, Basis | None]]:
     """The bases to attach: truncated, or quantised; None for a side that stays at full rank."""
     if config.kv_ratio == 1:
         return [(None, None)] * len(layers)
-    costs = Measurement(model, layers, bases, config.window, stream.kept, bars)
+    costs = KeptCosts(Measurement(model, layers, bases, config.window, stream.kept, bars), journal)
     spectra = [[basis.spectrum.cpu() for basis in side] for side in zip(*bases, strict=True)]
     problem = RankProblem(spectra[0], spectra[1], config, costs)
     if config.bits_per_element is None:
@@ -199,8 +207,8 @@ class _Stream:
         twice: keep the token ids of all batches, for `again`.
     """
 
-    def __init__(self, batches: Iterable[Any], device: torch.device, twice: bool = False) -> None:
-        self.batches, self.device, self.twice = batches, device, twice
+    def __init__(self, batches: Iterable[Any], model: nn.Module, device: torch.device, twice: bool = False) -> None:
+        self.batches, self.model, self.device, self.twice = batches, model, device, twice
         self.kept: list[Batch] = []
         self.later: list[Batch] = []
         self.tokens = self.longest = 0
@@ -208,6 +216,7 @@ class _Stream:
     def __iter__(self) -> Iterator[Batch]:
         for value in self.batches:
             batch = Batch.of(value, self.device)
+            check_vocabulary(batch, self.model)
             if self.tokens < COST_TOKENS:
                 self.kept.append(batch)
             elif self.twice:

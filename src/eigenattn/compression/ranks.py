@@ -64,7 +64,7 @@ class RankProblem:
         ]
 
     def _rank(self, spectrum: Tensor, epsilon: float) -> int:
-        share = spectrum.cumsum(-1) / spectrum.sum(-1, keepdim=True)
+        share = _shares(spectrum)
         # Heads of a layer share one rank, the largest that any of them needs. In floating point a cumulative sum may
         # end just below 1, so the last direction always suffices.
         needed = int((share < epsilon * (1 - 1e-12)).sum(-1).max()) + 1
@@ -100,7 +100,7 @@ def energy(problem: RankProblem) -> Ranks:
     if problem.config.energy is not None:
         return problem.at_energy(problem.config.energy)
     # Ranks change only where a head's cumulative share does, so these are all the thresholds there are.
-    shares = [(s.cumsum(-1) / s.sum(-1, keepdim=True)).flatten() for s in (*problem.keys, *problem.values)]
+    shares = [_shares(spectrum).flatten() for spectrum in (*problem.keys, *problem.values)]
     thresholds = torch.cat(shares).unique().tolist()
     low, high = 0, len(thresholds)
     while low < high:  # the first threshold that is too large
@@ -265,6 +265,12 @@ def _convex(at: list[int], values: list[float]) -> list[float]:
             hull.pop()
         hull.append(i)
     return np.interp(at, [at[i] for i in hull], [values[i] for i in hull]).tolist()
+
+
+def _shares(spectrum: Tensor) -> Tensor:
+    """Share of each head's spectrum [G, D] in its first 1 .. D directions; all of it in any, where there is nothing."""
+    total = spectrum.sum(-1, keepdim=True)
+    return torch.where(total > 0, spectrum.cumsum(-1) / total, 1.0)
 
 
 def _tail(spectrum: Tensor) -> Tensor:

@@ -15,11 +15,14 @@ from torch import nn
 
 from ..errors import EigenAttnError
 from .attention import MAPS, QUANTISERS, EigenAttention
-from .checkpoint import EigenAttnCheckpointConfig, allocate, mark_compressed
+from .checkpoint import METHOD, EigenAttnCheckpointConfig, allocate, mark_compressed
 from .conversion import convert_attention, eigen_layers, restore_attention
 
 CONFIG_FILE = "eigenattn_config.json"
 BASES_FILE = "eigenattn.safetensors"
+# A thousand layers take some 50 kB.
+MOST_CONFIG_BYTES = 4_000_000
+FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 def save_bases(model: nn.Module, folder: Path) -> None:
@@ -89,35 +92,49 @@ def _file(bases: str | Path, name: str) -> Path:
 
 
 def _read_config(path: Path) -> EigenAttnCheckpointConfig:
+    if path.stat().st_size > MOST_CONFIG_BYTES:
+        raise EigenAttnError(f"{path} is larger than any configuration of bases: {path.stat().st_size:,} bytes.")
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        config = EigenAttnCheckpointConfig.from_dict(values)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or too deep
         raise EigenAttnError(f"{path} is not a configuration of bases.") from error
+    if not isinstance(values, dict) or values.get("quant_method") != METHOD:
+        raise EigenAttnError(f"{path} is not a configuration of bases.")
+    config = EigenAttnCheckpointConfig.from_dict(values)
     if not config.method["window"]:
         raise EigenAttnError(f"{path} is of a model without a window, whose bases are folded into its weights.")
     return config
 
 
 def _load(layers: list[EigenAttention], path: Path) -> None:
+    """Read the maps that the layers ask for; shapes are compared before a tensor is read."""
+    wanted = {
+        f"layers.{attention.layer_idx}.{name}": parameter
+        for attention in layers
+        for name in (*MAPS, *QUANTISERS)
+        if (parameter := getattr(attention, name)) is not None
+    }
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
-            for attention in layers:
-                for name in (*MAPS, *QUANTISERS):
-                    parameter = getattr(attention, name)
-                    if parameter is None:
-                        continue
-                    where = f"layers.{attention.layer_idx}.{name}"
-                    if where not in names:
-                        raise EigenAttnError(f"{path} lacks {where}: is it truncated?")
-                    shape = tuple(file.get_slice(where).get_shape())
-                    if shape != tuple(parameter.shape):
-                        raise EigenAttnError(
-                            f"{where} has shape {shape} in {path}, and this model asks for {tuple(parameter.shape)}: "
-                            "were the bases made for another model?"
-                        )
-                    with torch.no_grad():
-                        parameter.copy_(file.get_tensor(where))
-    except SafetensorError as error:
+            missing, extra = sorted({*wanted} - names), sorted(names - {*wanted})
+            if missing:
+                raise EigenAttnError(f"{path} lacks {missing[0]}: is it truncated?")
+            if extra:
+                raise EigenAttnError(f"{path} holds {extra[0]!r}, which its configuration does not know.")
+            for where, parameter in wanted.items():
+                stored = file.get_slice(where)
+                shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+                if shape != tuple(parameter.shape):
+                    raise EigenAttnError(
+                        f"{where} has shape {shape} in {path}, and this model asks for {tuple(parameter.shape)}: "
+                        "were the bases made for another model?"
+                    )
+                if dtype not in FLOATS:
+                    raise EigenAttnError(f"{where} is of {dtype} in {path}, not of {', '.join(FLOATS)}.")
+                with torch.no_grad():
+                    parameter.copy_(file.get_tensor(where))
+                if not parameter.isfinite().all():
+                    raise EigenAttnError(f"{where} in {path} holds NaN or infinite numbers in {parameter.dtype}.")
+    except (SafetensorError, OSError) as error:
         raise EigenAttnError(f"{path} could not be read: {error}") from error

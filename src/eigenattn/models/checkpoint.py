@@ -11,12 +11,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..cache.packing import BITS, Widths
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
-from .attention import EigenAttention
+from .attention import MAPS, QUANTISERS, EigenAttention
 from .conversion import convert_attention, eigen_layers
 
 METHOD = "eigenattn"
 FORMAT_VERSION = 1
 RANKS, WIDTHS = ("rank_k", "rank_v"), ("widths_k", "widths_v")
+# Of models that say nothing of how far they reach.
+MOST_WINDOW = 2**20
 
 
 @register_quantization_config(METHOD)
@@ -37,7 +39,7 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        layers: list[dict[str, Any]],
+        layers: list[dict[str, Any]] | None = None,
         centred: bool = False,
         method: dict[str, Any] | None = None,
         provenance: dict[str, Any] | None = None,
@@ -45,7 +47,7 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         **kwargs: Any,
     ) -> None:
         self.quant_method = METHOD
-        if format_version != FORMAT_VERSION:
+        if type(format_version) is not int or format_version != FORMAT_VERSION:
             raise EigenAttnError(
                 f"this checkpoint has format {format_version!r}, and this eigenattn reads format {FORMAT_VERSION}: "
                 "install the eigenattn that wrote it."
@@ -55,8 +57,15 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
                 "the checkpoint's quantization_config has no whole positive ranks for every layer, or its widths do "
                 "not add up to them."
             )
-        self.layers = [{name: layer[name] for name in (*RANKS, *WIDTHS) if name in layer} for layer in layers]
-        self.centred = bool(centred)
+        for name, value, kind in (("centred", centred, bool), ("method", method or {}, dict)):
+            if not isinstance(value, kind):
+                raise EigenAttnError(f"the checkpoint's quantization_config has {name} {value!r:.60}.")
+        if not isinstance(provenance or {}, dict):
+            raise EigenAttnError("the checkpoint's quantization_config has a provenance that is no table of facts.")
+        self.layers = [
+            {name: layer[name] for name in (*RANKS, *WIDTHS) if layer.get(name) is not None} for layer in layers
+        ]
+        self.centred = centred
         self.method = EigenAttentionConfig.from_dict(method or {}).to_dict()
         self.provenance = provenance or {}
         self.format_version = format_version
@@ -105,6 +114,11 @@ def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) ->
             raise EigenAttnError(
                 f"layer {index} of the checkpoint has ranks {ranks}, above full rank, {attention.head_dim * shared}."
             )
+        longest = getattr(attention.config, "max_position_embeddings", None) or MOST_WINDOW
+        if config.method["window"] > longest:
+            raise EigenAttnError(
+                f"the checkpoint has a window of {config.method['window']} tokens, and its model reads {longest}."
+            )
         widths = {name: Widths(*layer[name]) for name in WIDTHS if name in layer}
         attention.allocate(
             **ranks, **widths, centred=config.centred, window=config.method["window"], shared_heads=shared
@@ -140,6 +154,8 @@ class EigenAttnQuantizer(HfQuantizer):
                         f"{where} has shape {tuple(parameter.shape)} in the checkpoint, and its ranks ask for "
                         f"{tuple(expected)}."
                     )
+                if name in (*MAPS, *QUANTISERS) and not parameter.isfinite().all():
+                    raise EigenAttnError(f"{where} holds NaN or infinite numbers in {parameter.dtype}.")
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:

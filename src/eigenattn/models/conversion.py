@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import EigenAttnError
 from .attention import EigenAttention, eigen_class
-from .families import family_of
+from .families import Family, family_of
 
 
 def eigen_layers(model: nn.Module) -> list[EigenAttention]:
@@ -38,6 +39,11 @@ def convert_attention(model: nn.Module) -> dict[str, nn.Module]:
         )
     if any(getattr(original, "is_cross_attention", False) for original in originals.values()):
         raise EigenAttnError("this model has cross-attention: only decoders of one text are supported.")
+    for name, original in originals.items():
+        _check_plain(name, original, family)
+    shared = [m for _, m in model.named_modules(remove_duplicate=False) if type(m).__name__ == family.attention]
+    if len(shared) > len(originals):
+        raise EigenAttnError("layers of this model share one attention module: each needs bases of its own.")
     rotary = None
     if family.positions_of(config) == "rotary":
         rotary = next(m for name, m in model.named_modules() if name.split(".")[-1] == "rotary_emb")
@@ -45,6 +51,20 @@ def convert_attention(model: nn.Module) -> dict[str, nn.Module]:
         replacement = eigen_class(type(original))(original, family, getattr(original, "config", config), rotary)
         model.set_submodule(name, replacement)
     return originals
+
+
+def _check_plain(where: str, original: nn.Module, family: Family) -> None:
+    for name in (*family.qkv, family.output):
+        projection = getattr(original, name)
+        if hasattr(projection, "base_layer"):
+            raise EigenAttnError(
+                f"{where}.{name} carries an adapter: merge it first (merge_and_unload), or add it after compression."
+            )
+        if not isinstance(projection, (nn.Linear, Conv1D)) or not projection.weight.is_floating_point():
+            raise EigenAttnError(
+                f"{where}.{name} is a {type(projection).__name__} of {projection.weight.dtype}: compress the model "
+                "before its weights are quantised."
+            )
 
 
 def restore_attention(model: nn.Module, originals: dict[str, nn.Module]) -> None:

@@ -1,10 +1,8 @@
-"""Models by the names people give: a folder, a hub id, a GGUF file, or `smollm2`. Outputs that appear whole or not."""
+"""Models by the names people give: a folder, a hub id, a GGUF file, or `smollm2`."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -53,6 +50,8 @@ class Source:
             base_model = bases.provenance.get("base_model")
             if not isinstance(base_model, str) or base_model == name:
                 raise EigenAttnError(f"{name} does not say which model its bases belong to: use eigenattn.attach.")
+            if read_bases_config(base_model) is not None:
+                raise EigenAttnError(f"{name} names as its base model another folder of bases, {base_model!r}.")
             return dataclasses.replace(cls.of(base_model), name=name, bases=name)
         path = Path(name)
         if path.is_file():
@@ -73,7 +72,7 @@ def _explained(source: Source, what: str) -> Iterator[None]:
         yield
     except EigenAttnError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a damaged file makes transformers raise anything
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise EigenAttnError(f"the {what} of {source.name!r} could not be loaded: {reason}") from error
@@ -120,32 +119,3 @@ def load_tokenizer(source: Source) -> Any:
     """
     with _explained(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source.path, **source.arguments)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write to that gets its name when everything in it is written, and vanishes if anything fails.
-
-    Raises:
-        EigenAttnError: if the path exists, or cannot be written to.
-    """
-    check_new(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise EigenAttnError(f"{path} could not be written: {error.strerror}.") from error
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        partial.rename(path)
-    except OSError as error:
-        raise EigenAttnError(f"{path} could not be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_new(path: Path) -> None:
-    """Raise an `EigenAttnError` if the path exists."""
-    if path.exists():
-        raise EigenAttnError(f"{path} exists already: choose another output, or remove it.")

@@ -77,3 +77,16 @@ This is {facts["base_model"]} with Eigen Attention (arXiv 2408.05646): it caches
 def _row(*cells: Any) -> str:
     texts = (", ".join(map(str, cell)) if isinstance(cell, list) else str(cell) for cell in cells)
     return f"| {' | '.join(texts)} |"
+
+
+def finetuning_section(facts: dict[str, Any]) -> str:
+    """Markdown that says how a checkpoint was trained after compression."""
+    goal = f"the predictions of {facts['distil']}" if facts["distil"] else "the text's next tokens"
+    texts = ", ".join(f"{text['source']} (SHA-256 {text['sha256']})" for text in facts["text"])
+    return f"""
+## Fine-tuning
+
+- toward {goal}: {facts["steps"]} steps of {facts["batch_size"]} windows of {facts["length"]} tokens of {texts}
+- learning rate {facts["map_learning_rate"]} of maps, {facts["learning_rate"]} of LoRA, seed {facts["seed"]}
+- {facts["measure"]} on held-out windows of that text: {facts["before"]:.5g} before, {facts["after"]:.5g} after
+"""

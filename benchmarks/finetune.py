@@ -1,0 +1,138 @@
+"""How much of a compressed model's perplexity increase some minutes of distillation win back.
+
+The model is compressed, measured on held-out text, distilled from the original for about the given time, and measured
+again. Killed, it goes on where it stopped.
+
+    python benchmarks/finetune.py smollm2 --calibration cal.txt --evaluation eval.txt --minutes 30 \\
+        --kv-ratio 0.5 --out benchmarks/results/finetune-smollm2.json --work scratch
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from eigenattn import EigenAttentionConfig
+from eigenattn.calibration.text import load_text, tokenize
+from eigenattn.compression.checkpoint import compress_checkpoint
+from eigenattn.evaluation.perplexity import perplexity, windows_of
+from eigenattn.finetuning import FinetuneConfig, finetune
+from eigenattn.finetuning.checkpoint import finetune_checkpoint, split_windows
+from eigenattn.models.loading import Source, load_model, load_tokenizer
+from eigenattn.version import versions
+
+VALIDATION_WINDOWS = 8
+VALIDATIONS = 8
+TIMED_STEPS = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True, help="text to calibrate and to train on")
+    parser.add_argument("--evaluation", required=True, help="held-out text")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, kept between runs")
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--kv-ratio", type=float, default=0.5)
+    parser.add_argument("--window", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--map-learning-rate", type=float, default=FinetuneConfig.map_learning_rate)
+    parser.add_argument("--learning-rate", type=float, default=FinetuneConfig.learning_rate)
+    parser.add_argument("--evaluation-windows", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    stem = f"{Path(args.model).name}-{args.kv_ratio}-w{args.window}"
+    compressed = args.work / stem
+    tuned = args.work / f"{stem}-tuned-{args.minutes:g}m"
+    if not compressed.exists():
+        compress_checkpoint(
+            args.model,
+            compressed,
+            EigenAttentionConfig(kv_ratio=args.kv_ratio, window=args.window),
+            texts=[args.calibration],
+            samples=args.samples,
+            length=args.length,
+            seed=args.seed,
+            dtype="float32",
+            progress=True,
+        )
+    source, original = Source.of(str(compressed)), Source.of(args.model)
+    tokenizer = load_tokenizer(source)
+    held_out = tokenize(tokenizer, load_text(args.evaluation, "evaluation"))
+    windows = windows_of(held_out, args.evaluation_windows * args.length, args.length)
+    options = {
+        "batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "map_learning_rate": args.map_learning_rate,
+        "seed": args.seed,
+    }
+    plan = args.work / f"{tuned.name}.steps"
+    if not plan.exists():
+        training, validation = split_windows(tokenizer, [load_text(args.calibration)], args.length, VALIDATION_WINDOWS)
+        trial = FinetuneConfig(steps=TIMED_STEPS, validate_every=TIMED_STEPS, **options)
+        baseline = load_model(original, "float32")
+        start = time.perf_counter()
+        finetune(load_model(source, "float32"), training, validation[:1], trial, baseline=baseline)
+        step = (time.perf_counter() - start) / TIMED_STEPS
+        plan.write_text(str(max(VALIDATIONS, round(args.minutes * 60 / step))))
+        del baseline
+    steps = int(plan.read_text())
+    print(f"{steps} steps of {args.batch_size} x {args.length} tokens", flush=True)
+    if not tuned.exists():
+        config = FinetuneConfig(steps=steps, validate_every=max(1, steps // VALIDATIONS), **options)
+        finetune_checkpoint(
+            str(compressed),
+            tuned,
+            config,
+            texts=[args.calibration],
+            length=args.length,
+            validation_windows=VALIDATION_WINDOWS,
+            distil=args.model,
+            dtype="float32",
+            progress=True,
+        )
+    measured = {}
+    for name, path in (("original", original), ("compressed", source), ("tuned", Source.of(str(tuned)))):
+        measured[name] = perplexity(load_model(path, "float32"), windows)
+        print(f"{name}: {measured[name].value:.4f}", flush=True)
+    exact = torch.tensor(measured["original"].window_nll)
+    results = {
+        "model": Path(args.model).name,
+        "kv_ratio": args.kv_ratio,
+        "window": args.window,
+        "training": f"{steps} steps of {args.batch_size} x {args.length} tokens of {Path(args.calibration).name}",
+        "evaluation": f"{len(windows)} x {args.length} tokens of {Path(args.evaluation).name}",
+        **options,
+        "perplexity": {name: each.value for name, each in measured.items()},
+        "relative_increase": {
+            name: each.value / measured["original"].value - 1 for name, each in measured.items() if name != "original"
+        },
+        "standard_error": {
+            name: float((torch.tensor(each.window_nll) - exact).std() / len(windows) ** 0.5)
+            for name, each in measured.items()
+            if name != "original"
+        },
+        "versions": versions(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    before, after = (results["relative_increase"][name] for name in ("compressed", "tuned"))
+    results["won_back"] = 1 - after / before
+    beside = args.out.with_suffix(".partial")
+    beside.write_text(json.dumps(results, indent=1) + "\n")
+    beside.replace(args.out)
+    print(f"{before:+.3%} before, {after:+.3%} after: {results['won_back']:.0%} of the increase won back")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Compression in stages that outlive the process: moments batch by batch, and every measurement of costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from ..calibration.statistics import Batch, Moments
+from ..errors import EigenAttnError
+from ..journal import Journal
+from ..models.attention import EigenAttention
+
+STATISTICS = "statistics"
+# Seconds between saves of unfinished moments (chosen: little to lose, and far less time than the work).
+SAVE_SECONDS = 60.0
+
+
+class KeptMoments:
+    """Moments that are saved while they grow, and go on from what was saved.
+
+    Sums are taken up as they were and batches come in the same order, so the result has the bits of an uninterrupted
+    run.
+
+    Args:
+        empty: gives the empty moments of a layer.
+        journal: where they are kept; None keeps nothing.
+    """
+
+    def __init__(self, empty: Callable[[EigenAttention], Moments], journal: Journal | None) -> None:
+        self.make, self.journal = empty, journal
+        self.moments: list[Moments] = []
+        self.kept = journal.read(STATISTICS) if journal else None
+
+    def empty(self, attention: EigenAttention) -> Moments:
+        """The moments a layer starts with."""
+        made = self.make(attention)
+        if self.kept is not None:
+            tensors, values = self.kept
+            position = str(len(self.moments))
+            for name, value in vars(made).items():
+                if isinstance(value, Tensor):
+                    value.copy_(tensors[f"{position}.{name}"])
+            made.tokens = values["tokens"]
+        self.moments.append(made)
+        return made
+
+    def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Pass on the batches that are not counted yet."""
+        done = self.kept[1]["batches"] if self.kept else 0
+        count, saved = 0, time.monotonic()
+        for batch in batches:
+            count += 1
+            if count <= done:
+                continue
+            yield batch
+            if self.journal and time.monotonic() - saved > SAVE_SECONDS:
+                self._save(count)
+                saved = time.monotonic()
+        if self.journal and count > done:
+            self._save(count)
+
+    def _save(self, count: int) -> None:
+        tensors = {
+            f"{position}.{field.name}": value
+            for position, sums in enumerate(self.moments)
+            for field in dataclasses.fields(sums)
+            if isinstance(value := getattr(sums, field.name), Tensor)
+        }
+        self.journal.write(STATISTICS, tensors, {"batches": count, "tokens": self.moments[0].tokens})
+
+
+class KeptCosts:
+    """Measured costs (`eigenattn.compression.ranks.Costs`), each measured once, and checked.
+
+    Args:
+        costs: measures.
+        journal: where results are kept; None keeps nothing.
+    """
+
+    def __init__(self, costs: Any, journal: Journal | None) -> None:
+        self.costs, self.journal = costs, journal
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        measure = getattr(self.costs, name)
+
+        def kept(*arguments: Any) -> Any:
+            stage = f"{name}-{self.calls}"
+            self.calls += 1
+            found = self.journal.read(stage) if self.journal else None
+            if found is not None:
+                return found[1]
+            result = measure(*arguments)
+            if not all(math.isfinite(cost) for costs in result for cost in costs):
+                raise EigenAttnError(
+                    "truncating a layer was measured to cost NaN or infinitely much: try --dtype float32, or check the "
+                    "model's weights."
+                )
+            if self.journal:
+                self.journal.write(stage, {}, result)
+            return result
+
+        return kept
