@@ -31,7 +31,7 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
     except ImportError:
         raise EigenAttnError("pictures need matplotlib: pip install 'eigenattn[plot]'.") from None
     style = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    style |= {"font.size": 9, "grid.color": INK, "legend.framealpha": 0.0, "legend.labelcolor": INK}
+    style |= {"font.size": 9, "grid.color": INK}
     style |= {"axes.facecolor": "none", "figure.facecolor": "none", "axes.titlecolor": INK}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -113,7 +113,7 @@ def frontier(values: dict[str, Any]) -> Figure:
             axis.axhline(base[0], linestyle=":", color=INK, label="original")
         axis.set(title=title, xlabel=f"cache of {length:,} tokens at 16 bits, MiB", ylabel=unit)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, frameon=False, labelcolor=INK)
     return figure
 
 
@@ -125,7 +125,8 @@ def _increase(text: dict[str, Any]) -> tuple[float, float | None]:
 def _percent(row: dict[str, Any] | None) -> tuple[float, float | None] | None:
     if row is None:
         return None
-    error = row["accuracy_error"]
+    # Curves are compared with the original's line, and that difference is paired.
+    error = row.get("difference_error")
     return 100 * row["accuracy"], None if error is None else 100 * error
 
 
@@ -136,3 +137,82 @@ def _needles(cell: dict[str, Any]) -> tuple[float, float | None] | None:
 
 def _named(cell: dict[str, Any], task: str) -> dict[str, Any] | None:
     return next((row for row in cell["tasks"] if row["task"] == task), None)
+
+
+def decay(values: dict[str, Any]) -> Figure:
+    """Eigenvalues relative to the largest, a curve for each head, coloured by layer: what `spectrum.json` holds."""
+    figure, axes = new_figure(8.0, 3.4, columns=2)
+    layers = len(values["keys"]["eigenvalues"])
+    for axis, side, title in zip(axes, ("keys", "values"), spectrum_titles(values), strict=True):
+        for layer, heads in enumerate(values[side]["eigenvalues"]):
+            for spectrum in heads:
+                largest = spectrum[0] or 1.0
+                shares = [max(value / largest, FAINTEST) for value in spectrum]
+                axis.plot(
+                    range(1, len(shares) + 1), shares, color=_layer_colour(layer, layers), linewidth=0.7, alpha=0.7
+                )
+        axis.set(title=title, xlabel="direction", ylabel="eigenvalue, of the largest", yscale="log")
+        axis.grid(alpha=0.3)
+    _layer_bar(figure, axes, layers)
+    return figure
+
+
+def energy(values: dict[str, Any]) -> Figure:
+    """Energy that is left out at each rank, a curve for each layer, heads averaged."""
+    figure, axes = new_figure(8.0, 3.4, columns=2)
+    layers = len(values["keys"]["energy_kept"])
+    for axis, side, title in zip(axes, ("keys", "values"), spectrum_titles(values), strict=True):
+        for layer, heads in enumerate(values[side]["energy_kept"]):
+            lost = [max(1 - sum(kept) / len(kept), FAINTEST) for kept in zip(*heads, strict=True)]
+            axis.plot(range(1, len(lost) + 1), lost, color=_layer_colour(layer, layers), linewidth=1)
+        axis.set(title=title, xlabel="rank", ylabel="energy left out", yscale="log")
+        axis.grid(alpha=0.3)
+    _layer_bar(figure, axes, layers)
+    return figure
+
+
+def effective_ranks(values: dict[str, Any]) -> Figure:
+    """Effective rank of every layer and head, as a map."""
+    layers, heads = len(values["keys"]["effective_rank"]), len(values["keys"]["effective_rank"][0])
+    figure, axes = new_figure(8.0, max(2.2, min(0.22 * heads + 1.4, 8.0)), columns=2)
+    most = len(values["keys"]["eigenvalues"][0][0])
+    for axis, side, title in zip(axes, ("keys", "values"), spectrum_titles(values), strict=True):
+        by_head = list(zip(*values[side]["effective_rank"], strict=True))
+        # As vectors, so that the page needs no picture of pixels.
+        mesh = axis.pcolormesh(
+            range(layers), range(heads), by_head, vmin=0, vmax=most, cmap="viridis", shading="nearest"
+        )
+        axis.set(title=title, xlabel="layer", ylabel="KV head")
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    _bar(figure, axes, mesh, f"effective rank, of {most}")
+    return figure
+
+
+# Below this share curves are cut off: it is rounding.
+FAINTEST = 1e-8
+
+
+def spectrum_titles(values: dict[str, Any]) -> tuple[str, str]:
+    """What the two sides' spectra are of."""
+    return ("keys and queries" if values["basis"] == "eigen" else "keys, as queries see them", "values")
+
+
+def _layer_colour(layer: int, layers: int) -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"](layer / max(layers - 1, 1))
+
+
+def _layer_bar(figure: Figure, axes: Any, layers: int) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    _bar(figure, axes, ScalarMappable(Normalize(0, max(layers - 1, 1)), "viridis"), "layer")
+
+
+def _bar(figure: Figure, axes: Any, mappable: Any, label: str) -> None:
+    bar = figure.colorbar(mappable, ax=list(axes), label=label)
+    bar.ax.yaxis.label.set_color(INK)
+    bar.ax.tick_params(colors=INK)
+    bar.outline.set_edgecolor(INK)
