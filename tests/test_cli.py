@@ -147,7 +147,7 @@ def test_inspect(compressed, base):
 
 
 def test_help_has_examples():
-    for verb in ("compress", "evaluate", "generate", "inspect", "demo", "sweep"):
+    for verb in ("compress", "evaluate", "generate", "inspect", "demo", "sweep", "spectrum", "report"):
         assert f"eigenattn {verb}" in run(verb, "--help")
 
 

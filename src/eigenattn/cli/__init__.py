@@ -7,7 +7,7 @@ import sys
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import EigenAttnError
-from . import compress, evaluate, look, spectrum, sweep  # noqa: F401 (each adds its commands to the application)
+from . import compress, evaluate, look, report, spectrum, sweep  # noqa: F401 (each adds its commands to the application)
 from .common import app
 
 __all__ = ["app", "main"]

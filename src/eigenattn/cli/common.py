@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from ..calibration.text import SOURCES
 from ..errors import EigenAttnError
+from ..report.tables import TextTable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,6 +51,16 @@ def at_lengths(found: Any) -> str:
     """The whole cache's ratio at stated lengths, for a result with a window; nothing for others."""
     ratios = ", ".join(f"{ratio:.3f} at {length:,} tokens" for length, ratio in found.ratio_at.items())
     return f"With the last {found.window} tokens exact the whole cache is {ratios}." if found.window else ""
+
+
+def rich_table(grid: TextTable, title: str | None = None) -> Table:
+    """A table for the terminal; long names are folded, not cut."""
+    table = Table(title=title)
+    for heading in grid.headings:
+        table.add_column(heading, overflow="fold")
+    for row in grid.rows:
+        table.add_row(*row)
+    return table
 
 
 def examples(*lines: str) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ..calibration.text import DEFAULT_SOURCE
 from ..compression.bases import BASES
@@ -18,7 +17,8 @@ from ..evaluation.sweep import Grid
 from ..evaluation.sweep_folder import run_sweep, sweep_texts, table
 from ..evaluation.tasks import load_tasks, task_names
 from ..report.figures import frontier, new_figure, save_figure
-from .common import TEXT_HELP, Device, Dtype, Json, Model, app, emit, examples
+from ..report.tables import sweep_table
+from .common import TEXT_HELP, Device, Dtype, Json, Model, app, emit, examples, rich_table
 from .evaluate import TASKS_HELP, needles_of
 
 
@@ -110,29 +110,7 @@ def sweep(
     )
     save_figure(frontier(results), out / "frontier")
     console = emit(results, json_file)
-    console.print(_as_table(results))
-    console.print(f"{out}: sweep.json, sweep.csv, frontier.png, frontier.svg", highlight=False, soft_wrap=True)
-
-
-def _as_table(results: dict[str, Any]) -> Table:
     texts = [row["text"] for row in results["baseline"]["texts"]]
-    extra = [
-        name for row in table(results)[:1] for name in row if name in ("copying", "needles") or name[:5] == "task "
-    ]
-    length = results["settings"]["protocol"]["length"]
-    shown = Table(title=f"increase of perplexity against the KV ratio, and the whole cache's at {length:,} tokens")
-    for heading in ("method", "asked", "KV ratio", "whole", *texts, *extra):
-        shown.add_column(heading, overflow="fold")
-    for row in table(results):
-        increases = [
-            f"{row[f'relative_increase ({text})']:+.2%}{_error(row[f'relative_increase_error ({text})'])}"
-            for text in texts
-        ]
-        asked = "" if row["asked"] is None else f"{row['asked']:g}"
-        others = ["" if row.get(name) is None else f"{row[name]:.1%}" for name in extra]
-        shown.add_row(row["method"], asked, f"{row['kv_ratio']:.3f}", f"{row['cache_ratio']:.3f}", *increases, *others)
-    return shown
-
-
-def _error(error: float | None) -> str:
-    return "" if error is None else f" ± {error:.2%}"
+    title = f"increase of perplexity against the KV ratio, and the whole cache's at {length:,} tokens"
+    console.print(rich_table(sweep_table(table(results), texts), title))
+    console.print(f"{out}: sweep.json, sweep.csv, frontier.png, frontier.svg", highlight=False, soft_wrap=True)

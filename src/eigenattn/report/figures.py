@@ -75,7 +75,10 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{label}" \1>', svg, count=1)
+    # Letters stay legible on a narrow screen, where the page lets the picture scroll.
+    points = figure.get_size_inches()[0] * 72
+    tag = f'<svg role="img" aria-label="{label}" style="min-width: {0.8 * points:.0f}px; max-width: {2 * points:.0f}px"'
+    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf"{tag} \1>", svg, count=1)
 
 
 def frontier(values: dict[str, Any]) -> Figure:
@@ -163,7 +166,8 @@ def energy(values: dict[str, Any]) -> Figure:
     layers = len(values["keys"]["energy_kept"])
     for axis, side, title in zip(axes, ("keys", "values"), spectrum_titles(values), strict=True):
         for layer, heads in enumerate(values[side]["energy_kept"]):
-            lost = [max(1 - sum(kept) / len(kept), FAINTEST) for kept in zip(*heads, strict=True)]
+            lost = [1 - sum(kept) / len(kept) for kept in zip(*heads, strict=True)]
+            lost = [share for share in lost if share > FAINTEST]
             axis.plot(range(1, len(lost) + 1), lost, color=_layer_colour(layer, layers), linewidth=1)
         axis.set(title=title, xlabel="rank", ylabel="energy left out", yscale="log")
         axis.grid(alpha=0.3)
