@@ -184,6 +184,9 @@ def test_bad_input_is_one_line(base, text, tmp_path):
     assert "unknown name 'cosine'" in fails("compress", base, out, "--text", text, "--basis", "cosine", *COMPRESS)
     assert "unknown dtype" in fails("evaluate", base, "--text", text, "--length", "64", "--dtype", "int3")
     assert "one window" in fails("evaluate", base, "--text", tmp_path / "short.txt")
+    assert "two texts" in fails("evaluate", base, "--text", text, "--text", text)
+    assert "stride" in fails("evaluate", base, "--text", text, "--length", "64", "--stride", "65")
+    assert "--needles" in fails("evaluate", base, "--text", text, "--needles", "many")
     assert ".gguf" in fails("compress", tmp_path / "short.txt", out, "--text", text)
     assert not out.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exists", "short.txt"]

@@ -59,10 +59,10 @@ def evaluate_checkpoint(
     bars = TokenProgress(progress)
     source = Source.of(name)
     tokenizer = load_tokenizer(source)
-    windows = plan.windows(tokenizer)  # so that a text which is too short ends it before any model is loaded
+    items = plan.items(tokenizer)  # so that a text which is too short ends it before any model is loaded
     if baseline is not None and any(
-        not (theirs.shape == windows[text].shape and (theirs == windows[text]).all())
-        for text, theirs in plan.windows(load_tokenizer(Source.of(baseline))).items()
+        not (theirs.shape == items.windows[text].shape and (theirs == items.windows[text]).all())
+        for text, theirs in plan.items(load_tokenizer(Source.of(baseline))).windows.items()
     ):
         raise EigenAttnError(f"{baseline} splits text into other tokens than {name}: they cannot be compared.")
 
@@ -73,6 +73,7 @@ def evaluate_checkpoint(
             model,
             tokenizer,
             plan,
+            items,
             title=which,
             bars=bars,
             logits_of=through_cache if cached else uncached,

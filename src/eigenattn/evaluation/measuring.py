@@ -9,12 +9,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..calibration.text import Text, tokenize
+from ..errors import EigenAttnError
 from ..progress import TokenProgress
 from .paired import Estimate, difference, exponential, mean
 from .perplexity import scored_tokens, windows_of
 from .reading import Logits, Predictions, Reading, read, uncached
 from .retrieval import UNJUDGED, Needles, copying, find_needles
 from .tasks import TaskResult, run_tasks
+
+
+@dataclass(frozen=True)
+class Items:
+    """What a model is to read.
+
+    Args:
+        windows: [N, T] of every text, by its name.
+        haystack: [N], the whole of the first text.
+    """
+
+    windows: dict[str, Tensor]
+    haystack: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -39,16 +53,23 @@ class Plan:
     limit: int | None = None
     batch_size: int = 1
 
-    def windows(self, tokenizer: Any) -> dict[str, Tensor]:
-        """Windows [N, T] of every text, by its name.
+    def __post_init__(self) -> None:
+        names = [text.source for text in self.texts]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise EigenAttnError(f"two texts are called {twice[0]!r}: rename one of the files.")
+        if self.needles is not None and not names:
+            raise EigenAttnError("needles need a text to be hidden in.")
+
+    def items(self, tokenizer: Any) -> Items:
+        """The texts in tokens.
 
         Raises:
             EigenAttnError: if a text is too short.
         """
-        return {
-            text.source: windows_of(tokenize(tokenizer, text), self.tokens, self.length, self.stride)
-            for text in self.texts
-        }
+        tokens = {text.source: tokenize(tokenizer, text) for text in self.texts}
+        windows = {name: windows_of(each, self.tokens, self.length, self.stride) for name, each in tokens.items()}
+        return Items(windows, next(iter(tokens.values()), None))
 
     def protocol(self, dtype: str, reading: str) -> dict[str, Any]:
         """The plan in plain values, for results to state."""
@@ -81,6 +102,7 @@ def measure(
     model: nn.Module,
     tokenizer: Any,
     plan: Plan,
+    items: Items,
     *,
     title: str,
     bars: TokenProgress,
@@ -91,12 +113,13 @@ def measure(
     """Measure one model.
 
     Args:
+        items: the plan's, in this tokenizer's tokens.
         title: what progress bars call it.
         logits_of: how the model reads; tasks are always read at once, for that is lm-eval's way.
         original: predictions of the original model, by text, to be compared with.
         keep: keep this model's predictions.
     """
-    windows = plan.windows(tokenizer)
+    windows = items.windows
     first = next(iter(windows.values()), None)
     copies = plan.copies if first is not None and plan.length // 2 > UNJUDGED else 0
     needles = plan.needles
@@ -120,8 +143,7 @@ def measure(
             for name, each in windows.items()
         }
         copied = copying(model, first[:copies], logits_of, advance) if copies else None
-        haystack = tokenize(tokenizer, plan.texts[0]) if needles else None
-        found = find_needles(model, tokenizer, haystack, needles, logits_of, advance) if needles else {}
+        found = find_needles(model, tokenizer, items.haystack, needles, logits_of, advance) if needles else {}
     tasks = run_tasks(model, tokenizer, plan.tasks, limit=plan.limit, batch_size=plan.batch_size)
     return Measured(readings, copied, found, tasks)
 

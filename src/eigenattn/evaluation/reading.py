@@ -95,12 +95,12 @@ def read(
     for index, window in enumerate(windows):
         ids = window.unsqueeze(0).to(device)  # [1, T]
         logits = logits_of(model, ids, scored + 1)[0, :-1]  # [scored, V]
-        nll.append(F.cross_entropy(logits.float(), ids[0, -scored:]).item())
+        nll.append(F.cross_entropy(logits.float(), ids[0, -scored:].to(logits.device)).item())
         if original is not None or keep:
             guesses = logits.argmax(-1).cpu()
-            logs = logits[positions.to(device)].float().log_softmax(-1)
+            logs = logits[positions.to(logits.device)].float().log_softmax(-1)
         if original is not None:
-            exact = original.log_probabilities[index].to(device)
+            exact = original.log_probabilities[index].to(logs.device)
             divergence.append((exact.exp() * (exact - logs)).sum(-1).mean().item())
             agreement.append((guesses == original.top1[index]).float().mean().item())
         if keep:

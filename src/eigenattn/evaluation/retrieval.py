@@ -42,7 +42,7 @@ def copying(
         ids = torch.cat([window, window]).unsqueeze(0).to(device)
         judged = half - UNJUDGED
         guesses = logits_of(model, ids, judged + 1)[0, :-1].argmax(-1)
-        shares.append((guesses == ids[0, -judged:]).float().mean().item())
+        shares.append((guesses == ids[0, -judged:].to(guesses.device)).float().mean().item())
         advance()
     return shares
 
@@ -132,7 +132,7 @@ def find_needles(
                 sequence, answer = hide(tokenizer, haystack, length, depth, needles.seed + trial)
                 ids = sequence.unsqueeze(0).to(device)
                 guesses = logits_of(model, ids, answer + 1)[0, :-1].argmax(-1)
-                hits.append(float((guesses == ids[0, -answer:]).all()))
+                hits.append(float((guesses == ids[0, -answer:].to(guesses.device)).all()))
                 advance()
             found[length, depth] = hits
     return found

@@ -26,6 +26,13 @@ BACKENDS: dict[str, tuple[str | None, tuple[int, ...], dict[str, Any]]] = {
 NAMES = "quanto-4, quanto-2, hqq-8, hqq-4, hqq-3, hqq-2, hqq-1, fp8"
 
 
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that it would be part of
+        return False
+
+
 @dataclass(frozen=True)
 class Rival:
     """A plain quantised cache: `quanto-4` keeps 4 bits an element, by quanto."""
@@ -46,7 +53,7 @@ class Rival:
         if backend not in BACKENDS or bits not in BACKENDS[backend][1]:
             raise EigenAttnError(f"unknown rival {name!r}: choose from {NAMES}.")
         package = BACKENDS[backend][0]
-        if package is not None and find_spec(package.split(".")[0]) is None:
+        if package is not None and not _installed(package):
             raise EigenAttnError(f"rival {name!r} needs a package: pip install 'eigenattn[rivals]'.")
         return cls(name, backend, bits)
 

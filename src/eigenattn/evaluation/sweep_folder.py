@@ -113,7 +113,7 @@ def run_sweep(
     source = Source.of(name)
     tokenizer = load_tokenizer(source)
     parts = text_windows(calibration, tokenizer, samples, length, seed)
-    plan.windows(tokenizer)
+    items = plan.items(tokenizer)
     model = load_model(source, dtype, device)
     for rival in missing:
         rival.cache(model.config, exact)  # so that one which does not take this model ends it now
@@ -121,14 +121,14 @@ def run_sweep(
     # Distributions are too large to keep: a sweep that goes on reads the original again.
     seconds = results.values["seconds"]
     with added(seconds, "baseline"):
-        base = measure(model, tokenizer, plan, title="the original", bars=bars, keep=True)
+        base = measure(model, tokenizer, plan, items, title="the original", bars=bars, keep=True)
     results.values["baseline"] = report(base)
     subject = SweepModel(model, [Batch(window) for window in windows.split(1)], grid, bars, seconds)
 
     def record(key: str, title: str, facts: dict[str, Any], what: Plan, logits_of: Logits) -> None:
         with added(seconds, "evaluation"):
             found = measure(
-                model, tokenizer, what, title=title, bars=bars, logits_of=logits_of, original=base.predictions
+                model, tokenizer, what, items, title=title, bars=bars, logits_of=logits_of, original=base.predictions
             )
         results.cells[key] = facts | report(found, base)
         results.save()
