@@ -76,18 +76,54 @@ def test_texts_mix_and_the_model_writes_its_own(base, text, tmp_path):
     assert [(each["source"], each["sha256"] is None) for each in sources] == [("fox.txt", False), ("self", True)]
 
 
-def test_evaluate(compressed, base, text):
+def test_evaluate(compressed, base, text, tmp_path):
     options = ("--text", text, "--tokens", "256", "--length", "64")
-    plain = run_json("evaluate", compressed, "--against", base, *options)
+    plain = run_json("evaluate", compressed, "--baseline", base, *options)
     cached = run_json("evaluate", compressed, "--cached", *options)
-    assert plain["perplexity"] == pytest.approx(cached["perplexity"], rel=1e-4)
-    assert plain["relative_increase"] == pytest.approx(plain["perplexity"] / plain["baseline_perplexity"] - 1)
-    assert plain["tokens"] == 4 * 63
+    found = plain["texts"][0]
+    assert found["perplexity"] == pytest.approx(cached["texts"][0]["perplexity"], rel=1e-4)
+    assert found["relative_increase"] == pytest.approx(found["perplexity"] / found["baseline_perplexity"] - 1)
+    assert found["tokens"] == 4 * 63
+    assert found["divergence"] > 0
+    assert 0 < found["top1_agreement"] < 1
     assert plain["kv_ratio"] <= 0.6
-    assert cached["baseline_perplexity"] is None
-    original = run_json("evaluate", base, *options)
-    assert original["perplexity"] == pytest.approx(plain["baseline_perplexity"])
+    assert plain["protocol"]["dtype"] == "float32"
+    assert "baseline_perplexity" not in cached["texts"][0]
+    original = run_json("evaluate", base, "--against", base, *options)
+    assert original["texts"][0]["perplexity"] == pytest.approx(found["baseline_perplexity"])
+    assert original["texts"][0]["divergence"] == pytest.approx(0, abs=1e-9)
+    assert original["copying"]["difference_error"] == 0
     assert original["kv_ratio"] == 1
+
+
+def test_evaluate_several_texts_and_needles(compressed, base, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[::-1])
+    options = ("--text", text, "--text", other, "--tokens", "96", "--length", "48", "--needles", "300", "--trials", "2")
+    found = run_json("evaluate", compressed, "--baseline", base, *options)
+    assert [row["text"] for row in found["texts"]] == ["fox.txt", "other.txt"]
+    assert found["texts"][0]["perplexity"] != found["texts"][1]["perplexity"]
+    assert [row["depth"] for row in found["needles"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert {row["items"] for row in found["needles"]} == {2}
+    assert "other.txt" in run("evaluate", compressed, *options)
+
+
+def test_sweep(base, text, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    options = ("--text", text, "--length", "48", "--tokens", "96", "--samples", "4", "--window", "8")
+    out = tmp_path / "sweep"
+    found = run_json("sweep", base, out, "--kv-ratio", "0.75,0.5", "--ranks", "uniform", *options)
+    assert list(found["cells"]) == ["attention/uniform/8/0.75", "attention/uniform/8/0.5"]
+    assert sorted(path.name for path in out.iterdir()) == ["frontier.png", "frontier.svg", "sweep.csv", "sweep.json"]
+    more = run_json("sweep", base, out, "--kv-ratio", "0.75,0.5,1", "--ranks", "uniform", "--rivals", "fp8", *options)
+    assert len(more["cells"]) == 4
+    assert more["cells"]["attention/uniform/8/1"]["texts"][0]["divergence"] == pytest.approx(0, abs=1e-6)
+    assert "eigen/uniform" in run(
+        "sweep", base, out, "--basis", "eigen", "--kv-ratio", "0.5", "--ranks", "uniform", *options
+    )
+    assert "takes numbers" in fails("sweep", base, tmp_path / "new", "--kv-ratio", "half", *options)
+    assert "another samples" in fails("sweep", base, out, *options[:6], "--samples", "5", "--window", "8")
+    assert not (tmp_path / "new").exists()
 
 
 def test_generate(compressed):
@@ -126,7 +162,7 @@ def test_inspect(compressed, base):
 
 
 def test_help_has_examples():
-    for verb in ("compress", "evaluate", "generate", "inspect", "demo"):
+    for verb in ("compress", "evaluate", "generate", "inspect", "demo", "sweep", "spectrum", "report"):
         assert f"eigenattn {verb}" in run(verb, "--help")
 
 
@@ -163,6 +199,9 @@ def test_bad_input_is_one_line(base, text, tmp_path):
     assert "unknown name 'cosine'" in fails("compress", base, out, "--text", text, "--basis", "cosine", *COMPRESS)
     assert "unknown dtype" in fails("evaluate", base, "--text", text, "--length", "64", "--dtype", "int3")
     assert "one window" in fails("evaluate", base, "--text", tmp_path / "short.txt")
+    assert "two texts" in fails("evaluate", base, "--text", text, "--text", text)
+    assert "stride" in fails("evaluate", base, "--text", text, "--length", "64", "--stride", "65")
+    assert "--needles" in fails("evaluate", base, "--text", text, "--needles", "many")
     assert ".gguf" in fails("compress", tmp_path / "short.txt", out, "--text", text)
     assert not out.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exists", "short.txt"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .packing import Widths
 from .store import room_for
@@ -19,6 +19,18 @@ class Layer(Protocol):
     widths_k: Widths | None
     widths_v: Widths | None
     shared_heads: int
+
+
+class Shape(NamedTuple):
+    """A `Layer` without a module."""
+
+    kv_heads: int
+    head_dim: int
+    rank_k: int
+    rank_v: int
+    widths_k: Widths | None = None
+    widths_v: Widths | None = None
+    shared_heads: int = 1
 
 
 # Bytes of an element of the original cache, where sizes are compared.

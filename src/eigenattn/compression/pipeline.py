@@ -109,7 +109,7 @@ def compress(
     try:
         model.eval()
         layers = eigen_layers(model)
-        _check_sharing(layers[0].kv_heads, config.shared_heads)
+        check_sharing(layers[0].kv_heads, config.shared_heads)
         device = model.get_input_embeddings().weight.device
         stream = _Stream(batches, model, device, twice=config.bits_per_element is not None)
         with clock.stage("statistics"):
@@ -162,12 +162,14 @@ def compress(
     return report
 
 
-def _check_sharing(kv_heads: int, shared_heads: int) -> None:
-    if kv_heads % shared_heads:
-        divisors = [str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0]
-        raise EigenAttnError(
-            f"{shared_heads} KV heads cannot share a latent where there are {kv_heads}: choose {', '.join(divisors)}."
-        )
+def check_sharing(kv_heads: int, *shared_heads: int) -> None:
+    """Raise an `EigenAttnError` if KV heads cannot be dealt out to latents evenly."""
+    for count in shared_heads:
+        if kv_heads % count:
+            divisors = [str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+            raise EigenAttnError(
+                f"{count} KV heads cannot share a latent where there are {kv_heads}: choose {', '.join(divisors)}."
+            )
 
 
 def _choose(

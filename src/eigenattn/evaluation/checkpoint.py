@@ -1,4 +1,4 @@
-"""From the names of models and a text to figures that compare them."""
+"""From the names of models to figures that compare them."""
 
 from __future__ import annotations
 
@@ -7,75 +7,92 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..cache.size import kv_ratio
-from ..calibration.text import load_text, tokenize
+from ..errors import EigenAttnError
 from ..models.conversion import eigen_layers
 from ..models.loading import Source, load_model, load_tokenizer
 from ..progress import TokenProgress
-from .perplexity import Perplexity, perplexity, windows_of
+from ..version import versions
+from .measuring import Measured, Plan, measure, report
+from .reading import Predictions, through_cache, uncached
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Perplexity of a model on a text, and, if there is a baseline, of that on the same windows."""
+    """What was measured of a model and, if there is a baseline, of that on the same items.
 
-    perplexity: float
-    baseline_perplexity: float | None
-    relative_increase: float | None
-    tokens: int
+    `results` is what `eigenattn.evaluation.measuring.report` gives. Keys ending in `_error` are standard errors; with a
+    baseline, those of `relative_increase` and `difference` are of paired differences.
+    """
+
+    model: str
+    baseline: str | None
     kv_ratio: float
-    text: str
-    length: int
-    cached: bool
+    window: int
+    protocol: dict[str, Any]
+    results: dict[str, Any]
+    versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        return values | values.pop("results")
 
 
 def evaluate_checkpoint(
     name: str,
+    plan: Plan,
     *,
-    against: str | None,
-    text: str,
-    tokens: int,
-    length: int,
+    baseline: str | None = None,
     cached: bool = False,
     dtype: str | None = None,
     device: str | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Perplexity of a model on windows of `length` tokens from the beginning of a text.
+    """Measure a model, and its baseline before it; one of them is in memory at a time.
 
     Args:
-        name, against: a model and its baseline: folder, hub id, `.gguf` file or `smollm2`.
-        tokens: how much of the text to read.
-        cached: see `perplexity`.
+        name, baseline: folder, hub id, `.gguf` file or `smollm2`.
+        cached: read texts and needles through the cache: half a sequence at once, then token by token.
 
     Raises:
-        EigenAttnError: on a model or text that cannot be read.
+        EigenAttnError: on a model or text that cannot be read, or a baseline with another tokenizer.
     """
-    held_out = load_text(text, "evaluation")
     bars = TokenProgress(progress)
+    source = Source.of(name)
+    tokenizer = load_tokenizer(source)
+    items = plan.items(tokenizer)  # so that a text which is too short ends it before any model is loaded
+    if baseline is not None and any(
+        not (theirs.shape == items.windows[text].shape and (theirs == items.windows[text]).all())
+        for text, theirs in plan.items(load_tokenizer(Source.of(baseline))).windows.items()
+    ):
+        raise EigenAttnError(f"{baseline} splits text into other tokens than {name}: they cannot be compared.")
 
-    def measure(model_name: str) -> tuple[Perplexity, float]:
-        source = Source.of(model_name)
-        windows = windows_of(tokenize(load_tokenizer(source), held_out), tokens, length)
-        model = load_model(source, dtype, device)
-        with bars.bar(f"Reading with {model_name}", len(windows)) as bar:
-            result = perplexity(model, windows, cached, lambda: bar.advance(0))
-        ratio = kv_ratio(eigen_layers(model))
+    def run(which: str, original: dict[str, Predictions] | None, keep: bool) -> tuple[Measured, Any, float, int]:
+        model = load_model(Source.of(which), dtype, device)
+        layers = eigen_layers(model)
+        found = measure(
+            model,
+            tokenizer,
+            plan,
+            items,
+            title=which,
+            bars=bars,
+            logits_of=through_cache if cached else uncached,
+            original=original,
+            keep=keep,
+        )
+        facts = str(model.dtype).removeprefix("torch."), kv_ratio(layers), max((a.window for a in layers), default=0)
         del model
         gc.collect()
-        return result, ratio
+        return found, *facts
 
-    result, ratio = measure(name)
-    baseline = measure(against)[0].value if against else None
+    base = run(baseline, None, True)[0] if baseline is not None else None
+    measured, used_dtype, ratio, window = run(name, base.predictions if base else None, False)
     return Evaluation(
-        perplexity=result.value,
-        baseline_perplexity=baseline,
-        relative_increase=None if baseline is None else result.value / baseline - 1,
-        tokens=result.tokens,
+        model=name,
+        baseline=baseline,
         kv_ratio=ratio,
-        text=held_out.source,
-        length=length,
-        cached=cached,
+        window=window,
+        protocol=plan.protocol(used_dtype, "cached" if cached else "uncached"),
+        results=report(measured, base),
+        versions=versions(),
     )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import EigenAttnError
+from .paired import exponential, mean
+from .reading import read, through_cache, uncached
 
 
 @dataclass(frozen=True)
@@ -22,22 +21,31 @@ class Perplexity:
     window_nll: list[float]  # mean negative log-likelihood of each window, for paired comparison
 
 
-def windows_of(tokens: Tensor, count: int, length: int) -> Tensor:
-    """The first windows [N, length] of a text that hold `count` tokens, side by side.
+def windows_of(tokens: Tensor, count: int, length: int, stride: int | None = None) -> Tensor:
+    """The first windows [N, length] of a text that hold `count` tokens.
+
+    One begins every `stride` tokens; by default they lie side by side.
 
     Raises:
-        EigenAttnError: if the text is too short for one window.
+        EigenAttnError: if the text is too short for one window, or the stride does not lie in 1 .. length.
     """
-    number = min(count, len(tokens)) // length
-    if number == 0:
+    stride = length if stride is None else stride
+    if not 0 < stride <= length:
+        raise EigenAttnError(f"the stride must lie between 1 and the window's {length} tokens, not {stride}.")
+    number = (min(count, len(tokens)) - length) // stride + 1
+    if number <= 0:
         raise EigenAttnError(
             f"the text has {len(tokens)} tokens and {count} were asked for; one window takes {length}: give a longer "
             "text, or lower --length."
         )
-    return tokens[: number * length].view(number, length)
+    return tokens.unfold(0, length, stride)[:number]
 
 
-@torch.no_grad()
+def scored_tokens(length: int, stride: int | None = None) -> int:
+    """Tokens that a window predicts: none twice, and the first of the window never."""
+    return min(stride or length, length - 1)
+
+
 def perplexity(
     model: nn.Module, windows: Tensor, cached: bool = False, advance: Callable[[], None] = lambda: None
 ) -> Perplexity:
@@ -47,21 +55,5 @@ def perplexity(
         cached: read the first half of each window at once, and the rest token by token through the cache.
         advance: called after each window.
     """
-    device = model.get_input_embeddings().weight.device
-    losses = []
-    for window in windows:
-        ids = window.unsqueeze(0).to(device)  # [1, T]
-        logits = _cached_logits(model, ids) if cached else model(ids, use_cache=False).logits
-        losses.append(F.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).item())
-        advance()
-    return Perplexity(math.exp(sum(losses) / len(losses)), windows.shape[0] * (windows.shape[1] - 1), losses)
-
-
-def _cached_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    prefill = ids.shape[1] // 2
-    out = model(ids[:, :prefill], use_cache=True)
-    logits = [out.logits]
-    for position in range(prefill, ids.shape[1]):
-        out = model(ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
-        logits.append(out.logits)
-    return torch.cat(logits, dim=1)
+    reading = read(model, windows, logits_of=through_cache if cached else uncached, advance=advance)
+    return Perplexity(exponential(mean(reading.nll)).value, reading.tokens, reading.nll)

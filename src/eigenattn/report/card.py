@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import TARGETS
+from ..errors import EigenAttnError
+from .tables import evaluation_tables, notes
 
 if TYPE_CHECKING:
     from ..compression.pipeline import CompressionReport
@@ -90,3 +96,44 @@ def finetuning_section(facts: dict[str, Any]) -> str:
 - learning rate {facts["map_learning_rate"]} of maps, {facts["learning_rate"]} of LoRA, seed {facts["seed"]}
 - {facts["measure"]} on held-out windows of that text: {facts["before"]:.5g} before, {facts["after"]:.5g} after
 """
+
+
+EVALUATION = "evaluation.json"
+# Between these the card shows what the last `evaluate --save` found.
+BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
+
+
+def check_savable(folder: Path) -> None:
+    """Raise an `EigenAttnError` if a result cannot be kept with a model: it is not a compressed checkpoint's folder."""
+    if not (folder / "README.md").is_file():
+        raise EigenAttnError(
+            f"{folder} is no folder with a model card: --save keeps results in a compressed checkpoint."
+        )
+
+
+def save_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
+    """Keep what `eigenattn evaluate` found in a checkpoint's folder, and show it in the model card.
+
+    Raises:
+        EigenAttnError: if there is no model card, or it cannot be written.
+    """
+    check_savable(folder)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    card = re.sub(rf"\n*{BEGIN}.*{END}\n*", "\n", card, flags=re.DOTALL).rstrip()
+    for name, content in (
+        (EVALUATION, json.dumps(result, indent=2) + "\n"),
+        ("README.md", f"{card}\n\n{BEGIN}\n{evaluation_section(result)}\n{END}\n"),
+    ):
+        try:
+            beside = folder / f".{name}.partial"
+            beside.write_text(content, encoding="utf-8")
+            beside.replace(folder / name)
+        except OSError as error:
+            raise EigenAttnError(f"{folder / name} could not be written: {error.strerror}.") from error
+
+
+def evaluation_section(result: Mapping[str, Any]) -> str:
+    """Markdown: the tables, and how they were measured."""
+    against = "" if result["baseline"] is None else f", against {result['baseline']}"
+    parts = [f"## Evaluation{against}", *(table.markdown() for table in evaluation_tables(result)), *notes(result)]
+    return "\n\n".join(parts)

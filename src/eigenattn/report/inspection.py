@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..cache.packing import Widths
-from ..cache.size import baseline_bytes_per_token, bytes_of_layer, bytes_per_token, kv_ratio, ratio_at
+from ..cache.size import Shape, baseline_bytes_per_token, bytes_of_layer, bytes_per_token, kv_ratio, ratio_at
 from ..models.bases_file import read_bases_config
 from ..models.checkpoint import METHOD, WIDTHS, EigenAttnCheckpointConfig
 from ..models.families import family_of
 from ..models.loading import Source, load_config
-
-
-class _Layer(NamedTuple):
-    kv_heads: int
-    head_dim: int
-    rank_k: int
-    rank_v: int
-    widths_k: Widths | None = None
-    widths_v: Widths | None = None
-    shared_heads: int = 1
 
 
 @dataclass(frozen=True)
@@ -45,6 +35,11 @@ class Inspection:
     ratio_at: dict[int, float]
     method: dict[str, Any]
     provenance: dict[str, Any]
+
+    @property
+    def full_rank(self) -> int:
+        """Dimensions of what a latent is made of: of all heads that share it together."""
+        return self.head_dim * self.method.get("shared_heads", 1)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,7 +64,7 @@ def inspect_checkpoint(name: str) -> Inspection:
     ranks = checkpoint.layers if checkpoint else [full] * text.num_hidden_layers
     window, shared_heads = (checkpoint.method["window"], checkpoint.method["shared_heads"]) if checkpoint else (0, 1)
     layers = [
-        _Layer(
+        Shape(
             kv_heads,
             head_dim,
             **{name: Widths(*x) if name in WIDTHS else x for name, x in layer.items()},

@@ -1,0 +1,5 @@
+"""`python -m eigenattn.cli`."""
+
+from . import main
+
+main()

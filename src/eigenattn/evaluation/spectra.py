@@ -1,0 +1,142 @@
+"""How steep is a model's spectrum? Eigenvalues of every head, and what follows from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.statistics import Batch, collect_moments
+from ..calibration.text import Text
+from ..calibration.windows import SELF, complete, text_windows
+from ..compression.bases import BASES
+from ..errors import EigenAttnError
+from ..models.conversion import convert_attention, eigen_layers, restore_attention
+from ..models.loading import Source, load_model, load_tokenizer
+from ..progress import TokenProgress
+from ..version import versions
+
+VERSION = 1
+FILE = "spectrum.json"
+SIDES = ("keys", "values")
+
+
+def effective_rank(spectrum: Tensor) -> Tensor:
+    """`exp` of the entropy of a normalised spectrum [..., D], from 1 for one direction to D (Roy and Vetterli 2007)."""
+    share = spectrum / spectrum.sum(-1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
+    return torch.special.entr(share).sum(-1).exp()
+
+
+def energy_kept(spectrum: Tensor) -> Tensor:
+    """The share of a spectrum [..., D] in its first 1 .. D directions."""
+    return spectrum.cumsum(-1) / spectrum.sum(-1, keepdim=True).clamp_min(torch.finfo(spectrum.dtype).tiny)
+
+
+def spectra_of(
+    model: nn.Module, batches: Sequence[Batch], *, basis: str = "eigen", window: int = 0, progress: bool = False
+) -> dict[str, Tensor]:
+    """Spectra [layers, G, D], descending, of `keys` (for `eigen` of stacked keys and queries) and `values`.
+
+    Args:
+        model: an uncompressed transformers model; it is left as it was.
+        basis: `eigen` gives squared singular values, `attention` the error that leaving a direction out would make.
+        window: exact tokens; the `attention` basis looks only at what lies further back.
+
+    Raises:
+        EigenAttnError: if the basis is unknown, or the model is not supported or compressed.
+    """
+    if basis not in BASES:
+        raise EigenAttnError(f"unknown name {basis!r}: choose one of {', '.join(BASES)}.")
+    originals = convert_attention(model)
+    try:
+        layers = eigen_layers(model)
+        moments = collect_moments(
+            model,
+            layers,
+            TokenProgress(progress).batches("Calibrating", batches, len(batches)),
+            lambda attention: BASES[basis].moments(attention, window, 1),
+        )
+        bases = [BASES[basis].build(sums) for sums in moments]
+    finally:
+        restore_attention(model, originals)
+    sides = zip(SIDES, zip(*bases, strict=True), strict=True)
+    return {side: torch.stack([each.spectrum.cpu() for each in found]) for side, found in sides}
+
+
+def describe(spectra: dict[str, Tensor]) -> dict[str, Any]:
+    """Eigenvalues, effective ranks and kept energy by layer and head, in plain JSON values of six digits."""
+
+    def plain(values: Any) -> Any:
+        return [plain(each) for each in values] if isinstance(values, list) else float(f"{values:.6g}")
+
+    return {
+        side: {
+            "eigenvalues": plain(spectrum.tolist()),
+            "effective_rank": plain(effective_rank(spectrum).tolist()),
+            "energy_kept": plain(energy_kept(spectrum).tolist()),
+        }
+        for side, spectrum in spectra.items()
+    }
+
+
+def measure_spectra(
+    name: str,
+    *,
+    calibration: Sequence[Text | None],
+    samples: int,
+    length: int,
+    seed: int,
+    basis: str,
+    window: int,
+    dtype: str | None = None,
+    device: str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Spectra of a model on windows of texts, with what they were made of: what `spectrum.json` holds.
+
+    Args:
+        name: folder, hub id, `.gguf` file or `smollm2`.
+        calibration, samples, length, seed: as for compressing.
+
+    Raises:
+        EigenAttnError: on a model or text that cannot be used.
+    """
+    source = Source.of(name)
+    parts = text_windows(calibration, load_tokenizer(source), samples, length, seed)
+    model = load_model(source, dtype, device)
+    windows = complete(parts, model, length, seed).to(model.get_input_embeddings().weight.device)
+    batches = [Batch(each) for each in windows.split(1)]
+    spectra = spectra_of(model, batches, basis=basis, window=window, progress=progress)
+    return {
+        "version": VERSION,
+        "model": name,
+        "basis": basis,
+        "window": window,
+        "text": [
+            {"source": text.source if text else SELF, "sha256": text.sha256 if text else None} for text in calibration
+        ],
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+        "versions": versions(),
+        **describe(spectra),
+    }
+
+
+def read_spectra(folder: Path) -> dict[str, Any]:
+    """What `eigenattn spectrum` wrote.
+
+    Raises:
+        EigenAttnError: if the folder holds none, or one of another version.
+    """
+    try:
+        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EigenAttnError(f"{folder} holds no spectra: it has no readable {FILE}.") from error
+    if not isinstance(values, dict) or values.get("version") != VERSION:
+        raise EigenAttnError(f"{folder} holds spectra of another version: install the eigenattn that wrote them.")
+    return values

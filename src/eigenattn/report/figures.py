@@ -1,0 +1,222 @@
+"""Pictures, drawn with matplotlib: as files, or as SVG that stands inside a page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EigenAttnError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# What is drawn in this grey takes the colour of the text around it in a page, dark or light; it reads on both.
+INK = "#767676"
+# Up to this many per cent of increase the axis is linear: differences there are often below zero, by chance.
+LINEAR = 0.1
+
+
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
+    """An empty figure and its axes, [rows, columns]; one axis alone stands for itself.
+
+    Raises:
+        EigenAttnError: if matplotlib is absent.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise EigenAttnError("pictures need matplotlib: pip install 'eigenattn[plot]'.") from None
+    style = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    style |= {"font.size": 9, "grid.color": INK}
+    style |= {"axes.facecolor": "none", "figure.facecolor": "none", "axes.titlecolor": INK}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots(rows, columns)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write `path` with `.png` and `.svg`, beside and renamed.
+
+    Raises:
+        EigenAttnError: if they cannot be written.
+    """
+    for kind, options in (("png", {"dpi": 150, "facecolor": "white"}), ("svg", {"transparent": True})):
+        beside, target = path.with_name(f".{path.name}.{kind}"), path.with_suffix(f".{kind}")
+        try:
+            _write(figure, beside, kind, **options)
+            beside.replace(target)
+        except OSError as error:
+            raise EigenAttnError(f"{target} could not be written: {error.strerror}.") from error
+
+
+def _write(figure: Figure, target: Any, kind: str, **options: Any) -> None:
+    import matplotlib
+
+    # Letters as text, the same names on every run, and no date: files differ only where figures do.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "eigenattn"}):
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(target, format=kind, metadata=metadata, **options)
+
+
+def inline_svg(figure: Figure, name: str, label: str) -> str:
+    """The figure as an `<svg>` element of a page, which takes the page's colour of text and the width there is.
+
+    Args:
+        name: makes its ids unique in the page.
+        label: what it shows, in words.
+    """
+    stream = io.StringIO()
+    _write(figure, stream, "svg", transparent=True)
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    # Letters stay legible on a narrow screen, where the page lets the picture scroll.
+    points = figure.get_size_inches()[0] * 72
+    tag = f'<svg role="img" aria-label="{label}" style="min-width: {0.8 * points:.0f}px; max-width: {2 * points:.0f}px"'
+    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf"{tag} \1>", svg, count=1)
+
+
+def frontier(values: dict[str, Any]) -> Figure:
+    """Quality against cache bytes, one curve for each method: what `sweep.json` holds, a panel for each text."""
+    texts = [text["text"] for text in values["baseline"]["texts"]]
+    panels: list[tuple[str, str, Callable[[dict[str, Any]], tuple[float, float | None] | None]]] = [
+        (f"perplexity, {text}", "increase, %", lambda cell, index=index: _increase(cell["texts"][index]))
+        for index, text in enumerate(texts)
+    ]
+    if "copying" in values["baseline"]:
+        panels.append(("copying", "accuracy, %", lambda cell: _percent(cell.get("copying"))))
+    if values["baseline"]["needles"]:
+        panels.append(("needles found", "mean accuracy, %", _needles))
+    for task in values["baseline"]["tasks"]:
+        panels.append((task["task"], "accuracy, %", lambda cell, name=task["task"]: _percent(_named(cell, name))))
+    figure, axes = new_figure(5.0, 3.4 * len(panels), rows=len(panels))
+    methods = dict.fromkeys(cell["method"] for cell in values["cells"].values())
+    length = values["settings"]["protocol"]["length"]
+    for (title, unit, figure_of), axis in zip(panels, axes if len(panels) > 1 else [axes], strict=True):
+        for method in methods:
+            cells = sorted(
+                (cell for cell in values["cells"].values() if cell["method"] == method),
+                key=lambda cell: cell["cache_bytes"],
+            )
+            points = [(cell["cache_bytes"] / 2**20, figure_of(cell)) for cell in cells]
+            points = [(x, *point) for x, point in points if point is not None]
+            if points:
+                x, y, error = zip(*points, strict=True)
+                axis.errorbar(x, y, yerr=[e or 0.0 for e in error], marker="o", markersize=4, label=method)
+        if unit == "increase, %":
+            axis.set_yscale("symlog", linthresh=LINEAR)
+            axis.axhline(0, linestyle=":", color=INK)
+        else:
+            base = figure_of(values["baseline"])
+            axis.axhline(base[0], linestyle=":", color=INK, label="original")
+        axis.set(title=title, xlabel=f"cache of {length:,} tokens at 16 bits, MiB", ylabel=unit)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, frameon=False, labelcolor=INK)
+    return figure
+
+
+def _increase(text: dict[str, Any]) -> tuple[float, float | None]:
+    error = text["relative_increase_error"]
+    return 100 * text["relative_increase"], None if error is None else 100 * error
+
+
+def _percent(row: dict[str, Any] | None) -> tuple[float, float | None] | None:
+    if row is None:
+        return None
+    # Curves are compared with the original's line, and that difference is paired.
+    error = row.get("difference_error")
+    return 100 * row["accuracy"], None if error is None else 100 * error
+
+
+def _needles(cell: dict[str, Any]) -> tuple[float, float | None] | None:
+    rows = cell["needles"]
+    return (100 * sum(row["accuracy"] for row in rows) / len(rows), None) if rows else None
+
+
+def _named(cell: dict[str, Any], task: str) -> dict[str, Any] | None:
+    return next((row for row in cell["tasks"] if row["task"] == task), None)
+
+
+def decay(values: dict[str, Any]) -> Figure:
+    """Eigenvalues relative to the largest, a curve for each head, coloured by layer: what `spectrum.json` holds."""
+    figure, axes = new_figure(8.0, 3.4, columns=2)
+    layers = len(values["keys"]["eigenvalues"])
+    for axis, side, title in zip(axes, ("keys", "values"), spectrum_titles(values), strict=True):
+        for layer, heads in enumerate(values[side]["eigenvalues"]):
+            for spectrum in heads:
+                largest = spectrum[0] or 1.0
+                shares = [max(value / largest, FAINTEST) for value in spectrum]
+                axis.plot(
+                    range(1, len(shares) + 1), shares, color=_layer_colour(layer, layers), linewidth=0.7, alpha=0.7
+                )
+        axis.set(title=title, xlabel="direction", ylabel="eigenvalue, of the largest", yscale="log")
+        axis.grid(alpha=0.3)
+    _layer_bar(figure, axes, layers)
+    return figure
+
+
+def energy(values: dict[str, Any]) -> Figure:
+    """Energy that is left out at each rank, a curve for each layer, heads averaged."""
+    figure, axes = new_figure(8.0, 3.4, columns=2)
+    layers = len(values["keys"]["energy_kept"])
+    for axis, side, title in zip(axes, ("keys", "values"), spectrum_titles(values), strict=True):
+        for layer, heads in enumerate(values[side]["energy_kept"]):
+            lost = [1 - sum(kept) / len(kept) for kept in zip(*heads, strict=True)]
+            lost = [share for share in lost if share > FAINTEST]
+            axis.plot(range(1, len(lost) + 1), lost, color=_layer_colour(layer, layers), linewidth=1)
+        axis.set(title=title, xlabel="rank", ylabel="energy left out", yscale="log")
+        axis.grid(alpha=0.3)
+    _layer_bar(figure, axes, layers)
+    return figure
+
+
+def effective_ranks(values: dict[str, Any]) -> Figure:
+    """Effective rank of every layer and head, as a map."""
+    layers, heads = len(values["keys"]["effective_rank"]), len(values["keys"]["effective_rank"][0])
+    figure, axes = new_figure(8.0, max(2.2, min(0.22 * heads + 1.4, 8.0)), columns=2)
+    most = len(values["keys"]["eigenvalues"][0][0])
+    for axis, side, title in zip(axes, ("keys", "values"), spectrum_titles(values), strict=True):
+        by_head = list(zip(*values[side]["effective_rank"], strict=True))
+        # As vectors, so that the page needs no picture of pixels.
+        mesh = axis.pcolormesh(
+            range(layers), range(heads), by_head, vmin=0, vmax=most, cmap="viridis", shading="nearest"
+        )
+        axis.set(title=title, xlabel="layer", ylabel="KV head")
+        axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    _bar(figure, axes, mesh, f"effective rank, of {most}")
+    return figure
+
+
+# Below this share curves are cut off: it is rounding.
+FAINTEST = 1e-8
+
+
+def spectrum_titles(values: dict[str, Any]) -> tuple[str, str]:
+    """What the two sides' spectra are of."""
+    return ("keys and queries" if values["basis"] == "eigen" else "keys, as queries see them", "values")
+
+
+def _layer_colour(layer: int, layers: int) -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"](layer / max(layers - 1, 1))
+
+
+def _layer_bar(figure: Figure, axes: Any, layers: int) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    _bar(figure, axes, ScalarMappable(Normalize(0, max(layers - 1, 1)), "viridis"), "layer")
+
+
+def _bar(figure: Figure, axes: Any, mappable: Any, label: str) -> None:
+    bar = figure.colorbar(mappable, ax=list(axes), label=label)
+    bar.ax.yaxis.label.set_color(INK)
+    bar.ax.tick_params(colors=INK)
+    bar.outline.set_edgecolor(INK)

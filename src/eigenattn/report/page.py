@@ -1,0 +1,277 @@
+"""The report of a checkpoint: what is known of it, on one page."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import EigenAttentionConfig
+from ..errors import EigenAttnError
+from ..evaluation.generation import continue_prompt
+from ..evaluation.spectra import read_spectra
+from ..evaluation.sweep_folder import read_sweep
+from ..evaluation.sweep_folder import table as sweep_rows
+from ..models.loading import Source, load_model, load_tokenizer
+from . import html
+from .card import EVALUATION
+from .figures import decay, effective_ranks, energy, frontier, inline_svg
+from .inspection import Inspection, inspect_checkpoint
+from .tables import TextTable, evaluation_tables, notes, sweep_table
+
+PROMPTS = ("The history of the city begins with", "To make a good soup, first", "def fibonacci(n):\n")
+NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a page is made of; only the inspection is always there.
+
+    Args:
+        evaluation, sweep, spectra: what `eigenattn evaluate`, `sweep` and `spectrum` wrote.
+        continuations: prompts, each continued by the baseline and by the checkpoint.
+    """
+
+    name: str
+    inspection: Inspection
+    evaluation: dict[str, Any] | None = None
+    sweep: dict[str, Any] | None = None
+    spectra: dict[str, Any] | None = None
+    baseline: str | None = None
+    continuations: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+def gather(
+    name: str,
+    *,
+    evaluation: Path | None = None,
+    sweep: Path | None = None,
+    spectra: Path | None = None,
+    baseline: str | None = None,
+    prompts: Sequence[str] = (),
+    dtype: str | None = None,
+    device: str | None = None,
+) -> Material:
+    """Read everything a page shows; only with a baseline are models loaded.
+
+    Args:
+        name: a compressed checkpoint.
+        evaluation: a file that `eigenattn evaluate --json` wrote; by default the one kept in the checkpoint, if any.
+        sweep, spectra: folders of `eigenattn sweep` and `eigenattn spectrum`.
+        baseline: the original model, to set continuations side by side.
+
+    Raises:
+        EigenAttnError: if something cannot be read, or the model is not compressed.
+    """
+    inspection = inspect_checkpoint(name)
+    if not inspection.compressed:
+        raise EigenAttnError(f"{name} is not compressed: there is nothing to report.")
+    kept = Path(name) / EVALUATION
+    if evaluation is None and kept.is_file():
+        evaluation = kept
+    return Material(
+        name,
+        inspection,
+        evaluation=_read_evaluation(evaluation) if evaluation else None,
+        sweep=read_sweep(sweep) if sweep else None,
+        spectra=read_spectra(spectra) if spectra else None,
+        baseline=baseline,
+        continuations=_continued(name, baseline, prompts or PROMPTS, dtype, device) if baseline else [],
+    )
+
+
+def _read_evaluation(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EigenAttnError(f"{file} could not be read: is it from `eigenattn evaluate --json`?") from error
+    if not isinstance(values, dict) or not {"texts", "tasks", "needles", "protocol"} <= set(values):
+        raise EigenAttnError(f"{file} holds no evaluation: give a file of `eigenattn evaluate --json`.")
+    return values
+
+
+def _continued(
+    name: str, baseline: str, prompts: Sequence[str], dtype: str | None, device: str | None
+) -> list[tuple[str, str, str]]:
+    said = []
+    for which in (baseline, name):
+        source = Source.of(which)
+        tokenizer, model = load_tokenizer(source), load_model(source, dtype, device)
+        said.append([continue_prompt(model, tokenizer, each, max_new_tokens=NEW_TOKENS).text for each in prompts])
+        del model
+        gc.collect()
+    return list(zip(prompts, *said, strict=True))
+
+
+def build(material: Material) -> str:
+    """The page as HTML.
+
+    Raises:
+        EigenAttnError: if it is to show spectra or a sweep, and matplotlib is absent.
+    """
+    found = material.inspection
+    title = f"{Path(material.name).name}: KV cache at {found.kv_ratio:.1%}"
+    parts = [html.heading(title, 1), *_size(found), *_ranks(found)]
+    if material.evaluation is not None:
+        against = material.evaluation["baseline"]
+        parts.append(html.heading("Evaluation" + (f" against {against}" if against else "")))
+        parts += [html.table(each) for each in evaluation_tables(material.evaluation)]
+        parts += [html.paragraph(note, note=True) for note in notes(material.evaluation)]
+    if material.sweep is not None:
+        parts += _frontier(material.sweep)
+    if material.spectra is not None:
+        parts += _spectra(material.spectra)
+    if material.continuations:
+        parts.append(html.heading("Continuations, side by side"))
+        for prompt, original, compressed in material.continuations:
+            sides = ((material.baseline, original), (Path(material.name).name, compressed))
+            parts.append('<div class="pair">')
+            parts += [
+                f'<div>{html.heading(str(who), 3)}<div class="said"><i>{html.escape(prompt)}</i>'
+                f"{html.escape(text)}</div></div>"
+                for who, text in sides
+            ]
+            parts.append("</div>")
+    return html.page(title, parts + _origin(material))
+
+
+def _size(found: Inspection) -> list[str]:
+    saved = 1 - found.kv_ratio
+    parts = [
+        html.facts(
+            [
+                ("of the original's cache", f"{found.kv_ratio:.1%}"),
+                ("cache bytes a token", f"{found.bytes_per_token:,}"),
+                ("in the original", f"{found.baseline_bytes_per_token:,}"),
+                ("exact tokens", str(found.window)),
+            ]
+        ),
+        html.paragraph(f"A cached token outside the exact window takes {saved:.1%} fewer bytes than in the original."),
+    ]
+    if found.window:
+        rows = [[f"{length:,}", f"{ratio:.3f}"] for length, ratio in found.ratio_at.items()]
+        parts.append(html.table(TextTable(["tokens in the cache", "ratio of the whole cache, window included"], rows)))
+    return parts
+
+
+def _ranks(found: Inspection) -> list[str]:
+    caption = f"Rank of keys (up) and of values (down) in each layer; the frame is full rank, {found.full_rank}."
+    rows = [[str(i), str(layer["rank_k"]), str(layer["rank_v"])] for i, layer in enumerate(found.layers)]
+    numbers = html.table(TextTable(["layer", "rank of keys", "rank of values"], rows))
+    return [
+        html.heading("Ranks by layer"),
+        html.figure(html.rank_map(found.layers, found.full_rank), caption),
+        f"<details><summary>In numbers</summary>{numbers}</details>",
+    ]
+
+
+def _frontier(sweep: dict[str, Any]) -> list[str]:
+    texts = [row["text"] for row in sweep["baseline"]["texts"]]
+    settings = sweep["settings"]
+    return [
+        html.heading("Quality against cache size"),
+        html.figure(
+            inline_svg(frontier(sweep), "frontier", "quality against cache bytes, by method"),
+            "Methods are basis / rank rule / exact window; others are transformers' plain quantised caches.",
+        ),
+        html.table(sweep_table(sweep_rows(sweep), texts)),
+        html.paragraph(
+            f"Calibrated on {settings['samples']} windows of {settings['length']:,} tokens. The columns of texts show "
+            "the increase of perplexity with the standard error of the paired difference.",
+            note=True,
+        ),
+    ]
+
+
+def _spectra(spectra: dict[str, Any]) -> list[str]:
+    drawn = (
+        (decay, "decay", "How fast eigenvalues fall: a curve for each head."),
+        (energy, "energy", "Energy left out at each rank: a curve for each layer."),
+        (
+            effective_ranks,
+            "effective-rank",
+            "Effective rank, the exponential of the spectrum's entropy, by layer and head.",
+        ),
+    )
+    texts = ", ".join(text["source"] for text in spectra["text"])
+    return [
+        html.heading("Spectra"),
+        *(html.figure(inline_svg(draw(spectra), name, caption), caption) for draw, name, caption in drawn),
+        html.paragraph(
+            f"Basis {spectra['basis']}, {spectra['samples']} windows of {spectra['length']:,} tokens of {texts}.",
+            note=True,
+        ),
+    ]
+
+
+def _origin(material: Material) -> list[str]:
+    facts = material.inspection.provenance
+    rows = []
+    for name, value in facts.items():
+        if name == "text":
+            value = ", ".join(
+                f"{each['source']}" + (f" (SHA-256 {each['sha256'][:12]}…)" if each.get("sha256") else "")
+                for each in value
+            )
+        elif isinstance(value, dict):
+            value = ", ".join(f"{key} {each}" for key, each in value.items())
+        rows.append([name.replace("_", " "), str(value)])
+    rows += [[name.replace("_", " "), str(value)] for name, value in material.inspection.method.items()]
+    return [
+        html.heading("Where it comes from"),
+        html.table(TextTable(["", ""], rows)),
+        html.heading("To make it again"),
+        html.code(commands(material)),
+    ]
+
+
+def commands(material: Material) -> list[str]:
+    """The commands that give this checkpoint, and what the page shows of it."""
+    facts, method = material.inspection.provenance, material.inspection.method
+    base = str(facts.get("base_model", "MODEL"))
+    texts = [part for each in facts.get("text", []) for part in ("--text", each["source"])]
+    defaults = EigenAttentionConfig().to_dict()
+    choices = [
+        part
+        for name, value in method.items()
+        if value is not None and name != "version" and (name == "kv_ratio" or value != defaults.get(name))
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    drawn = [
+        part
+        for name in ("samples", "length", "seed", "dtype")
+        if name in facts
+        for part in (f"--{name}", str(facts[name]))
+    ]
+    lines = [["eigenattn", "compress", base, material.name, *choices, *texts, *drawn]]
+    if material.evaluation is not None:
+        lines.append(_evaluate(material.name, material.evaluation))
+    if material.sweep is not None:
+        ratios = sorted({cell["asked"] for cell in material.sweep["cells"].values() if "asked" in cell}, reverse=True)
+        settings = material.sweep["settings"]
+        asked = ["--kv-ratio", ",".join(f"{ratio:g}" for ratio in ratios)] if ratios else []
+        lines.append(["eigenattn", "sweep", settings["model"], "SWEEP", *asked])
+    if material.spectra is not None:
+        asked = ["--basis", material.spectra["basis"], "--samples", str(material.spectra["samples"])]
+        texts = [part for each in material.spectra["text"] for part in ("--text", each["source"])]
+        lines.append(["eigenattn", "spectrum", material.spectra["model"], "SPECTRUM", *asked, *texts])
+    return [shlex.join(line) for line in lines]
+
+
+def _evaluate(name: str, result: dict[str, Any]) -> list[str]:
+    protocol = result["protocol"]
+    line = ["eigenattn", "evaluate", name]
+    line += ["--baseline", result["baseline"]] if result["baseline"] else []
+    line += [part for row in result["texts"] for part in ("--text", row["text"])]
+    line += ["--tokens", str(protocol["tokens_read"]), "--length", str(protocol["length"])]
+    line += ["--stride", str(protocol["stride"])] if protocol["stride"] != protocol["length"] else []
+    line += ["--cached"] if protocol["reading"] == "cached" else []
+    line += ["--tasks", ",".join(row["task"] for row in result["tasks"])] if result["tasks"] else []
+    line += ["--limit", str(protocol["task_limit"])] if protocol["task_limit"] else []
+    lengths = dict.fromkeys(str(row["length"]) for row in result["needles"])
+    line += ["--needles", ",".join(lengths)] if lengths else []
+    return [*line, "--dtype", protocol["dtype"]]

@@ -1,0 +1,100 @@
+"""Evaluation results as tables, which the terminal, the model card and the page all show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table: headings, and rows of text."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        lines = [self.headings, ["---"] * len(self.headings), *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def evaluation_tables(result: Mapping[str, Any]) -> list[TextTable]:
+    """Texts, and everything that has an accuracy: what `eigenattn evaluate --json` writes, or the same in memory."""
+    compared = result["baseline"] is not None
+    tables = []
+    if result["texts"]:
+        extra = ["baseline", "increase", "KL divergence", "same top-1"] if compared else []
+        tables.append(
+            TextTable(["text", "tokens", "perplexity", *extra], [_text(row, compared) for row in result["texts"]])
+        )
+    rows = [(row["task"], row) for row in result["tasks"]]
+    rows += [(f"{row['task']}, normalised", row["normalised"]) for row in result["tasks"] if "normalised" in row]
+    rows += [("copying", result["copying"])] if "copying" in result else []
+    rows += [(f"needle at {row['depth']:.0%} of {row['length']:,} tokens", row) for row in result["needles"]]
+    if rows:
+        extra = ["baseline", "difference"] if compared else []
+        tables.append(
+            TextTable(["", "items", "accuracy", *extra], [_accuracy(name, row, compared) for name, row in rows])
+        )
+    return tables
+
+
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """How it was measured, and what the figures cannot say."""
+    protocol, window = result["protocol"], result["window"]
+    said = [
+        f"KV ratio {result['kv_ratio']:.3f}, last {window} tokens exact. Windows of {protocol['length']:,} tokens, one "
+        f"every {protocol['stride']:,}, {protocol['reading']}, {protocol['dtype']}. ± is one standard error"
+        + (", of the paired difference where two models are compared." if result["baseline"] is not None else ".")
+    ]
+    said += [
+        f"{row['task']} has {row['mean_tokens']:.0f} tokens an item, and the last {window} are exact: it says little "
+        "of the compressed cache."
+        for row in result["tasks"]
+        if row["mean_tokens"] <= 2 * window
+    ]
+    return said
+
+
+def _text(row: Mapping[str, Any], compared: bool) -> list[str]:
+    cells = [row["text"], f"{row['tokens']:,}", with_error(row, "perplexity", ".3f")]
+    if compared:
+        cells += [f"{row['baseline_perplexity']:.3f}", with_error(row, "relative_increase", "+.2%")]
+        cells += [with_error(row, "divergence", ".4f"), with_error(row, "top1_agreement", ".2%")]
+    return cells
+
+
+def _accuracy(name: str, row: Mapping[str, Any], compared: bool) -> list[str]:
+    cells = [name, str(row["items"]), with_error(row, "accuracy", ".1%")]
+    if compared:
+        cells += [f"{row['baseline_accuracy']:.1%}", with_error(row, "difference", "+.1%")]
+    return cells
+
+
+def with_error(row: Mapping[str, Any], name: str, form: str) -> str:
+    """A figure and, if it has one, its standard error."""
+    error = row[f"{name}_error"]
+    return f"{row[name]:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> TextTable:
+    """Cells of a sweep, from `eigenattn.evaluation.sweep_folder.table`."""
+    extra = [name for name in (rows[0] if rows else {}) if name in ("copying", "needles") or name.startswith("task ")]
+    shown = []
+    for row in rows:
+        increases = [
+            with_error(
+                {
+                    "increase": row[f"relative_increase ({text})"],
+                    "increase_error": row[f"relative_increase_error ({text})"],
+                },
+                "increase",
+                "+.2%",
+            )
+            for text in texts
+        ]
+        asked = "" if row["asked"] is None else f"{row['asked']:g}"
+        others = ["" if row.get(name) is None else f"{row[name]:.1%}" for name in extra]
+        shown.append([row["method"], asked, f"{row['kv_ratio']:.3f}", f"{row['cache_ratio']:.3f}", *increases, *others])
+    return TextTable(["method", "asked", "KV ratio", "whole cache", *texts, *extra], shown)

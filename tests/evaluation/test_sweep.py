@@ -1,0 +1,194 @@
+"""Sweeps: what they measure, share, keep and refuse."""
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny, tiny, tokens
+
+from eigenattn import EigenAttentionConfig, compress
+from eigenattn.calibration.statistics import Batch
+from eigenattn.calibration.text import Text
+from eigenattn.compression.ranks import RankProblem, sensitivity
+from eigenattn.compression.shared_costs import SharedCosts
+from eigenattn.errors import EigenAttnError
+from eigenattn.evaluation.measuring import Plan
+from eigenattn.evaluation.reading import read
+from eigenattn.evaluation.rivals import Rival
+from eigenattn.evaluation.sweep import Cell, Grid, SweepModel
+from eigenattn.evaluation.sweep_folder import read_sweep, run_sweep, sweep_texts
+from eigenattn.models.loading import Source, load_model
+from eigenattn.progress import TokenProgress
+
+CONTENT = "The quick brown fox jumps over the lazy dog; it was not amused. " * 40
+PLAN = Plan([Text("held out", CONTENT)], tokens=192, length=64, copies=1)
+QUIET = TokenProgress(False)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base"))
+
+
+def sweep(base: Path, out: Path, grid: Grid, plan: Plan = PLAN, **options) -> dict:
+    return run_sweep(
+        str(base), out, grid, plan, calibration=[Text("fox", CONTENT)], samples=4, length=64, seed=0, **options
+    )
+
+
+def test_a_cell_is_what_compress_gives():
+    batches, window = list(tokens(4, 64, seed=5).split(1)), tokens(2, 64)
+    cell = Cell("attention", "error_budget", 8, 1, 0.5)
+    subject = SweepModel(tiny("llama"), [Batch(ids) for ids in batches], Grid([0.75, 0.5], rank_multiple=2), QUIET)
+    original = read(subject.model, window).nll
+    for ratio in (0.75, 0.5):  # what came before leaves no trace
+        ranks = subject.compress(cell._replace(kv_ratio=ratio), {})
+    swept = read(subject.model, window).nll
+    model = tiny("llama")
+    config = EigenAttentionConfig(kv_ratio=0.5, ranks="error_budget", rank_multiple=2, window=8)
+    report = compress(model, batches, config)
+    assert [tuple(layer.values()) for layer in report.layers] == ranks
+    assert swept == pytest.approx(read(model, window).nll, rel=1e-5)
+    subject.restore()
+    assert read(subject.model, window).nll == pytest.approx(original, rel=1e-6)
+    assert swept != pytest.approx(original, rel=1e-3)
+
+
+def test_a_sweep_of_five_costs_less_than_two_calibrations_and_five_evaluations(base, tmp_path, monkeypatch):
+    """In tokens that pass through layers."""
+    passes, stage = Counter(), "sweep"
+
+    def counted(*arguments):
+        model = load_model(*arguments)
+        for layer in model.model.layers:
+            layer.mlp.register_forward_hook(lambda module, args, out: passes.update({stage: args[0].shape[1]}))
+        return model
+
+    monkeypatch.setattr("eigenattn.evaluation.sweep_folder.load_model", counted)
+    sweep(base, tmp_path / "sweep", Grid([0.9, 0.8, 0.7, 0.6, 0.5], windows=[8], rank_multiple=2))
+    model = counted(Source.of(str(base)))
+    stage = "evaluation"
+    read(model, tokens(3, 64))
+    read(model, tokens(1, 64))  # copying
+    stage = "calibration"
+    compress(model, list(tokens(4, 64).split(1)), EigenAttentionConfig(kv_ratio=0.6, rank_multiple=2, window=8))
+    assert 5 * passes["evaluation"] < passes["sweep"] < 2 * passes["calibration"] + 5 * passes["evaluation"]
+
+
+def test_a_sweep_goes_on_where_it_stopped(base, tmp_path):
+    out, grid = tmp_path / "sweep", Grid([0.75, 0.5], windows=[8], ranks=["uniform"], rank_multiple=2)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(key, cell):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        sweep(base, out, grid, done=stop)
+    assert list(read_sweep(out)["cells"]) == ["attention/uniform/8/0.75"]
+    values = read_sweep(out)
+    values["cells"]["attention/uniform/8/0.75"]["mark"] = "kept"
+    (out / "sweep.json").write_text(json.dumps(values))
+    measured = []
+    found = sweep(base, out, grid, done=lambda key, cell: measured.append(key))
+    assert measured == ["attention/uniform/8/0.5"]
+    assert found["cells"]["attention/uniform/8/0.75"]["mark"] == "kept"
+    assert sorted(path.name for path in out.iterdir()) == ["sweep.csv", "sweep.json"]
+    whole = sweep(base, tmp_path / "whole", grid)
+    assert whole["cells"]["attention/uniform/8/0.5"] == found["cells"]["attention/uniform/8/0.5"]
+    assert sweep(base, out, grid, done=stop) == found  # nothing is left to do
+
+
+def test_figures_of_a_sweep(base, tmp_path):
+    grid = Grid([0.8, 0.5], windows=[8], rank_multiple=2)
+    values = sweep(base, tmp_path / "sweep", grid, rivals=[Rival.of("fp8")])
+    large, small = (values["cells"][f"attention/sensitivity/8/{ratio}"] for ratio in (0.8, 0.5))
+    # 3 layers of 2 heads of 16, keys and values, in 2 bytes: 384 bytes a token; the window holds 9 tokens.
+    assert small["bytes_per_token"] == small["kv_ratio"] * 384
+    assert small["cache_bytes"] == 56 * small["bytes_per_token"] + 9 * 384
+    assert small["kv_ratio"] <= 0.5 < large["kv_ratio"] <= 0.8
+    assert 0 < large["texts"][0]["divergence"] < small["texts"][0]["divergence"]
+    rival = values["cells"]["fp8/8"]
+    assert rival["cache_ratio"] == 0.5
+    assert 0 < rival["texts"][0]["divergence"] < 0.5
+    assert list(values["costs"]) == ["attention/8"]
+    with (tmp_path / "sweep" / "sweep.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["asked"] for row in rows] == ["0.8", "0.5", ""]
+    assert float(rows[1]["divergence (held out)"]) == small["texts"][0]["divergence"]
+
+
+def test_shared_costs_stand_for_measured_ones():
+    """Where costs follow tails, a shared measurement gives the ranks that one for each ratio gives."""
+    spectra = [torch.tensor([[2.0**-i for i in range(8)]] * 2).double() * scale for scale in (1.0, 5.0, 0.2)]
+    weights = [[1.0, 8.0], [0.5, 0.5], [40.0, 1.0]]
+
+    class Tails:
+        calls = 0
+
+        def divergences(self, trials):
+            self.calls += 1
+            return [
+                [sum(w * float(s[:, r:].sum()) for w, r in zip(pair, ranks, strict=True)) for ranks in each]
+                for pair, s, each in zip(weights, spectra, trials, strict=True)
+            ]
+
+    def problem(ratio, costs):
+        return RankProblem(spectra, spectra, EigenAttentionConfig(kv_ratio=ratio, rank_multiple=1), costs)
+
+    counting = Tails()
+    shared, found = SharedCosts(problem(0.5, counting)), []
+    for ratio in (0.7, 0.5, 0.3):
+        found.append(sensitivity(problem(ratio, shared)))
+        assert found[-1] == sensitivity(problem(ratio, Tails()))
+    assert len({str(each) for each in found}) == 3
+    assert counting.calls == 2
+    kept = SharedCosts(problem(0.5, None), shared.curves)
+    assert sensitivity(problem(0.3, kept)) == found[-1]
+
+
+def test_heads_share_latents(base, tmp_path):
+    grid = Grid([0.5], windows=[8], shared_heads=[1, 2], ranks=["uniform"], rank_multiple=2)
+    values = sweep(base, tmp_path / "sweep", grid)
+    single, shared = (values["cells"][f"{kind}/uniform/8/0.5"] for kind in ("attention", "attention:2"))
+    assert single["bytes_per_token"] == shared["bytes_per_token"]
+    assert single["texts"][0]["divergence"] != shared["texts"][0]["divergence"]
+    with pytest.raises(EigenAttnError, match="choose 1, 2"):
+        sweep(base, tmp_path / "other", Grid([0.5], windows=[8], shared_heads=[3]))
+
+
+def test_files_hold_their_last_fifth_out(tmp_path):
+    file = tmp_path / "fox.txt"
+    file.write_text("a" * 80 + "b" * 20)
+    calibration, held_out = sweep_texts([str(file)], [])
+    assert calibration[0].content == "a" * 80
+    assert held_out[0].content == "b" * 20
+    calibration, held_out = sweep_texts(["self", "python-docs"], [])
+    assert calibration[0] is None
+    assert held_out[0].content != calibration[1].content
+    assert sweep_texts(["self"], [str(file)])[1][0].content == file.read_text()
+    with pytest.raises(EigenAttnError, match="--evaluation-text"):
+        sweep_texts(["self"], [])
+
+
+def test_bad_input_is_one_line(base, tmp_path):
+    grid = Grid([0.5], windows=[8])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(EigenAttnError, match="holds no sweep"):
+        sweep(base, tmp_path / "full", grid)
+    sweep(base, tmp_path / "out", Grid([1.0], windows=[8], ranks=["uniform"]))
+    with pytest.raises(EigenAttnError, match="another rank_multiple"):
+        sweep(base, tmp_path / "out", Grid([0.5], windows=[8], rank_multiple=4))
+    with pytest.raises(EigenAttnError, match="longer than the 64"):
+        sweep(base, tmp_path / "new", Grid([0.5], windows=[64]))
+    with pytest.raises(EigenAttnError, match="unknown name 'cosine'"):
+        Grid([0.5], bases=["cosine"])
+    with pytest.raises(EigenAttnError, match=r"\(0, 1\]"):
+        Grid([1.5])
+    with pytest.raises(EigenAttnError, match="unknown rival"):
+        Rival.of("quanto-3")

@@ -1,0 +1,173 @@
+"""The report as a browser shows it, and the model card's evaluation."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny
+from typer.testing import CliRunner
+
+from eigenattn.cli import app
+from eigenattn.errors import EigenAttnError
+
+pytest.importorskip("matplotlib", reason="needs the extra plot")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+TEXT = "The quick brown fox jumps over the lazy dog; it was not amused. " * 40
+# What a script finds that is put into the page: pictures without a size or a drawing, what sticks out of the screen.
+PROBE = """<script>
+const wrong = [];
+for (const svg of document.querySelectorAll("svg[role=img]")) {
+  const box = svg.getBoundingClientRect();
+  if (box.width < 100 || box.height < 50 || svg.querySelectorAll("path, rect").length < 5) wrong.push("svg");
+}
+for (const each of document.images) if (!each.naturalWidth) wrong.push("img");
+if (document.documentElement.scrollWidth > window.innerWidth) wrong.push("too wide");
+const colours = getComputedStyle(document.body);
+document.body.innerHTML = JSON.stringify({
+  wrong, pictures: document.querySelectorAll("svg[role=img]").length,
+  width: window.innerWidth, back: colours.backgroundColor, ink: colours.color,
+});
+</script>"""
+
+
+def run(*arguments) -> str:
+    result = CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a checkpoint, evaluated, its sweep and spectra, and the page of all that."""
+    folder = tmp_path_factory.mktemp("made")
+    base, text = save_tiny(folder / "base"), folder / "fox.txt"
+    text.write_text(TEXT)
+    drawn = ("--text", text, "--samples", "4", "--length", "48")
+    read = ("--tokens", "96", "--length", "48")
+    run("compress", base, folder / "small", *drawn, "--rank-multiple", "2", "--window", "8")
+    run("evaluate", folder / "small", "--baseline", base, "--text", text, *read, "--needles", "300", "--save")
+    run(
+        "sweep",
+        base,
+        folder / "sweep",
+        *drawn,
+        "--tokens",
+        "96",
+        "--window",
+        "8",
+        "--kv-ratio",
+        "0.75,0.5",
+        "--ranks",
+        "uniform",
+    )
+    run("spectrum", base, folder / "spectra", *drawn)
+    options = ("--sweep", folder / "sweep", "--spectrum", folder / "spectra", "--baseline", base)
+    run("report", folder / "small", *options, "--prompt", "<b>The & quick")
+    return folder
+
+
+def test_page_holds_everything(made):
+    page = (made / "small" / "report.html").read_text()
+    evaluation = json.loads((made / "small" / "evaluation.json").read_text())
+    for heading in ("Ranks by layer", "Evaluation against", "Quality against cache size", "Spectra", "Continuations"):
+        assert f"<h2>{heading}" in page
+    assert f"{evaluation['texts'][0]['divergence']:.4f}" in page
+    assert "needle at 50% of 300 tokens" in page
+    assert "&lt;b&gt;The &amp; quick" in page and "<b>The" not in page
+    assert f"eigenattn compress {made / 'base'} {made / 'small'} --kv-ratio 0.6 --rank-multiple 2 --window 8" in page
+    assert "eigenattn sweep" in page and "eigenattn spectrum" in page
+    ranks = re.findall(r"<title>layer (\d), (keys|values): rank (\d+) of 16</title>", page)
+    assert len(ranks) == 6
+
+
+def test_page_loads_nothing(made):
+    page = (made / "small" / "report.html").read_text()
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#|data:)[^"']*""", page)
+    assert not re.findall(r"url\((?!#)", page)
+    assert "<script" not in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert {
+        target for target in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page) for target in target if target
+    } <= set(ids)
+
+
+def browse(page: Path, *options: str) -> tuple[str, str]:
+    """The document as a headless browser has it in the end, and what it said on its console."""
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        *options,
+        "--dump-dom",
+    ]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout, "\n".join(said)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_page_in_a_browser(made, tmp_path):
+    page = made / "small" / "report.html"
+    document, console = browse(page)
+    assert "</html>" in document
+    assert console == ""
+    # With a script of ours inside, which the page's own policy would not let run.
+    probed = tmp_path / "probed.html"
+    free = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+    probed.write_text(free.replace("</body>", PROBE + "</body>"))
+    found = {}
+    for name, options in (
+        ("phone", ["--window-size=500,800"]),
+        ("dark", ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"]),
+    ):
+        document, console = browse(probed, *options)
+        assert console == ""
+        found[name] = json.loads(re.search(r'{"wrong".*}', document)[0])
+        assert found[name]["wrong"] == []
+        assert found[name]["pictures"] == 5
+    assert found["phone"]["width"] <= 500
+    assert found["phone"]["back"] == "rgb(255, 255, 255)"
+    assert found["dark"]["back"] == "rgb(21, 23, 26)"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_the_browser_test_can_fail(tmp_path):
+    page = tmp_path / "broken.html"
+    page.write_text('<body><img src="missing.png"><script>console.error("oh")</script>' + PROBE + "</body>")
+    document, console = browse(page)
+    assert "oh" in console
+    assert json.loads(re.search(r'{"wrong".*}', document)[0])["wrong"] == ["img"]
+
+
+def test_card_shows_the_last_evaluation(made, tmp_path):
+    folder = tmp_path / "small"
+    shutil.copytree(made / "small", folder)
+    before = (folder / "README.md").read_text()
+    divergence = json.loads((folder / "evaluation.json").read_text())["texts"][0]["divergence"]
+    assert before.count("## Evaluation") == 1 and f"{divergence:.4f}" in before
+    run("evaluate", folder, "--text", made / "fox.txt", "--tokens", "48", "--length", "48", "--save")
+    after = (folder / "README.md").read_text()
+    assert after.count("## Evaluation") == 1 and "divergence" not in after
+    assert after.split("## Evaluation")[0] == before.split("## Evaluation")[0]
+    with pytest.raises(EigenAttnError, match="no folder with a model card"):
+        run("evaluate", made / "base", "--save")
+
+
+def test_bad_input_is_one_line(made, tmp_path):
+    with pytest.raises(EigenAttnError, match="not compressed"):
+        run("report", made / "base")
+    with pytest.raises(EigenAttnError, match="holds no sweep"):
+        run("report", made / "small", "--sweep", tmp_path)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(EigenAttnError, match="holds no evaluation"):
+        run("report", made / "small", "--evaluation", tmp_path / "other.json")
+    bare = tmp_path / "bare.html"
+    shutil.copytree(made / "small", tmp_path / "small", ignore=shutil.ignore_patterns("evaluation.json"))
+    run("report", tmp_path / "small", "--out", bare)
+    assert "Ranks by layer" in bare.read_text() and "Spectra" not in bare.read_text()
