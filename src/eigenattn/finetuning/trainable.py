@@ -119,7 +119,7 @@ def _unit(stored: Tensor, head_dim: int) -> Tensor:
 
 def _folded(attention: EigenAttention) -> list[nn.Module]:
     """The projections of a layer that something was folded into."""
-    if attention.window:
+    if attention.keeps_projections:
         return []
     family, folds = attention.family, attention.folds
     small_k = attention.rank_k < attention.head_dim or attention.widths_k is not None
