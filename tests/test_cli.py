@@ -115,8 +115,8 @@ def test_sweep(base, text, tmp_path):
     found = run_json("sweep", base, out, "--kv-ratio", "0.75,0.5", "--ranks", "uniform", *options)
     assert list(found["cells"]) == ["attention/uniform/8/0.75", "attention/uniform/8/0.5"]
     assert sorted(path.name for path in out.iterdir()) == ["frontier.png", "frontier.svg", "sweep.csv", "sweep.json"]
-    more = run_json("sweep", base, out, "--kv-ratio", "0.75,0.5,1", "--ranks", "uniform", "--rivals", "fp8", *options)
-    assert len(more["cells"]) == 4
+    more = run_json("sweep", base, out, "--kv-ratio", "0.75,0.5,1", "--ranks", "uniform", *options)
+    assert len(more["cells"]) == 3
     assert more["cells"]["attention/uniform/8/1"]["texts"][0]["divergence"] == pytest.approx(0, abs=1e-6)
     assert "eigen/uniform" in run(
         "sweep", base, out, "--basis", "eigen", "--kv-ratio", "0.5", "--ranks", "uniform", *options

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import save_tiny, tiny, tokens
+from transformers import cache_utils
 
 from eigenattn import EigenAttentionConfig, compress
 from eigenattn.calibration.statistics import Batch
@@ -16,7 +17,7 @@ from eigenattn.compression.ranks import RankProblem, sensitivity
 from eigenattn.compression.shared_costs import SharedCosts
 from eigenattn.errors import EigenAttnError
 from eigenattn.evaluation.measuring import Plan
-from eigenattn.evaluation.reading import read
+from eigenattn.evaluation.reading import read, uncached
 from eigenattn.evaluation.rivals import Rival
 from eigenattn.evaluation.sweep import Cell, Grid, SweepModel
 from eigenattn.evaluation.sweep_folder import read_sweep, run_sweep, sweep_texts
@@ -105,21 +106,33 @@ def test_a_sweep_goes_on_where_it_stopped(base, tmp_path):
 
 def test_figures_of_a_sweep(base, tmp_path):
     grid = Grid([0.8, 0.5], windows=[8], rank_multiple=2)
-    values = sweep(base, tmp_path / "sweep", grid, rivals=[Rival.of("fp8")])
+    values = sweep(base, tmp_path / "sweep", grid)
     large, small = (values["cells"][f"attention/sensitivity/8/{ratio}"] for ratio in (0.8, 0.5))
     # 3 layers of 2 heads of 16, keys and values, in 2 bytes: 384 bytes a token; the window holds 9 tokens.
     assert small["bytes_per_token"] == small["kv_ratio"] * 384
     assert small["cache_bytes"] == 56 * small["bytes_per_token"] + 9 * 384
     assert small["kv_ratio"] <= 0.5 < large["kv_ratio"] <= 0.8
     assert 0 < large["texts"][0]["divergence"] < small["texts"][0]["divergence"]
-    rival = values["cells"]["fp8/8"]
-    assert rival["cache_ratio"] == 0.5
-    assert 0 < rival["texts"][0]["divergence"] < 0.5
     assert list(values["costs"]) == ["attention/8"]
     with (tmp_path / "sweep" / "sweep.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    assert [row["asked"] for row in rows] == ["0.8", "0.5", ""]
+    assert [row["asked"] for row in rows] == ["0.8", "0.5"]
     assert float(rows[1]["divergence (held out)"]) == small["texts"][0]["divergence"]
+
+
+@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8 cache")
+def test_a_rival_reads_through_a_quantised_cache(base, tmp_path):
+    grid = Grid([1.0], windows=[8], ranks=["uniform"])
+    sweep(base, tmp_path / "sweep", grid)
+    rival = sweep(base, tmp_path / "sweep", grid, rivals=[Rival.of("fp8")])["cells"]["fp8/8"]
+    assert rival["kv_ratio"] == rival["cache_ratio"] == 0.5
+    assert 0 < rival["texts"][0]["divergence"] < 0.5
+    model, ids = tiny("llama"), tokens(1, 24)
+    exact = uncached(model, ids, 24)
+    # The first piece sees nothing that went through the cache.
+    assert torch.allclose(Rival.of("fp8").logits(8)(model, ids, 24)[:, :8], exact[:, :8], atol=1e-4)
+    assert not torch.allclose(Rival.of("fp8").logits(8)(model, ids, 24)[:, 8:], exact[:, 8:], atol=1e-3)
+    assert Rival("quanto-4", "quanto", 4).bits_per_element == 4.5
 
 
 def test_shared_costs_stand_for_measured_ones():

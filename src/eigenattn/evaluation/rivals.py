@@ -70,7 +70,7 @@ class Rival:
             window: tokens that are kept exactly until so many have come together.
 
         Raises:
-            EigenAttnError: if transformers does not quantise the cache of such a model.
+            EigenAttnError: if this transformers does not quantise the cache of such a model so.
         """
         _, _, own = BACKENDS[self.backend]
         options = {} if self.backend == "fp8" else {"nbits": self.bits, "q_group_size": GROUP, **own}
@@ -79,9 +79,8 @@ class Rival:
         try:
             return QuantizedCache(self.backend, config, **options)
         except (ValueError, ImportError) as error:
-            raise EigenAttnError(
-                f"rival {self.name!r} does not take this model: {str(error).splitlines()[0]}"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise EigenAttnError(f"transformers does not quantise this cache by {self.name}: {reason}") from error
 
     def logits(self, piece: int) -> Logits:
         """Reads through the quantised cache in pieces of `piece` tokens.
