@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..progress import TokenProgress
 from .bases import Basis
 from .folding import attach, detach
 from .ranks import Ranks
+from .resuming import Notes
 
 JUDGED_STRIDE = 4  # chosen
 
@@ -26,6 +28,7 @@ class Measurement:
         bases: of keys and of values, at full rank, for each layer.
         window: exact tokens, W.
         batches: token ids the costs are measured on.
+        notes: what an interrupted command had measured already.
     """
 
     def __init__(
@@ -36,9 +39,11 @@ class Measurement:
         window: int,
         batches: Sequence[Batch],
         bars: TokenProgress,
+        notes: Notes | None = None,
     ) -> None:
         self.model, self.layers, self.bases = model, layers, bases
         self.window, self.batches, self.bars = window, batches, bars
+        self.notes = notes or Notes(None)
         parents = {id(child): parent for parent in model.modules() for child in parent.children()}
         self.decoder_layers = [parents[id(attention)] for attention in layers]
 
@@ -47,7 +52,6 @@ class Measurement:
         shared_heads = attention.kv_heads // len(keys.encoder)
         attach(attention, keys.truncate(rank_k), values.truncate(rank_v), self.window, shared_heads)
 
-    @torch.no_grad()
     def layer_errors(self, candidates: Sequence[Ranks]) -> list[list[float]]:
         """Relative error at each decoder layer's output when its keys and values are truncated.
 
@@ -60,6 +64,10 @@ class Measurement:
         Returns:
             For each layer the errors of its candidates.
         """
+        return self.notes.of(f"errors/{candidates}", partial(self._layer_errors, candidates))
+
+    @torch.no_grad()
+    def _layer_errors(self, candidates: Sequence[Ranks]) -> list[list[float]]:
         errors = [torch.zeros(len(pairs), dtype=torch.float64) for pairs in candidates]
         norms = torch.zeros(len(self.layers), dtype=torch.float64)
         valid: Tensor | None = None
@@ -114,29 +122,39 @@ class Measurement:
         steps = sum(len(pairs) for pairs in trials) * len(self.batches)
         try:
             with self.bars.bar("Measuring sensitivities", steps) as progress:
-                for batch in self.batches:
+                for number, batch in enumerate(self.batches):
                     positions = _judged_positions(batch)
                     rows = batch.input_ids.shape[0]
                     tokens += rows * len(positions) if batch.valid is None else int(batch.valid[:, positions].sum())
                     exact = self._log_probabilities(batch, positions)
                     outputs = self._layer_outputs(batch)
                     for index, pairs in enumerate(trials):
-                        with ExitStack() as stack:
-                            # Earlier layers give the recorded output instead of running.
-                            for earlier in self.decoder_layers[:index]:
-                                recorded = outputs[index - 1]
-                                earlier.forward = lambda *args, recorded=recorded, **kwargs: recorded
-                                stack.callback(delattr, earlier, "forward")
-                            for position, pair in enumerate(pairs):
-                                self._truncate(index, pair)
-                                changed = self._log_probabilities(batch, positions)
-                                sums[index][position] += float((exact.exp() * (exact - changed)).sum())
-                                progress.advance(0)
-                        detach(self.layers[index])
+                        measure = partial(self._divergences_of, index, pairs, batch, positions, exact, outputs)
+                        found = self.notes.of(f"divergences/{number}/{index}/{pairs}", measure)
+                        sums[index] = [total + cost for total, cost in zip(sums[index], found, strict=True)]
+                        progress.advance(0, len(pairs))
         finally:
             for attention in self.layers:
                 detach(attention)
         return [[value / tokens for value in values] for values in sums]
+
+    def _divergences_of(
+        self, index: int, pairs: Ranks, batch: Batch, positions: Tensor, exact: Tensor, outputs: list[Any]
+    ) -> list[float]:
+        """Divergences of one layer's trials, summed over one batch."""
+        found = []
+        with ExitStack() as stack:
+            # Earlier layers give the recorded output instead of running.
+            for earlier in self.decoder_layers[:index]:
+                recorded = outputs[index - 1]
+                earlier.forward = lambda *args, recorded=recorded, **kwargs: recorded
+                stack.callback(delattr, earlier, "forward")
+            for pair in pairs:
+                self._truncate(index, pair)
+                changed = self._log_probabilities(batch, positions)
+                found.append(float((exact.exp() * (exact - changed)).sum()))
+        detach(self.layers[index])
+        return found
 
     def _layer_outputs(self, batch: Batch) -> list[Any]:
         outputs: list[Any] = []

@@ -31,7 +31,7 @@ from .folding import compress_layer
 from .measure import Measurement
 from .quantise import equivalent_ratio, fit_quantisers, quantise_bases
 from .ranks import RANK_RULES, RankProblem, sensitivities, smallest
-from .resuming import KeptCosts, KeptMoments
+from .resuming import KeptMoments, Notes
 
 # Tokens, from the first batches on, over which rank rules measure what truncation costs. Each side of each layer runs
 # again over them, twice.
@@ -184,7 +184,7 @@ def _choose(
     """The bases to attach: truncated, or quantised; None for a side that stays at full rank."""
     if config.kv_ratio == 1:
         return [(None, None)] * len(layers)
-    costs = KeptCosts(Measurement(model, layers, bases, config.window, stream.kept, bars), journal)
+    costs = Measurement(model, layers, bases, config.window, stream.kept, bars, Notes(journal))
     spectra = [[basis.spectrum.cpu() for basis in side] for side in zip(*bases, strict=True)]
     problem = RankProblem(spectra[0], spectra[1], config, costs)
     if config.bits_per_element is None:

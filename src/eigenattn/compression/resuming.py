@@ -1,4 +1,4 @@
-"""Compression in stages that outlive the process: moments batch by batch, and every measurement of costs."""
+"""Compression in stages that outlive the process: moments batch by batch, and costs layer by layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import EigenAttnError
 from ..journal import Journal
 from ..models.attention import EigenAttention
 
-STATISTICS = "statistics"
+STATISTICS, COSTS = "statistics", "costs"
 # Seconds between saves of unfinished moments (chosen: little to lose, and far less time than the work).
 SAVE_SECONDS = 60.0
 
@@ -74,35 +74,43 @@ class KeptMoments:
         self.journal.write(STATISTICS, tensors, {"batches": count, "tokens": self.moments[0].tokens})
 
 
-class KeptCosts:
-    """Measured costs (`eigenattn.compression.ranks.Costs`), each measured once, and checked.
+class Notes:
+    """Results of measurements: with a journal each is measured once.
 
     Args:
-        costs: measures.
-        journal: where results are kept; None keeps nothing.
+        journal: where they are kept; None keeps nothing.
     """
 
-    def __init__(self, costs: Any, journal: Journal | None) -> None:
-        self.costs, self.journal = costs, journal
-        self.calls = 0
+    def __init__(self, journal: Journal | None) -> None:
+        self.journal = journal
+        kept = journal.read(COSTS) if journal else None
+        self.found: dict[str, list[Any]] = kept[1] if kept else {}
+        self.saved = time.monotonic()
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        measure = getattr(self.costs, name)
+    def of(self, name: str, measure: Callable[[], list[Any]]) -> list[Any]:
+        """The result of that name: as it was noted, or measured now.
 
-        def kept(*arguments: Any) -> Any:
-            stage = f"{name}-{self.calls}"
-            self.calls += 1
-            found = self.journal.read(stage) if self.journal else None
-            if found is not None:
-                return found[1]
-            result = measure(*arguments)
-            if not all(math.isfinite(cost) for costs in result for cost in costs):
-                raise EigenAttnError(
-                    "truncating a layer was measured to cost NaN or infinitely much: try --dtype float32, or check the "
-                    "model's weights."
-                )
-            if self.journal:
-                self.journal.write(stage, {}, result)
-            return result
+        Args:
+            measure: gives numbers, or a list of numbers for each layer.
 
-        return kept
+        Raises:
+            EigenAttnError: if one of them is not finite.
+        """
+        if self.journal is None:
+            return _checked(measure())
+        if name not in self.found:
+            self.found[name] = _checked(measure())
+            if time.monotonic() - self.saved > SAVE_SECONDS:
+                self.journal.write(COSTS, {}, self.found)
+                self.saved = time.monotonic()
+        return self.found[name]
+
+
+def _checked(costs: list[Any]) -> list[Any]:
+    numbers = (cost for each in costs for cost in (each if isinstance(each, list) else [each]))
+    if not all(map(math.isfinite, numbers)):
+        raise EigenAttnError(
+            "truncating a layer was measured to cost NaN or infinitely much: try --dtype float32, or check the model's "
+            "weights."
+        )
+    return costs
