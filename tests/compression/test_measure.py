@@ -71,6 +71,15 @@ def test_nothing_truncated_costs_nothing_and_nothing_is_left_behind():
     assert all(attention.window == 0 and attention.rank_k == 16 for attention in layers)
 
 
+def test_rounding_in_half_precision_is_no_cost():
+    model, _, _, costs = measurement("llama", 5)
+    model.bfloat16()
+    (at_full_rank,), (truncated,), _ = costs.divergences([[FULL], [(4, 4)], [FULL]])
+    assert at_full_rank == 0 < truncated
+    costs.window = 0  # where nothing is taken off, for full rank takes the original's path
+    assert costs.divergences([[FULL], [], []])[0][0] == pytest.approx(0, abs=1e-6)
+
+
 def test_padding_is_not_judged():
     mask = torch.ones(2, 24, dtype=torch.int64)
     mask[1, 12:] = 0
