@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from eigenattn.cli import app
 from eigenattn.errors import EigenAttnError
+from eigenattn.report.inspection import Inspection
+from eigenattn.report.page import Material, build
 
 pytest.importorskip("matplotlib", reason="needs the extra plot")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -93,6 +95,18 @@ def test_page_loads_nothing(made):
     assert {
         target for target in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page) for target in target if target
     } <= set(ids)
+
+
+def test_page_of_quantised_and_shared_latents():
+    """Widths are listed, ranks are drawn against all heads that share a latent, and the target comes back."""
+    layer = {"rank_k": 24, "rank_v": 16, "widths_k": [8, 8, 8], "widths_v": [0, 16, 0]}
+    method = {"kv_ratio": None, "bits_per_element": 3.0, "shared_heads": 2, "basis": "attention", "version": 1}
+    facts = {"base_model": "base", "text": [{"source": "self", "sha256": None}]}
+    found = Inspection("llama", True, 0.2, 100, 500, 16, 2, [layer], [100], 8, {1024: 0.25}, method, facts)
+    page = build(Material("some/model", found))
+    assert "rank 24 of 32" in page
+    assert "<td>8, 8, 8</td><td>0, 16, 0</td><td>100</td>" in page
+    assert "eigenattn compress base some/model --bits-per-element 3.0 --shared-heads 2 --text self" in page
 
 
 def browse(page: Path, *options: str) -> tuple[str, str]:

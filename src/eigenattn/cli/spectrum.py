@@ -13,7 +13,7 @@ from ..calibration.text import DEFAULT_SOURCE
 from ..calibration.windows import load_texts
 from ..compression.bases import BASES
 from ..evaluation.spectra import FILE, SIDES, measure_spectra
-from ..models.loading import check_new, new_folder
+from ..journal import Journal
 from ..report.figures import decay, effective_ranks, energy, new_figure, save_figure
 from .common import TEXT_HELP, Device, Dtype, Json, Model, app, emit, examples
 
@@ -48,24 +48,22 @@ def spectrum(
     json_file: Json = None,
 ) -> None:
     """Show how fast eigenvalues fall, by layer and head: pictures and JSON."""
-    check_new(out)
     new_figure(1, 1)  # without matplotlib it ends here, not after the work
-    found = measure_spectra(
-        model,
-        calibration=load_texts(text),
-        samples=samples,
-        length=length,
-        seed=seed,
-        basis=basis,
-        window=window,
-        dtype=dtype,
-        device=device,
-        progress=True,
-    )
-    with new_folder(out) as folder:
-        (folder / FILE).write_text(json.dumps(found) + "\n", encoding="utf-8")
-        for name, draw in (("decay", decay), ("energy", energy), ("effective-rank", effective_ranks)):
-            save_figure(draw(found), folder / name)
+    options = {
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+        "basis": basis,
+        "window": window,
+        "dtype": dtype,
+        "device": device,
+    }
+    with Journal(out, {"verb": "spectrum", "model": model, "text": text, **options}) as journal:
+        found = measure_spectra(model, calibration=load_texts(text), progress=True, **options)
+        with journal.output() as folder:
+            (folder / FILE).write_text(json.dumps(found) + "\n", encoding="utf-8")
+            for name, draw in (("decay", decay), ("energy", energy), ("effective-rank", effective_ranks)):
+                save_figure(draw(found), folder / name)
     console = emit(found, json_file)
     head_dim = len(found["keys"]["eigenvalues"][0][0])
     columns = [f"{side}, {what}" for side in SIDES for what in ("effective rank", *(f"{e:.0%} energy" for e in SHOWN))]

@@ -160,13 +160,23 @@ def _size(found: Inspection) -> list[str]:
 
 def _ranks(found: Inspection) -> list[str]:
     caption = f"Rank of keys (up) and of values (down) in each layer; the frame is full rank, {found.full_rank}."
-    rows = [[str(i), str(layer["rank_k"]), str(layer["rank_v"])] for i, layer in enumerate(found.layers)]
-    numbers = html.table(TextTable(["layer", "rank of keys", "rank of values"], rows))
+    titles = {"rank_k": "rank of keys", "rank_v": "rank of values"}
+    if any("widths_k" in layer for layer in found.layers):
+        titles |= {"widths_k": "keys of 8, 4, 2 bits", "widths_v": "values of 8, 4, 2 bits"}
+    rows = [
+        [str(index), *(_cell(layer[name]) for name in titles), f"{size:,}"]
+        for index, (layer, size) in enumerate(zip(found.layers, found.bytes_by_layer, strict=True))
+    ]
+    numbers = html.table(TextTable(["layer", *titles.values(), "bytes a token"], rows))
     return [
         html.heading("Ranks by layer"),
         html.figure(html.rank_map(found.layers, found.full_rank), caption),
         f"<details><summary>In numbers</summary>{numbers}</details>",
     ]
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _frontier(sweep: dict[str, Any]) -> list[str]:
