@@ -13,7 +13,7 @@ from ..calibration.text import DEFAULT_SOURCE
 from ..calibration.windows import load_texts
 from ..compression.bases import BASES
 from ..evaluation.spectra import FILE, SIDES, measure_spectra
-from ..models.loading import check_new, new_folder
+from ..journal import Journal, check_new
 from ..report.figures import decay, effective_ranks, energy, new_figure, save_figure
 from .common import TEXT_HELP, Device, Dtype, Json, Model, app, emit, examples
 
@@ -62,7 +62,7 @@ def spectrum(
         device=device,
         progress=True,
     )
-    with new_folder(out) as folder:
+    with Journal(out, {"verb": "spectrum"}) as journal, journal.output() as folder:
         (folder / FILE).write_text(json.dumps(found) + "\n", encoding="utf-8")
         for name, draw in (("decay", decay), ("energy", energy), ("effective-rank", effective_ranks)):
             save_figure(draw(found), folder / name)
