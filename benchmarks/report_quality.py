@@ -17,10 +17,12 @@ METHODS = {
     "eigen/uniform/0": "its basis, uniform ranks",
     "eigen/sensitivity/0": "its basis, our ranks",
     "attention/sensitivity/0": "our basis and ranks, no window",
+    "attention:3/sensitivity/0": "the same, 3 heads to a latent",
     "eigen/error_budget/32": "the paper's method, window 32",
     "eigen/uniform/32": "its basis, uniform ranks, window 32",
     "attention/uniform/32": "our basis, uniform ranks, window 32",
     "attention/sensitivity/32": "**the default**: our basis and ranks, window 32",
+    "attention:3/sensitivity/32": "the same, 3 heads to a latent",
 }
 INTRODUCTION = """\
 <!-- Written by benchmarks/report_quality.py from benchmarks/results/quality-*.json: edit there. -->
