@@ -197,6 +197,7 @@ def test_adapters_need_peft(monkeypatch):
         (lambda: {"model": small().to(torch.float16)}, "float16"),
         (lambda: {"training": tokens(2, 5)}, "raise --length"),
         (lambda: {"validation": tokens(2, 40)[:0]}, "at least one"),
+        (lambda: {"training": tokens(2, 40) + 100}, "is the tokenizer another model's"),
         (lambda: {"baseline": tiny("llama", vocab_size=130)}, "130 tokens in its vocabulary"),
         (lambda: {"config": FinetuneConfig(map_learning_rate=1e38)}, "not finite"),
     ],

@@ -13,6 +13,7 @@ from eigenattn.compression import pipeline
 from eigenattn.compression.bases import BASES
 from eigenattn.compression.checkpoint import compress_checkpoint
 from eigenattn.compression.ranks import RANK_RULES
+from eigenattn.evaluation.perplexity import perplexity
 from eigenattn.models.conversion import eigen_layers
 
 SETTINGS = {"kv_ratio": 0.5, "rank_multiple": 2}
@@ -133,6 +134,8 @@ def test_texts_of_one_token():
 def test_tokens_of_another_model():
     assert "token 128, and the model knows tokens 0 to 127" in refused(tiny("llama"), [IDS, torch.full((1, 40), 128)])
     assert "token -1" in refused(tiny("llama"), [torch.full((1, 40), -1)])
+    with pytest.raises(EigenAttnError, match="token 128"):
+        perplexity(tiny("llama"), torch.full((1, 40), 128))
 
 
 def test_a_tokenizer_of_another_model(tmp_path):

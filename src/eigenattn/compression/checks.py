@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..calibration.statistics import Batch
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from .bases import Basis
@@ -23,10 +22,10 @@ def check_weights(model: nn.Module) -> None:
             raise EigenAttnError(f"{name} of this model holds NaN or infinite numbers: its file may be damaged.")
 
 
-def check_vocabulary(batch: Batch, model: nn.Module) -> None:
-    """Raise an `EigenAttnError` if there are token ids that the model has no embedding for."""
+def check_vocabulary(input_ids: Tensor, model: nn.Module) -> None:
+    """Raise an `EigenAttnError` if there are token ids [B, T] that the model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]
-    least, most = (int(extreme) for extreme in batch.input_ids.aminmax())
+    least, most = (int(extreme) for extreme in input_ids.aminmax())
     if least < 0 or most >= rows:
         wrong = least if least < 0 else most
         raise EigenAttnError(

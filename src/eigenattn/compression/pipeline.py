@@ -218,7 +218,7 @@ class _Stream:
     def __iter__(self) -> Iterator[Batch]:
         for value in self.batches:
             batch = Batch.of(value, self.device)
-            check_vocabulary(batch, self.model)
+            check_vocabulary(batch.input_ids, self.model)
             if self.tokens < COST_TOKENS:
                 self.kept.append(batch)
             elif self.twice:

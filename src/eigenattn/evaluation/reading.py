@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compression.checks import check_vocabulary
+
 # Gives the logits [1, keep, V] of the last `keep` tokens of one sequence [1, T]: `(model, ids, keep)`.
 Logits = Callable[[nn.Module, Tensor, int], Tensor]
 
@@ -86,7 +88,11 @@ def read(
         original: predictions of another model on the same windows, to be compared with.
         keep: keep this model's predictions.
         advance: called after each window.
+
+    Raises:
+        EigenAttnError: if the windows hold tokens that the model does not know.
     """
+    check_vocabulary(windows, model)
     device = model.get_input_embeddings().weight.device
     scored = windows.shape[1] - 1 if scored is None else scored
     count = max(1, min(scored, KEPT_DISTRIBUTIONS // len(windows)))

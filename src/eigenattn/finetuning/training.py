@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compression.checks import check_vocabulary
 from ..errors import EigenAttnError
 from ..journal import Journal
 from ..progress import TokenProgress
@@ -192,6 +193,7 @@ def _check(model: nn.Module, training: Tensor, validation: Tensor, baseline: nn.
     for windows in (training, validation):
         if windows.dim() != 2 or not len(windows):
             raise EigenAttnError(f"token windows must be [N, T] and at least one, not {tuple(windows.shape)}.")
+        check_vocabulary(windows, model)
         if windows.shape[1] <= window + 1:
             raise EigenAttnError(
                 f"windows of {windows.shape[1]} tokens lie within the {window} exact ones, where nothing is compressed"
