@@ -87,6 +87,18 @@ def test_quantised_latents_train_through_their_quantisers(window):
     assert not any(name.endswith(("_offset", "_step")) for name in changed)
 
 
+@pytest.mark.parametrize("window", [0, 4])
+def test_latents_that_heads_share(window):
+    model = tiny("llama")
+    settings = {"kv_ratio": 0.5, "rank_multiple": 2, "ranks": "uniform", "shared_heads": 2}
+    compress(model, [tokens(4, 40, seed=3)], EigenAttentionConfig(**settings, window=window))
+    before = state(model)
+    model, report = finetune(model, TRAINING, TRAINING[:2], QUICK, baseline=tiny("llama"))
+    assert report.after < report.before
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.split(".")[-1] for name in changed} == set(MAPS)
+
+
 def test_next_tokens_without_a_baseline():
     _, report = finetune(small(), TRAINING[:2], TRAINING[:2], QUICK)
     assert report.measure == "perplexity"

@@ -16,8 +16,8 @@ from ..models.conversion import eigen_layers
 class Trainable:
     """The trained parameters of a compressed model, kept in fp32 beside it.
 
-    - Maps applied at run time (`MAPS`) are small and are trained directly. With a window they are all there is to the
-      compression, so nothing else is trained, and the original weights stay as they are.
+    - Maps applied at run time (`MAPS`) are small and are trained directly. With a window, or latents that heads share,
+      they are all there is to the compression, so nothing else is trained, and the original weights stay as they are.
     - Maps folded into projections are gone. Such projections are trained by LoRA (as in arXiv 2408.05646) and merged.
 
     The rows of a map differ in size by orders of magnitude, while Adam moves every element by about the learning rate.
