@@ -280,7 +280,7 @@ def change(folder: Path, edit) -> None:
         (lambda v: v.update(format_version=True), "format True"),
         (lambda v: v.update(quant_method="gptq"), "not a configuration of bases"),
         (lambda v: v.pop("layers"), "whole positive ranks"),
-        (lambda v: v["layers"][0].update(rank_v=10**30), "above the head dimension"),
+        (lambda v: v["layers"][0].update(rank_v=10**30), "above full rank"),
         (lambda v: v.update(layers=v["layers"] * 100_000), "larger than any configuration"),
     ],
 )
