@@ -282,7 +282,7 @@ def test_the_command_writes_what_it_was_given(workshop, kind, tmp_path):
     measured = json.loads(
         run("evaluate", tmp_path / "tuned", "--text", workshop / "fox.txt", "--length", "48", "--json", "-")
     )
-    assert measured["perplexity"] > 1
+    assert measured["texts"][0]["perplexity"] > 1
 
 
 def test_trained_bases_fit_the_original_model(workshop, tmp_path):

@@ -109,7 +109,7 @@ def edit(checkpoint: Path, change) -> None:
     ("change", "says"),
     [
         (lambda q: q["layers"].pop(), "ranks for 2 layers"),
-        (lambda q: q["layers"][0].update(rank_k=99), "above the head dimension"),
+        (lambda q: q["layers"][0].update(rank_k=99), "above full rank"),
         (lambda q: q["layers"][0].update(rank_k=-2), "whole positive ranks"),
         (lambda q: q["layers"][0].update(rank_k="8"), "whole positive ranks"),
         (lambda q: q.update(layers=[]), "whole positive ranks"),

@@ -126,7 +126,8 @@ def test_save_and_load(target, name, window, tmp_path):
         model, [ids], EigenAttentionConfig(**{target: goal}, rank_multiple=2, window=window, shared_heads=2)
     )
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", attn_implementation="sdpa")
+    backend = model.config._attn_implementation
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", attn_implementation=backend)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert 0.2 < report.kv_ratio <= 0.5
     assert all(attention.shared_heads == 2 for attention in eigen_layers(loaded))
