@@ -1,0 +1,67 @@
+"""Decoding in PyTorch's batched operations, on any device, in the dtype of the queries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...cache.packing import dequantise, unpack
+from .arguments import Problem, Side
+from .reference import rotate_to
+
+
+def _latents(stored: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
+    """[B, G, S, R] from what is stored."""
+    if side.widths is None:
+        return stored
+    return dequantise(unpack(stored, side.widths), side.offset.unsqueeze(1), side.step.unsqueeze(1)).to(dtype)
+
+
+def decode(problem: Problem) -> Tensor:
+    """See `eigenattn.kernels.decoding.decode`."""
+    q, near, rotary = problem.q, problem.near, problem.rotary
+    b, h = q.shape[:2]
+    g, far = problem.far_keys.shape[1:3]
+    keys, values = problem.keys, problem.values
+    q = q.view(b, g, h // g, -1)
+    z_k, z_v = _latents(problem.far_keys, keys, q.dtype), _latents(problem.far_values, values, q.dtype)
+    columns = torch.arange(far, device=q.device).expand(b, far)
+    if rotary is None:
+        q_far = q if keys.decoder is None else q @ keys.decoder.transpose(-1, -2)
+        scores = (q_far @ z_k.transpose(-1, -2)).float()  # [B, G, H/G, S]
+        if keys.mean is not None:
+            scores = scores + (q @ keys.mean.unsqueeze(-1)).float()
+    else:
+        k = z_k if keys.decoder is None else z_k @ keys.decoder
+        if keys.mean is not None:
+            k = k + keys.mean.unsqueeze(1)
+        k = rotate_to(k.float(), (columns + problem.position.unsqueeze(-1)).unsqueeze(1), rotary).to(q.dtype)
+        scores = (q @ k.transpose(-1, -2)).float()
+    seen = (columns >= problem.first.unsqueeze(-1)) & (columns < problem.length.unsqueeze(-1))  # [B, S]
+    if near is not None:
+        near_columns = near.column.unsqueeze(-1) + torch.arange(near.keys.shape[-2], device=q.device)  # [B, N]
+        k = near.keys
+        if rotary is not None:
+            positions = (near_columns + problem.position.unsqueeze(-1)).unsqueeze(1)
+            k = rotate_to(k.float(), positions, rotary).to(q.dtype)
+        scores = torch.cat([scores, (q @ k.transpose(-1, -2)).float()], dim=-1)
+        floor = torch.maximum(problem.first, problem.length).unsqueeze(-1)
+        near_seen = (near_columns >= floor) & (near_columns < near.stop.unsqueeze(-1))
+        seen, columns = torch.cat([seen, near_seen], dim=-1), torch.cat([columns, near_columns], dim=-1)
+    scores = scores * problem.scale
+    if problem.slopes is not None:
+        distance = (columns - problem.length.unsqueeze(-1))[:, None, None]
+        scores = scores + problem.slopes.view(g, h // g, 1) * distance
+    seen = seen[:, None, None]
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1).masked_fill(~seen, 0.0)  # a row may see nothing
+    far_weights = weights[..., :far].to(q.dtype)
+    # What no query sees may be anything, NaN too, and 0 * NaN is no zero.
+    out = far_weights @ z_v.masked_fill(~seen[:, :, 0, :far, None], 0)
+    if values.decoder is not None:
+        out = out @ values.decoder
+    if values.mean is not None:
+        out = out + weights[..., :far].sum(-1, keepdim=True).to(q.dtype) * values.mean.unsqueeze(1)
+    if near is not None:
+        near_values = near.values.masked_fill(~seen[:, :, 0, far:, None], 0)
+        out = out + weights[..., far:].to(q.dtype) @ near_values
+    return out.reshape(b, h, -1)

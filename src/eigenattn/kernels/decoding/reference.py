@@ -1,0 +1,57 @@
+"""Decoding written out by row and head, in fp32: the ground truth of the other backends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...cache.packing import dequantise, unpack
+from .arguments import Problem, Rotary, Side
+
+
+def rotate_to(x: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate vectors [..., n, D] in fp32 to their positions [..., n]."""
+    angles = positions.unsqueeze(-1) * rotary.inverse_frequencies.float()
+    cos, sin = angles.cos() * rotary.scaling, angles.sin() * rotary.scaling
+    first, second = rotary.pairs()
+    turned = x.clone()
+    turned[..., first] = x[..., first] * cos - x[..., second] * sin
+    turned[..., second] = x[..., second] * cos + x[..., first] * sin
+    return turned
+
+
+def _vectors(stored: Tensor, side: Side, g: int) -> Tensor:
+    """Latents [n, R] or packed codes [n, bytes] of KV head g, decoded [n, D]."""
+    z = stored.float()
+    if side.widths is not None:
+        z = dequantise(unpack(stored, side.widths), side.offset[g], side.step[g])
+    x = z if side.decoder is None else z @ side.decoder[g].float()
+    return x if side.mean is None else x + side.mean[g].float()
+
+
+def decode(problem: Problem) -> Tensor:
+    """See `eigenattn.kernels.decoding.decode`."""
+    b, h = problem.q.shape[:2]
+    near = problem.near
+    out = torch.zeros(b, h, problem.size_out, device=problem.q.device)
+    for row in range(b):
+        first, length = int(problem.first[row]), int(problem.length[row])
+        for head in range(h):
+            g = head // (h // problem.kv_heads)
+            k = _vectors(problem.far_keys[row, g, first:length], problem.keys, g)  # [n, D]
+            v = _vectors(problem.far_values[row, g, first:length], problem.values, g)
+            columns = torch.arange(first, max(first, length), device=k.device)
+            if near is not None:
+                column, stop = int(near.column[row]), int(near.stop[row])
+                from_, to = max(first, length) - column, min(stop - column, near.keys.shape[-2])
+                slots = slice(max(from_, 0), max(from_, to, 0))
+                k = torch.cat([k, near.keys[row, g, slots].float()])
+                v = torch.cat([v, near.values[row, g, slots].float()])
+                columns = torch.cat([columns, torch.arange(column + slots.start, column + slots.stop, device=k.device)])
+            if problem.rotary is not None:
+                k = rotate_to(k, columns + problem.position[row], problem.rotary)
+            scores = k @ problem.q[row, head].float() * problem.scale
+            if problem.slopes is not None:
+                scores = scores + problem.slopes[head] * (columns - length)
+            out[row, head] = scores.softmax(0) @ v
+    return out.to(problem.q.dtype)

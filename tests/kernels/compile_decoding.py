@@ -1,0 +1,64 @@
+"""Compile the fused decoding kernels for an H100 that need not be there, and print their names.
+
+Triton asks its driver for the target, so a driver of our own that only knows a target is enough.
+"""
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from eigenattn.cache.packing import Widths
+from eigenattn.kernels.decoding import Near, Rotary, Side, decode, fused
+
+
+class TargetOnly:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class Compile:
+    """Compiles a kernel instead of launching it."""
+
+    def __init__(self, kernel, **options):
+        self.kernel, self.options = kernel, options
+
+    def __getitem__(self, grid):
+        def compile_it(*args, **kwargs):
+            compiled = self.kernel.warmup(*args, grid=grid, **kwargs, **self.options)
+            assert compiled.asm["cubin"]
+            print(compiled.metadata.name)
+
+        return compile_it
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(TargetOnly())
+    fused._tuned = Compile(fused._decode_splits, BLOCK=32, num_warps=4, num_stages=2)
+    fused._combine = Compile(fused._combine)
+    b, h, g, s, d, n = 2, 8, 2, 64, 64, 33
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.bfloat16)
+
+    length = torch.full((b,), s, dtype=torch.int32)
+    near = Near(normal(b, g, n, d), normal(b, g, n, d), length, length + n)
+    rotary = Rotary(1e4 ** -(torch.arange(0, d, 2) / d))
+    for rank, positions, widths in ((32, rotary, None), (24, None, Widths(16, 8, 0))):
+        if widths is None:
+            z, quantiser = normal(b, g, s, rank), {}
+        else:
+            z = torch.zeros(b, g, s, widths.bytes, dtype=torch.uint8)
+            quantiser = {"widths": widths, "offset": torch.zeros(g, rank), "step": torch.ones(g, rank)}
+        side = Side(normal(g, rank, d), normal(g, d), **quantiser)
+        q = normal(b, h, d)
+        decode(q, z, z, keys=side, values=side, scale=0.1, length=length, rotary=positions, near=near, backend="triton")
+
+
+if __name__ == "__main__":
+    main()

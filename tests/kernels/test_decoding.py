@@ -1,0 +1,225 @@
+"""Decoding over latents: both backends against loops, with everything that is not to be read or is still to be written
+set to NaN, and the fused kernel compiled for a GPU that need not be there."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+
+from eigenattn import EigenAttnError
+from eigenattn.cache.packing import Widths, pack
+from eigenattn.kernels.decoding import Near, Rotary, Side, decode
+from eigenattn.kernels.decoding.reference import rotate_to
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+without_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+BACKENDS = ["torch", pytest.param("triton", marks=without_triton)]
+NAN = float("nan")
+
+# B, H, G, S, D, R_k, R_v, window slots (0 for none), positions, dtype
+CASES = {
+    "small-space": (2, 4, 4, 37, 16, 8, 16, 0, "none", torch.float32),
+    "small-space-window": (3, 6, 2, 41, 24, 40, 9, 5, "none", torch.float32),
+    "alibi": (2, 3, 1, 33, 16, 12, 8, 0, "alibi", torch.float32),
+    "alibi-window": (2, 3, 3, 19, 16, 16, 12, 18, "alibi", torch.float32),
+    "rotary": (2, 6, 2, 35, 32, 24, 8, 0, "rotary", torch.float32),
+    "rotary-window": (3, 4, 2, 50, 40, 56, 72, 7, "rotary", torch.float32),
+    "rotary-partial": (2, 8, 1, 33, 48, 8, 40, 3, "partial", torch.float32),
+    "rotary-interleaved": (2, 4, 4, 18, 16, 8, 8, 4, "interleaved", torch.float32),
+    "bf16": (2, 6, 2, 35, 32, 24, 16, 6, "rotary", torch.bfloat16),
+    "fp16": (2, 6, 2, 35, 32, 24, 16, 6, "none", torch.float16),
+}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs(monkeypatch):
+    """Uninitialised memory is NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def rotary_of(kind: str, d: int) -> Rotary | None:
+    width = d // 2 if kind == "partial" else d
+    if kind not in ("rotary", "partial", "interleaved"):
+        return None
+    frequencies = 50.0 ** -(torch.arange(0, width, 2) / width)
+    return Rotary(frequencies.to(DEVICE), 1.0 if kind == "rotary" else 1.2, interleaved=kind == "interleaved")
+
+
+def problem(name: str, widths: Widths | None = None) -> dict:
+    """A step of decoding with ragged rows, the unused ends of which are NaN."""
+    b, h, g, s, d, rank_k, rank_v, slots, positions, dtype = CASES[name]
+    torch.manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, device=DEVICE).to(dtype)
+
+    length = torch.tensor([s, s // 2, 4][:b], dtype=torch.int32, device=DEVICE)
+    first = torch.tensor([3, 0, 1][:b], dtype=torch.int32, device=DEVICE)
+    unused = torch.arange(s, device=DEVICE) >= length[:, None]
+    extra = {}
+    if widths is None:
+        latents = [normal(b, g, s, rank) for rank in (rank_k, rank_v)]
+        for z in latents:
+            z[unused[:, None].expand(b, g, s)] = NAN
+            z[0, :, :3] = NAN  # before the first column
+    else:
+        rank_k = rank_v = widths.channels
+        top = torch.tensor([255] * widths.eight + [15] * widths.four + [3] * widths.two)
+        codes = [(torch.rand(b, g, s, rank_k) * (top + 1)).to(torch.uint8) for _ in range(2)]
+        latents = [pack(code, widths).to(DEVICE) for code in codes]
+        step = ((0.5 + torch.rand(g, rank_k)) * 4 / top).to(DEVICE)
+        extra = {"widths": widths, "offset": torch.randn(g, rank_k, device=DEVICE) - 2, "step": step}
+    near = None
+    if slots:
+        # The window begins some columns before what is latent ends, and has a free slot in front and one behind.
+        near = Near(normal(b, g, slots, d), normal(b, g, slots, d), length - 2, length - 2 + slots - 1)
+        near.keys[:, :, -1] = near.values[:, :, -1] = NAN
+        near.keys[:, :, 0] = near.values[:, :, 0] = NAN
+    return {
+        "q": normal(b, h, d),
+        "far_keys": latents[0],
+        "far_values": latents[1],
+        "keys": Side(normal(g, rank_k, d) / rank_k**0.5, normal(g, d), **extra),
+        "values": Side(normal(g, rank_v, d) / rank_v**0.5, normal(g, d), **extra),
+        "scale": 0.4,
+        "length": length,
+        "first": first,
+        "rotary": rotary_of(positions, d),
+        "slopes": torch.rand(h, device=DEVICE) if positions == "alibi" else None,
+        "near": near,
+    }
+
+
+def assert_same(found: torch.Tensor, arguments: dict) -> None:
+    expected = decode(**arguments, backend="reference")
+    assert found.dtype == expected.dtype
+    error = (found.float() - expected.float()).norm() / expected.float().norm()
+    assert error < {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}[found.dtype]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_backends_equal_the_reference(name, backend):
+    arguments = problem(name)
+    assert_same(decode(**arguments, backend=backend), arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("widths", [(3, 10, 7), (0, 21, 0)], ids=str)
+@pytest.mark.parametrize("name", ["small-space-window", "rotary"])
+def test_packed_codes(name, widths, backend):
+    arguments = problem(name, Widths(*widths))
+    assert_same(decode(**arguments, backend=backend), arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_full_rank_needs_no_decoder(backend):
+    arguments = problem("rotary-window")
+    b, g, s, d = 3, 2, 50, 40
+    arguments |= {"far_keys": torch.randn(b, g, s, d, device=DEVICE), "keys": Side()}
+    arguments |= {"far_values": torch.randn(b, g, s, d, device=DEVICE), "values": Side()}
+    assert_same(decode(**arguments, backend=backend), arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_folded_projections_leave_values_in_their_space(backend):
+    arguments = problem("small-space")
+    arguments |= {"keys": Side(), "values": Side(), "q": arguments["q"][..., :8].contiguous()}
+    assert decode(**arguments, backend=backend).shape == (2, 4, 16)
+    assert_same(decode(**arguments, backend=backend), arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_sees_nothing_gives_zeros(backend):
+    arguments = problem("small-space")
+    arguments["length"] = arguments["first"].clone()
+    assert torch.equal(decode(**arguments, backend=backend), torch.zeros(2, 4, 16, device=DEVICE))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_far_positions_and_room_to_spare(backend):
+    """Only distances matter: moving queries and keys by 100,000 positions changes little more than fp32 rounds."""
+    arguments = problem("rotary-window")
+    rotary, q = arguments["rotary"], arguments["q"]
+    here, there = torch.full((3, 4), 60), torch.full((3, 4), 100_060)
+    moved = arguments | {"q": rotate_to(q, there.to(DEVICE), rotary), "position": 100_000 - arguments["first"]}
+    # The latents as a static cache holds them: a part of a tensor with room for more, tokens before heads.
+    for name in ("far_keys", "far_values"):
+        room = torch.full((3, 64, 2, moved[name].shape[-1]), NAN, device=DEVICE)
+        room[:, :50] = moved[name].transpose(1, 2)
+        moved[name] = room.transpose(1, 2)
+    expected = decode(**arguments | {"q": rotate_to(q, here.to(DEVICE), rotary)}, backend="reference")
+    torch.testing.assert_close(decode(**moved, backend=backend), expected, rtol=0.02, atol=0.02)
+
+
+def test_reference_against_formulas():
+    """One head, no window: softmax of `q . rotate(mean + z U)` over the columns seen."""
+    arguments = problem("rotary")
+    row, head, g = 1, 4, 1
+    z_k, z_v = (arguments[name][row, g, :17] for name in ("far_keys", "far_values"))
+    k = z_k @ arguments["keys"].decoder[g] + arguments["keys"].mean[g]
+    angles = torch.arange(17, device=DEVICE)[:, None] * arguments["rotary"].inverse_frequencies
+    turn = torch.polar(torch.ones_like(angles), angles)
+    pairs = torch.complex(k[:, :16], k[:, 16:]) * turn
+    k = torch.cat([pairs.real, pairs.imag], dim=-1)
+    weights = (k @ arguments["q"][row, head] * 0.4).softmax(0)
+    expected = weights @ z_v @ arguments["values"].decoder[g] + arguments["values"].mean[g]
+    torch.testing.assert_close(decode(**arguments, backend="reference")[row, head], expected)
+
+
+@without_triton
+def test_ranks_are_cut_with_little_waste():
+    from eigenattn.kernels.decoding.fused import cut, pieces
+
+    assert [cut(size) for size in (8, 64, 72, 80, 88, 96, 112, 120)] == [
+        (16,), (64,), (64, 16), (64, 16), (64, 32), (64, 32), (64, 32, 16), (128,),
+    ]  # fmt: skip
+    for size in range(8, 257, 8):
+        assert size <= sum(cut(size)) < size + 16
+    for widths in (Widths(3, 10, 7), Widths(24, 40, 16), Widths(0, 1, 2), Widths(128, 0, 0)):
+        channels = sorted(channel for piece in pieces(0, widths) for channel in range(piece[1], piece[1] + piece[4]))
+        assert channels == list(range(widths.channels))
+
+
+@without_triton
+def test_the_sequence_is_split_over_the_processors():
+    from eigenattn.kernels.decoding.fused import split_sequence
+
+    for tokens, programs in ((0, 1), (1, 300), (5000, 4), (100_000, 128)):
+        splits, each = split_sequence(tokens, programs, processors=132)
+        assert splits >= 1
+        assert (splits - 1) * each < max(tokens, 1) <= splits * each
+
+
+@without_triton
+def test_kernels_compile_for_a_gpu():
+    """Interpreting proves the arithmetic; that the compiler takes the kernels too is seen without a GPU."""
+    script = Path(__file__).parent / "compile_decoding.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["_decode_splits", "_combine"] * 2
+
+
+def test_mistakes_are_told():
+    arguments = problem("rotary")
+    with pytest.raises(EigenAttnError, match="backend 'fast'"):
+        decode(**arguments, backend="fast")
+    with pytest.raises(EigenAttnError, match="keys of rank 24"):
+        decode(**arguments | {"keys": arguments["values"]})
+    with pytest.raises(EigenAttnError, match="no decoder"):
+        decode(**arguments | {"keys": Side()})
+    with pytest.raises(EigenAttnError, match="query heads"):
+        decode(**arguments | {"q": arguments["q"][:, :5]})
+    with pytest.raises(EigenAttnError, match="widths"):
+        decode(**problem("rotary", Widths(1, 2, 3)) | {"far_values": torch.zeros(2, 2, 35, 9, dtype=torch.uint8)})
