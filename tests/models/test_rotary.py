@@ -5,7 +5,7 @@ import torch
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
 
-from eigenattn.models.rotary import rotate
+from eigenattn.models.rotary import once_a_pass, rotate
 
 HEAD_DIM = 16
 
@@ -27,3 +27,18 @@ def test_rotate_is_exactly_the_original(interleaved, dtype):
     assert torch.equal(rotate(q, cos, sin, interleaved), expected[0])
     assert torch.equal(rotate(k, cos, sin, interleaved), expected[1])
     assert rotate(q, cos, sin, interleaved).dtype == dtype
+
+
+def test_layers_share_what_they_compute_within_a_pass():
+    positions = torch.arange(4)[None]
+
+    def one_pass() -> list[int]:
+        return [once_a_pass(positions, layer, "sum", lambda: int(positions.sum())) for layer in range(3)]
+
+    assert one_pass() == [6, 6, 6]
+    calls = []
+    for layer in range(3):
+        once_a_pass(positions, layer, "other", lambda: calls.append(None))
+    assert len(calls) == 1
+    positions += 1  # the same tensor, written over before the next pass
+    assert one_pass() == [10, 10, 10]

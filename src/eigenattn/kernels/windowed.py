@@ -131,7 +131,7 @@ def attend_one(
     near_values: Tensor,
     *,
     far_offset: Tensor | None,
-    seen: Tensor,
+    seen: Tensor | None,
     scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -143,7 +143,7 @@ def attend_one(
         far_keys: [B, G or fewer, F, K]; far_values: [B, G or fewer, F, V]; fewer are shared by neighbouring heads.
         near_keys, near_values: [B, G, N, D].
         far_offset: [B, H, 1, 1], added to every far score before scaling (`q . mean`), or None.
-        seen: mask over far and near keys side by side, from `split_masks`.
+        seen: mask over far and near keys side by side, from `split_masks`; None if all are seen.
 
     Returns:
         The far sum [B, H, 1, V], the far weight [B, H, 1, 1], the near sum [B, H, 1, D], and the attention weights over

@@ -18,7 +18,7 @@ from ..kernels.reference import causal_mask
 from ..kernels.sdpa import widen
 from .families import Family
 from .projections import Heads, like, split_heads
-from .rotary import key_positions, rotate
+from .rotary import key_positions, once_a_pass, rotate
 from .windowed import attend_with_window
 
 # A side at full rank needs none of these. Maps are stored as [G * R, D] and means as [G * D], so that tensor
@@ -229,7 +229,7 @@ class EigenAttention(nn.Module):
             return stored.view(-1, 1, self.latent_dim)
         return stored.view(-1, self.rank_k if name.startswith("key") else self.rank_v, self.latent_dim)
 
-    def _by_head(self, name: str) -> Tensor:
+    def by_head(self, name: str) -> Tensor:
         """A decoder as [G, R, D], or a mean as [G, 1, D]."""
         return self._by_latent(name).unflatten(-1, (self.shared_heads, -1)).transpose(1, 2).flatten(0, 1)
 
@@ -311,11 +311,11 @@ class EigenAttention(nn.Module):
         """
         if self.value_decoder is None:
             return sums
-        x = (sums.unflatten(1, (self.kv_heads, -1)) @ self._by_head("value_decoder").unsqueeze(1)).flatten(1, 2)
-        if self.value_mean is None:
-            return x
-        mean = self._by_head("value_mean").repeat_interleave(self.num_key_value_groups, dim=0)
-        return x + (mean if weight is None else mean * weight)
+        x = _by_group(sums, self.kv_heads) @ self.by_head("value_decoder")
+        if self.value_mean is not None:
+            mean = self.by_head("value_mean")
+            x = x + (mean if weight is None else mean * _by_group(weight, self.kv_heads))
+        return x.view(*sums.shape[:-1], self.head_dim)
 
     def for_each_head(self, latents: Tensor) -> Tensor:
         """Latents [B, G/N, S, R] once for every KV head that shares them: [B, G, S, R]."""
@@ -323,20 +323,28 @@ class EigenAttention(nn.Module):
 
     def query_in_small_space(self, q: Tensor) -> Tensor:
         """Queries [B, H, T, D] without rotary positions, to meet latent keys: `q @ U.T`, [B, H, T, R_k]."""
-        grouped = q.unflatten(1, (-1, self.num_key_value_groups))  # [B, G, H/G, T, D]
-        return (grouped @ self._by_head("key_decoder").transpose(-1, -2).unsqueeze(1)).flatten(1, 2)
+        decoder = self.by_head("key_decoder")
+        return (_by_group(q, decoder.shape[0]) @ decoder.transpose(-1, -2)).view(*q.shape[:-1], -1)
 
     def query_on_mean(self, q: Tensor) -> Tensor | None:
         """`q . mean` [B, H, T, 1], or None for a basis through the origin."""
         if self.key_mean is None:
             return None
-        mean = self._by_head("key_mean").repeat_interleave(self.num_key_value_groups, dim=0)  # [H, 1, D]
-        return q @ mean.transpose(-1, -2)
+        mean = self.by_head("key_mean")
+        return (_by_group(q, mean.shape[0]) @ mean.transpose(-1, -2)).view(*q.shape[:-1], 1)
 
     def angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions [B or 1, S], from the model's own rotary module."""
         arguments = (self.layer_type,) if self.family.rotary_by_layer_type else ()
         return self._rotary[0](x, positions, *arguments)
+
+    def key_angles(self, x: Tensor, position_ids: Tensor, cached: int, length: int | Tensor) -> tuple[Tensor, Tensor]:
+        """`angles` of cached keys [B or 1, S, width], shared by the layers of a pass; arguments as `key_positions`."""
+
+        def compute() -> tuple[Tensor, Tensor]:
+            return self.angles(x, key_positions(position_ids, cached, length))
+
+        return once_a_pass(position_ids, self.layer_idx, ("angles", cached, self.layer_type), compute)
 
     def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the original's: the output [B, T, C] and the attention weights, where the backend gives them."""
@@ -373,8 +381,8 @@ class EigenAttention(nn.Module):
             k, v = self.restored(*cache.update(k, v, self.layer_idx), q.dtype)
         if decodes_keys:
             length = k.shape[-2] if cache is None else cache.get_seq_length(self.layer_idx)
-            positions = key_positions(kwargs["position_ids"], k.shape[-2], length)
-            k = rotate(self.decode(k, "key"), *self.angles(k, positions), interleaved)  # [B, G, S, D]
+            angles = self.key_angles(k, kwargs["position_ids"], k.shape[-2], length)
+            k = rotate(self.decode(k, "key"), *angles, interleaved)  # [B, G, S, D]
         out, weights = self._attend(q, self.for_each_head(k), self.for_each_head(v), kwargs)  # [B, H, T, *]
         return self.decode_output(out), weights
 
@@ -423,6 +431,11 @@ class EigenAttention(nn.Module):
         if mask is None:
             mask = causal_mask(q.shape[-2], keys, q.device) if q.shape[-2] > 1 else bias.new_zeros(())
         return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
+
+
+def _by_group(x: Tensor, kv_heads: int) -> Tensor:
+    """[B, H or G, T, n] as rows of the KV heads they belong to, [B, G, H/G * T, n]."""
+    return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
 
 
 @functools.cache

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,3 +47,27 @@ def key_positions(position_ids: Tensor, cached: int, length: int | Tensor) -> Te
     last = torch.clamp(torch.as_tensor(length, device=position_ids.device), max=cached) - 1
     behind = last - torch.arange(cached, device=position_ids.device)  # [S]
     return (position_ids[:, -1:] - behind).clamp_min(0)
+
+
+def turns_of(cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Cosines and sines [B or 1, T, width] as complex numbers, one a pair: [B or 1, 1, T, width / 2]."""
+    each = slice(0, None, 2) if interleaved else slice(0, cos.shape[-1] // 2)
+    return torch.complex(cos[..., each], sin[..., each]).unsqueeze(1)
+
+
+def once_a_pass(position_ids: Tensor, layer_idx: int, name: Hashable, compute: Callable[[], Any]) -> Any:
+    """What `compute` gives, computed by the first layer that asks for it in a forward pass.
+
+    All layers are passed one tensor of positions, and the result is kept on it: threads do not meet, and it goes when
+    the pass is over. A layer that comes no later than the one that began the notes sees that the pass is a new one, on
+    positions that may have been written over. Compiled graphs share by themselves.
+    """
+    if torch.compiler.is_compiling():
+        return compute()
+    began, notes = getattr(position_ids, "_eigenattn_notes", (layer_idx, None))
+    if notes is None or layer_idx <= began:
+        began, notes = layer_idx, {}
+        position_ids._eigenattn_notes = began, notes
+    if name not in notes:
+        notes[name] = compute()
+    return notes[name]
