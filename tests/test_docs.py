@@ -35,6 +35,13 @@ def test_results_page_is_up_to_date():
     )
 
 
+def test_performance_page_is_up_to_date():
+    report = script(ROOT / "benchmarks" / "report_speed.py")
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(report.load()), (
+        "run: python benchmarks/report_speed.py"
+    )
+
+
 def test_families_page_is_up_to_date(generator):
     committed = generator.PAGE.read_text(encoding="utf-8")
     assert committed == generator.page(), "run: python docs/generate_families.py"

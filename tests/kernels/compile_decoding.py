@@ -39,8 +39,8 @@ class Compile:
 
 def main() -> None:
     triton.runtime.driver.set_active(TargetOnly())
-    fused._tuned = Compile(fused._decode_splits, BLOCK=32, num_warps=4, num_stages=2)
-    fused._combine = Compile(fused._combine)
+    fused._tuned = Compile(fused.decode_splits, BLOCK=32, num_warps=4, num_stages=2)
+    fused.combine = Compile(fused.combine)
     b, h, g, s, d, n = 2, 8, 2, 64, 64, 33
 
     def normal(*shape):

@@ -8,6 +8,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..errors import EigenAttnError
 from . import (  # noqa: F401 (each adds its commands to the application)
+    benchmark,
     compress,
     evaluate,
     finetune,

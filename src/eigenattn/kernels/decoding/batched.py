@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ...cache.packing import dequantise, unpack
-from .arguments import Problem, Side
+from ..pairs import in_pairs
+from .arguments import Problem, Rotary, Side
 from .reference import rotate_to
 
 
@@ -15,6 +18,28 @@ def _latents(stored: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
     if side.widths is None:
         return stored
     return dequantise(unpack(stored, side.widths), side.offset.unsqueeze(1), side.step.unsqueeze(1)).to(dtype)
+
+
+def _rotation(dtype: torch.dtype, rotary: Rotary) -> tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]:
+    """How to order the dimensions of new vectors, and how to rotate vectors so ordered to positions.
+
+    In fp32 pairs lie side by side and are rotated in place by one product of complex numbers; PyTorch has no complex
+    numbers of half precision that run everywhere.
+    """
+    if dtype != torch.float32:
+        return (lambda x: x), (lambda x, positions: rotate_to(x.float(), positions, rotary).to(dtype))
+
+    def arrange(x: Tensor) -> Tensor:
+        pairs = in_pairs(x, rotary.width, rotary.interleaved).flatten(-2)
+        return torch.cat([pairs, x[..., rotary.width :]], dim=-1)
+
+    def turn(x: Tensor, positions: Tensor) -> Tensor:
+        angles = positions.unsqueeze(-1) * rotary.inverse_frequencies.float()
+        pairs = torch.view_as_complex(x[..., : rotary.width].unflatten(-1, (-1, 2)))
+        pairs.mul_(torch.polar(torch.full_like(angles, rotary.scaling), angles))
+        return x
+
+    return arrange, turn
 
 
 def decode(problem: Problem) -> Tensor:
@@ -32,10 +57,12 @@ def decode(problem: Problem) -> Tensor:
         if keys.mean is not None:
             scores = scores + (q @ keys.mean.unsqueeze(-1)).float()
     else:
-        k = z_k if keys.decoder is None else z_k @ keys.decoder
+        arrange, turn = _rotation(q.dtype, rotary)
+        q = arrange(q)
+        k = arrange(z_k) if keys.decoder is None else z_k @ arrange(keys.decoder)
         if keys.mean is not None:
-            k = k + keys.mean.unsqueeze(1)
-        k = rotate_to(k.float(), (columns + problem.position.unsqueeze(-1)).unsqueeze(1), rotary).to(q.dtype)
+            k = k + arrange(keys.mean).unsqueeze(1)
+        k = turn(k, (columns + problem.position.unsqueeze(-1)).unsqueeze(1))
         scores = (q @ k.transpose(-1, -2)).float()
     seen = (columns >= problem.first.unsqueeze(-1)) & (columns < problem.length.unsqueeze(-1))  # [B, S]
     if near is not None:
@@ -43,7 +70,7 @@ def decode(problem: Problem) -> Tensor:
         k = near.keys
         if rotary is not None:
             positions = (near_columns + problem.position.unsqueeze(-1)).unsqueeze(1)
-            k = rotate_to(k.float(), positions, rotary).to(q.dtype)
+            k = turn(arrange(k), positions)
         scores = torch.cat([scores, (q @ k.transpose(-1, -2)).float()], dim=-1)
         floor = torch.maximum(problem.first, problem.length).unsqueeze(-1)
         near_seen = (near_columns >= floor) & (near_columns < near.stop.unsqueeze(-1))

@@ -13,11 +13,10 @@ def rotate_to(x: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
     """Rotate vectors [..., n, D] in fp32 to their positions [..., n]."""
     angles = positions.unsqueeze(-1) * rotary.inverse_frequencies.float()
     cos, sin = angles.cos() * rotary.scaling, angles.sin() * rotary.scaling
-    first, second = rotary.pairs()
-    turned = x.clone()
-    turned[..., first] = x[..., first] * cos - x[..., second] * sin
-    turned[..., second] = x[..., second] * cos + x[..., first] * sin
-    return turned
+    first, second = (x[..., dims] for dims in rotary.pairs())
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    together = torch.stack(turned, dim=-1).flatten(-2) if rotary.interleaved else torch.cat(turned, dim=-1)
+    return torch.cat([together, x[..., rotary.width :]], dim=-1)
 
 
 def _vectors(stored: Tensor, side: Side, g: int) -> Tensor:

@@ -1,0 +1,154 @@
+"""One step of attention: over latents, and over full-rank keys and values by the best there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..errors import EigenAttnError
+from ..kernels.decoding import Near, Rotary, Side, decode
+from ..models.loading import DTYPES
+from .timing import copy_bandwidth, device_of, in_turns, machine
+
+SDPA = {
+    "sdpa, FlashAttention": SDPBackend.FLASH_ATTENTION,
+    "sdpa, cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "sdpa, memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None = None) -> Tensor:
+    if backend is None:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def baselines(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Full-rank attention of one query a row [B, H, 1, D] over keys and values [B, G, S, D], where it runs at all."""
+    found: dict[str, Callable[[], Tensor]] = {"sdpa": lambda: _sdpa(q, k, v)}
+    if q.is_cuda:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        compiled = torch.compile(flex_attention)
+        found = {name: lambda backend=backend: _sdpa(q, k, v, backend) for name, backend in SDPA.items()}
+        found["FlexAttention"] = lambda: compiled(q, k, v, enable_gqa=True)
+    usable = {}
+    for name, function in found.items():
+        try:
+            function()
+        except RuntimeError:  # not built, or not for this dtype, size or GPU
+            continue
+        usable[name] = function
+    return usable
+
+
+def benchmark_kernel(
+    *,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    length: int,
+    ranks: Sequence[tuple[int, int]],
+    window: int,
+    dtype: str | None = None,
+    device: str | None = None,
+    rounds: int = 50,
+) -> dict[str, Any]:
+    """Time one step of decoding, with rotary positions and without, at some ranks.
+
+    Args:
+        batch, heads, kv_heads, head_dim, length: B, H, G, D and S of both.
+        ranks: pairs (R_k, R_v).
+        window: exact tokens, of the S; 0 for none.
+        rounds: timings of each, of which the median counts.
+
+    Returns:
+        What was measured, on which machine, the baselines, and rows that say for each kernel its seconds, the bytes it
+        has to read, the share of the bandwidth of copying that is, and its speed against the best baseline.
+
+    Raises:
+        EigenAttnError: on sizes that do not fit or an unknown device or dtype.
+    """
+    where = device_of(device)
+    name = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+    if name not in DTYPES:
+        raise EigenAttnError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}.")
+    if heads % kv_heads or not 0 <= window < length:
+        raise EigenAttnError("KV heads must divide the heads, and the window must be shorter than the text.")
+    if any(not 0 < rank <= head_dim for pair in ranks for rank in pair):
+        raise EigenAttnError(f"ranks must lie between 1 and the head dimension, {head_dim}.")
+    torch.manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=where, dtype=DTYPES[name])
+
+    q = normal(batch, heads, head_dim)
+    k, v = normal(batch, kv_heads, length, head_dim), normal(batch, kv_heads, length, head_dim)
+    functions: dict[str, Callable[[], Tensor]] = dict(baselines(q.unsqueeze(2), k, v))
+    full = list(functions)
+    element = q.element_size()
+    bytes_of = dict.fromkeys(full, 2 * batch * kv_heads * length * head_dim * element)
+    far = length - window
+    lengths = torch.full((batch,), far, dtype=torch.int32, device=where)
+    near = Near(k[:, :, far:], v[:, :, far:], lengths, lengths + window) if window else None
+    exponents = torch.arange(0, head_dim, 2, device=where) / head_dim
+    kernels = ["torch"] + (["triton"] if where.type == "cuda" and find_spec("triton") else [])
+    for rank_k, rank_v in ranks:
+        z_k, z_v = normal(batch, kv_heads, far, rank_k), normal(batch, kv_heads, far, rank_v)
+        sides = [Side(normal(kv_heads, rank, head_dim), normal(kv_heads, head_dim)) for rank in (rank_k, rank_v)]
+        for positions, rotary in (("none", None), ("rotary", Rotary(10000.0**-exponents))):
+            for kernel in kernels:
+                label = f"{kernel}, {positions}, ({rank_k}, {rank_v})"
+                functions[label] = lambda kernel=kernel, z_k=z_k, z_v=z_v, sides=sides, rotary=rotary: decode(
+                    q,
+                    z_k,
+                    z_v,
+                    keys=sides[0],
+                    values=sides[1],
+                    scale=head_dim**-0.5,
+                    length=lengths,
+                    rotary=rotary,
+                    near=near,
+                    backend=kernel,
+                )
+                latent = far * (rank_k + rank_v) + window * 2 * head_dim
+                bytes_of[label] = batch * kv_heads * latent * element
+    with torch.no_grad():
+        bandwidth = copy_bandwidth(where, rounds)
+        taken = in_turns(functions, where, rounds)
+    best = min(full, key=taken.__getitem__)
+    return {
+        "kind": "kernel",
+        **machine(where),
+        "shape": {
+            "batch": batch,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "length": length,
+            "window": window,
+            "dtype": name,
+        },
+        "ranks": [list(pair) for pair in ranks],
+        "rounds": rounds,
+        "copy_bandwidth": bandwidth,
+        "best_baseline": best,
+        "rows": [
+            {
+                "name": label,
+                "seconds": seconds,
+                "bytes": bytes_of[label],
+                "bandwidth_share": bytes_of[label] / seconds / bandwidth,
+                "speed_against_best": taken[best] / seconds,
+            }
+            for label, seconds in taken.items()
+        ],
+    }

@@ -1,0 +1,106 @@
+"""What fits: the largest batch and the longest context before a GPU runs out of memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from ..errors import EigenAttnError
+from ..models.loading import Source, load_model
+from .timing import device_of, machine
+
+# Tokens read at a time (chosen): what a pass needs beside the cache stays small.
+CHUNK = 512
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to `limit` that fits, to within a thirty-second part; 0 if 1 does not."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    if high > limit:
+        if fits(limit):
+            return limit
+        high = limit
+    while high - low > max(low // 32, 1):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@torch.no_grad()
+def fill(model: nn.Module, batch: int, length: int) -> None:
+    """Read `length` tokens a row piece by piece, and decode one more, with a dynamic cache."""
+    device = model.get_input_embeddings().weight.device
+    cache = DynamicCache(config=model.config)
+    pieces = [CHUNK] * (length // CHUNK) + ([length % CHUNK] if length % CHUNK else []) + [1]
+    for tokens in pieces:
+        ids = torch.full((batch, tokens), 3, device=device)
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def _fits(model: nn.Module, batch: int, length: int) -> bool:
+    try:
+        fill(model, batch, length)
+        torch.cuda.synchronize()
+    except torch.cuda.OutOfMemoryError:
+        return False
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+    return True
+
+
+def benchmark_memory(
+    name: str,
+    *,
+    against: str,
+    length: int,
+    longest: int,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Search for the largest batch at a context, and for the longest context of one row.
+
+    Args:
+        name, against: a model and its baseline.
+        length: the context of the batch.
+        longest: contexts beyond it are not tried.
+
+    Raises:
+        EigenAttnError: without a GPU, or on a model that cannot be loaded.
+    """
+    where = device_of(device)
+    if where.type != "cuda":
+        raise EigenAttnError(
+            "memory is measured on a GPU: a CPU does not run out of memory at a line that can be tested. "
+            "`eigenattn inspect` plans the bytes of a cache anywhere."
+        )
+    rows = []
+    for each in dict.fromkeys((against, name)):
+        model = load_model(Source.of(each), dtype, str(where))
+        rows.append(
+            {
+                "model": each,
+                "batch": largest(lambda batch, model=model: _fits(model, batch, length), 65536),
+                "context": largest(lambda tokens, model=model: _fits(model, 1, tokens), longest),
+            }
+        )
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    memory = torch.cuda.get_device_properties(where).total_memory
+    return {
+        "kind": "memory",
+        **machine(where),
+        "model": name,
+        "memory": memory,
+        "length": length,
+        "longest": longest,
+        "rows": rows,
+    }
