@@ -11,6 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # test modules share tests/tiny.
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which other libraries may do
+
 
 @pytest.fixture(autouse=True)
 def _few_threads():

@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
-
 from eigenattn import EigenAttnError
 from eigenattn.cache.packing import Widths, pack
 from eigenattn.kernels.decoding import Near, Rotary, Side, decode
