@@ -34,7 +34,7 @@ from eigenattn.compression.bases import BASES
 from eigenattn.compression.folding import attach, detach
 from eigenattn.compression.measure import Measurement
 from eigenattn.compression.pipeline import COST_TOKENS
-from eigenattn.compression.quantise import equivalent_ratio, fit_quantisers, quantise_bases
+from eigenattn.compression.quantise import GROUP, equivalent_ratio, fit_quantisers, quantise_bases
 from eigenattn.compression.ranks import RankProblem, sensitivities
 from eigenattn.evaluation.perplexity import perplexity, windows_of
 from eigenattn.models.checkpoint import layer_entry
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--evaluation-windows", type=int, default=48)
     parser.add_argument("--copy-windows", type=int, default=8)
-    parser.add_argument("--rank-multiple", type=int, default=EigenAttentionConfig.rank_multiple)
+    parser.add_argument("--group-channels", type=int, default=GROUP, help="channels of a latent that share a width")
     parser.add_argument("--cost-tokens", type=int, default=COST_TOKENS, help="tokens sensitivities are measured on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -147,7 +147,7 @@ def main() -> None:
             del attention.rounded
             detach(attention)
 
-    cells = {bits: f"latents/{args.window}/{args.rank_multiple}/{bits}" for bits in args.bits}
+    cells = {bits: f"latents/{args.window}/{args.group_channels}/{bits}" for bits in args.bits}
     missing = [bits for bits, key in cells.items() if key not in results["cells"]]
     if not missing:
         return
@@ -165,11 +165,9 @@ def main() -> None:
     spectra = [[basis.spectrum for basis in side] for side in zip(*bases, strict=True)]
     for bits in missing:
         start = time.perf_counter()
-        near = EigenAttentionConfig(
-            kv_ratio=equivalent_ratio(bits), rank_multiple=args.rank_multiple, window=args.window
-        )
+        near = EigenAttentionConfig(kv_ratio=equivalent_ratio(bits), window=args.window)
         weights = sensitivities(RankProblem(spectra[0], spectra[1], near, costs))
-        chosen = quantise_bases(layers, bases, fitted, weights, bits, args.rank_multiple)
+        chosen = quantise_bases(layers, bases, fitted, weights, bits, args.group_channels)
         seconds = time.perf_counter() - start
         for attention, pair in zip(layers, chosen, strict=True):
             attach(attention, *pair, args.window)

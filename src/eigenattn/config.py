@@ -31,8 +31,8 @@ class EigenAttentionConfig:
             (0, 8]. Ranks and bits are one choice, weighed by `sensitivity`; needs `basis="attention"`.
         basis: name of the basis (`eigenattn.compression.bases.BASES`): `attention`, or the paper's `eigen`.
         ranks: name of the rank rule (`eigenattn.compression.ranks.RANK_RULES`); `sensitivity` for a KV ratio.
-        rank_multiple: ranks are multiples of this, or the full head dimension; of quantised latents so are the channels
-            of each width.
+        rank_multiple: ranks are multiples of this, or the full head dimension. Quantised latents choose theirs in steps
+            of 4 channels, whatever it is.
         window: how many of the last tokens are kept exactly, W; 0 is the paper's method.
         shared_heads: how many KV heads share one latent, N; it must divide their number. Bytes are those of the KV
             ratio whatever N is. What heads have in common is stored once, which loses less, and every head decodes from

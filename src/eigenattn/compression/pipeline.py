@@ -199,7 +199,7 @@ def _choose(
     ratio = max(equivalent_ratio(config.bits_per_element), problem.ratio(smallest(problem)))
     near = dataclasses.replace(config, bits_per_element=None, kv_ratio=ratio)
     weights = sensitivities(dataclasses.replace(problem, config=near))
-    return quantise_bases(layers, bases, fitted, weights, config.bits_per_element, config.rank_multiple)
+    return quantise_bases(layers, bases, fitted, weights, config.bits_per_element)
 
 
 class _Stream:

@@ -20,6 +20,8 @@ from .ranks import TIE
 
 # Widths a channel may have, narrowest first. Of width 0 nothing is stored, and the latent is its mean, 0.
 CHOICES = (0, *reversed(BITS))
+# Channels that share a width: planes of whole bytes, and hardly coarser than single channels (see docs/decisions.md).
+GROUP = 4
 # Ranges tried first, in standard deviations to either side of the mean; 2 bits end near 1.5, and outliers need many.
 SPREADS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 16.0, 32.0)
 # Then either end is moved by these shares of the range, in turn.
@@ -167,7 +169,7 @@ def allocate(
     if sum(sizes) > budget:
         raise EigenAttnError(
             f"the budget of {budget:.0f} bytes a token cannot be met: the smallest quantised cache takes {sum(sizes)}. "
-            "Ask for more bits_per_element, or lower rank_multiple."
+            "Ask for more bits_per_element."
         )
 
     def step(side: int, group: int) -> tuple[float, int, int, int] | None:
@@ -273,7 +275,7 @@ def quantise_bases(
     fitted: Sequence[Fitted],
     weights: Sequence[Sequence[float]],
     bits_per_element: float,
-    multiple: int,
+    multiple: int = GROUP,
 ) -> list[tuple[Basis, Basis]]:
     """Share bits out over all layers, keys and values, and give the bases of what is stored.
 
