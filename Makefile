@@ -27,6 +27,9 @@ kills: $(VENV)/.installed
 
 fuzz: $(VENV)/.installed
 	EIGENATTN_FUZZ=10000 $(BIN)/pytest tests/robustness/test_hostile_checkpoints.py
+	$(BIN)/pip install --quiet atheris==3.0.0
+	folder=$$(mktemp -d) && TMPDIR=$$folder $(BIN)/python tests/robustness/atheris_loader.py -runs=20000; \
+		status=$$?; rm -rf $$folder; exit $$status
 
 long: $(VENV)/.installed
 	EIGENATTN_LONG=10000 $(BIN)/pytest tests/robustness/test_long_use.py
