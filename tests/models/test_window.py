@@ -149,3 +149,14 @@ def test_a_cache_of_the_original_is_refused():
     original(tokens(1, 8), past_key_values=cache)
     with pytest.raises(EigenAttnError, match="another model"):
         model(tokens(1, 1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_what_slid_out_of_sight_cannot_be_brought_back():
+    model = small("mistral-sliding")
+    cache = DynamicCache(config=model.config)
+    model(tokens(1, 10), past_key_values=cache)
+    cache.crop(-2)
+    model(tokens(1, 10), past_key_values=cache)
+    with pytest.raises(EigenAttnError, match="out of this layer's sight"):
+        cache.crop(-2)

@@ -63,7 +63,7 @@ def test_many_tokens_one_by_one(name, window):
 
 @torch.no_grad()
 @windows
-@pytest.mark.parametrize("name", ["llama", "mistral-wide", "opt"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt"])
 def test_many_turns_with_cropping(name, window):
     """A text grows, is taken back in part, and grows otherwise, again and again."""
     model, chance = small(name, window), random.Random(3)

@@ -133,6 +133,11 @@ class WindowedLayer(CacheLayerMixin):
             raise EigenAttnError(f"crop takes a negative number of tokens to remove, not {tokens_to_remove}.")
         if removed == 0 or not self.is_initialized:
             return
+        if self.dropped:
+            raise EigenAttnError(
+                "tokens have slid out of this layer's sight, and taking later ones back would need them again: keep "
+                "the text within the sliding window, or start a new cache."
+            )
         remaining = max(self._held_tokens() - removed, 0)
         exact = max(self.window_keys.shape[-2] - removed, 0)
         latents = min(max(remaining - self.window, remaining - exact, 0), self.keys.shape[-2])
