@@ -14,6 +14,7 @@ from ..cache.size import kv_ratio
 from ..errors import EigenAttnError
 from ..models.conversion import eigen_layers
 from ..models.loading import Source, load_model
+from ..models.placement import input_device
 from .timing import machine
 
 CACHES = ("dynamic", "static")
@@ -82,7 +83,7 @@ def benchmark_decode(
     sizes = {model.config.get_text_config().vocab_size for model in models.values()}
     if len(sizes) > 1:
         raise EigenAttnError(f"{name} and {against} have different vocabularies: they cannot be compared.")
-    where = models[name].get_input_embeddings().weight.device
+    where = input_device(models[name])
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, sizes.pop(), (batch, length), generator=generator).to(where)
     rows = []

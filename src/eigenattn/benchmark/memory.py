@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from ..errors import EigenAttnError
 from ..models.loading import Source, load_model
+from ..models.placement import input_device
 from .timing import device_of, machine
 
 # Tokens read at a time (chosen): what a pass needs beside the cache stays small.
@@ -36,7 +37,7 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 @torch.no_grad()
 def fill(model: nn.Module, batch: int, length: int) -> None:
     """Read `length` tokens a row piece by piece, and decode one more, with a dynamic cache."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     cache = DynamicCache(config=model.config)
     pieces = [CHUNK] * (length // CHUNK) + ([length % CHUNK] if length % CHUNK else []) + [1]
     for tokens in pieces:

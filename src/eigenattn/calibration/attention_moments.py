@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.reference import cap_and_mask, causal_mask
 from ..models.attention import EigenAttention
+from ..models.placement import loaded
 from ..models.projections import Heads, weight_of
 from ..models.rotary import rotate
 
@@ -49,18 +50,20 @@ class AttentionMoments:
     @classmethod
     def of(cls, attention: EigenAttention, window: int, shared_heads: int = 1) -> AttentionMoments:
         """Empty moments for a layer."""
-        weight = weight_of(attention.output_projection).detach().double()  # [C, H * D]
         g, d = attention.kv_heads, attention.head_dim
-        by_group = weight.unflatten(1, (g, -1, d)).permute(1, 2, 0, 3).flatten(1, 2)  # [G, H/G * C, D]
+        with loaded(attention.output_projection):
+            by_group = weight_of(attention.output_projection).detach().unflatten(1, (g, -1, d))  # [C, G, H/G, D]
+            # A group at a time: a large model's whole weight takes much memory in float64.
+            value_metric = torch.stack([_outer_products(group) for group in by_group.unbind(1)])
 
         def zeros(*shape: int) -> Tensor:
-            return weight.new_zeros(shape)
+            return value_metric.new_zeros(shape)
 
         latents, size = g // shared_heads, shared_heads * d
         keys, outputs = (
             (zeros(latents, size, size), zeros(latents, size), zeros(latents)) for _ in ("keys", "outputs")
         )
-        return cls(zeros(g, d, d), *keys, by_group.transpose(1, 2) @ by_group, *outputs, window)
+        return cls(zeros(g, d, d), *keys, value_metric, *outputs, window)
 
     def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
         """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
@@ -167,6 +170,12 @@ class AttentionMoments:
                 turned = rotate(metric[None], cos[:, i : i + 1], -sin[:, i : i + 1], attention.family.interleaved)
                 metric = turned[0].transpose(-1, -2)
             self.key_metric += share * metric
+
+
+def _outer_products(x: Tensor) -> Tensor:
+    """Sum of outer products of vectors [..., D] in float64: [D, D]."""
+    rows = x.double().flatten(0, -2)
+    return rows.T @ rows
 
 
 def _scores(attention: EigenAttention, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:

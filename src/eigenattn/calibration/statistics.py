@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
+from ..models.placement import execution_device
 from ..models.projections import Heads
 
 
@@ -30,7 +31,7 @@ class LayerMoments:
     def of(cls, attention: EigenAttention, window: int = 0, shared_heads: int = 1) -> LayerMoments:
         """Empty moments for a layer. They are over all tokens, whatever the window, and of single heads."""
         shape = (attention.kv_heads, attention.head_dim, attention.head_dim)
-        device = attention.output_projection.weight.device
+        device = execution_device(attention.output_projection)
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)))
 
     def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
@@ -125,7 +126,9 @@ def collect_moments(
     moments = [empty(attention) for attention in layers]
     valid: Tensor | None = None
     for attention, sums in zip(layers, moments, strict=True):
-        attention.observer = lambda layer, heads, kwargs, sums=sums: sums.observe(layer, heads, kwargs, valid)
+        attention.observer = lambda layer, heads, kwargs, sums=sums: sums.observe(
+            layer, heads, kwargs, None if valid is None else valid.to(heads.key.device)
+        )
     try:
         for batch in batches:
             valid = batch.valid

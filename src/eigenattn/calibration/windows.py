@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EigenAttnError
+from ..models.placement import input_device
 from .text import Text, load_text, sample_windows, tokenize
 
 SELF = "self"
@@ -63,7 +64,7 @@ def written_by(model: nn.Module, samples: int, length: int, seed: int) -> Tensor
     start = start[0] if isinstance(start, list) else start
     if start is None:
         raise EigenAttnError("the model has neither a bos nor an eos token to start from: give a text instead of self.")
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     torch.manual_seed(seed)
     pieces = []
     for first in range(0, samples, BATCH):

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
+from ..models.placement import loaded, put_off
 from .bases import Basis
 
 
 def check_weights(model: nn.Module) -> None:
     """Raise an `EigenAttnError` that names the first weight with a NaN or an infinity."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
-            continue
-        # The extremes of a NaN are NaN, and need no tensor of the weight's size.
-        if not all(extreme.isfinite() for extreme in parameter.detach().aminmax()):
-            raise EigenAttnError(f"{name} of this model holds NaN or infinite numbers: its file may be damaged.")
+    for where, module in model.named_modules():
+        with loaded(module) if put_off(module) else nullcontext():  # one at a time
+            for name, parameter in module.named_parameters(where, recurse=False):
+                if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
+                    continue
+                # The extremes of a NaN are NaN, and need no tensor of the weight's size.
+                if not all(extreme.isfinite() for extreme in parameter.detach().aminmax()):
+                    raise EigenAttnError(
+                        f"{name} of this model holds NaN or infinite numbers: its file may be damaged."
+                    )
 
 
 def check_vocabulary(input_ids: Tensor, model: nn.Module) -> None:

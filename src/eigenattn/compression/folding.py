@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..models.attention import MAPS, QUANTISERS, EigenAttention
+from ..models.placement import execution_device
 from ..models.projections import Heads, join_heads, split_heads, weight_of, with_weight
 from .bases import Basis
 
@@ -23,7 +26,8 @@ def attach(
     detach(attention)
     attention.window, attention.shared_heads = window, shared_heads
     attention.rank_k = attention.rank_v = attention.latent_dim
-    like = attention.output_projection.weight
+    output = attention.output_projection
+    like = output.weight.requires_grad, {"device": execution_device(output), "dtype": output.weight.dtype}
     for side, basis in (("key", keys), ("value", values)):
         if basis is None:
             continue
@@ -90,9 +94,9 @@ def fold(attention: EigenAttention) -> None:
         _set_projections(attention, weights, biases, has_bias)
 
 
-def _set(attention: EigenAttention, name: str, value: Tensor, like: Tensor) -> None:
-    value = value.to(device=like.device, dtype=like.dtype).contiguous()
-    setattr(attention, name, nn.Parameter(value, requires_grad=like.requires_grad))
+def _set(attention: EigenAttention, name: str, value: Tensor, like: tuple[bool, dict[str, Any]]) -> None:
+    requires_grad, factory = like
+    setattr(attention, name, nn.Parameter(value.to(**factory).contiguous(), requires_grad=requires_grad))
 
 
 def _maps(attention: EigenAttention, name: str) -> Tensor:

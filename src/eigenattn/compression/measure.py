@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Container, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..calibration.statistics import Batch, forward_hidden
 from ..models.attention import EigenAttention
+from ..models.placement import is_spread, loaded
 from ..progress import TokenProgress
 from .bases import Basis
 from .folding import attach, detach
@@ -19,6 +20,9 @@ from .ranks import Ranks
 from .resuming import Notes
 
 JUDGED_STRIDE = 4  # chosen
+# Layers whose trials share one pass, where weights come from disk: a 70B-shaped model's 5 trials a layer hold 1.3 GB of
+# hidden states then (chosen).
+LAYERS_TOGETHER = 16
 
 
 class Measurement:
@@ -74,7 +78,7 @@ class Measurement:
         running = False
 
         def square(x: Tensor) -> float:
-            x = x.double() if valid is None else x.double() * valid.unsqueeze(-1)
+            x = x.double() if valid is None else x.double() * valid.to(x.device).unsqueeze(-1)
             return float(x.square().sum())
 
         def measure(index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -85,9 +89,10 @@ class Measurement:
             try:
                 exact = _hidden(output)
                 norms[index] += square(exact)
-                for position, ranks in enumerate(candidates[index]):
-                    self._truncate(index, ranks)
-                    errors[index][position] += square(exact - _hidden(layer(*args, **kwargs)))
+                with loaded(layer):
+                    for position, ranks in enumerate(candidates[index]):
+                        self._truncate(index, ranks)
+                        errors[index][position] += square(exact - _hidden(layer(*args, **kwargs)))
             finally:
                 detach(self.layers[index])
                 running = False
@@ -109,7 +114,8 @@ class Measurement:
     def divergences(self, trials: Sequence[Ranks]) -> list[list[float]]:
         """What truncating one layer at a time costs: the mean KL divergence of predictions from the original's.
 
-        A layer's trials change nothing before it, so the hidden states that reach it are computed once.
+        A layer's trials change nothing before it, so they begin with the hidden states that reach it. After it they go
+        through every later layer side by side, so that a layer that is kept on disk is read once for all of them.
 
         Args:
             trials: for each layer the pairs `(R_k, R_v)` it is given, all others being at full rank.
@@ -119,6 +125,7 @@ class Measurement:
         """
         sums = [[0.0] * len(pairs) for pairs in trials]
         tokens = 0
+        together = LAYERS_TOGETHER if is_spread(self.model) else 1
         steps = sum(len(pairs) for pairs in trials) * len(self.batches)
         try:
             with self.bars.bar("Measuring sensitivities", steps) as progress:
@@ -127,46 +134,94 @@ class Measurement:
                     rows = batch.input_ids.shape[0]
                     tokens += rows * len(positions) if batch.valid is None else int(batch.valid[:, positions].sum())
                     exact = self._log_probabilities(batch, positions)
-                    outputs = self._layer_outputs(batch)
-                    for index, pairs in enumerate(trials):
-                        measure = partial(self._divergences_of, index, pairs, batch, positions, exact, outputs)
-                        found = self.notes.of(f"divergences/{number}/{index}/{pairs}", measure)
-                        sums[index] = [total + cost for total, cost in zip(sums[index], found, strict=True)]
-                        progress.advance(0, len(pairs))
+                    outputs = self._layer_outputs(batch, range(together - 1, len(trials), together))
+                    for first in range(0, len(trials), together):
+                        wave = dict(list(enumerate(trials))[first : first + together])
+                        measure = partial(self._divergences_of, wave, batch, positions, exact, outputs)
+                        found = self.notes.of(f"divergences/{number}/{wave}", measure)
+                        for index, costs in zip(wave, found, strict=True):
+                            sums[index] = [total + cost for total, cost in zip(sums[index], costs, strict=True)]
+                            progress.advance(0, len(costs))
         finally:
             for attention in self.layers:
                 detach(attention)
         return [[value / tokens for value in values] for values in sums]
 
     def _divergences_of(
-        self, index: int, pairs: Ranks, batch: Batch, positions: Tensor, exact: Tensor, outputs: list[Any]
-    ) -> list[float]:
-        """Divergences of one layer's trials, summed over one batch.
+        self, wave: dict[int, Ranks], batch: Batch, positions: Tensor, exact: Tensor, outputs: dict[int, Any]
+    ) -> list[list[float]]:
+        """Divergences of the trials of some layers, summed over one batch.
 
         In half precision the path through the window rounds otherwise than the original's, and that alone makes some
         divergence. What the layer costs at full rank is therefore taken off.
         """
-        full = (self.bases[index][0].encoder.shape[-2],) * 2
-        rounds = self.window > 0 and self.layers[index].output_projection.weight.dtype != torch.float32
-        found = []
+        full = (self.bases[0][0].encoder.shape[-2],) * 2
+        rounds = self.window > 0 and self.layers[0].output_projection.weight.dtype != torch.float32
+        runs = [(index, pair) for index, pairs in wave.items() for pair in ([*pairs, full] if rounds else pairs)]
+        found = {index: [] for index in wave}
         with ExitStack() as stack:
-            # Earlier layers give the recorded output instead of running.
-            for earlier in self.decoder_layers[:index]:
-                recorded = outputs[index - 1]
-                earlier.forward = lambda *args, recorded=recorded, **kwargs: recorded
-                stack.callback(delattr, earlier, "forward")
-            for pair in [*pairs, full] if rounds else pairs:
-                self._truncate(index, pair)
-                changed = self._log_probabilities(batch, positions)
-                found.append(float((exact.exp() * (exact - changed)).sum()))
-        detach(self.layers[index])
-        return [max(cost - found[-1], 0.0) for cost in found[:-1]] if rounds else found
+            for embeddings in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+                stack.enter_context(loaded(embeddings))
+            first = min(wave)
+            with _given(self.decoder_layers[:first], outputs.get(first - 1)):
+                changed_outputs = self._outputs_of(runs, batch)
+            for (index, _), output in zip(runs, changed_outputs, strict=True):
+                with _given(self.decoder_layers, output):
+                    changed = self._log_probabilities(batch, positions)
+                found[index].append(float((exact.exp() * (exact - changed)).sum()))
+        if not rounds:
+            return list(found.values())
+        return [[max(cost - costs[-1], 0.0) for cost in costs[:-1]] for costs in found.values()]
 
-    def _layer_outputs(self, batch: Batch) -> list[Any]:
-        outputs: list[Any] = []
+    def _outputs_of(self, runs: Sequence[tuple[int, tuple[int, int]]], batch: Batch) -> list[Any]:
+        """What the last layer gives in each run, in which one layer is truncated: one pass, layer by layer.
+
+        The pass itself is the original's up to the last truncated layer, and the last run from there on.
+        """
+        outputs: list[Any] = [None] * len(runs)
+        last = runs[-1][0]
+        running = False
+
+        def follow(position: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            nonlocal running
+            if running or position < runs[0][0]:
+                return None
+            running = True
+            try:
+                with loaded(layer):
+                    for run, (index, ranks) in enumerate(runs[:-1] if position > last else runs):
+                        if index == position:
+                            self._truncate(index, ranks)
+                            outputs[run] = layer(*args, **kwargs)
+                            detach(self.layers[index])
+                        elif index < position:
+                            outputs[run] = layer(_hidden(outputs[run]), *args[1:], **kwargs)
+            finally:
+                detach(self.layers[position])
+                running = False
+            if position < last:
+                return None
+            outputs[-1] = outputs[-1] if position == last else output
+            return outputs[-1]
+
         with ExitStack() as hooks:
-            for layer in self.decoder_layers:
-                hook = layer.register_forward_hook(lambda layer, args, output: outputs.append(output))
+            for position, layer in enumerate(self.decoder_layers):
+                hook = layer.register_forward_hook(partial(follow, position), with_kwargs=True)
+                hooks.callback(hook.remove)
+            forward_hidden(self.model, batch)
+        return outputs
+
+    def _layer_outputs(self, batch: Batch, kept: Container[int]) -> dict[int, Any]:
+        """What some layers of the original give."""
+        outputs: dict[int, Any] = {}
+
+        def keep(position: int, layer: nn.Module, args: tuple, output: Any) -> None:
+            if position in kept:
+                outputs[position] = output
+
+        with ExitStack() as hooks:
+            for position, layer in enumerate(self.decoder_layers):
+                hook = layer.register_forward_hook(partial(keep, position))
                 hooks.callback(hook.remove)
             forward_hidden(self.model, batch)
         return outputs
@@ -184,7 +239,23 @@ class Measurement:
 
 def _judged_positions(batch: Batch) -> Tensor:
     """Every few positions: neighbours tell little more, and the output layer is much of a small model's work."""
-    return torch.arange(0, batch.input_ids.shape[1], JUDGED_STRIDE, device=batch.input_ids.device)
+    return torch.arange(0, batch.input_ids.shape[1], JUDGED_STRIDE)
+
+
+@contextmanager
+def _given(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
+    """Have all layers give this output instead of running."""
+    before = [vars(layer).get("forward") for layer in layers]  # accelerate's, which loads weights, if anything
+    for layer in layers:
+        layer.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
 
 
 def _hidden(output: Any) -> Tensor:

@@ -23,6 +23,7 @@ from ..kernels import BACKENDS
 from ..models.attention import EigenAttention
 from ..models.checkpoint import EigenAttnCheckpointConfig, layer_entry, mark_compressed
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
+from ..models.placement import input_device, loaded
 from ..progress import TokenProgress
 from ..version import versions
 from .bases import BASES, Basis
@@ -110,7 +111,7 @@ def compress(
         model.eval()
         layers = eigen_layers(model)
         check_sharing(layers[0].kv_heads, config.shared_heads)
-        device = model.get_input_embeddings().weight.device
+        device = input_device(model)
         stream = _Stream(batches, model, device, twice=config.bits_per_element is not None)
         with clock.stage("statistics"):
             total = len(batches) if hasattr(batches, "__len__") else None
@@ -140,8 +141,9 @@ def compress(
         config = dataclasses.replace(config, window=0, shared_heads=1)  # at full rank everything is exact
     with clock.stage("folding"):
         for attention, (keys, values) in zip(layers, chosen, strict=True):
-            compress_layer(attention, keys, values, config.window, config.shared_heads)
-            check_layer(attention)
+            with loaded(attention):
+                compress_layer(attention, keys, values, config.window, config.shared_heads)
+                check_layer(attention)
     element_size = layers[0].output_projection.weight.element_size()
     report = CompressionReport(
         kv_ratio=kv_ratio(layers),

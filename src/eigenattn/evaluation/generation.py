@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..cache.size import allocated_bytes
+from ..models.placement import input_device
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def cache_bytes_used(model: nn.Module, ids: Tensor) -> int:
     """Bytes that the cache holds after reading tokens [B, T], the last of them in a step of its own as in decoding."""
     cache = DynamicCache(config=model.config)
     for piece in (ids[:, :-1], ids[:, -1:]):
-        model(piece.to(model.get_input_embeddings().weight.device), past_key_values=cache, use_cache=True)
+        model(piece.to(input_device(model)), past_key_values=cache, use_cache=True)
     return allocated_bytes(cache)
 
 
@@ -42,7 +43,7 @@ def continue_prompt(
     model: nn.Module, tokenizer: Any, prompt: str, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> Continuation:
     """Generate up to `max_new_tokens` tokens, greedily at temperature 0."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
+    inputs = tokenizer(prompt, return_tensors="pt").to(input_device(model))
     inputs.pop("token_type_ids", None)
     cache = DynamicCache(config=model.config)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compression.checks import check_vocabulary
+from ..models.placement import input_device
 
 # Gives the logits [1, keep, V] of the last `keep` tokens of one sequence [1, T]: `(model, ids, keep)`.
 Logits = Callable[[nn.Module, Tensor, int], Tensor]
@@ -93,7 +94,7 @@ def read(
         EigenAttnError: if the windows hold tokens that the model does not know.
     """
     check_vocabulary(windows, model)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     scored = windows.shape[1] - 1 if scored is None else scored
     count = max(1, min(scored, KEPT_DISTRIBUTIONS // len(windows)))
     positions = torch.linspace(0, scored - 1, count).round().long()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EigenAttnError
+from ..models.placement import input_device
 from .reading import Logits, uncached
 
 # The first tokens of a copy are not judged: where a copy begins cannot be foreseen.
@@ -36,7 +37,7 @@ def copying(
     half = windows.shape[1] // 2
     if half <= UNJUDGED:
         raise EigenAttnError(f"copying needs windows of more than {2 * UNJUDGED} tokens, not {windows.shape[1]}.")
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     shares = []
     for window in windows[:, :half]:
         ids = torch.cat([window, window]).unsqueeze(0).to(device)
@@ -123,7 +124,7 @@ def find_needles(
 
     It is found if every token of the answer is the likeliest one, which is what greedy decoding would write.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     found: dict[tuple[int, float], list[float]] = {}
     for length in needles.lengths:
         for depth in needles.depths:

@@ -17,6 +17,7 @@ from ..compression.bases import BASES
 from ..errors import EigenAttnError
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
 from ..models.loading import Source, load_model, load_tokenizer
+from ..models.placement import input_device
 from ..progress import TokenProgress
 from ..version import versions
 
@@ -108,7 +109,7 @@ def measure_spectra(
     source = Source.of(name)
     parts = text_windows(calibration, load_tokenizer(source), samples, length, seed)
     model = load_model(source, dtype, device)
-    windows = complete(parts, model, length, seed).to(model.get_input_embeddings().weight.device)
+    windows = complete(parts, model, length, seed).to(input_device(model))
     batches = [Batch(each) for each in windows.split(1)]
     spectra = spectra_of(model, batches, basis=basis, window=window, progress=progress)
     return {

@@ -15,6 +15,7 @@ from ..calibration.text import SOURCES, Text, load_text
 from ..calibration.windows import SELF, complete, load_texts, text_windows
 from ..errors import EigenAttnError
 from ..models.loading import Source, load_model, load_tokenizer
+from ..models.placement import input_device
 from ..progress import TokenProgress
 from ..version import versions
 from .measuring import Plan, measure, report
@@ -117,7 +118,7 @@ def run_sweep(
     model = load_model(source, dtype, device)
     for rival in missing:
         rival.cache(model.config, exact)  # so that one which does not take this model ends it now
-    windows = complete(parts, model, length, seed).to(model.get_input_embeddings().weight.device)
+    windows = complete(parts, model, length, seed).to(input_device(model))
     # Distributions are too large to keep: a sweep that goes on reads the original again.
     seconds = results.values["seconds"]
     with added(seconds, "baseline"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..compression.checks import check_vocabulary
 from ..errors import EigenAttnError
 from ..journal import Journal
+from ..models.placement import input_device
 from ..progress import TokenProgress
 from .trainable import Trainable
 
@@ -139,7 +140,7 @@ def finetune(
     """
     config = config or FinetuneConfig()
     _check(model, training, validation, baseline)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     model.eval()
     trainable = Trainable(model, config.lora_rank, config.lora_alpha, config.seed)
     state = _State(trainable, config)

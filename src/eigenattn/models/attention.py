@@ -17,6 +17,7 @@ from ..kernels import BACKENDS
 from ..kernels.reference import causal_mask
 from ..kernels.sdpa import widen
 from .families import Family
+from .placement import execution_device
 from .projections import Heads, like, split_heads
 from .rotary import key_positions, once_a_pass, rotate
 from .windowed import attend_with_window
@@ -176,14 +177,15 @@ class EigenAttention(nn.Module):
             "value_mean": small_v and centred and not folds.value,
             **dict.fromkeys(QUANTISERS, widths_k is not None),
         }
-        like_weight = self.output_projection.weight
+        output = self.output_projection
+        factory = {"device": execution_device(output), "dtype": output.weight.dtype}
         for name in (name for name, keep in kept.items() if keep):
             rank = rank_k if name.startswith("key") else rank_v
             if name in QUANTISERS:
                 shape = (self.latent_heads * rank,)
             else:
                 shape = (self.kv_heads * d,) if name.endswith("mean") else (self.latent_heads * rank, full)
-            setattr(self, name, nn.Parameter(like_weight.new_empty(shape)))
+            setattr(self, name, nn.Parameter(torch.empty(shape, **factory)))
 
     def _resize_projections(self, offset_k: bool, offset_v: bool) -> None:
         """Empty projections of the folded sizes; `offset_k` and `offset_v` say whether means give biases."""
@@ -336,7 +338,8 @@ class EigenAttention(nn.Module):
     def angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions [B or 1, S], from the model's own rotary module."""
         arguments = (self.layer_type,) if self.family.rotary_by_layer_type else ()
-        return self._rotary[0](x, positions, *arguments)
+        cos, sin = self._rotary[0](x, positions, *arguments)
+        return cos.to(x.device), sin.to(x.device)  # the module may be on another device
 
     def key_angles(self, x: Tensor, position_ids: Tensor, cached: int, length: int | Tensor) -> tuple[Tensor, Tensor]:
         """`angles` of cached keys [B or 1, S, width], shared by the layers of a pass; arguments as `key_positions`."""

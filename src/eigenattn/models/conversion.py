@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import EigenAttnError
 from .attention import EigenAttention, eigen_class
 from .families import Family, family_of
+from .placement import place_like
 
 
 def eigen_layers(model: nn.Module) -> list[EigenAttention]:
@@ -49,7 +50,7 @@ def convert_attention(model: nn.Module) -> dict[str, nn.Module]:
         rotary = next(m for name, m in model.named_modules() if name.split(".")[-1] == "rotary_emb")
     for name, original in originals.items():
         replacement = eigen_class(type(original))(original, family, getattr(original, "config", config), rotary)
-        model.set_submodule(name, replacement)
+        model.set_submodule(name, place_like(replacement, original))
     return originals
 
 
