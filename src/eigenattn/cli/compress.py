@@ -12,7 +12,7 @@ from ..compression.bases import BASES
 from ..compression.checkpoint import compress_checkpoint
 from ..compression.ranks import RANK_RULES
 from ..config import EigenAttentionConfig
-from .common import TEXT_HELP, Device, Dtype, Json, Model, app, at_lengths, emit, examples
+from .common import TEXT_HELP, Device, Dtype, Json, Model, app, at_lengths, emit, examples, memory_limits
 
 
 @app.command(
@@ -21,6 +21,7 @@ from .common import TEXT_HELP, Device, Dtype, Json, Model, app, at_lengths, emit
         "eigenattn compress meta-llama/Llama-3.1-8B llama-50 --kv-ratio 0.5 --text wikitext2 --dtype bfloat16",
         "eigenattn compress smollm2 smollm2-3-bits --bits-per-element 3",
         "eigenattn compress ./my-model ./my-model-small --text prompts.jsonl --text self --length 4096",
+        "eigenattn compress meta-llama/Llama-3.1-70B llama-60 --device-map auto --max-memory 0=70GiB,cpu=100GiB",
         "eigenattn compress smollm2 papers-way --basis eigen --ranks error_budget --window 0",
     )
 )
@@ -63,6 +64,13 @@ def compress(
     ] = False,
     dtype: Dtype = None,
     device: Device = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="With a device map that is made, the most to use of each device, by number, and of cpu."),
+    ] = None,
+    offload_folder: Annotated[
+        Path | None, typer.Option(help="Where weights go that are put on disk; by default into OUT.partial.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Compress a model's KV cache and write the checkpoint."""
@@ -87,6 +95,8 @@ def compress(
         seed=seed,
         dtype=dtype,
         device=device,
+        max_memory=memory_limits(max_memory),
+        offload_folder=offload_folder,
         bases_only=bases_only,
         progress=True,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..errors import EigenAttnError
 from ..journal import Journal, identity
 from ..models.bases_file import save_bases
 from ..models.loading import Source, load_model, load_tokenizer
+from ..models.placement import save_model
 from ..report.card import model_card
 from ..version import versions
 from .pipeline import CompressionReport, compress
@@ -30,6 +31,8 @@ def compress_checkpoint(
     seed: int,
     dtype: str | None = None,
     device: str | None = None,
+    max_memory: Mapping[int | str, str] | None = None,
+    offload_folder: Path | None = None,
     bases_only: bool = False,
     progress: bool = False,
 ) -> CompressionReport:
@@ -42,7 +45,8 @@ def compress_checkpoint(
         out: a folder that does not exist yet; it appears when everything is written. `OUT.partial` keeps what is done.
         texts: text sources (`eigenattn.calibration.text.load_text`); `self` is text the model writes.
         samples, length, seed: how many windows of how many tokens are drawn from the texts, and the draw.
-        dtype, device: see `load_model`.
+        dtype, device, max_memory, offload_folder: see `load_model`. Weights that are put on disk, and do not lie there
+            already, go to a folder inside `OUT.partial`, by default.
         bases_only: write the bases alone, to be attached to the base model; needs a window.
 
     Raises:
@@ -69,7 +73,8 @@ def compress_checkpoint(
     with Journal(out, command) as journal:
         tokenizer = load_tokenizer(source)
         parts = text_windows(loaded, tokenizer, samples, length, seed)
-        model = load_model(source, dtype, device)
+        offload_folder = offload_folder or journal.folder / "offload"
+        model = load_model(source, dtype, device, max_memory=max_memory, offload_folder=offload_folder)
         windows = _windows(parts, model, length, seed, journal)
         provenance: dict[str, Any] = {
             "base_model": name,
@@ -84,7 +89,7 @@ def compress_checkpoint(
             if bases_only:
                 save_bases(model, folder)
             else:
-                model.save_pretrained(folder)
+                save_model(model, folder)
                 tokenizer.save_pretrained(folder)
             card = model_card(model.config.quantization_config, report, bases_only)
             (folder / "README.md").write_text(card, encoding="utf-8")

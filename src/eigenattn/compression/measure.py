@@ -159,6 +159,8 @@ class Measurement:
         rounds = self.window > 0 and self.layers[0].output_projection.weight.dtype != torch.float32
         runs = [(index, pair) for index, pairs in wave.items() for pair in ([*pairs, full] if rounds else pairs)]
         found = {index: [] for index in wave}
+        if not runs:
+            return list(found.values())
         with ExitStack() as stack:
             for embeddings in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
                 stack.enter_context(loaded(embeddings))

@@ -13,6 +13,7 @@ from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from .attention import MAPS, QUANTISERS, EigenAttention
 from .conversion import convert_attention, eigen_layers
+from .placement import put_off, stored
 
 METHOD = "eigenattn"
 FORMAT_VERSION = 1
@@ -146,7 +147,14 @@ class EigenAttnQuantizer(HfQuantizer):
         for attention in eigen_layers(model):
             for name, parameter in attention.named_parameters():
                 where = f"layer {attention.layer_idx}'s {name}"
-                if not getattr(parameter, "_is_hf_initialized", False):
+                module, _, own_name = name.rpartition(".")
+                if put_off(attention.get_submodule(module)):
+                    # Read from where it will be read in every pass, which is the only place it is in.
+                    parameter = stored(attention.get_submodule(module), own_name)
+                    missing = parameter is None
+                else:
+                    missing = not getattr(parameter, "_is_hf_initialized", False)
+                if missing:
                     raise EigenAttnError(f"the checkpoint lacks {where}: is it truncated?")
                 expected = self._shapes[attention.layer_idx, name]
                 if parameter.shape != expected:

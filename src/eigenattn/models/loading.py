@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from ..errors import EigenAttnError
 from .bases_file import attach, read_bases_config
 from .families import family_of
 
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
@@ -88,12 +90,22 @@ def load_config(source: Source) -> Any:
         return AutoConfig.from_pretrained(source.path, **source.arguments)
 
 
-def load_model(source: Source, dtype: str | None = None, device: str | None = None) -> nn.Module:
+def load_model(
+    source: Source,
+    dtype: str | None = None,
+    device: str | None = None,
+    *,
+    max_memory: Mapping[int | str, str] | None = None,
+    offload_folder: Path | None = None,
+) -> nn.Module:
     """The causal language model, original or compressed, in evaluation mode.
 
     Args:
         dtype: `float32`, `bfloat16` or `float16`; the checkpoint's own by default.
-        device: a torch device or a `device_map` such as `auto`; a GPU if there is one, by default.
+        device: a torch device, or a device map: `auto`, `balanced`, `sequential`, or a `.json` file of module names and
+            where they go (a device, `cpu` or `disk`). A GPU if there is one, by default.
+        max_memory: for device maps that are made, the most memory to use by device: `{0: "20GiB", "cpu": "60GiB"}`.
+        offload_folder: where weights go that are put on disk and cannot be read from where they are.
 
     Raises:
         EigenAttnError: if its type is not supported, or it cannot be loaded.
@@ -101,14 +113,35 @@ def load_model(source: Source, dtype: str | None = None, device: str | None = No
     family_of(load_config(source))
     if dtype is not None and dtype not in DTYPES:
         raise EigenAttnError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where: Any = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if where.endswith(".json"):
+        where = _read_device_map(Path(where))
+    if max_memory and where not in DEVICE_MAPS:
+        raise EigenAttnError(f"max_memory shapes a device map that is made: choose one of {', '.join(DEVICE_MAPS)}.")
+    placement = {"device_map": where, "max_memory": dict(max_memory) if max_memory else None}
     with _explained(source, "model"):
         model = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=DTYPES.get(dtype, "auto"), device_map=where, **source.arguments
+            source.path,
+            dtype=DTYPES.get(dtype, "auto"),
+            offload_folder=offload_folder,
+            **placement,
+            **source.arguments,
         )
     if source.bases is not None:
         attach(model, source.bases)
     return model.eval()
+
+
+def _read_device_map(path: Path) -> dict[str, int | str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EigenAttnError(f"device map {path} could not be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise EigenAttnError(f"device map {path} is not JSON.") from error
+    if not isinstance(found, dict) or not found or not all(type(place) in (int, str) for place in found.values()):
+        raise EigenAttnError(f'{path} must map module names to devices, such as {{"model.layers.0": "cpu"}}.')
+    return found
 
 
 def load_tokenizer(source: Source) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
@@ -18,8 +19,12 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
+
+# Of the files that weights on disk are gathered into, for one is in memory at a time (chosen: about a large weight).
+SHARD = "2GB"
 
 
 def hook_of(module: nn.Module) -> AlignDevicesHook | None:
@@ -143,3 +148,13 @@ def _folder_of(weights: OffloadedWeightsLoader) -> Path:
         weights.save_folder = tempfile.mkdtemp(prefix="eigenattn-offload-")
         weakref.finalize(weights, shutil.rmtree, weights.save_folder, True)
     return Path(weights.save_folder)
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """`save_pretrained`, which reads what is put off again, a file's worth at a time."""
+    if not is_spread(model):
+        model.save_pretrained(folder)
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules", UserWarning)
+        model.save_pretrained(folder, max_shard_size=SHARD)
