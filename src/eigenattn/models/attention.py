@@ -67,6 +67,7 @@ class EigenAttention(nn.Module):
         self.head_dim: int = family.head_dim(config)
         self.rank_k = self.rank_v = self.head_dim
         self.shared_heads = 1
+        self.part = (0, 1)  # which of how many processes this is, that share the heads
         self.projected = (self.head_dim,) * 3  # dimensions a head that the q, k and v projections give
         self.num_key_value_groups = self.heads // self.kv_heads  # transformers' attention functions read this name
         self.scaling: float = getattr(original, family.scale)
@@ -187,6 +188,15 @@ class EigenAttention(nn.Module):
                 shape = (self.kv_heads * d,) if name.endswith("mean") else (self.latent_heads * rank, full)
             setattr(self, name, nn.Parameter(torch.empty(shape, **factory)))
 
+    def take_part(self, rank: int, size: int) -> None:
+        """Compute with the heads of one of `size` processes only, whose maps and projections are split so."""
+        self.part = (rank, size)
+        self.heads, self.kv_heads = self.heads // size, self.kv_heads // size
+
+    def _own(self, x: Tensor, heads: int) -> Tensor:
+        """This process's share of something a head [B, heads, ...], where it was given for the heads of all."""
+        return x if x.shape[1] == heads else x.narrow(1, self.part[0] * heads, heads)
+
     def _resize_projections(self, offset_k: bool, offset_v: bool) -> None:
         """Empty projections of the folded sizes; `offset_k` and `offset_v` say whether means give biases."""
         family, hidden = self.family, self.config.hidden_size
@@ -211,7 +221,9 @@ class EigenAttention(nn.Module):
         if self.normalises and family.norm_on == "width":
             flat[:2] = self._normalised(*flat[:2])
         if family.fused:
-            parts = split_heads(flat[0], self.projected, self.heads, self.kv_heads, family.fused)
+            processes = self.part[1] if family.fused == "blocks" else 1  # then all heads come here
+            counts = self.heads * processes, self.kv_heads * processes
+            parts = split_heads(flat[0], self.projected, *counts, family.fused)
         else:
             parts = Heads(*(x.view(*lead, -1, size) for x, size in zip(flat, self.projected, strict=True)))
         if self.normalises and family.norm_on == "heads":
@@ -219,14 +231,15 @@ class EigenAttention(nn.Module):
         parts = Heads(*(x.transpose(1, 2) for x in parts))
         if self.normalises and family.norm_on == "heads_first":
             parts = Heads(*self._normalised(*parts[:2]), parts.value)
-        return parts
+        counts = self.heads, self.kv_heads, self.kv_heads
+        return Heads(*(self._own(x, count) for x, count in zip(parts, counts, strict=True)))
 
     def _normalised(self, query: Tensor, key: Tensor) -> list[Tensor]:
         return [getattr(self, name)(x) for name, x in zip(self.family.norms, (query, key), strict=True)]
 
     def _by_latent(self, name: str) -> Tensor:
         """A run-time map as [G/N, R, N * D], or a mean as [G/N, 1, N * D]."""
-        stored = getattr(self, name)
+        stored = local_part(getattr(self, name))
         if stored.dim() == 1:
             return stored.view(-1, 1, self.latent_dim)
         return stored.view(-1, self.rank_k if name.startswith("key") else self.rank_v, self.latent_dim)
@@ -253,7 +266,9 @@ class EigenAttention(nn.Module):
 
     def _quantiser(self, side: str) -> tuple[Tensor, Tensor, Widths]:
         """Offset and step [G/N, 1, R], and widths."""
-        offset, step = (getattr(self, f"{side}_{name}").view(self.latent_heads, 1, -1) for name in ("offset", "step"))
+        offset, step = (
+            local_part(getattr(self, f"{side}_{name}")).view(self.latent_heads, 1, -1) for name in ("offset", "step")
+        )
         return offset, step, self.widths_k if side == "key" else self.widths_v
 
     def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -430,10 +445,16 @@ class EigenAttention(nn.Module):
         if bias is None:
             return mask
         # MPT gives [H, 1, longest] for all rows, BLOOM [B * H, 1, keys].
-        bias = bias.view(-1, self.heads, 1, bias.shape[-1])[..., -keys:].to(q.dtype)
+        bias = bias.view(-1, self.heads * self.part[1], 1, bias.shape[-1])
+        bias = self._own(bias, self.heads)[..., -keys:].to(q.dtype)
         if mask is None:
             mask = causal_mask(q.shape[-2], keys, q.device) if q.shape[-2] > 1 else bias.new_zeros(())
         return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter that may be split over several."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def _by_group(x: Tensor, kv_heads: int) -> Tensor:

@@ -11,8 +11,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..cache.packing import BITS, Widths
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
-from .attention import MAPS, QUANTISERS, EigenAttention
+from .attention import MAPS, QUANTISERS, EigenAttention, local_part
 from .conversion import convert_attention, eigen_layers
+from .parallel import plan, take_part
 from .placement import put_off, stored
 
 METHOD = "eigenattn"
@@ -136,6 +137,7 @@ class EigenAttnQuantizer(HfQuantizer):
         convert_attention(model)
         layers = eigen_layers(model)
         allocate(layers, self.quantization_config)
+        plan(model, layers)
         self._shapes = {
             (attention.layer_idx, name): parameter.shape
             for attention in layers
@@ -162,8 +164,9 @@ class EigenAttnQuantizer(HfQuantizer):
                         f"{where} has shape {tuple(parameter.shape)} in the checkpoint, and its ranks ask for "
                         f"{tuple(expected)}."
                     )
-                if name in (*MAPS, *QUANTISERS) and not parameter.isfinite().all():
+                if name in (*MAPS, *QUANTISERS) and not local_part(parameter).isfinite().all():
                     raise EigenAttnError(f"{where} holds NaN or infinite numbers in {parameter.dtype}.")
+        take_part(model, eigen_layers(model))
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:

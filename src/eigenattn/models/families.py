@@ -48,6 +48,8 @@ class Family:
         bias_argument: name under which a bias on the scores (ALiBi) is passed, if any.
         mask_true_is_masked: a boolean mask is True where attention is forbidden.
         adds_residual: the attention adds the residual stream, its second positional argument, to its output.
+        feed_forward: for tensor parallelism, where transformers has no plan: the projections of a layer's feed-forward
+            network that widen, and the one that narrows again.
         kv_heads: number of KV heads, `G`, from the configuration.
         head_dim: head dimension, `D`, from the configuration.
         note: what a user of the family has to know, for `docs/families.md`.
@@ -73,6 +75,7 @@ class Family:
     bias_argument: str | None = None
     mask_true_is_masked: bool = False
     adds_residual: bool = False
+    feed_forward: tuple[tuple[str, ...], str] | None = None
     kv_heads: Callable[[Any], int] = _kv_heads
     head_dim: Callable[[Any], int] = _head_dim
     note: str = ""
@@ -87,7 +90,14 @@ def _falcon_kv_heads(config: Any) -> int:
 
 
 FAMILIES: dict[str, Family] = {
-    "opt": Family(title="OPT", attention="OPTAttention", output="out_proj", positions="learned", dropout="dropout"),
+    "opt": Family(
+        title="OPT",
+        attention="OPTAttention",
+        output="out_proj",
+        positions="learned",
+        dropout="dropout",
+        feed_forward=(("fc1",), "fc2"),
+    ),
     "mpt": Family(
         title="MPT",
         attention="MptAttention",
@@ -99,6 +109,7 @@ FAMILIES: dict[str, Family] = {
         scale="softmax_scale",
         dropout="attn_dropout_p",
         bias_argument="position_bias",
+        feed_forward=(("ffn.up_proj",), "ffn.down_proj"),
         mask_true_is_masked=True,
         note="Clips only where the configuration sets `clip_qkv`; without it everything is folded. Its configuration "
         "has `use_cache=False` by default: without `use_cache=True` nothing is cached.",
@@ -183,6 +194,7 @@ FAMILIES: dict[str, Family] = {
         title="StableLM",
         attention="StableLmAttention",
         norms=("q_layernorm", "k_layernorm"),
+        feed_forward=(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
         note="Has norms only with `qk_layernorm=True`; without them keys are folded.",
     ),
 }
