@@ -23,6 +23,7 @@ from ..kernels import BACKENDS
 from ..models.attention import EigenAttention
 from ..models.checkpoint import EigenAttnCheckpointConfig, layer_entry, mark_compressed
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
+from ..models.parallel import check_whole
 from ..models.placement import input_device, loaded
 from ..progress import TokenProgress
 from ..version import versions
@@ -102,6 +103,7 @@ def compress(
         raise EigenAttnError(
             f'compressing looks into attention, and {implementation} hides it: load with attn_implementation="sdpa".'
         )
+    check_whole(model)
     check_weights(model)
     method = BASES[config.basis]
     clock, bars = _Clock(), TokenProgress(progress)

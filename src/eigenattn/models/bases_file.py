@@ -17,6 +17,7 @@ from ..errors import EigenAttnError
 from .attention import MAPS, QUANTISERS, EigenAttention
 from .checkpoint import METHOD, EigenAttnCheckpointConfig, allocate, mark_compressed
 from .conversion import convert_attention, eigen_layers, restore_attention
+from .parallel import check_whole
 
 CONFIG_FILE = "eigenattn_config.json"
 BASES_FILE = "eigenattn.safetensors"
@@ -67,6 +68,7 @@ def attach(model: nn.Module, bases: str | Path) -> nn.Module:
     """
     config = _read_config(_file(bases, CONFIG_FILE))
     weights = _file(bases, BASES_FILE)
+    check_whole(model)
     originals = convert_attention(model)
     try:
         layers = eigen_layers(model)

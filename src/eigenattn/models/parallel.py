@@ -23,6 +23,16 @@ def parallel_size(model: nn.Module) -> int:
     return size or 1
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raise an `EigenAttnError` if the heads of a model are split over processes."""
+    size = parallel_size(model)
+    if size > 1:
+        raise EigenAttnError(
+            f"this model is split over {size} processes, and bases need all heads: compress it in one, with "
+            'device_map="auto" if it is large, and load the result with tensor parallelism.'
+        )
+
+
 def plan(model: nn.Module, layers: list[EigenAttention]) -> None:
     """Say how the weights of a converted model are split, before they are loaded. Nothing happens with one process.
 
@@ -36,9 +46,9 @@ def plan(model: nn.Module, layers: list[EigenAttention]) -> None:
         return
     first, family = layers[0], layers[0].family
     if first.latent_heads % size or first.heads % size:
-        latents = f" in {first.latent_heads} latents" if first.shared_heads > 1 else ""
+        shared = f", {first.shared_heads} to a latent," if first.shared_heads > 1 else ""
         raise EigenAttnError(
-            f"{first.kv_heads} KV heads{latents} cannot be split evenly over {size} processes: choose another tp_size."
+            f"{first.kv_heads} KV heads{shared} cannot be split evenly over {size} processes: choose another tp_size."
         )
     rules = dict(model._tp_plan or {})
     for name, module in model.named_modules():
