@@ -17,7 +17,7 @@ from eigenattn.cache.size import allocated_bytes
 from eigenattn.models import parallel
 
 SIZE = 2
-RATIO = {"kv_ratio": 0.5, "rank_multiple": 2}
+RATIO = {"kv_ratio": 0.5, "rank_multiple": 2, "ranks": "uniform"}
 BITS = {"bits_per_element": 3.0}
 CASES = {
     **{f"{name}-32": (name, {**RATIO, "window": 32}) for name in ("llama", "qwen3", "phi3", "olmo2", "opt", "mpt")},

@@ -13,6 +13,7 @@ from . import (  # noqa: F401 (each adds its commands to the application)
     evaluate,
     finetune,
     look,
+    plan,
     report,
     spectrum,
     sweep,

@@ -45,6 +45,37 @@ class Inspection:
         return asdict(self)
 
 
+def compression_of(source: Source, config: Any) -> EigenAttnCheckpointConfig | None:
+    """What a checkpoint, or a folder of bases, says of its compression; None for an original."""
+    if source.bases:
+        return read_bases_config(source.bases)
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and stored.get("quant_method") == METHOD:
+        return EigenAttnCheckpointConfig.from_dict(stored)
+    return None
+
+
+def shapes(config: Any, compression: EigenAttnCheckpointConfig | None) -> list[Shape]:
+    """What each layer's cache holds, for a model's configuration.
+
+    Raises:
+        EigenAttnError: if its type is not supported.
+    """
+    family, text = family_of(config), config.get_text_config(decoder=True)
+    kv_heads, head_dim = family.kv_heads(text), family.head_dim(text)
+    if compression is None:
+        return [Shape(kv_heads, head_dim, head_dim, head_dim)] * text.num_hidden_layers
+    return [
+        Shape(
+            kv_heads,
+            head_dim,
+            **{name: Widths(*x) if name in WIDTHS else x for name, x in layer.items()},
+            shared_heads=compression.method["shared_heads"],
+        )
+        for layer in compression.layers
+    ]
+
+
 def inspect_checkpoint(name: str) -> Inspection:
     """Read a model's configuration: folder, hub id, `.gguf` file or `smollm2`.
 
@@ -53,25 +84,13 @@ def inspect_checkpoint(name: str) -> Inspection:
     """
     source = Source.of(name)
     config = load_config(source)
-    family = family_of(config)
     text = config.get_text_config(decoder=True)
-    kv_heads, head_dim = family.kv_heads(text), family.head_dim(text)
-    checkpoint = read_bases_config(source.bases) if source.bases else None
-    stored = getattr(config, "quantization_config", None)
-    if isinstance(stored, dict) and stored.get("quant_method") == METHOD:
-        checkpoint = EigenAttnCheckpointConfig.from_dict(stored)
+    checkpoint = compression_of(source, config)
+    layers = shapes(config, checkpoint)
+    kv_heads, head_dim = layers[0].kv_heads, layers[0].head_dim
     full = {"rank_k": head_dim, "rank_v": head_dim}
     ranks = checkpoint.layers if checkpoint else [full] * text.num_hidden_layers
-    window, shared_heads = (checkpoint.method["window"], checkpoint.method["shared_heads"]) if checkpoint else (0, 1)
-    layers = [
-        Shape(
-            kv_heads,
-            head_dim,
-            **{name: Widths(*x) if name in WIDTHS else x for name, x in layer.items()},
-            shared_heads=shared_heads,
-        )
-        for layer in ranks
-    ]
+    window = checkpoint.method["window"] if checkpoint else 0
     element_size = (text.dtype or torch.float32).itemsize
     return Inspection(
         model_type=text.model_type,
