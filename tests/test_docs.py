@@ -1,6 +1,7 @@
 """Pages that are written from code say what the code does."""
 
 import importlib.util
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -40,6 +41,14 @@ def test_performance_page_is_up_to_date():
     assert report.PAGE.read_text(encoding="utf-8") == report.page(report.load()), (
         "run: python benchmarks/report_speed.py"
     )
+
+
+def test_serving_page_states_what_was_measured():
+    found = json.loads((ROOT / "benchmarks" / "results" / "large.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    for row in found["rows"]:
+        cells = (row["weights"], row["window"], f"{row['peak'] / 1e9:.2f} GB", f"{row['seconds']:.0f} s")
+        assert f"| {' | '.join(map(str, cells))} |" in page
 
 
 def test_families_page_is_up_to_date(generator):
