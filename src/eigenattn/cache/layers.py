@@ -22,10 +22,11 @@ ROLLBACK = 32
 
 
 class Far(NamedTuple):
-    """All tokens that some current query sees from outside its window, as stored: column n is token n of the mask."""
+    """All tokens that some current query sees from outside its window, as stored."""
 
     keys: Tensor  # [B, G, F, R_k], or packed [B, G, F, bytes]
     values: Tensor  # [B, G, F, R_v], or packed [B, G, F, bytes]
+    columns: Tensor | None = None  # [B, G, F], the mask's column of each row; None: row n is column n
 
 
 class Near(NamedTuple):
@@ -39,6 +40,8 @@ class Near(NamedTuple):
 
 class WindowedLayer(CacheLayerMixin):
     """Grows with the text: latents `keys`, `values`, plain or packed, and exact `window_keys`, `window_values`.
+
+    Without a window it is given latents, and holds nothing else.
 
     After an update of T tokens it holds latents of all but the last `window` tokens, and the last `window + T` tokens
     exactly, T being counted up to `ROLLBACK`: so `crop` takes back what the last update brought without loss. Where
@@ -60,6 +63,7 @@ class WindowedLayer(CacheLayerMixin):
         self.window_keys: Tensor | None = None
         self.window_values: Tensor | None = None
         self._stores: tuple[Store, ...] = ()
+        self.columns: Tensor | None = None
         self.dropped = 0  # tokens that slid out of sight
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -67,34 +71,47 @@ class WindowedLayer(CacheLayerMixin):
         self.window_keys, self.window_values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, encode: Encode, **kwargs: Any):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, encode: Encode = lambda *rows: rows, **kwargs: Any
+    ):
         """Add exact keys and values [B, G, T, D] and return what the current queries may look at: `Far`, `Near`.
 
         Args:
-            encode: maps exact keys and values to what is stored of them.
+            encode: maps exact keys and values to what is stored of them; by default those are given.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._stores = tuple(Store(empty) for empty in encode(self.window_keys, self.window_values))
             self._show()
-        new, held, latents = key_states.shape[-2], self.window_keys.shape[-2], self.keys.shape[-2]
+        new, held, latents = key_states.shape[-2], self.window_keys.shape[-2], self._left()
         seen = self._held_tokens()
         near_keys = torch.cat([self.window_keys, key_states], dim=-2)
         near_values = torch.cat([self.window_values, value_states], dim=-2)
         leaving = slice(latents - (seen - held), max(seen + new - self.window, latents) - (seen - held))
         if leaving.stop > leaving.start:
-            left = encode(near_keys[:, :, leaving], near_values[:, :, leaving])
-            for store, rows in zip(self._stores, left, strict=True):
-                store.append(rows)
-            self._show()
-        far, near = Far(self.keys, self.values), Near(near_keys, near_values, seen - held, seen)
+            self._append(encode(near_keys[:, :, leaving], near_values[:, :, leaving]))
+        far, near = Far(self.keys, self.values, self.columns), Near(near_keys, near_values, seen - held, seen)
         # Copies, for a slice would keep the whole prompt's keys alive.
-        kept = self.window + min(new, ROLLBACK)
-        self.window_keys = near_keys[:, :, -kept:].clone()
-        self.window_values = near_values[:, :, -kept:].clone()
+        kept = self.window + min(new, ROLLBACK) if self.window else 0
+        last = slice(max(near_keys.shape[-2] - kept, 0), None)
+        self.window_keys, self.window_values = near_keys[:, :, last].clone(), near_values[:, :, last].clone()
         if self.sliding_window is not None:
             self._slide(seen + new)
         return far, near
+
+    def _left(self) -> int:
+        """Tokens that have left the window."""
+        return self.keys.shape[-2]
+
+    def _append(self, rows: tuple[Tensor, ...]) -> None:
+        for store, each in zip(self._stores, rows, strict=True):
+            store.append(each)
+        self._show()
+
+    def _crop_left(self, left: int) -> None:
+        for store in self._stores:
+            store.crop(left)
+        self._show()
 
     def _show(self) -> None:
         self.keys, self.values = (store.rows for store in self._stores)
@@ -114,8 +131,8 @@ class WindowedLayer(CacheLayerMixin):
         """Tokens held in one form or the other: the mask's columns before the current tokens."""
         if not self.is_initialized:
             return 0
-        latents, exact = self.keys.shape[-2], self.window_keys.shape[-2]
-        return latents + min(exact, self.window) if latents else exact
+        left, exact = self._left(), self.window_keys.shape[-2]
+        return left + min(exact, self.window) if left else exact
 
     def get_seq_length(self) -> int:
         return self.dropped + self._held_tokens()
@@ -140,10 +157,7 @@ class WindowedLayer(CacheLayerMixin):
             )
         remaining = max(self._held_tokens() - removed, 0)
         exact = max(self.window_keys.shape[-2] - removed, 0)
-        latents = min(max(remaining - self.window, remaining - exact, 0), self.keys.shape[-2])
-        for store in self._stores:
-            store.crop(latents)
-        self._show()
+        self._crop_left(min(max(remaining - self.window, remaining - exact, 0), self._left()))
         self.window_keys, self.window_values = self.window_keys[:, :, :exact], self.window_values[:, :, :exact]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -256,7 +270,9 @@ def with_window(cache: Any, layer_idx: int, window: int, sliding_window: int | N
             "(quantised latents, which compressing with bits_per_element gives, are held by both)."
         )
     sliding = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-    cache.layers[layer_idx] = WindowedLayer(window, sliding)
+    slides = sliding is not None or sliding_window is not None
+    evicts = getattr(cache, "eviction", None) is not None and not slides
+    cache.layers[layer_idx] = cache.evicting_layer(window) if evicts else WindowedLayer(window, sliding)
 
 
 def check_quantised(cache: Any, layer_idx: int, rows: tuple[Tensor, Tensor]) -> None:

@@ -35,6 +35,8 @@ class Shape(NamedTuple):
 
 # Bytes of an element of the original cache, where sizes are compared.
 HALF = 2
+# Bytes that tell which token a row is, where tokens were evicted.
+COLUMN = 4
 
 
 def bytes_of_layer(layer: Layer, element_size: int) -> int:
@@ -54,16 +56,24 @@ def baseline_bytes_per_token(layers: Sequence[Layer], element_size: int) -> int:
     return sum(2 * layer.kv_heads * layer.head_dim for layer in layers) * element_size
 
 
-def cache_bytes(layers: Sequence[Layer], element_size: int, length: int, window: int) -> int:
+def cache_bytes(layers: Sequence[Layer], element_size: int, length: int, window: int, kept: int | None = None) -> int:
     """Bytes of the cache of one sequence of `length` tokens in decoding, the exact window included.
 
     The window holds one token more than its size: the last one, which can still be taken back, displaces none. Beside a
     window latents lie in a store with room behind them (`eigenattn.cache.store`), which counts too.
+
+    Args:
+        kept: tokens that a cache which evicts holds of them in every layer; None for other caches.
     """
     exact = min(window + 1, length) if window else 0
-    latents = room_for(max(length - window, 0)) if window else length
+    evicts = kept is not None
+    rows = max(min(kept, length) if evicts else length, window) - window
+    latents = room_for(rows) if window or evicts else rows
     full = sum(2 * layer.kv_heads * layer.head_dim for layer in layers)
-    return latents * bytes_per_token(layers, element_size) + exact * full * element_size
+    a_token = bytes_per_token(layers, element_size)
+    if evicts and kept < length:
+        a_token += COLUMN * sum(layer.kv_heads // layer.shared_heads for layer in layers)
+    return latents * a_token + exact * full * element_size
 
 
 def kv_ratio(layers: Sequence[Layer]) -> float:
@@ -82,6 +92,6 @@ def ratio_at(layers: Sequence[Layer], window: int) -> dict[int, float]:
 
 def allocated_bytes(cache: Any) -> int:
     """Bytes that a transformers cache holds for keys and values, the exact window and room to grow included."""
-    names = ("keys", "values", "window_keys", "window_values")
+    names = ("keys", "values", "columns", "window_keys", "window_values")
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in names]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)

@@ -49,7 +49,8 @@ def attend_one_in_pairs(
         far_keys: latents [B, G, F, R_k], or keys without a decoder; far_values: [B, G, F, V].
         near_keys, near_values: [B, G, N, D].
         decoder: [G, R_k, D] or None; mean: [G, 1, D] or None.
-        turns: complex rotations of F + N columns, and H/G times that of the query, [B or 1, 1, F + N + H/G, width / 2].
+        turns: complex rotations of F + N keys, and H/G times that of the query, [B or 1, G or 1, F + N + H/G,
+            width / 2].
         room: [B, G, F + N + H/G, D], written over.
     """
     b, h, _, d = q.shape

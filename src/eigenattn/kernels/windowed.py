@@ -14,8 +14,13 @@ from .reference import cap_and_mask
 QUERY_BLOCK = 256
 
 
+def take_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """A mask, or attention weights, [B or 1, H or 1, T, S], at columns [B, H, F] of each head: [B, H, T, F]."""
+    return torch.take_along_dim(x, columns.unsqueeze(-2), dim=-1)
+
+
 def split_masks(
-    queries: Tensor, far: int, near: Tensor, window: int, mask: Tensor | None, dtype: torch.dtype
+    queries: Tensor, far: int | Tensor, near: Tensor, window: int, mask: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Who sees whom, over far keys and near keys side by side.
 
@@ -24,7 +29,7 @@ def split_masks(
 
     Args:
         queries: columns of the queries [T].
-        far: number of far keys, F, columns 0 .. F - 1.
+        far: number of far keys, F, columns 0 .. F - 1; or the columns of each head's, [B, H, F].
         near: columns of the near keys [N]; negative ones are empty slots.
         mask: the model's own mask over columns, [B or 1, H or 1, T, columns], boolean (True is visible) or additive, or
             None.
@@ -34,28 +39,42 @@ def split_masks(
         [B or 1, H or 1, T, F + N], boolean without a mask or with a boolean one, else additive.
     """
     m = queries.unsqueeze(-1)  # [T, 1]
-    n_far = torch.arange(far, device=queries.device)
+    by_head = isinstance(far, Tensor)
+    n_far = far.unsqueeze(-2) if by_head else torch.arange(far, device=queries.device)  # [B, H, 1, F] or [F]
     sees_far = (n_far <= m - window) | (n_far < near[:1]) & (n_far <= m)
     sees_near = (near > m - window) & (near <= m) & (near >= 0)
-    sees = torch.cat([sees_far, sees_near], dim=-1)[None, None]
+    if by_head:
+        sees = torch.cat([sees_far, sees_near.expand(*sees_far.shape[:2], -1, -1)], dim=-1)
+    else:
+        sees = torch.cat([sees_far, sees_near], dim=-1)[None, None]
     if mask is None:
         return sees
-    columns = torch.cat([n_far, near.clamp_min(0)])
-    chosen = mask.index_select(-1, columns)
+    if by_head:
+        chosen_near = mask.index_select(-1, near.clamp_min(0)).expand(*far.shape[:2], -1, -1)
+        chosen = torch.cat([take_columns(mask, far), chosen_near], dim=-1)
+    else:
+        chosen = mask.index_select(-1, torch.cat([n_far, near.clamp_min(0)]))
     if chosen.dtype == torch.bool:
         return chosen & sees
     return chosen.to(dtype).masked_fill(~sees, torch.finfo(dtype).min)
 
 
-def by_column(weights: Tensor, far: int, near: Tensor, columns: int) -> Tensor:
+def by_column(weights: Tensor, far: int | Tensor, near: Tensor, columns: int) -> Tensor:
     """Attention weights over far and near keys side by side [B, H, T, F + N], as weights of tokens [B, H, T, columns].
 
     Args:
+        far: as in `split_masks`; tokens of which there is no key have no weight.
         near: columns of the near keys [N]; negative ones are empty slots, whose weight is zero.
     """
     found = weights.new_zeros(*weights.shape[:-1], columns)
-    found[..., :far] = weights[..., :far]
-    return found.index_add(-1, near.clamp_min(0), weights[..., far:])
+    if isinstance(far, Tensor):
+        number = far.shape[-1]
+        places = far.unsqueeze(-2).expand(-1, -1, weights.shape[-2], -1)
+        found = found.scatter(-1, places, weights[..., :number])
+    else:
+        number = far
+        found[..., :number] = weights[..., :number]
+    return found.index_add(-1, near.clamp_min(0), weights[..., number:])
 
 
 def attend(
@@ -71,6 +90,7 @@ def attend(
     window: int,
     mask: Tensor | None,
     columns: int,
+    far_columns: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over decoded far keys and exact near ones, in blocks of queries.
@@ -84,12 +104,14 @@ def attend(
         window: W.
         mask: over columns, see `split_masks`.
         columns: number of columns.
+        far_columns: columns of each head's far keys [B, H, F]; None: far key n is column n.
         options: passed on to the backend (scale, dropout, softcap).
 
     Returns:
         The output [B, H, T, D] and, if the backend gives them, the attention weights [B, H, T, columns].
     """
-    t, far, device = q.shape[-2], far_keys.shape[-2], q.device
+    t, device = q.shape[-2], q.device
+    far = far_keys.shape[-2] if far_columns is None else far_columns
     queries = torch.arange(t, device=device) + query_first
     near = torch.arange(near_keys.shape[-2], device=device) + near_first
     if t <= QUERY_BLOCK:
@@ -102,23 +124,26 @@ def attend(
     for start in range(0, t, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, t)
         # The block's queries are columns query_first + start ..; keys that none of them sees are left out.
-        last_far = min(max(query_first + stop - window, near_first, 0), far)
+        block_far, rows = far, slice(None)
+        if far_columns is None:
+            block_far = min(max(query_first + stop - window, near_first, 0), far)
+            rows = slice(block_far)
         near_from = max(query_first + start - window + 1 - near_first, 0)
         near_to = query_first + stop - near_first
         seen = split_masks(
             queries[start:stop],
-            last_far,
+            block_far,
             near[near_from:near_to],
             window,
             None if mask is None else mask[..., start:stop, :],
             q.dtype,
         )
-        keys = torch.cat([far_keys[:, :, :last_far], near_keys[:, :, near_from:near_to]], dim=-2)
-        values = torch.cat([far_values[:, :, :last_far], near_values[:, :, near_from:near_to]], dim=-2)
+        keys = torch.cat([far_keys[:, :, rows], near_keys[:, :, near_from:near_to]], dim=-2)
+        values = torch.cat([far_values[:, :, rows], near_values[:, :, near_from:near_to]], dim=-2)
         out, weights = backend(q[:, :, start:stop], keys, values, mask=seen, **options)
         outputs.append(out)
         if weights is not None:
-            spread.append(by_column(weights, last_far, near[near_from:near_to], columns))
+            spread.append(by_column(weights, block_far, near[near_from:near_to], columns))
     return torch.cat(outputs, dim=-2), torch.cat(spread, dim=-2) if spread else None
 
 

@@ -8,18 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..cache.layers import check_quantised
 from ..cache.packing import Widths, dequantise, pack, quantise, unpack
 from ..errors import EigenAttnError
-from ..kernels import BACKENDS
 from ..kernels.reference import causal_mask
-from ..kernels.sdpa import widen
 from .families import Family
+from .latents import attend_to_latents
 from .placement import execution_device
 from .projections import Heads, like, split_heads
-from .rotary import key_positions, once_a_pass, rotate
+from .rotary import key_positions, once_a_pass
 from .windowed import attend_with_window
 
 # A side at full rank needs none of these. Maps are stored as [G * R, D] and means as [G * D], so that tensor
@@ -376,52 +373,13 @@ class EigenAttention(nn.Module):
         if self.window:
             out, weights = attend_with_window(self, heads, cache, kwargs)
         else:
-            out, weights = self._attend_to_latents(heads, cache, kwargs)
+            out, weights = attend_to_latents(self, heads, cache, kwargs)
         out = self.output_projection(out.transpose(1, 2).flatten(2))
         if family.output_dropout is not None:
             out = getattr(self, family.output_dropout)(out)
         if family.adds_residual:
             out = args[0] + nn.functional.dropout(out, self.config.hidden_dropout, self.training)
         return out, weights
-
-    def _attend_to_latents(self, heads: Heads, cache: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        q, (k, v) = heads.query, (self.rounded if cache is None else self.stored)(heads.key, heads.value)
-        interleaved = self.family.interleaved
-        decodes_keys = self.rotates and self.key_decoder is not None
-        if self.rotates:
-            q = rotate(q, *kwargs["position_embeddings"], interleaved)
-            if not decodes_keys:
-                k = rotate(k, *kwargs["position_embeddings"], interleaved)
-        elif self.key_decoder is not None:
-            q = self.query_in_small_space(q)
-        if cache is not None:
-            check_quantised(cache, self.layer_idx, (k, v))
-            k, v = self.restored(*cache.update(k, v, self.layer_idx), q.dtype)
-        if decodes_keys:
-            length = k.shape[-2] if cache is None else cache.get_seq_length(self.layer_idx)
-            angles = self.key_angles(k, kwargs["position_ids"], k.shape[-2], length)
-            k = rotate(self.decode(k, "key"), *angles, interleaved)  # [B, G, S, D]
-        out, weights = self._attend(q, self.for_each_head(k), self.for_each_head(v), kwargs)  # [B, H, T, *]
-        return self.decode_output(out), weights
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        implementation = self.implementation_for(kwargs)
-        mask = self.mask_for(q, k.shape[-2], kwargs)
-        dropout = self.dropout if self.training else 0.0
-        if implementation in BACKENDS:
-            return BACKENDS[implementation](
-                q, k, v, mask=mask, scale=self.scaling, dropout=dropout, softcap=self.softcap
-            )
-        # FlashAttention, FlexAttention and kernels from the hub take one head size for all three.
-        size, size_v = max(q.shape[-1], v.shape[-1]), v.shape[-1]
-        consumed = {"attention_mask", "position_embeddings", "output_attentions", self.family.cache_argument}
-        options = {name: value for name, value in kwargs.items() if name not in consumed}
-        options |= {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
-        if self.softcap is not None:
-            options["softcap"] = self.softcap
-        attend = ALL_ATTENTION_FUNCTIONS[implementation]
-        out, weights = attend(self, widen(q, size), widen(k, size), widen(v, size), mask, **options)
-        return out.transpose(1, 2)[..., :size_v], weights
 
     def implementation_for(self, kwargs: dict[str, Any]) -> str:
         """Name of the attention backend to use."""

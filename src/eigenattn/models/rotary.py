@@ -14,11 +14,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
 
     Args:
         x: [B, heads, T, D].
-        cos, sin: [B or 1, T, width], as transformers' rotary modules give them; dimensions past `width` stay.
+        cos, sin: [B or 1, T, width], as transformers' rotary modules give them, or [B, heads, T, width], of each head;
+            dimensions past `width` stay.
         interleaved: pairs are neighbours, not halves. Angles come in the same order, and arithmetic is in fp32.
     """
     width = cos.shape[-1]
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if cos.dim() == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turned, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
     if interleaved:
         turned = turned.float()  # as Cohere does; families with halves rotate in the model's dtype
@@ -47,6 +49,12 @@ def key_positions(position_ids: Tensor, cached: int, length: int | Tensor) -> Te
     last = torch.clamp(torch.as_tensor(length, device=position_ids.device), max=cached) - 1
     behind = last - torch.arange(cached, device=position_ids.device)  # [S]
     return (position_ids[:, -1:] - behind).clamp_min(0)
+
+
+def at_columns(table: Tensor, columns: Tensor) -> Tensor:
+    """Angles, or turns, of all columns [B or 1, S, width] at those of each head [B, heads, F]: [B, heads, F, width]."""
+    rows = torch.arange(table.shape[0], device=columns.device).view(-1, 1, 1)
+    return table[rows.expand(columns.shape[0], -1, -1), columns]
 
 
 def turns_of(cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:

@@ -12,9 +12,11 @@ from ..cache.layers import Far, Near, with_window
 from ..errors import EigenAttnError
 from ..kernels import BACKENDS
 from ..kernels.pairs import attend_one_in_pairs
-from ..kernels.windowed import attend, attend_one, by_column, split_masks
+from ..kernels.reference import attend as reference_attend
+from ..kernels.windowed import attend, attend_one, by_column, split_masks, take_columns
+from .eviction import evict, for_each_query_head
 from .projections import Heads
-from .rotary import once_a_pass, rotate, turns_of
+from .rotary import at_columns, once_a_pass, rotate, turns_of
 
 if TYPE_CHECKING:
     from .attention import EigenAttention
@@ -47,33 +49,36 @@ def attend_with_window(
         mask = kwargs.get("attention_mask")
         if static and isinstance(mask, Tensor) and mask.shape[-1] < far.keys.shape[-2]:
             # The mask of the first pass was made for the layer that stood here before, with room for what slides only.
-            far = Far(*(x[:, :, : mask.shape[-1]] for x in far))
-        far = Far(*attention.restored(*far, k.dtype))
+            far = Far(*(x[:, :, : mask.shape[-1]] for x in far[:2]))
+        far = Far(*attention.restored(*far[:2], k.dtype), for_each_query_head(attention, far.columns))
         columns = far.keys.shape[-2] if static else near.first + near.keys.shape[-2]
         length = cache.get_seq_length(attention.layer_idx) if static else columns
         if t == 1 and not static:
-            return _decode_step(attention, heads.query, far, near, columns, kwargs)
-    rotate_far, rotate_near = _rotations(attention, q, far, near, columns, length, kwargs)
+            found = _decode_step(attention, heads.query, far, near, columns, kwargs)
+            evict(attention, cache, q, kwargs, weights=None)
+            return found
+    rotate_far, rotate_near = _rotations(attention, q, far, near.keys, near.first, columns, length, kwargs)
     q = rotate(q, *kwargs["position_embeddings"], attention.family.interleaved) if attention.rotates else q
     near_keys = rotate_near(near.keys)
     mask = attention.mask_for(q, columns, kwargs)
     options = {"scale": attention.scaling, "softcap": attention.softcap}
     if t > 1:
-        return attend(
-            BACKENDS[implementation],
-            q,
-            rotate_far(attention.decode(far.keys, "key")),
-            attention.decode(far.values, "value"),
-            near_keys,
-            near.values,
-            near_first=near.first,
-            query_first=near.query,
-            window=window,
-            mask=mask,
-            columns=columns,
-            dropout=attention.dropout if attention.training else 0.0,
-            **options,
+        far_keys = rotate_far(attention.decode(far.keys, "key"))
+        held = far_keys, attention.decode(far.values, "value"), near_keys, near.values
+        options |= {"near_first": near.first, "window": window, "columns": columns, "far_columns": far.columns}
+        dropout = attention.dropout if attention.training else 0.0
+        found = attend(
+            BACKENDS[implementation], q, *held, query_first=near.query, mask=mask, dropout=dropout, **options
         )
+
+        def far_weights(queries: int) -> Tensor:
+            last = q[:, :, -queries:], None if mask is None else mask[..., -queries:, :]
+            first = near.query + t - queries
+            _, weights = attend(reference_attend, last[0], *held, query_first=first, mask=last[1], **options)
+            return weights[..., : far_keys.shape[-2]] if far.columns is None else take_columns(weights, far.columns)
+
+        evict(attention, cache, q, kwargs, far_weights)
+        return found
     far_keys, q_far, offset = far.keys, q, None
     if attention.rotates:
         far_keys = rotate_far(attention.decode(far_keys, "key"))
@@ -96,43 +101,36 @@ def _decode_step(
 ) -> tuple[Tensor, Tensor | None]:
     """One query a row and a dynamic cache: what is seen exactly, and what through latents, are slices.
 
-    Side by side they are the columns in order, so the model's mask holds as it is.
+    Side by side they are the columns in order, so the model's mask holds as it is, unless tokens were evicted: then far
+    keys have the columns of `far`, all of them before the window.
     """
     border = max(near.query - attention.window + 1, near.first)
-    far = Far(*(x[:, :, :border] for x in far))
+    far = Far(*(x[:, :, :border] for x in far[:2]), far.columns)
     near_keys, near_values = (x[:, :, border - near.first :] for x in near[:2])
-    options = {
-        "seen": attention.mask_for(q, columns, kwargs),
-        "scale": attention.scaling,
-        "softcap": attention.softcap,
-    }
+    seen = attention.mask_for(q, columns, kwargs)
+    if seen is not None and far.columns is not None:
+        seen_near = seen[..., border:].expand(*far.columns.shape[:2], -1, -1)
+        seen = torch.cat([take_columns(seen, far.columns), seen_near], dim=-1)
+    options = {"seen": seen, "scale": attention.scaling, "softcap": attention.softcap}
     on_cpu = q.dtype == torch.float32 and q.device.type == "cpu" and attention.shared_heads == 1
     if attention.rotates and on_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         found = _attend_in_pairs(attention, q, far, near_keys, near_values, columns, kwargs, options)
     else:
-        q_far, offset = q, None
+        q_far, offset, far_keys = q, None, far.keys
         if attention.rotates:
-            q, far_keys, near_keys = _rotated(attention, q, far.keys, near_keys, columns, kwargs)
-            q_far, far = q, far._replace(keys=far_keys)
+            rotate_far, rotate_near = _rotations(attention, q, far, near_keys, border, columns, columns, kwargs)
+            far_keys, near_keys = rotate_far(attention.decode(far_keys, "key")), rotate_near(near_keys)
+            q = q_far = rotate(q, *kwargs["position_embeddings"], attention.family.interleaved)
         elif attention.key_decoder is not None:
             q_far, offset = attention.query_in_small_space(q), attention.query_on_mean(q)
-        found = attend_one(q, q_far, *far, near_keys, near_values, far_offset=offset, **options)
+        found = attend_one(q, q_far, far_keys, far.values, near_keys, near_values, far_offset=offset, **options)
     far_sum, far_weight, near_sum, weights = found
     out = near_sum + attention.decode_output(far_sum, weight=far_weight)
-    return out, weights if attention.implementation_for(kwargs) == "eager" else None
-
-
-def _rotated(
-    attention: EigenAttention, q: Tensor, far_keys: Tensor, near_keys: Tensor, columns: int, kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, decoded far keys and near keys at their own positions."""
-    interleaved, far = attention.family.interleaved, far_keys.shape[-2]
-    cos, sin = attention.key_angles(q, kwargs["position_ids"], columns, columns)
-    return (
-        rotate(q, *kwargs["position_embeddings"], interleaved),
-        rotate(attention.decode(far_keys, "key"), cos[:, :far], sin[:, :far], interleaved),
-        rotate(near_keys, cos[:, far:], sin[:, far:], interleaved),
-    )
+    if attention.implementation_for(kwargs) != "eager":
+        return out, None
+    if far.columns is not None:
+        weights = by_column(weights, far.columns, torch.arange(border, columns, device=q.device), columns)
+    return out, weights
 
 
 def _attend_in_pairs(
@@ -157,28 +155,51 @@ def _attend_in_pairs(
     def shared(name: tuple, compute: Callable[[], Tensor]) -> Tensor:
         return once_a_pass(kwargs["position_ids"], attention.layer_idx, name, compute)
 
-    shape = (b, g, columns + h // g, d)
+    all_turns = shared(("turns", columns, attention.layer_type), turns)
+    if far.columns is not None:
+        rest = torch.arange(columns - near_keys.shape[-2], columns + h // g, device=q.device).expand(b, g, -1)
+        all_turns = at_columns(all_turns[:, 0], torch.cat([_of_kv_heads(attention, far.columns), rest], dim=-1))
+    shape = (b, g, far.keys.shape[-2] + near_keys.shape[-2] + h // g, d)
     return attend_one_in_pairs(
         q,
-        *far,
+        far.keys,
+        far.values,
         near_keys,
         near_values,
         decoder=None if attention.key_decoder is None else attention.by_head("key_decoder"),
         mean=None if attention.key_mean is None else attention.by_head("key_mean"),
-        turns=shared(("turns", *shape, attention.layer_type), turns),
+        turns=all_turns,
         room=shared(("room", *shape), lambda: q.new_empty(shape)),
         interleaved=interleaved,
         **options,
     )
 
 
-def _rotations(attention: EigenAttention, q: Tensor, far: Far, near: Near, columns: int, length: Any, kwargs: dict):
+def _rotations(
+    attention: EigenAttention,
+    q: Tensor,
+    far: Far,
+    near_keys: Tensor,
+    near_first: int | Tensor,
+    columns: int,
+    length: int | Tensor,
+    kwargs: dict[str, Any],
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Functions that rotate far and near keys to their own positions; both do nothing without rotary positions."""
     if not attention.rotates:
         return (lambda keys: keys), (lambda keys: keys)
     cos, sin = attention.key_angles(q, kwargs["position_ids"], columns, length)  # [B or 1, columns, width]
-    near_columns = (torch.arange(near.keys.shape[-2], device=q.device) + near.first).clamp_min(0)
-    angles_far = cos[:, : far.keys.shape[-2]], sin[:, : far.keys.shape[-2]]
+    near_columns = (torch.arange(near_keys.shape[-2], device=q.device) + near_first).clamp_min(0)
+    if far.columns is None:
+        angles_far = cos[:, : far.keys.shape[-2]], sin[:, : far.keys.shape[-2]]
+    else:
+        of_keys = _of_kv_heads(attention, far.columns)
+        angles_far = at_columns(cos, of_keys), at_columns(sin, of_keys)
     angles_near = cos.index_select(1, near_columns), sin.index_select(1, near_columns)
     interleaved = attention.family.interleaved
     return (lambda keys: rotate(keys, *angles_far, interleaved)), (lambda keys: rotate(keys, *angles_near, interleaved))
+
+
+def _of_kv_heads(attention: EigenAttention, columns: Tensor) -> Tensor:
+    """Columns [B, H, F] of query heads, once for every KV head: [B, G, F]."""
+    return columns[:, :: attention.num_key_value_groups]
