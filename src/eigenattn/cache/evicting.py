@@ -29,6 +29,8 @@ class EvictingLayer(WindowedLayer):
         EigenAttnError: if the budget does not reach beyond the window.
     """
 
+    is_croppable = False  # not as transformers means it, at any time and without loss
+
     def __init__(self, window: int, eviction: Eviction) -> None:
         super().__init__(window)
         if isinstance(eviction.budget, int) and eviction.budget <= window:
@@ -95,8 +97,7 @@ class EvictingLayer(WindowedLayer):
     def _crop_left(self, left: int) -> None:
         if self.evicted and left - self.evicted < self._settled:
             raise EigenAttnError(
-                "tokens were evicted since those to be taken back came, and are gone: start a new cache; beside an "
-                "assistant use the rule snapkv, which evicts after prompts only."
+                "tokens were evicted since those to be taken back came, and are gone: start a new cache."
             )
         super()._crop_left(left - self.evicted)
 
@@ -145,6 +146,16 @@ class EigenCache(DynamicCache):
         if self.eviction is not None and not isinstance((*self.layers, None)[layer_idx], WindowedLayer):
             raise EigenAttnError("this model was not compressed by eigenattn, and its tokens cannot be evicted.")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def activate_past_recording(self) -> None:
+        """Called before decoding with an assistant, whose drafts are taken back.
+
+        Raises:
+            EigenAttnError: if this cache evicts: drafts come with the prompt, and what they drove out would be gone.
+        """
+        if self.eviction is not None:
+            raise EigenAttnError("an assistant's drafts would drive out tokens for good: use a cache that evicts none.")
+        super().activate_past_recording()
 
     def evicting_layer(self, window: int) -> EvictingLayer:
         """An empty layer, for a model with such a window."""

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -97,6 +96,6 @@ class Eviction:
         return max(tokens, self.rule.least)
 
     def choose(self, held: Held, count: int) -> Tensor:
-        """Indices [B, G, count] of the rows to keep, ascending."""
+        """Indices [B, G, count] of the rows to keep, ascending; of rows with equal scores the first."""
         scores = self.rule.score(held).masked_fill(held.columns < held.first, -math.inf)
-        return torch.topk(scores, count, sorted=False).indices.sort().values
+        return scores.sort(descending=True, stable=True).indices[..., :count].sort().values

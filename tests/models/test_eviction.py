@@ -1,0 +1,328 @@
+"""Evicted tokens: as if every head had masked its own of them in one pass without a cache."""
+
+import copy
+
+import pytest
+import torch
+from test_families import close, in_pieces, padded
+from test_quantised import small as quantised
+from tiny import random_basis, tiny, tokens
+from transformers import DynamicCache
+
+from eigenattn import EigenAttnError, EigenCache
+from eigenattn.cache.evicting import EvictingLayer
+from eigenattn.cache.rules import SINKS
+from eigenattn.cache.size import allocated_bytes, cache_bytes
+from eigenattn.compression.folding import compress_layer
+from eigenattn.kernels.reference import causal_mask
+from eigenattn.models.conversion import convert_attention, eigen_layers
+
+WINDOW, LENGTH = 6, 104
+# A prompt, some tokens, a short turn, and a second prompt.
+PIECES = [45, 1, 1, 9, 1, 36, *[1] * 11]
+windows = pytest.mark.parametrize("window", [0, WINDOW])
+rules = pytest.mark.parametrize(("evict", "budget"), [("snapkv", 38), ("streaming", 20), ("snapkv", 0.8)])
+
+
+def small(name="llama", window=WINDOW, shared=1, backend=None):
+    model = tiny(name, attn_implementation=backend)
+    convert_attention(model)
+    for index, attention in enumerate(eigen_layers(model)):
+        keys, values = random_basis(attention, 12, True, index, shared), random_basis(attention, 8, True, 50, shared)
+        compress_layer(attention, keys, values, window, shared)
+    return model
+
+
+def evicted_reading(model, ids, cache, pieces=PIECES, **options):
+    """Logits through the cache, and which tokens [B, H, T, S] each layer's queries could still see."""
+    layers = eigen_layers(model)
+    visible = [torch.ones(len(ids), a.heads, ids.shape[1], ids.shape[1], dtype=torch.bool) for a in layers]
+    logits, start = [], 0
+    for size in pieces:
+        stop = start + size
+        for attention, seen in zip(layers, visible, strict=True):
+            layer = cache.layers[attention.layer_idx] if start else None
+            if isinstance(layer, EvictingLayer) and layer.evicted:
+                heads = layer.columns.long().repeat_interleave(attention.heads // attention.latent_heads, 1)
+                left = heads.shape[-1] + layer.evicted
+                held = torch.zeros(*heads.shape[:2], left, dtype=torch.bool).scatter(-1, heads, True)
+                assert held.sum(-1).eq(heads.shape[-1]).all()
+                seen[:, :, start:stop, :left] = held.unsqueeze(-2)
+        mask = {name: x[:, :stop] for name, x in options.items()}
+        logits.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True, **mask).logits)
+        start = stop
+    return torch.cat(logits, 1), visible
+
+
+def masked_reading(model, ids, visible, **options):
+    """Logits of one pass without a cache in which every head is blind to its evicted tokens."""
+    layers = eigen_layers(model)
+
+    def blinded(attention, seen):
+        original = attention.mask_for
+
+        def mask_for(q, keys, kwargs):
+            mask = original(q, keys, kwargs)
+            mask = causal_mask(keys, keys, q.device) if mask is None else mask
+            return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+        return mask_for
+
+    for attention, seen in zip(layers, visible, strict=True):
+        attention.mask_for = blinded(attention, seen)
+    logits = model(ids, use_cache=False, **options).logits
+    for attention in layers:
+        del attention.mask_for
+    return logits
+
+
+@torch.no_grad()
+@windows
+@rules
+@pytest.mark.parametrize("name", ["llama", "cohere", "gpt_neox", "opt", "mpt", "bloom", "gemma3"])
+def test_against_masks_in_a_pass_without_a_cache(name, evict, budget, window):
+    model, ids = small(name, window), tokens(2, LENGTH)
+    found, visible = evicted_reading(model, ids, EigenCache(model.config, evict=evict, budget=budget))
+    close(found, masked_reading(model, ids, visible))
+    assert (found - model(ids, use_cache=False).logits)[:, 45:].abs().max() > 1e-2  # eviction does something
+
+
+@torch.no_grad()
+@windows
+@rules
+def test_quantised_latents(evict, budget, window):
+    model, ids = quantised(window=window), tokens(2, LENGTH)
+    found, visible = evicted_reading(model, ids, EigenCache(model.config, evict=evict, budget=budget))
+    close(found, masked_reading(model, ids, visible))
+
+
+@torch.no_grad()
+@windows
+@rules
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_shared_latents_are_evicted_together(name, evict, budget, window):
+    model, ids = small(name, window, shared=2), tokens(2, LENGTH)
+    cache = EigenCache(model.config, evict=evict, budget=budget)
+    found, visible = evicted_reading(model, ids, cache)
+    assert cache.layers[0].columns.shape[1] == eigen_layers(model)[0].kv_heads // 2
+    close(found, masked_reading(model, ids, visible))
+
+
+@torch.no_grad()
+@windows
+@pytest.mark.parametrize("name", ["llama", "mpt", "falcon-alibi"])
+def test_left_padding_without_a_cache(name, window):
+    model, ids = small(name, window), tokens(2, 70)
+    left, mask = padded(ids, 5)
+    mask[1, :40] = 0
+    options = {"attention_mask": mask}
+    pieces = [60] + [1] * 15
+    for evict, budget in (("snapkv", 38), ("streaming", 20)):
+        found, visible = evicted_reading(
+            model, left, EigenCache(model.config, evict=evict, budget=budget), pieces, **options
+        )
+        exact = masked_reading(model, left, visible, **options)
+        close(found[0, 5:], exact[0, 5:])
+        close(found[1, 40:], exact[1, 40:])
+
+
+@torch.no_grad()
+@windows
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize(("evict", "budget"), [("snapkv", 38), ("streaming", 20)])
+def test_padded_batches_generate_what_single_prompts_do(name, evict, budget, window):
+    model, long, short = small(name, window), tokens(1, 60), tokens(1, 45, seed=4)
+    ids = torch.cat([long, torch.cat([torch.zeros(1, 15, dtype=torch.int64), short], 1)])
+    mask = torch.ones_like(ids)
+    mask[1, :15] = 0
+
+    def generate(ids, mask, **options):
+        cache = EigenCache(model.config, evict=evict, budget=budget)
+        found = model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            do_sample=False,
+            max_new_tokens=16,
+            min_new_tokens=16,
+            pad_token_id=0,
+            **options,
+        )
+        return found[:, ids.shape[1] :]
+
+    both = generate(ids, mask)
+    assert torch.equal(both[:1], generate(long, torch.ones_like(long)))
+    assert torch.equal(both[1:], generate(short, torch.ones_like(short)))
+    beams = generate(ids, mask, num_beams=3)
+    assert torch.equal(beams[:1], generate(long, torch.ones_like(long), num_beams=3))
+    assert torch.equal(beams[1:], generate(short, torch.ones_like(short), num_beams=3))
+
+
+@torch.no_grad()
+@windows
+@pytest.mark.parametrize("name", ["llama", "mpt"])
+def test_a_large_budget_changes_nothing_at_all(name, window):
+    model, ids = small(name, window), tokens(2, LENGTH)
+    plain = in_pieces(model, ids, DynamicCache(config=model.config), PIECES)
+    for options in ({}, {"evict": "snapkv", "budget": LENGTH}, {"evict": "streaming", "budget": LENGTH}):
+        assert torch.equal(in_pieces(model, ids, EigenCache(model.config, **options), PIECES), plain)
+
+
+@torch.no_grad()
+@windows
+def test_eager_attention_gives_weights_by_token(window):
+    model, ids = small("llama", window, backend="eager"), tokens(2, 60)
+    cache = EigenCache(model.config, evict="snapkv", budget=38)
+    model(ids[:, :50], past_key_values=cache)
+    columns = cache.layers[0].columns.long().repeat_interleave(2, 1)
+    for piece in (ids[:, 50:51], ids[:, 51:]):
+        weights = model(piece, past_key_values=cache, output_attentions=True).attentions[0]
+        assert weights.shape[-1] == cache.get_seq_length()
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+        gone = torch.ones_like(weights[:, :, 0], dtype=torch.bool).scatter(-1, columns, False)
+        gone[..., 50 - window :] = False
+        assert weights.transpose(2, 3)[gone].eq(0).all()
+
+
+@torch.no_grad()
+@windows
+def test_each_head_keeps_what_its_queries_attend_to(window):
+    model = small("opt", window)
+    attention, length = eigen_layers(model)[0], 80
+    hits = [11, 23, 37, 5]
+    hidden = 0.01 * torch.randn(1, length, 64, generator=torch.Generator().manual_seed(0))
+    noisy = attention.project(hidden)
+
+    def project(states):
+        """Queries look along the first axis, and in each head one key lies there."""
+        q, k, v = (x.clone() for x in noisy)
+        q[..., 0] = 30
+        k[..., 0] = 0
+        for head, hit in enumerate(hits):
+            k[0, head, hit, 0] = 3
+        return type(noisy)(q, k, v)
+
+    attention.key_encoder = attention.key_decoder = attention.key_mean = None
+    attention.project = project
+    cache = EigenCache(model.config, evict="snapkv", budget=40)
+    attention(hidden, past_key_values=cache, attention_mask=None)
+    columns = cache.layers[0].columns[0]
+    assert columns.shape == (4, 40 - window)
+    for head, hit in enumerate(hits):
+        assert set(range(hit - 3, hit + 4)) <= set(columns[head].tolist())
+
+
+@torch.no_grad()
+def test_streaming_holds_sinks_and_recent_tokens():
+    model = small()
+    cache = EigenCache(model.config, evict="streaming", budget=20)
+    in_pieces(model, tokens(1, 60), cache, [30] + [1] * 30)
+    assert cache.layers[0].columns[0, 0].tolist() == [*range(SINKS), *range(60 - 20 + SINKS, 60 - WINDOW)]
+    assert (cache.get_seq_length(), cache.kept_tokens) == (60, 20)
+
+
+@torch.no_grad()
+@windows
+@pytest.mark.parametrize("bits", [False, True])
+@pytest.mark.parametrize(
+    ("evict", "budget", "kept"), [("snapkv", 38, 42), ("streaming", 20, 20), ("streaming", 99, 54)]
+)
+def test_bytes_are_those_planned(evict, budget, kept, bits, window):
+    model = quantised(window=window) if bits else small(window=window, shared=2)
+    cache = EigenCache(model.config, evict=evict, budget=budget)
+    in_pieces(model, tokens(2, 54), cache, [50] + [1] * 4)
+    assert cache.kept_tokens == kept
+    assert allocated_bytes(cache) == 2 * cache_bytes(eigen_layers(model), 8 if bits else 4, 54, window, kept)
+
+
+@torch.no_grad()
+@windows
+def test_batches_of_a_cache_change_and_move(window):
+    model, ids = small(window=window), tokens(2, 60)
+
+    def read():
+        cache = EigenCache(model.config, evict="snapkv", budget=38)
+        model(ids[:, :50], past_key_values=cache)
+        return cache
+
+    exact = model(ids[:, 50:], past_key_values=read()).logits
+    cache = read()
+    cache.batch_repeat_interleave(2)  # rows 0, 0, 1, 1
+    cache.reorder_cache(torch.tensor([2, 0, 3, 1]))
+    cache.batch_select_indices(torch.tensor([1, 2]))  # rows 0, 1
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    twin = copy.deepcopy(cache)
+    close(model(ids[:, 50:], past_key_values=cache).logits, exact)
+    close(model(ids[:, 50:], past_key_values=twin).logits, exact)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    close(in_pieces(model, ids, cache, [50, 10])[:, 50:], exact)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("evict", ["snapkv", "streaming"])
+def test_assistants_are_refused(evict):
+    model, ids = small(), tokens(1, 50)
+
+    def generate(cache):
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            prompt_lookup_num_tokens=3,
+            do_sample=False,
+            max_new_tokens=20,
+            min_new_tokens=20,
+            pad_token_id=0,
+        )
+
+    with pytest.raises(EigenAttnError, match="assistant's drafts|evicted since"):  # before transformers 5.23 later
+        generate(EigenCache(model.config, evict=evict, budget=38))
+    assert torch.equal(generate(EigenCache(model.config)), generate(None))
+
+
+@torch.no_grad()
+@windows
+def test_tokens_behind_an_eviction_cannot_be_taken_back(window):
+    model, ids = small(window=window), tokens(1, 60)
+    cache = EigenCache(model.config, evict="snapkv", budget=38)
+    model(ids[:, :50], past_key_values=cache)
+    exact = model(ids[:, 50:], past_key_values=copy.deepcopy(cache)).logits
+    model(tokens(1, 10, seed=9), past_key_values=cache)
+    cache.crop(-10)
+    close(model(ids[:, 50:], past_key_values=cache).logits, exact)
+    with pytest.raises(EigenAttnError, match="evicted since"):
+        cache.crop(-30)
+    assert cache.get_seq_length() == 60
+
+
+@torch.no_grad()
+def test_layers_that_slide_evict_nothing():
+    model, ids = small("gemma3"), tokens(1, 60)
+    for config in (model.config, None):
+        cache = EigenCache(config, evict="streaming", budget=20)
+        in_pieces(model, ids, cache, [50] + [1] * 10)
+        assert [isinstance(layer, EvictingLayer) for layer in cache.layers] == [False, True, False]
+    with pytest.raises(EigenAttnError, match="all layers of this model slide"):
+        EigenCache(tiny("mistral-sliding").config, evict="streaming", budget=20)
+
+
+@torch.no_grad()
+def test_what_cannot_evict_says_so():
+    ids = tokens(1, 40)
+    for config in (tiny("llama").config, None):
+        with pytest.raises(EigenAttnError, match="not compressed by eigenattn"):
+            tiny("llama")(ids, past_key_values=EigenCache(config, evict="streaming", budget=20))
+    with pytest.raises(EigenAttnError, match="beyond the exact window of 6"):
+        small()(ids, past_key_values=EigenCache(evict="streaming", budget=6))
+
+
+def test_other_attention_is_refused():
+    model = small("opt", window=0)
+    attention = eigen_layers(model)[0]
+    attention.config._attn_implementation = "flash_attention_2"
+    cache = EigenCache(model.config, evict="streaming", budget=20)
+    with pytest.raises(EigenAttnError, match="sdpa"):
+        attention(torch.zeros(1, 3, 64), past_key_values=cache, attention_mask=None)
