@@ -134,6 +134,23 @@ def test_generate(compressed):
     assert sampled[0] == sampled[1]
 
 
+def test_evicting(compressed, base, text):
+    options = ("--evict", "snapkv", "--budget")
+    found = run_json("generate", compressed, TEXT[:100], "--max-new-tokens", "5", *options, "40")
+    assert found["kept_tokens"] < found["cached_tokens"]
+    reading = ("--text", text, "--tokens", "128", "--length", "128", "--copies", "0")
+    kept, half = (run_json("evaluate", compressed, *reading, *options, budget) for budget in ("999", "0.5"))
+    assert kept["texts"][0]["tokens"] == 64
+    assert kept["texts"][0]["perplexity"] != half["texts"][0]["perplexity"]
+    plain = run_json("evaluate", compressed, "--stride", "64", *reading)
+    assert kept["texts"][0]["perplexity"] == pytest.approx(plain["texts"][0]["perplexity"], rel=1e-4)
+    for arguments in ((*options, "lots"), (*options, "1.5"), ("--evict", "snapkv")):
+        with pytest.raises(EigenAttnError, match="budget"):
+            run("generate", compressed, "The", *arguments)
+    with pytest.raises(EigenAttnError, match="not compressed"):
+        run("generate", base, "The", *options, "40")
+
+
 def test_quantised_latents(base, text, tmp_path):
     options = ("--text", text, "--samples", "4", "--length", "64", "--window", "4", "--rank-multiple", "4")
     run("compress", base, tmp_path / "out", "--bits-per-element", "3", *options)

@@ -61,6 +61,20 @@ def test_what_is_dropped_in_front_gives_up_its_room():
     assert len(store) == 0
 
 
+def test_rows_that_are_kept_take_their_room_alone():
+    store, expected = filled(2 * STEP, 5)
+    store.drop_first(2)
+    index = torch.stack([torch.randperm(2 * STEP)[: STEP + 1].sort().values for _ in range(B * G)]).view(B, G, -1)
+    store.keep(index)
+    kept = expected[:, :, 2:].take_along_dim(index.unsqueeze(-1), dim=2)
+    assert torch.equal(store.rows, kept)
+    assert allocated(store) == B * G * WIDTH * 2 * STEP
+    store.append(rows(1, 9))
+    assert torch.equal(store.rows, torch.cat([kept, rows(1, 9)], dim=-2))
+    store.keep(index[:, :, :0])
+    assert (len(store), allocated(store)) == (0, 0)
+
+
 def test_batches_change_and_copies_are_their_own():
     store, expected = filled(6)
     twin = copy.deepcopy(store)

@@ -110,7 +110,7 @@ def test_shared_latents_are_evicted_together(name, evict, budget, window):
 
 @torch.no_grad()
 @windows
-@pytest.mark.parametrize("name", ["llama", "mpt", "falcon-alibi"])
+@pytest.mark.parametrize("name", ["llama", "mpt", "bloom", "falcon-alibi"])
 def test_left_padding_without_a_cache(name, window):
     model, ids = small(name, window), tokens(2, 70)
     left, mask = padded(ids, 5)
@@ -278,7 +278,7 @@ def test_assistants_are_refused(evict):
             pad_token_id=0,
         )
 
-    with pytest.raises(EigenAttnError, match="assistant's drafts|evicted since"):  # before transformers 5.23 later
+    with pytest.raises(EigenAttnError, match="assistant's drafts"):
         generate(EigenCache(model.config, evict=evict, budget=38))
     assert torch.equal(generate(EigenCache(model.config)), generate(None))
 

@@ -53,7 +53,7 @@ def streaming(held: Held) -> Tensor:
 
 def snapkv(held: Held) -> Tensor:
     """What the prompt's last queries attend to, with its neighbours (SnapKV, arXiv 2404.14469, section 4)."""
-    votes = F.max_pool1d(held.votes.float(), POOLED, stride=1, padding=POOLED // 2)
+    votes = F.max_pool1d(held.votes, POOLED, stride=1, padding=POOLED // 2)
     return votes.masked_fill(held.columns >= held.seen - OBSERVED, math.inf)
 
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..cache.rules import EVICTION_RULES
 from ..calibration.text import SOURCES
 from ..errors import EigenAttnError
 from ..report.tables import TextTable
@@ -41,6 +42,26 @@ Json = Annotated[
     str | None,
     typer.Option("--json", help="Write the result as one JSON object; - is standard output.", metavar="FILE"),
 ]
+
+Evict = Annotated[
+    str | None, typer.Option(help=f"Evict tokens by a rule: {' or '.join(EVICTION_RULES)}.", metavar="RULE")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="Tokens to keep of a sequence, as 1024, or a fraction of those seen, as 0.25.", metavar="TOKENS"),
+]
+
+
+def budget_of(text: str | None) -> int | float | None:
+    """A budget as `EigenCache` takes it.
+
+    Raises:
+        EigenAttnError: if it is no number.
+    """
+    try:
+        return None if text is None else float(text) if "." in text else int(text)
+    except ValueError:
+        raise EigenAttnError(f"--budget takes a number of tokens, or a fraction below 1, not {text!r}.") from None
 
 
 def emit(result: dict[str, Any], file: str | None) -> Console:

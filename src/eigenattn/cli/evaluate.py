@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..cache.evicting import EigenCache
 from ..calibration.text import DEFAULT_SOURCE, load_text
 from ..errors import EigenAttnError
 from ..evaluation.checkpoint import evaluate_checkpoint
@@ -15,7 +16,7 @@ from ..evaluation.retrieval import Needles
 from ..evaluation.tasks import PAPER_TASKS, load_tasks, task_names
 from ..report.card import check_savable, save_evaluation
 from ..report.tables import evaluation_tables, notes
-from .common import TEXT_HELP, Device, Dtype, Json, Model, app, emit, examples, rich_table
+from .common import TEXT_HELP, Budget, Device, Dtype, Evict, Json, Model, app, budget_of, emit, examples, rich_table
 
 TASKS_HELP = (
     f"Zero-shot multiple choice: `paper` ({', '.join(PAPER_TASKS)}), other names that lm-eval knows, or .jsonl files "
@@ -38,6 +39,7 @@ def needles_of(lengths: str, trials: int = 4) -> Needles | None:
         "eigenattn evaluate smollm2-60 --text speeches.txt --text wikitext2 --tokens 49152 --stride 512 --json -",
         "eigenattn evaluate llama-60 --baseline meta-llama/Llama-3.1-8B --tasks paper --needles 1024,4096",
         "eigenattn evaluate smollm2-60 --baseline smollm2 --tasks my-task.jsonl --save",
+        "eigenattn evaluate smollm2-60 --baseline smollm2 --needles 1024 --evict snapkv --budget 256",
     )
 )
 def evaluate(
@@ -52,6 +54,8 @@ def evaluate(
         int | None, typer.Option(min=1, help="Tokens from one window to the next, and scored in each; all by default.")
     ] = None,
     cached: Annotated[bool, typer.Option("--cached", help="Through the cache: half a window, then by token.")] = False,
+    evict: Evict = None,
+    budget: Budget = None,
     tasks: Annotated[list[str], typer.Option(help=TASKS_HELP)] = [],  # noqa: B006
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Choices of tasks read at a time.")] = 1,
@@ -69,8 +73,13 @@ def evaluate(
 ) -> None:
     """Measure perplexity, tasks and retrieval; with a baseline also paired differences and agreement.
 
-    Texts are read unless only tasks are asked for; named sources use their held-out part.
+    Texts are read unless only tasks are asked for; named sources use their held-out part. With --evict tokens of the
+    model, not of the baseline, are evicted before those that are judged: by default the last half of each window.
     """
+    eviction = None
+    if evict is not None or budget is not None:
+        eviction = EigenCache(evict=evict, budget=budget_of(budget)).eviction
+        stride = length // 2 if stride is None else stride
     if save:
         check_savable(Path(model))
     texts = [load_text(source, "evaluation") for source in text or ([] if tasks and not needles else [DEFAULT_SOURCE])]
@@ -86,7 +95,7 @@ def evaluate(
         batch_size=batch_size,
     )
     result = evaluate_checkpoint(
-        model, plan, baseline=baseline, cached=cached, dtype=dtype, device=device, progress=True
+        model, plan, baseline=baseline, cached=cached, eviction=eviction, dtype=dtype, device=device, progress=True
     )
     values = result.to_dict()
     if save:

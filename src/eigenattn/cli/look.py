@@ -12,11 +12,15 @@ from ..demo import run_demo
 from ..evaluation.generation import continue_prompt
 from ..models.loading import Source, load_model, load_tokenizer
 from ..report.inspection import inspect_checkpoint
-from .common import Device, Dtype, Json, Model, app, at_lengths, emit, examples
+from .common import Budget, Device, Dtype, Evict, Json, Model, app, at_lengths, budget_of, emit, examples
 
 
 @app.command(
-    epilog=examples('eigenattn generate smollm2-60 "Fellow citizens,"', "eigenattn generate smollm2 Hello --seed 1")
+    epilog=examples(
+        'eigenattn generate smollm2-60 "Fellow citizens,"',
+        "eigenattn generate smollm2 Hello --seed 1",
+        'eigenattn generate smollm2-60 "$(cat report.txt)" --evict snapkv --budget 1024',
+    )
 )
 def generate(
     model: Model,
@@ -24,6 +28,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    evict: Evict = None,
+    budget: Budget = None,
     dtype: Dtype = None,
     device: Device = None,
     json_file: Json = None,
@@ -38,6 +44,8 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        evict=evict,
+        budget=budget_of(budget),
     )
     console = emit(result.to_dict(), json_file)
     console.print(prompt + result.text, highlight=False, soft_wrap=True, markup=False)

@@ -6,6 +6,7 @@ import gc
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..cache.rules import Eviction
 from ..cache.size import kv_ratio
 from ..errors import EigenAttnError
 from ..models.conversion import eigen_layers
@@ -13,7 +14,7 @@ from ..models.loading import Source, load_model, load_tokenizer
 from ..progress import TokenProgress
 from ..version import versions
 from .measuring import Measured, Plan, measure, report
-from .reading import Predictions, through_cache, uncached
+from .reading import Logits, Predictions, through_cache, through_eviction, uncached
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def evaluate_checkpoint(
     *,
     baseline: str | None = None,
     cached: bool = False,
+    eviction: Eviction | None = None,
     dtype: str | None = None,
     device: str | None = None,
     progress: bool = False,
@@ -52,6 +54,7 @@ def evaluate_checkpoint(
     Args:
         name, baseline: folder, hub id, `.gguf` file or `smollm2`.
         cached: read texts and needles through the cache: half a sequence at once, then token by token.
+        eviction: evict tokens of the model, before those that are judged: `eigenattn.evaluation.reading`.
 
     Raises:
         EigenAttnError: on a model or text that cannot be read, or a baseline with another tokenizer.
@@ -66,7 +69,11 @@ def evaluate_checkpoint(
     ):
         raise EigenAttnError(f"{baseline} splits text into other tokens than {name}: they cannot be compared.")
 
-    def run(which: str, original: dict[str, Predictions] | None, keep: bool) -> tuple[Measured, Any, float, int]:
+    plainly = through_cache if cached else uncached
+
+    def run(
+        which: str, logits_of: Logits, original: dict[str, Predictions] | None, keep: bool
+    ) -> tuple[Measured, Any, float, int]:
         model = load_model(Source.of(which), dtype, device)
         layers = eigen_layers(model)
         found = measure(
@@ -76,7 +83,7 @@ def evaluate_checkpoint(
             items,
             title=which,
             bars=bars,
-            logits_of=through_cache if cached else uncached,
+            logits_of=logits_of,
             original=original,
             keep=keep,
         )
@@ -85,14 +92,19 @@ def evaluate_checkpoint(
         gc.collect()
         return found, *facts
 
-    base = run(baseline, None, True)[0] if baseline is not None else None
-    measured, used_dtype, ratio, window = run(name, base.predictions if base else None, False)
+    base = run(baseline, plainly, None, True)[0] if baseline is not None else None
+    own, reading, evicted = plainly, "cached" if cached else "uncached", {}
+    if eviction is not None:
+        own = through_eviction(eviction.name, eviction.budget)
+        reading = f"cached, {eviction.name} keeping {eviction.budget} tokens"
+        evicted = {"evict": eviction.name, "budget": eviction.budget}
+    measured, used_dtype, ratio, window = run(name, own, base.predictions if base else None, False)
     return Evaluation(
         model=name,
         baseline=baseline,
         kv_ratio=ratio,
         window=window,
-        protocol=plan.protocol(used_dtype, "cached" if cached else "uncached"),
+        protocol=plan.protocol(used_dtype, reading) | evicted,
         results=report(measured, base),
         versions=versions(),
     )

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..cache.evicting import EigenCache
 from ..cache.size import allocated_bytes
 from ..models.placement import input_device
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt's continuation. Speed is of whole generation, prefill included; bytes are those the cache allocated."""
+    """A prompt's continuation. Speed is of whole generation, prefill included; bytes are those the cache allocated.
+
+    `cached_tokens` went through the cache, and it still holds `kept_tokens`.
+    """
 
     prompt: str
     text: str
@@ -24,6 +28,7 @@ class Continuation:
     tokens_per_second: float
     cache_bytes: int
     cached_tokens: int
+    kept_tokens: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -40,12 +45,24 @@ def cache_bytes_used(model: nn.Module, ids: Tensor) -> int:
 
 @torch.no_grad()
 def continue_prompt(
-    model: nn.Module, tokenizer: Any, prompt: str, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    evict: str | None = None,
+    budget: int | float | None = None,
 ) -> Continuation:
-    """Generate up to `max_new_tokens` tokens, greedily at temperature 0."""
+    """Generate up to `max_new_tokens` tokens, greedily at temperature 0.
+
+    Args:
+        evict, budget: as of `EigenCache`.
+    """
     inputs = tokenizer(prompt, return_tensors="pt").to(input_device(model))
     inputs.pop("token_type_ids", None)
-    cache = DynamicCache(config=model.config)
+    cache = EigenCache(model.config, evict=evict, budget=budget)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -62,4 +79,5 @@ def continue_prompt(
         tokens_per_second=len(new) / seconds,
         cache_bytes=allocated_bytes(cache),
         cached_tokens=int(cache.get_seq_length()),
+        kept_tokens=cache.kept_tokens,
     )

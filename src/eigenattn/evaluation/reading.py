@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..cache.evicting import EigenCache
 from ..compression.checks import check_vocabulary
+from ..errors import EigenAttnError
 from ..models.placement import input_device
 
 # Gives the logits [1, keep, V] of the last `keep` tokens of one sequence [1, T]: `(model, ids, keep)`.
@@ -34,6 +36,31 @@ def through_cache(model: nn.Module, ids: Tensor, keep: int) -> Tensor:
         out = model(ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
         logits.append(out.logits)
     return torch.cat(logits, dim=1)[:, -keep:]
+
+
+def through_eviction(evict: str | None, budget: int | float | None, piece: int = 1) -> Logits:
+    """Reads all that comes before the judged tokens at once, evicts, and reads on through what is left.
+
+    Args:
+        evict, budget: as of `EigenCache`.
+        piece: tokens read at a time; those of a piece see each other, whatever the budget.
+
+    Raises:
+        EigenAttnError: from the reader, if nothing comes before the judged tokens.
+    """
+
+    @torch.no_grad()
+    def read(model: nn.Module, ids: Tensor, keep: int) -> Tensor:
+        if keep >= ids.shape[1]:
+            raise EigenAttnError(
+                "with eviction a prompt must come before the tokens that are judged: lower the stride."
+            )
+        cache = EigenCache(model.config, evict=evict, budget=budget)
+        model(ids[:, :-keep], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        pieces = ids[:, -keep:].split(piece, dim=1)
+        return torch.cat([model(each, past_key_values=cache, use_cache=True).logits for each in pieces], dim=1)
+
+    return read
 
 
 @dataclass(frozen=True)

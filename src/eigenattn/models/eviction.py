@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..cache.evicting import EvictingLayer
+from ..cache.evicting import EigenCache, EvictingLayer
 from ..errors import EigenAttnError
 from ..kernels import BACKENDS
 from ..kernels.reference import causal_mask
@@ -56,13 +56,13 @@ def evict(
         weights: gives the attention [B, H, n, F] that the last n queries pay to the rows held behind the window; None
             for a single query, of which no rule counts the attention.
     """
-    layer = None if cache is None else cache.layers[attention.layer_idx]
+    layer = cache.layers[attention.layer_idx] if isinstance(cache, EigenCache) else None
     if not isinstance(layer, EvictingLayer):
         return
 
     def votes(queries: int) -> Tensor:
         """[B, G/N, F]: the mean over queries and over the query heads of a latent."""
-        return weights(queries).mean(-2).unflatten(1, (attention.latent_heads, -1)).mean(2)
+        return weights(queries).float().mean(-2).unflatten(1, (attention.latent_heads, -1)).mean(2)
 
     layer.evict(q.shape[-2], lambda: _first_token(attention, layer.get_seq_length(), q, kwargs), votes)
 

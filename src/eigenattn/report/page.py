@@ -280,6 +280,7 @@ def _evaluate(name: str, result: dict[str, Any]) -> list[str]:
     line += ["--tokens", str(protocol["tokens_read"]), "--length", str(protocol["length"])]
     line += ["--stride", str(protocol["stride"])] if protocol["stride"] != protocol["length"] else []
     line += ["--cached"] if protocol["reading"] == "cached" else []
+    line += ["--evict", protocol["evict"], "--budget", str(protocol["budget"])] if "evict" in protocol else []
     line += ["--tasks", ",".join(row["task"] for row in result["tasks"])] if result["tasks"] else []
     line += ["--limit", str(protocol["task_limit"])] if protocol["task_limit"] else []
     lengths = dict.fromkeys(str(row["length"]) for row in result["needles"])
