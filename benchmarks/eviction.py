@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import time
@@ -47,10 +46,11 @@ def table(results: dict) -> str:
     """The cells as Markdown."""
     rows = ["| latents | evicted by | cache, of the original | perplexity | copying | needles |", "|" + " --- |" * 6]
     for cell in results["cells"].values():
+        error = "" if cell["standard_error"] is None else f" ± {cell['standard_error']:.2%}"
         kept = "nothing" if cell["evict"] is None else f"{cell['evict']}, {cell['budget']:.0%} kept"
         rows.append(
-            f"| {cell['latents']} | {kept} | {cell['cache_ratio']:.3f} | {cell['relative_increase']:+.2%} ± "
-            f"{cell['standard_error']:.2%} | {cell['copying']:.1%} | {cell['needles']:.0%} |"
+            f"| {cell['latents']} | {kept} | {cell['cache_ratio']:.3f} | {cell['relative_increase']:+.2%}{error} | "
+            f"{cell['copying']:.1%} | {cell['needles']:.0%} |"
         )
     return "\n".join(rows)
 
@@ -163,7 +163,7 @@ def main() -> None:
                 "cache_ratio": size / (prompt * baseline_bytes_per_token(layers, HALF)),
                 "perplexity": exponential(mean(nll)).value,
                 "relative_increase": increase.value - 1,
-                "standard_error": increase.error or math.nan,
+                "standard_error": increase.error,
                 "copying": mean(copying(model, windows[: args.copy_windows], reader)).value,
                 "needles": mean([hit for hits in found.values() for hit in hits]).value,
                 "window_nll": nll,
