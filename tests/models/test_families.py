@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from eigenattn import EigenAttentionConfig, compress
 from eigenattn.compression.folding import attach, fold
-from eigenattn.models import attention as attention_module
+from eigenattn.kernels import BACKENDS
 from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.models.families import FAMILIES
 
@@ -219,8 +219,8 @@ def test_attention_runs_in_the_small_space(name, monkeypatch):
         return backend(q, k, v, **options)
 
     implementation = small.config._attn_implementation
-    backend = attention_module.BACKENDS[implementation]
-    monkeypatch.setitem(attention_module.BACKENDS, implementation, spy)
+    backend = BACKENDS[implementation]
+    monkeypatch.setitem(BACKENDS, implementation, spy)
     cache = DynamicCache(config=small.config)
     small(tokens(1, 8), past_key_values=cache, use_cache=True)
     for layer, (q, k, v) in zip(eigen_layers(small), seen, strict=True):
