@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import EigenAttnError
+from .files import synchronise
 
 COMMAND_FILE = "command.json"
 LOCK_FILE = "lock"
@@ -109,9 +109,9 @@ class Journal:
         with self._writing():
             try:
                 write(beside)
-                _sync(beside)
+                synchronise(beside)
                 beside.replace(self.folder / name)
-                _sync(self.folder)
+                synchronise(self.folder)
             finally:
                 beside.unlink(missing_ok=True)
 
@@ -129,9 +129,9 @@ class Journal:
                 result.mkdir()
                 yield result
                 for path in result.rglob("*"):
-                    _sync(path)
+                    synchronise(path)
                 result.rename(self.out)
-                _sync(self.out.parent)
+                synchronise(self.out.parent)
         finally:
             shutil.rmtree(result, ignore_errors=True)
         self.discard()
@@ -157,15 +157,6 @@ class Journal:
             reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
             kept = f" What was finished is kept in {self.folder}." if any(self.folder.glob("*.safetensors")) else ""
             raise EigenAttnError(f"{self.out} could not be written: {reason}.{kept}") from error
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk, so that a power failure leaves it whole."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_new(path: Path) -> None:

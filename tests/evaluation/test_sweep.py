@@ -99,7 +99,7 @@ def test_a_sweep_goes_on_where_it_stopped(base, tmp_path):
     found = sweep(base, out, grid, done=lambda key, cell: measured.append(key))
     assert measured == ["attention/uniform/8/0.5"]
     assert found["cells"]["attention/uniform/8/0.75"]["mark"] == "kept"
-    assert sorted(path.name for path in out.iterdir()) == ["sweep.csv", "sweep.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["seconds.json", "sweep.csv", "sweep.json"]
     whole = sweep(base, tmp_path / "whole", grid)
     assert whole["cells"]["attention/uniform/8/0.5"] == found["cells"]["attention/uniform/8/0.5"]
     assert sweep(base, out, grid, done=stop) == found  # nothing is left to do

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from ..cache.rules import EVICTION_RULES
 from ..calibration.text import SOURCES
-from ..errors import EigenAttnError
+from ..files import whole
 from ..report.tables import TextTable
 
 app = typer.Typer(
@@ -69,12 +68,8 @@ def emit(result: dict[str, Any], file: str | None) -> Console:
     if file == "-":
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     elif file is not None:
-        beside = Path(f"{file}.partial")
-        try:
+        with whole(Path(file)) as beside:
             beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            os.replace(beside, file)
-        except OSError as error:
-            raise EigenAttnError(f"{file} could not be written: {error.strerror}.") from error
     return Console(stderr=file == "-")
 
 

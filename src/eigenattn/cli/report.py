@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ..errors import EigenAttnError
+from ..files import whole
 from ..report.page import PROMPTS, build, gather
 from .common import Device, Dtype, Model, app, examples
 
@@ -53,13 +54,9 @@ def report(
         device=device,
     )
     content = build(material)
-    try:
+    with whole(target) as beside:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.partial")
         beside.write_text(content, encoding="utf-8")
-        beside.replace(target)
-    except OSError as error:
-        raise EigenAttnError(f"{target} could not be written: {error.strerror}.") from error
     Console().print(f"{target}: {len(content):,} bytes", highlight=False, soft_wrap=True)
     if open_page:
         webbrowser.open(target.resolve().as_uri())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import fcntl
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ..calibration.statistics import Batch
 from ..calibration.text import SOURCES, Text, load_text
 from ..calibration.windows import SELF, complete, load_texts, text_windows
 from ..errors import EigenAttnError
+from ..files import whole
 from ..models.loading import Source, load_model, load_tokenizer
 from ..models.placement import input_device
 from ..progress import TokenProgress
@@ -24,7 +27,7 @@ from .rivals import Rival
 from .sweep import Grid, SweepModel, added, rival_sizes, sizes
 
 VERSION = 1
-FILE = "sweep.json"
+FILE, TABLE, SECONDS = "sweep.json", "sweep.csv", "seconds.json"
 # One part in so many of a file is held out for evaluation, if no other text is given for that.
 HELD_OUT = 5
 
@@ -82,75 +85,73 @@ def run_sweep(
         done: called with each cell's key and figures.
 
     Returns:
-        What `sweep.json` holds.
+        What `sweep.json` holds, and the `seconds` that each stage took.
 
     Raises:
-        EigenAttnError: on bad input, or a folder that holds something else.
+        EigenAttnError: on bad input, or a folder that holds something else or is in use.
     """
     if length <= max(grid.windows) or plan.length <= max(grid.windows):
         raise EigenAttnError(f"windows of text must be longer than the {max(grid.windows)} exact tokens.")
-    results = Results(
-        out,
-        {
-            "model": name,
-            "calibration": [_named(text) for text in calibration],
-            "samples": samples,
-            "length": length,
-            "seed": seed,
-            "rank_multiple": grid.rank_multiple,
-            "evaluation": [_named(text) for text in plan.texts],
-            "protocol": plan.protocol(dtype or "checkpoint", "uncached"),
-            "tasks": list(plan.tasks),
-            "needles": list(plan.needles.lengths) if plan.needles else [],
-        },
-    )
-    cells = [cell for cell in grid.cells() if cell.key not in results.cells]
+    settings = {
+        "model": name,
+        "calibration": [_named(text) for text in calibration],
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+        "rank_multiple": grid.rank_multiple,
+        "evaluation": [_named(text) for text in plan.texts],
+        "protocol": plan.protocol(dtype or "checkpoint", "uncached"),
+        "tasks": list(plan.tasks),
+        "needles": list(plan.needles.lengths) if plan.needles else [],
+    }
     # A quantised cache with no exact token does not exist: its piece is at least one token.
     exact = max(grid.windows) or 32
-    missing = [rival for rival in rivals if f"{rival.name}/{exact}" not in results.cells]
-    if not cells and not missing:
-        return results.values
-    bars = TokenProgress(progress)
-    source = Source.of(name)
-    tokenizer = load_tokenizer(source)
-    parts = text_windows(calibration, tokenizer, samples, length, seed)
-    items = plan.items(tokenizer)
-    model = load_model(source, dtype, device)
-    for rival in missing:
-        rival.cache(model.config, exact)  # so that one which does not take this model ends it now
-    windows = complete(parts, model, length, seed).to(input_device(model))
-    # Distributions are too large to keep: a sweep that goes on reads the original again.
-    seconds = results.values["seconds"]
-    with added(seconds, "baseline"):
-        base = measure(model, tokenizer, plan, items, title="the original", bars=bars, keep=True)
-    results.values["baseline"] = report(base)
-    subject = SweepModel(model, [Batch(window) for window in windows.split(1)], grid, bars, seconds)
+    with Results(out, settings) as results:
+        cells = [cell for cell in grid.cells() if cell.key not in results.cells]
+        missing = [rival for rival in rivals if f"{rival.name}/{exact}" not in results.cells]
+        if not cells and not missing:
+            results.save_beside()  # it may have been killed between the files
+            return results.values | {"seconds": results.seconds}
+        bars = TokenProgress(progress)
+        source = Source.of(name)
+        tokenizer = load_tokenizer(source)
+        parts = text_windows(calibration, tokenizer, samples, length, seed)
+        items = plan.items(tokenizer)
+        model = load_model(source, dtype, device)
+        for rival in missing:
+            rival.cache(model.config, exact)  # so that one which does not take this model ends it now
+        windows = complete(parts, model, length, seed).to(input_device(model))
+        # Distributions are too large to keep: a sweep that goes on reads the original again.
+        with added(results.seconds, "baseline"):
+            base = measure(model, tokenizer, plan, items, title="the original", bars=bars, keep=True)
+        results.values["baseline"] = report(base)
+        subject = SweepModel(model, [Batch(window) for window in windows.split(1)], grid, bars, results.seconds)
 
-    def record(key: str, title: str, facts: dict[str, Any], what: Plan, logits_of: Logits) -> None:
-        with added(seconds, "evaluation"):
-            found = measure(
-                model, tokenizer, what, items, title=title, bars=bars, logits_of=logits_of, original=base.predictions
-            )
-        results.cells[key] = facts | report(found, base)
-        results.save()
-        done(key, results.cells[key])
+        def record(key: str, title: str, facts: dict[str, Any], what: Plan, logits_of: Logits) -> None:
+            with added(results.seconds, "evaluation"):
+                found = measure(
+                    model, tokenizer, what, items, title=title, bars=bars, logits_of=logits_of, original=base.predictions
+                )
+            results.cells[key] = facts | report(found, base)
+            results.save()
+            done(key, results.cells[key])
 
-    for rival in missing:
-        facts = {"method": rival.name, "window": exact, **rival_sizes(subject.layers, rival, exact, plan.length)}
-        without_tasks = dataclasses.replace(plan, tasks={})  # lm-eval reads without a cache
-        record(f"{rival.name}/{exact}", rival.name, facts, without_tasks, rival.logits(exact))
-    for cell in cells:
-        ranks = subject.compress(cell, results.values["costs"])
-        facts = {
-            "method": cell.method,
-            **cell._asdict(),
-            "asked": cell.kv_ratio,
-            **sizes(subject.layers, ranks, cell.window, plan.length),
-            "layers": [{"rank_k": rank_k, "rank_v": rank_v} for rank_k, rank_v in ranks],
-        }
-        record(cell.key, cell.key, facts, plan, uncached)
-        subject.restore()
-    return results.values
+        for rival in missing:
+            facts = {"method": rival.name, "window": exact, **rival_sizes(subject.layers, rival, exact, plan.length)}
+            without_tasks = dataclasses.replace(plan, tasks={})  # lm-eval reads without a cache
+            record(f"{rival.name}/{exact}", rival.name, facts, without_tasks, rival.logits(exact))
+        for cell in cells:
+            ranks = subject.compress(cell, results.values["costs"])
+            facts = {
+                "method": cell.method,
+                **cell._asdict(),
+                "asked": cell.kv_ratio,
+                **sizes(subject.layers, ranks, cell.window, plan.length),
+                "layers": [{"rank_k": rank_k, "rank_v": rank_v} for rank_k, rank_v in ranks],
+            }
+            record(cell.key, cell.key, facts, plan, uncached)
+            subject.restore()
+        return results.values | {"seconds": results.seconds}
 
 
 def _named(text: Text | None) -> dict[str, str | None]:
@@ -160,57 +161,81 @@ def _named(text: Text | None) -> dict[str, str | None]:
 class Results:
     """A sweep's folder: `sweep.json`, written anew after every cell, and the table `sweep.csv` beside it.
 
+    Both are the same however often a sweep was stopped. What is not, the time each stage took, is in `seconds.json`. A
+    lock on the folder keeps a second process out.
+
     Raises:
-        EigenAttnError: if the folder holds something else, or a sweep with other settings.
+        EigenAttnError: if the folder holds something else, or a sweep with other settings, or another process uses it.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
         settings = json.loads(json.dumps(settings))  # as they will be read back: tuples become lists
-        if folder.is_dir() and not (folder / FILE).exists() and not any(folder.iterdir()):
-            folder.rmdir()
-        if not folder.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(folder, os.O_RDONLY)
+        except OSError as error:
+            raise EigenAttnError(f"{folder} could not be written: {error.strerror}.") from error
+        try:
+            self._take_up(settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_up(self, settings: dict[str, Any]) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise EigenAttnError(f"another process is writing {self.folder}: wait for it, or choose another.") from error
+        killed_at_first = self.folder / f".{FILE}.partial"
+        if all(path == killed_at_first for path in self.folder.iterdir()):
+            self.seconds: dict[str, float] = {}
             self.values: dict[str, Any] = {
                 "version": VERSION,
                 "settings": settings,
                 "versions": versions(),
-                "seconds": {},
                 "costs": {},
                 "baseline": None,
                 "cells": {},
             }
             return
-        self.values = read_sweep(folder)
+        self.values, self.seconds = read_sweep(self.folder), read_seconds(self.folder)
         stored = self.values["settings"]
         other = sorted(name for name in settings if settings[name] != stored.get(name))
         if other:
-            raise EigenAttnError(f"{folder} holds a sweep with another {', '.join(other)}: choose another folder.")
+            raise EigenAttnError(f"{self.folder} holds a sweep with another {', '.join(other)}: choose another folder.")
 
     @property
     def cells(self) -> dict[str, dict[str, Any]]:
         return self.values["cells"]
 
     def save(self) -> None:
-        """Write both files beside, and rename them."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with renamed(self.folder / FILE) as beside:
-                beside.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
-            with renamed(self.folder / "sweep.csv") as beside, beside.open("w", newline="", encoding="utf-8") as file:
-                rows = table(self.values)
-                writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-                writer.writeheader()
-                writer.writerows(rows)
-        except OSError as error:
-            raise EigenAttnError(f"{self.folder} could not be written: {error.strerror}.") from error
+        """Write all files. A cell is done when `sweep.json`, the first of them, holds it."""
+        with whole(self.folder / FILE) as beside:
+            beside.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
+        self.save_beside()
 
+    def save_beside(self) -> None:
+        """Write what stands beside `sweep.json`."""
+        with whole(self.folder / TABLE) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+            rows = table(self.values)
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+        with whole(self.folder / SECONDS) as beside:
+            beside.write_text(json.dumps(self.seconds, indent=1) + "\n", encoding="utf-8")
 
-@contextmanager
-def renamed(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when everything is written."""
-    beside = path.with_name(f".{path.name}.partial")
-    yield beside
-    beside.replace(path)
+    def close(self) -> None:
+        """Let go of the lock. A folder that nothing was written to is removed."""
+        with suppress(OSError):
+            self.folder.rmdir()
+        os.close(self._lock)
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
@@ -226,6 +251,14 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or values.get("version") != VERSION:
         raise EigenAttnError(f"{folder} holds a sweep of another version: install the eigenattn that wrote it.")
     return values
+
+
+def read_seconds(folder: Path) -> dict[str, float]:
+    """Wall-clock seconds that each stage of a sweep has taken so far, over all of its runs."""
+    try:
+        return json.loads((folder / SECONDS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # they are not worth refusing a sweep
 
 
 COLUMNS = ("method", "window", "asked", "kv_ratio", "bytes_per_token", "cache_bytes", "cache_ratio")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import TARGETS
 from ..errors import EigenAttnError
+from ..files import whole
 from .tables import evaluation_tables, notes
 
 if TYPE_CHECKING:
@@ -120,16 +121,9 @@ def save_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
     check_savable(folder)
     card = (folder / "README.md").read_text(encoding="utf-8")
     card = re.sub(rf"\n*{BEGIN}.*{END}\n*", "\n", card, flags=re.DOTALL).rstrip()
-    for name, content in (
-        (EVALUATION, json.dumps(result, indent=2) + "\n"),
-        ("README.md", f"{card}\n\n{BEGIN}\n{evaluation_section(result)}\n{END}\n"),
-    ):
-        try:
-            beside = folder / f".{name}.partial"
-            beside.write_text(content, encoding="utf-8")
-            beside.replace(folder / name)
-        except OSError as error:
-            raise EigenAttnError(f"{folder / name} could not be written: {error.strerror}.") from error
+    with whole(folder / EVALUATION) as values, whole(folder / "README.md") as readme:
+        values.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        readme.write_text(f"{card}\n\n{BEGIN}\n{evaluation_section(result)}\n{END}\n", encoding="utf-8")
 
 
 def evaluation_section(result: Mapping[str, Any]) -> str:

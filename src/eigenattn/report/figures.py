@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EigenAttnError
+from ..files import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,18 +40,14 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write `path` with `.png` and `.svg`, beside and renamed.
+    """Write `path` with `.png` and `.svg`.
 
     Raises:
         EigenAttnError: if they cannot be written.
     """
-    for kind, options in (("png", {"dpi": 150, "facecolor": "white"}), ("svg", {"transparent": True})):
-        beside, target = path.with_name(f".{path.name}.{kind}"), path.with_suffix(f".{kind}")
-        try:
-            _write(figure, beside, kind, **options)
-            beside.replace(target)
-        except OSError as error:
-            raise EigenAttnError(f"{target} could not be written: {error.strerror}.") from error
+    with whole(path.with_suffix(".png")) as png, whole(path.with_suffix(".svg")) as svg:
+        _write(figure, png, "png", dpi=150, facecolor="white")
+        _write(figure, svg, "svg", transparent=True)
 
 
 def _write(figure: Figure, target: Any, kind: str, **options: Any) -> None:
