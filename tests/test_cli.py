@@ -110,20 +110,43 @@ def test_evaluate_several_texts_and_needles(compressed, base, text, tmp_path):
 
 def test_sweep(base, text, tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
-    options = ("--text", text, "--length", "48", "--tokens", "96", "--samples", "4", "--window", "8")
+    options = ("--text", text, "--length", "48", "--tokens", "96", "--window", "8", "--ranks", "uniform")
     out = tmp_path / "sweep"
-    found = run_json("sweep", base, out, "--kv-ratio", "0.75,0.5", "--ranks", "uniform", *options)
-    assert list(found["cells"]) == ["attention/uniform/8/0.75", "attention/uniform/8/0.5"]
-    assert sorted(path.name for path in out.iterdir()) == ["frontier.png", "frontier.svg", "sweep.csv", "sweep.json"]
-    more = run_json("sweep", base, out, "--kv-ratio", "0.75,0.5,1", "--ranks", "uniform", *options)
+    found = run_json("sweep", base, out, "--kv-ratio", "0.75,0.5", "--samples", "4", *options)
+    fox = "fox.txt, first part/4"
+    assert list(found["cells"]) == [f"{fox}/attention/uniform/8/0.75", f"{fox}/attention/uniform/8/0.5"]
+    assert {"statistics", "ranks", "baseline", "evaluation"} <= found["seconds"].keys()
+    names = ["frontier.png", "frontier.svg", "seconds.json", "sweep.csv", "sweep.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    more = run_json("sweep", base, out, "--kv-ratio", "0.75,0.5,1", "--samples", "4", *options)
     assert len(more["cells"]) == 3
-    assert more["cells"]["attention/uniform/8/1"]["texts"][0]["divergence"] == pytest.approx(0, abs=1e-6)
+    assert more["cells"][f"{fox}/attention/uniform/8/1"]["texts"][0]["divergence"] == pytest.approx(0, abs=1e-6)
     assert "eigen/uniform" in run(
-        "sweep", base, out, "--basis", "eigen", "--kv-ratio", "0.5", "--ranks", "uniform", *options
+        "sweep", base, out, "--basis", "eigen", "--kv-ratio", "0.5", "--samples", "4", *options
     )
     assert "takes numbers" in fails("sweep", base, tmp_path / "new", "--kv-ratio", "half", *options)
-    assert "another samples" in fails("sweep", base, out, *options[:6], "--samples", "5", "--window", "8")
+    assert "must be 1 or more" in fails("sweep", base, tmp_path / "new", "--samples", "4,0", *options)
+    assert "another length" in fails("sweep", base, out, *options, "--length", "32")
     assert not (tmp_path / "new").exists()
+
+
+def test_sweep_of_calibrations(base, text, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    options = ("--text", text, "--text", "self", "--length", "48", "--tokens", "96", "--copies", "0", "--window", "8")
+    out = tmp_path / "study"
+    options = (*options, "--rivals", "plain-4", "--bits-per-element", "4", "--each-text", "--samples", "2,4")
+    said = run("sweep", base, out, *options)
+    assert "calibration.png" in said
+    assert "4 bits" in said
+    cells = json.loads((out / "sweep.json").read_text())["cells"]
+    assert [(cell.get("calibration"), cell.get("samples")) for cell in cells.values()] == [
+        (None, None),
+        ("fox.txt, first part", 2),
+        ("fox.txt, first part", 4),
+        ("self", 2),
+        ("self", 4),
+    ]
+    assert (out / "calibration.svg").is_file()
 
 
 def test_generate(compressed):

@@ -26,9 +26,11 @@ def test_what_fails_leaves_what_was_there(tmp_path, error):
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path):
-    with pytest.raises(EigenAttnError, match="report could not be written: No space left") as caught:
-        with whole(tmp_path / "report"):
-            raise OSError(28, "No space left on device")
+    with (
+        pytest.raises(EigenAttnError, match="report could not be written: No space") as caught,
+        whole(tmp_path / "report"),
+    ):
+        raise OSError(28, "No space left on device")
     assert "\n" not in str(caught.value)
     (tmp_path / "file").touch()
     with pytest.raises(EigenAttnError, match="Not a directory"), whole(tmp_path / "file" / "report") as beside:

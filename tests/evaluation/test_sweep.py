@@ -19,11 +19,16 @@ from eigenattn.compression.shared_costs import SharedCosts
 from eigenattn.errors import EigenAttnError
 from eigenattn.evaluation.measuring import Plan
 from eigenattn.evaluation.reading import read, uncached
-from eigenattn.evaluation.rivals import Rival
-from eigenattn.evaluation.sweep import Cell, Grid, SweepModel
-from eigenattn.evaluation.sweep_folder import read_sweep, run_sweep, sweep_texts
+from eigenattn.evaluation.rivals import Rival, rounded_in_groups
+from eigenattn.evaluation.sweep import Cell, Grid, SweepModel, sizes
+from eigenattn.evaluation.sweep_folder import Calibration, read_sweep, run_sweep, sweep_texts
+from eigenattn.evaluation.sweep_folder import table as rows_of
+from eigenattn.models.checkpoint import layer_entry
+from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.models.loading import Source, load_model
 from eigenattn.progress import TokenProgress
+from eigenattn.report.figures import calibration_study, frontier
+from eigenattn.report.tables import sweep_table
 
 CONTENT = "The quick brown fox jumps over the lazy dog; it was not amused. " * 40
 PLAN = Plan([Text("held out", CONTENT)], tokens=192, length=64, copies=1)
@@ -36,23 +41,30 @@ def base(tmp_path_factory) -> Path:
 
 
 def sweep(base: Path, out: Path, grid: Grid, plan: Plan = PLAN, **options) -> dict:
-    return run_sweep(
-        str(base), out, grid, plan, calibration=[Text("fox", CONTENT)], samples=4, length=64, seed=0, **options
-    )
+    options = {"calibrations": [Calibration((Text("fox", CONTENT),), 4)], **options}
+    return run_sweep(str(base), out, grid, plan, length=64, seed=0, **options)
 
 
-def test_a_cell_is_what_compress_gives():
+@pytest.mark.parametrize(
+    ("cell", "shared"),
+    [
+        (Cell("attention", "error_budget", 8, 1, 0.5), True),
+        (Cell("attention", "sensitivity", 8, 1, 0.5), False),
+        (Cell("attention", "sensitivity", 8, 1, None, 2.0), False),
+    ],
+)
+def test_a_cell_is_what_compress_gives(cell, shared):
     batches, window = list(tokens(4, 64, seed=5).split(1)), tokens(2, 64)
-    cell = Cell("attention", "error_budget", 8, 1, 0.5)
-    subject = SweepModel(tiny("llama"), [Batch(ids) for ids in batches], Grid([0.75, 0.5], rank_multiple=2), QUIET)
+    grid = Grid([0.75, 0.5], rank_multiple=2, bits_per_element=[2])
+    subject = SweepModel(tiny("llama"), [Batch(ids) for ids in batches], grid, QUIET, share_costs=shared)
     original = read(subject.model, window).nll
-    for ratio in (0.75, 0.5):  # what came before leaves no trace
-        ranks = subject.compress(cell._replace(kv_ratio=ratio), {})
+    for before in (cell._replace(kv_ratio=0.75), cell):  # what came before leaves no trace
+        subject.compress(before, {})
     swept = read(subject.model, window).nll
     model = tiny("llama")
-    config = EigenAttentionConfig(kv_ratio=0.5, ranks="error_budget", rank_multiple=2, window=8)
-    report = compress(model, batches, config)
-    assert [tuple(layer.values()) for layer in report.layers] == ranks
+    report = compress(model, batches, grid.config(cell))
+    assert [layer_entry(attention) for attention in subject.layers] == report.layers
+    assert sizes(subject.layers, 64)["kv_ratio"] == report.kv_ratio
     assert swept == pytest.approx(read(model, window).nll, rel=1e-5)
     subject.restore()
     assert read(subject.model, window).nll == pytest.approx(original, rel=1e-6)
@@ -91,31 +103,31 @@ def test_a_sweep_goes_on_where_it_stopped(base, tmp_path):
 
     with pytest.raises(Stopped):
         sweep(base, out, grid, done=stop)
-    assert list(read_sweep(out)["cells"]) == ["attention/uniform/8/0.75"]
+    assert list(read_sweep(out)["cells"]) == ["fox/4/attention/uniform/8/0.75"]
     values = read_sweep(out)
-    values["cells"]["attention/uniform/8/0.75"]["mark"] = "kept"
+    values["cells"]["fox/4/attention/uniform/8/0.75"]["mark"] = "kept"
     (out / "sweep.json").write_text(json.dumps(values))
     measured = []
     found = sweep(base, out, grid, done=lambda key, cell: measured.append(key))
-    assert measured == ["attention/uniform/8/0.5"]
-    assert found["cells"]["attention/uniform/8/0.75"]["mark"] == "kept"
+    assert measured == ["fox/4/attention/uniform/8/0.5"]
+    assert found["cells"]["fox/4/attention/uniform/8/0.75"]["mark"] == "kept"
     assert sorted(path.name for path in out.iterdir()) == ["seconds.json", "sweep.csv", "sweep.json"]
     whole = sweep(base, tmp_path / "whole", grid)
-    assert whole["cells"]["attention/uniform/8/0.5"] == found["cells"]["attention/uniform/8/0.5"]
+    assert whole["cells"]["fox/4/attention/uniform/8/0.5"] == found["cells"]["fox/4/attention/uniform/8/0.5"]
     assert sweep(base, out, grid, done=stop) == found  # nothing is left to do
 
 
 def test_figures_of_a_sweep(base, tmp_path):
     grid = Grid([0.8, 0.5], windows=[8], rank_multiple=2)
     values = sweep(base, tmp_path / "sweep", grid)
-    large, small = (values["cells"][f"attention/sensitivity/8/{ratio}"] for ratio in (0.8, 0.5))
+    large, small = (values["cells"][f"fox/4/attention/sensitivity/8/{ratio}"] for ratio in (0.8, 0.5))
     # 3 layers of 2 heads of 16, keys and values, in 2 bytes: 384 bytes a token; the window holds 9 tokens,
     # and the other 56 lie in a store with room behind them.
     assert small["bytes_per_token"] == small["kv_ratio"] * 384
     assert small["cache_bytes"] == room_for(56) * small["bytes_per_token"] + 9 * 384
     assert small["kv_ratio"] <= 0.5 < large["kv_ratio"] <= 0.8
     assert 0 < large["texts"][0]["divergence"] < small["texts"][0]["divergence"]
-    assert list(values["costs"]) == ["attention/8"]
+    assert list(values["costs"]["fox/4"]) == ["attention/8"]
     with (tmp_path / "sweep" / "sweep.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["asked"] for row in rows] == ["0.8", "0.5"]
@@ -131,10 +143,74 @@ def test_a_rival_reads_through_a_quantised_cache(base, tmp_path):
     assert 0 < rival["texts"][0]["divergence"] < 0.5
     model, ids = tiny("llama"), tokens(1, 24)
     exact = uncached(model, ids, 24)
+    with Rival.of("fp8").reading([], 8) as logits_of:
+        found = logits_of(model, ids, 24)
     # The first piece sees nothing that went through the cache.
-    assert torch.allclose(Rival.of("fp8").logits(8)(model, ids, 24)[:, :8], exact[:, :8], atol=1e-4)
-    assert not torch.allclose(Rival.of("fp8").logits(8)(model, ids, 24)[:, 8:], exact[:, 8:], atol=1e-3)
-    assert Rival("quanto-4", "quanto", 4).bits_per_element == 4.5
+    assert torch.allclose(found[:, :8], exact[:, :8], atol=1e-4)
+    assert not torch.allclose(found[:, 8:], exact[:, 8:], atol=1e-3)
+    assert Rival("quanto-4", "quanto", 4).bits_per_element(16) == 4.5
+
+
+def test_the_plain_rival_keeps_the_window(base, tmp_path):
+    """With groups of 64 tokens for keys and of a whole vector, 16 here, for values."""
+    grid = Grid([1.0], windows=[8], ranks=["uniform"])
+    cells = sweep(base, tmp_path / "sweep", grid, rivals=[Rival.of("plain-8"), Rival.of("plain-2")])["cells"]
+    assert cells["plain-2/8"]["kv_ratio"] == pytest.approx((2 + 16 / 64 + 16 / 16) / 16)
+    assert 0 < 20 * cells["plain-8/8"]["texts"][0]["divergence"] < cells["plain-2/8"]["texts"][0]["divergence"]
+    assert cells["fox/4/attention/uniform/8/1"]["texts"][0]["divergence"] < 1e-5  # it leaves nothing behind
+    model, ids = tiny("llama"), tokens(1, 24)
+    exact = uncached(model, ids, 24)
+    convert_attention(model)
+    with Rival.of("plain-2").reading(eigen_layers(model), 8) as logits_of:
+        found = logits_of(model, ids, 24)
+    assert torch.allclose(found[:, :8], exact[:, :8], atol=1e-4)
+    assert not torch.allclose(found[:, 8:], exact[:, 8:], atol=1e-3)
+    assert torch.allclose(uncached(model, ids, 24), exact, atol=1e-4)
+
+
+def test_values_of_a_group_are_rounded_to_its_levels():
+    x = torch.cat([torch.linspace(0, 3, 64), torch.linspace(10, 40, 16)])
+    found = rounded_in_groups(x, 2)
+    assert found.unique().tolist() == [0, 1, 2, 3, 10, 20, 30, 40]
+    assert (found - x).abs().max() <= 5 + 1e-4
+
+
+def test_bits_stand_beside_ratios(base, tmp_path):
+    grid = Grid([0.5], windows=[8], ranks=["uniform"], rank_multiple=2, bits_per_element=[4, 2])
+    values = sweep(base, tmp_path / "sweep", grid)
+    four, two = (values["cells"][f"fox/4/attention/bits/8/{bits}"] for bits in (4, 2))
+    assert two["kv_ratio"] <= 2 / 16 < four["kv_ratio"] <= 4 / 16
+    assert len(two["layers"][0]["widths_k"]) == 3
+    assert 0 < four["texts"][0]["divergence"] < two["texts"][0]["divergence"]
+    assert values["seconds"]["quantisers"] > 0
+    with pytest.raises(EigenAttnError, match='the basis "attention"'):
+        Grid([0.5], bases=["eigen"], bits_per_element=[4])
+
+
+def test_each_calibration_is_a_sweep_of_its_own(base, tmp_path):
+    """Cells are those of sweeps with one text and one size, and more of them may come later."""
+    fox, numbers = Text("fox", CONTENT), Text("numbers", " ".join(map(str, range(2000))))
+    calibrations = [Calibration((text,), samples) for text in (fox, numbers, None) for samples in (2, 4)]
+    grid = Grid([0.5], windows=[8], rank_multiple=2)
+    sweep(base, tmp_path / "sweep", grid, calibrations=calibrations[:1])
+    values = sweep(base, tmp_path / "sweep", grid, calibrations=calibrations)
+    assert [key.split("/")[:2] for key in values["cells"]] == [
+        [name, samples] for name in ("fox", "numbers", "self") for samples in ("2", "4")
+    ]
+    alone = sweep(base, tmp_path / "alone", grid, calibrations=calibrations[3:4])
+    key = "numbers/4/attention/sensitivity/8/0.5"
+    assert alone["cells"][key] == values["cells"][key]
+    assert len({cell["texts"][0]["divergence"] for cell in values["cells"].values()}) == 6
+    figure = calibration_study(values)
+    curves = figure.axes[0].containers
+    assert [curve.get_label() for curve in curves] == ["fox", "numbers", "self"]
+    assert list(curves[0].lines[0].get_xdata()) == [128, 256]
+    assert len(frontier(values).axes[0].containers) == 6
+    table = sweep_table(rows_of(values), ["held out"])
+    assert table.headings[:4] == ["method", "calibration", "samples", "asked"]
+    other = [Calibration((Text("fox", CONTENT + "!"),), 4)]
+    with pytest.raises(EigenAttnError, match="calibrated on another fox"):
+        sweep(base, tmp_path / "sweep", grid, calibrations=other)
 
 
 def test_shared_costs_stand_for_measured_ones():
@@ -169,7 +245,7 @@ def test_shared_costs_stand_for_measured_ones():
 def test_heads_share_latents(base, tmp_path):
     grid = Grid([0.5], windows=[8], shared_heads=[1, 2], ranks=["uniform"], rank_multiple=2)
     values = sweep(base, tmp_path / "sweep", grid)
-    single, shared = (values["cells"][f"{kind}/uniform/8/0.5"] for kind in ("attention", "attention:2"))
+    single, shared = (values["cells"][f"fox/4/{kind}/uniform/8/0.5"] for kind in ("attention", "attention:2"))
     assert single["bytes_per_token"] == shared["bytes_per_token"]
     assert single["texts"][0]["divergence"] != shared["texts"][0]["divergence"]
     with pytest.raises(EigenAttnError, match="choose 1, 2"):

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..cache.rules import EVICTION_RULES
 from ..calibration.text import SOURCES
+from ..errors import EigenAttnError
 from ..files import whole
 from ..report.tables import TextTable
 

@@ -14,17 +14,17 @@ from ..errors import EigenAttnError
 from ..evaluation.measuring import Plan
 from ..evaluation.rivals import NAMES, Rival
 from ..evaluation.sweep import Grid
-from ..evaluation.sweep_folder import run_sweep, sweep_texts, table
+from ..evaluation.sweep_folder import Calibration, run_sweep, sweep_texts, table
 from ..evaluation.tasks import load_tasks, task_names
-from ..report.figures import frontier, new_figure, save_figure
-from ..report.tables import sweep_table
+from ..report.figures import calibration_study, frontier, new_figure, save_figure
+from ..report.tables import calibrations, sweep_table
 from .common import TEXT_HELP, Device, Dtype, Json, Model, app, emit, examples, rich_table
 from .evaluate import TASKS_HELP, needles_of
 
 
 def _numbers(option: str, text: str, kind: type) -> list[Any]:
     try:
-        return [kind(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise EigenAttnError(f"{option} takes numbers with commas between them, not {text!r}.") from None
 
@@ -33,17 +33,29 @@ def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+RATIOS = "0.9,0.8,0.7,0.6,0.5"
+
+
 @app.command(
     epilog=examples(
         "eigenattn sweep smollm2 smollm2-sweep --kv-ratio 0.9,0.8,0.7,0.6,0.5",
         "eigenattn sweep my-model sweep --kv-ratio 0.6,0.4 --basis attention,eigen --window 0,32 --text prompts.jsonl",
-        "eigenattn sweep smollm2 sweep --rivals quanto-4,hqq-2 --tasks my-task.jsonl --needles 1024",
+        "eigenattn sweep smollm2 sweep --bits-per-element 4,3,2 --rivals plain-4,plain-2 --tasks my-task.jsonl",
+        "eigenattn sweep smollm2 study --each-text --text wikitext2 --text python-docs --text self --samples 4,8,16,32",
     )
 )
 def sweep(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder of results; a sweep that is there goes on.")],
-    kv_ratio: Annotated[str, typer.Option(help="KV ratios, with commas between them.")] = "0.9,0.8,0.7,0.6,0.5",
+    kv_ratio: Annotated[
+        str,
+        typer.Option(
+            help=f"KV ratios, with commas between them; {RATIOS} if no bits are given either.", metavar="LIST"
+        ),
+    ] = "",
+    bits_per_element: Annotated[
+        str, typer.Option(help="Bits an element of quantised latents, with commas between them.", metavar="LIST")
+    ] = "",
     basis: Annotated[str, typer.Option(help=f"Of {', '.join(BASES)}, with commas between them.")] = "attention",
     ranks: Annotated[
         str, typer.Option(help=f"Rank rules, of {', '.join(RANK_RULES)}, with commas between them.")
@@ -63,7 +75,12 @@ def sweep(
             metavar="SOURCE",
         ),
     ] = [],  # noqa: B006
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows to draw from the text.")] = 32,
+    each_text: Annotated[
+        bool, typer.Option("--each-text", help="Calibrate on each text by itself, not on all together.")
+    ] = False,
+    samples: Annotated[
+        str, typer.Option(help="Calibration windows to draw from the text: a number, or several with commas.")
+    ] = "32",
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each text to evaluate on.")] = 16384,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window, of calibration and evaluation.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
@@ -75,18 +92,27 @@ def sweep(
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """Measure quality against cache size: statistics are collected once, for all ratios."""
+    """Measure quality against cache size: statistics are collected once, for all ratios.
+
+    With several texts by themselves, or several numbers of samples, it tells which text to calibrate on, and how much.
+    """
+    ratios = kv_ratio or ("" if bits_per_element else RATIOS)
     grid = Grid(
-        _numbers("--kv-ratio", kv_ratio, float),
+        _numbers("--kv-ratio", ratios, float),
         _names(basis),
         _names(ranks),
         _numbers("--window", window, int),
         _numbers("--shared-heads", shared_heads, int),
         rank_multiple,
+        _numbers("--bits-per-element", bits_per_element, float),
     )
+    sizes = _numbers("--samples", samples, int)
+    if min(sizes, default=0) < 1:
+        raise EigenAttnError("--samples must be 1 or more.")
     new_figure(1, 1)  # without matplotlib it ends here, not after the work
     chosen = [Rival.of(name) for name in _names(rivals)]
     calibration, held_out = sweep_texts(text, evaluation_text)
+    groups = [[each] for each in calibration] if each_text else [calibration]
     plan = Plan(
         held_out,
         tokens=tokens,
@@ -101,8 +127,7 @@ def sweep(
         out,
         grid,
         plan,
-        calibration=calibration,
-        samples=samples,
+        calibrations=[Calibration(tuple(texts), size) for texts in groups for size in sizes],
         length=length,
         seed=seed,
         rivals=chosen,
@@ -110,9 +135,15 @@ def sweep(
         device=device,
         progress=True,
     )
-    save_figure(frontier(results), out / "frontier")
+    pictures = {"frontier": frontier}
+    if len(calibrations(results)) > 1:
+        pictures["calibration"] = calibration_study
+    for name, draw in pictures.items():
+        save_figure(draw(results), out / name)
     console = emit(results, json_file)
     texts = [row["text"] for row in results["baseline"]["texts"]]
     title = f"increase of perplexity against the KV ratio, and the whole cache's at {length:,} tokens"
     console.print(rich_table(sweep_table(table(results), texts), title))
-    console.print(f"{out}: sweep.json, sweep.csv, frontier.png, frontier.svg", highlight=False, soft_wrap=True)
+    took = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds"].items())
+    drawn = ", ".join(f"{name}.png, {name}.svg" for name in pictures)
+    console.print(f"{out}: sweep.json, sweep.csv, {drawn}. {took}.", highlight=False, soft_wrap=True)

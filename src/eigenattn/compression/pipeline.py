@@ -200,10 +200,15 @@ def _choose(
     fitted = fit_quantisers(
         model, layers, bases, bars.batches("Fitting quantisers", stream.again(), stream.count), config.window
     )
-    ratio = max(equivalent_ratio(config.bits_per_element), problem.ratio(smallest(problem)))
-    near = dataclasses.replace(config, bits_per_element=None, kv_ratio=ratio)
-    weights = sensitivities(dataclasses.replace(problem, config=near))
+    weights = sensitivities(quantised_problem(problem, config.bits_per_element))
     return quantise_bases(layers, bases, fitted, weights, config.bits_per_element)
+
+
+def quantised_problem(problem: RankProblem, bits_per_element: float) -> RankProblem:
+    """The problem near whose solution sensitivities are measured for quantised latents of so many bits an element."""
+    ratio = max(equivalent_ratio(bits_per_element), problem.ratio(smallest(problem)))
+    near = dataclasses.replace(problem.config, bits_per_element=None, kv_ratio=ratio)
+    return dataclasses.replace(problem, config=near)
 
 
 class _Stream:

@@ -1,9 +1,12 @@
-"""What transformers offers for a smaller cache: plain quantisation, as curves to compare with."""
+"""Smaller caches by plain quantisation, as curves to compare with: what transformers offers, and a stronger one."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import QuantizedCache
 
+from ..compression.folding import attach, detach
 from ..errors import EigenAttnError
-from .reading import Logits
+from ..models.attention import EigenAttention
+from .reading import Logits, uncached
 
 # Elements that share a scale and a zero point (transformers' own default).
 GROUP = 64
@@ -22,8 +27,9 @@ BACKENDS: dict[str, tuple[str | None, tuple[int, ...], dict[str, Any]]] = {
     "quanto": ("optimum.quanto", (2, 4), {}),
     "hqq": ("hqq", (1, 2, 3, 4, 8), {"axis_key": 1, "axis_value": 1}),
     "fp8": (None, (8,), {}),
+    "plain": (None, (2, 3, 4, 8), {}),
 }
-NAMES = "quanto-4, quanto-2, hqq-8, hqq-4, hqq-3, hqq-2, hqq-1, fp8"
+NAMES = "plain-8, plain-4, plain-3, plain-2, quanto-4, quanto-2, hqq-8, hqq-4, hqq-3, hqq-2, hqq-1, fp8"
 
 
 def _installed(package: str) -> bool:
@@ -35,7 +41,12 @@ def _installed(package: str) -> bool:
 
 @dataclass(frozen=True)
 class Rival:
-    """A plain quantised cache: `quanto-4` keeps 4 bits an element, by quanto."""
+    """A plain quantised cache: `quanto-4` keeps 4 bits an element, by quanto.
+
+    `plain` stands for what transformers does not have: keys are quantised per channel and before rotation, values per
+    token, beside the same window of exact tokens as ours. Elements are rounded and not packed. So does KIVI (arXiv
+    2402.02750), and before rotation KVQuant (arXiv 2401.18079).
+    """
 
     name: str
     backend: str
@@ -57,10 +68,17 @@ class Rival:
             raise EigenAttnError(f"rival {name!r} needs a package: pip install 'eigenattn[rivals]'.")
         return cls(name, backend, bits)
 
-    @property
-    def bits_per_element(self) -> float:
+    def bits_per_element(self, head_dim: int) -> float:
         """Bits a cached element takes, scale and zero point of its group at 16 bits included."""
-        return self.bits + (0 if self.backend == "fp8" else 2 * 16 / GROUP)
+        if self.backend == "fp8":
+            return self.bits
+        of_values = min(GROUP, head_dim) if self.backend == "plain" else GROUP
+        return self.bits + 16 / GROUP + 16 / of_values
+
+    def check(self, config: Any, window: int) -> None:
+        """Raise an `EigenAttnError` if the cache of such a model is not quantised so."""
+        if self.backend != "plain":
+            self.cache(config, window)
 
     def cache(self, config: Any, window: int) -> QuantizedCache:
         """An empty cache.
@@ -82,16 +100,45 @@ class Rival:
             reason = str(error).splitlines()[0]
             raise EigenAttnError(f"transformers does not quantise this cache by {self.name}: {reason}") from error
 
-    def logits(self, piece: int) -> Logits:
-        """Reads through the quantised cache in pieces of `piece` tokens.
+    @contextmanager
+    def reading(self, layers: Sequence[EigenAttention], window: int) -> Iterator[Logits]:
+        """How the model reads with this cache.
 
-        A piece is seen exactly while it is read, by its own tokens; everything before it through the cache.
+        Args:
+            layers: the model's, at full rank.
+            window: exact tokens. Through a cache of transformers text is read in pieces of so many: a piece is seen
+                exactly while it is read, by its own tokens, and everything before it through the cache.
         """
+        if self.backend != "plain":
+            yield partial(self._in_pieces, window)
+            return
+        try:
+            for attention in layers:
+                attach(attention, None, None, window)
+                attention.rounded = self._rounded
+            yield uncached
+        finally:
+            for attention in layers:
+                del attention.rounded
+                detach(attention)
 
-        @torch.no_grad()
-        def read(model: nn.Module, ids: Tensor, keep: int) -> Tensor:
-            cache = self.cache(model.config, piece)
-            pieces = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(piece, dim=1)]
-            return torch.cat(pieces, dim=1)[:, -keep:]
+    @torch.no_grad()
+    def _in_pieces(self, piece: int, model: nn.Module, ids: Tensor, keep: int) -> Tensor:
+        cache = self.cache(model.config, piece)
+        pieces = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(piece, dim=1)]
+        return torch.cat(pieces, dim=1)[:, -keep:]
 
-        return read
+    def _rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """In place of `EigenAttention.rounded`: of [B, G, S, D], keys per channel and values per token."""
+        by_channel = rounded_in_groups(keys.transpose(-1, -2), self.bits)
+        return by_channel.transpose(-1, -2), rounded_in_groups(values, self.bits)
+
+
+def rounded_in_groups(x: Tensor, bits: int) -> Tensor:
+    """Vectors [..., n] quantised uniformly from the least to the greatest of each group along the last dimension."""
+    pieces = []
+    for piece in x.split(GROUP, dim=-1):
+        low, high = piece.amin(-1, keepdim=True).half().to(x.dtype), piece.amax(-1, keepdim=True)
+        step = ((high - low) / (2**bits - 1)).half().to(x.dtype).clamp_min(1e-7)
+        pieces.append(low + ((piece - low) / step).round().clamp(0, 2**bits - 1) * step)
+    return torch.cat(pieces, dim=-1) if pieces else x

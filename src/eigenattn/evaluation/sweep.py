@@ -6,9 +6,10 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -18,8 +19,9 @@ from ..calibration.statistics import Batch, collect_moments
 from ..compression.bases import BASES, Basis
 from ..compression.folding import attach, detach
 from ..compression.measure import Measurement
-from ..compression.pipeline import COST_TOKENS, check_sharing
-from ..compression.ranks import RANK_RULES, RankProblem, Ranks
+from ..compression.pipeline import COST_TOKENS, check_sharing, quantised_problem
+from ..compression.quantise import Fitted, equivalent_ratio, fit_quantisers, quantise_bases
+from ..compression.ranks import RANK_RULES, RankProblem, sensitivities
 from ..compression.shared_costs import SharedCosts
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
@@ -33,65 +35,81 @@ ELEMENT_BYTES = 2
 
 
 class Cell(NamedTuple):
-    """One compression of a sweep."""
+    """One compression of a sweep: to a KV ratio, or to so many bits an element."""
 
     basis: str
     ranks: str
     window: int
     shared_heads: int
-    kv_ratio: float
+    kv_ratio: float | None
+    bits_per_element: float | None = None
 
     @property
-    def kind(self) -> str:
-        """What statistics are collected for, the window apart."""
-        return self.basis if self.shared_heads == 1 else f"{self.basis}:{self.shared_heads}"
+    def statistics(self) -> str:
+        """What statistics are collected for."""
+        kind = self.basis if self.shared_heads == 1 else f"{self.basis}:{self.shared_heads}"
+        return f"{kind}/{self.window}"
 
     @property
     def method(self) -> str:
-        return f"{self.kind}/{self.ranks}/{self.window}"
+        kind, window = self.statistics.split("/")
+        return f"{kind}/{self.ranks if self.bits_per_element is None else 'bits'}/{window}"
+
+    @property
+    def asked(self) -> float:
+        return self.kv_ratio if self.bits_per_element is None else self.bits_per_element
 
     @property
     def key(self) -> str:
-        return f"{self.method}/{self.kv_ratio:g}"
+        return f"{self.method}/{self.asked:g}"
 
 
 @dataclass(frozen=True)
 class Grid:
     """The cells of a sweep: every combination.
 
+    Quantised latents have one rank rule, and the basis `attention`: `bits_per_element` goes with that, whatever other
+    rules and bases there are.
+
     Raises:
         EigenAttnError: if a value is outside its range, or a rank rule takes no KV ratio.
     """
 
-    kv_ratios: Sequence[float]
+    kv_ratios: Sequence[float] = ()
     bases: Sequence[str] = ("attention",)
     ranks: Sequence[str] = ("sensitivity",)
     windows: Sequence[int] = (32,)
     shared_heads: Sequence[int] = (1,)
     rank_multiple: int = 8
+    bits_per_element: Sequence[float] = ()
 
     def __post_init__(self) -> None:
-        if not all((self.kv_ratios, self.bases, self.ranks, self.windows, self.shared_heads)):
+        sizes = (*self.kv_ratios, *self.bits_per_element)
+        if not all((sizes, self.bases, self.ranks, self.windows, self.shared_heads)):
             raise EigenAttnError("a sweep needs at least one KV ratio, basis, rank rule, window and shared_heads.")
         for names, table in ((self.bases, BASES), (self.ranks, RANK_RULES)):
             for name in names:
                 if name not in table:
                     raise EigenAttnError(f"unknown name {name!r}: choose one of {', '.join(table)}.")
+        if self.bits_per_element and "attention" not in self.bases:
+            raise EigenAttnError('bits_per_element goes with the basis "attention".')
         for cell in self.cells():
             self.config(cell)
 
     def cells(self) -> list[Cell]:
         """All cells, those that share statistics next to each other."""
-        return [
-            Cell(basis, rule, window, shared, ratio)
-            for basis, window, shared, rule, ratio in itertools.product(
-                dict.fromkeys(self.bases),
-                dict.fromkeys(self.windows),
-                dict.fromkeys(self.shared_heads),
-                dict.fromkeys(self.ranks),
-                sorted(set(self.kv_ratios), reverse=True),
-            )
-        ]
+        ratios = sorted(set(self.kv_ratios), reverse=True)
+        cells = []
+        for basis, window, shared in itertools.product(
+            *map(dict.fromkeys, (self.bases, self.windows, self.shared_heads))
+        ):
+            cells += [
+                Cell(basis, rule, window, shared, ratio) for rule in dict.fromkeys(self.ranks) for ratio in ratios
+            ]
+            if basis == "attention":
+                bits = sorted(set(self.bits_per_element), reverse=True)
+                cells += [Cell(basis, "sensitivity", window, shared, None, each) for each in bits]
+        return cells
 
     def config(self, cell: Cell) -> EigenAttentionConfig:
         """What `compress` would be given."""
@@ -99,8 +117,9 @@ class Grid:
 
     @property
     def anchor(self) -> float:
-        """The ratio near which divergences are measured: the middle one."""
-        return sorted(set(self.kv_ratios))[len(set(self.kv_ratios)) // 2]
+        """The ratio near which divergences are measured: the middle one, of quantised latents an equivalent one."""
+        ratios = sorted({*self.kv_ratios, *map(equivalent_ratio, self.bits_per_element)})
+        return ratios[len(ratios) // 2]
 
 
 @contextmanager
@@ -111,13 +130,25 @@ def added(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What all cells with one basis, window and number of shared heads have in common."""
+
+    bases: list[tuple[Basis, Basis]]
+    problem: RankProblem
+    shared: SharedCosts
+    quantisers: Callable[[], list[Fitted]]
+
+
 class SweepModel:
     """A model that can be compressed again and again, in memory.
 
     Args:
         model: an uncompressed transformers model; it is converted in place.
-        batches: calibration tokens.
+        batches: calibration tokens, which `calibrate` may replace.
         seconds: where wall-clock seconds of statistics and ranks are added up.
+        share_costs: measure costs once for all cells with the same statistics, near the grid's middle; otherwise each
+            cell is measured by itself, as `compress` does.
     """
 
     def __init__(
@@ -127,67 +158,89 @@ class SweepModel:
         grid: Grid,
         bars: TokenProgress,
         seconds: dict[str, float] | None = None,
+        share_costs: bool = True,
     ) -> None:
-        self.model, self.batches, self.grid, self.bars = model, batches, grid, bars
+        self.model, self.grid, self.bars, self.share_costs = model, grid, bars, share_costs
         convert_attention(model)
         self.layers: list[EigenAttention] = eigen_layers(model)
-        self._made: tuple[tuple[str, int], list[tuple[Basis, Basis]], SharedCosts] | None = None
         check_sharing(self.layers[0].kv_heads, *grid.shared_heads)
         self.seconds = {} if seconds is None else seconds
+        self.calibrate(batches)
 
-    def compress(self, cell: Cell, curves: dict[str, list]) -> Ranks:
-        """Give the model the cell's bases and ranks.
+    def calibrate(self, batches: Sequence[Batch]) -> None:
+        """Take statistics over these tokens from now on."""
+        self.batches = batches
+        self._made: tuple[str, Statistics] | None = None
+
+    def compress(self, cell: Cell, curves: dict[str, list]) -> None:
+        """Give the model the cell's bases, truncated or quantised.
 
         Args:
             curves: measured costs by basis and window: taken from here if they are there, and put there if not.
         """
-        bases, costs = self._statistics(cell, curves)
-        with added(self.seconds, "ranks"):
-            problem = dataclasses.replace(costs.anchor, config=self.grid.config(cell), costs=costs)
-            ranks = RANK_RULES[cell.ranks](problem)
-        if costs.curves is not None:
-            curves[f"{cell.kind}/{cell.window}"] = costs.curves
-        for attention, (keys, values), (rank_k, rank_v) in zip(self.layers, bases, ranks, strict=True):
-            attach(attention, keys.truncate(rank_k), values.truncate(rank_v), cell.window, cell.shared_heads)
-        return ranks
+        made = self._statistics(cell, curves)
+        costs = made.shared if self.share_costs else made.problem.costs
+        if cell.bits_per_element is None:
+            with added(self.seconds, "ranks"):
+                problem = dataclasses.replace(made.problem, config=self.grid.config(cell), costs=costs)
+                ranks = RANK_RULES[cell.ranks](problem)
+            chosen = [
+                (keys.truncate(rank_k), values.truncate(rank_v))
+                for (keys, values), (rank_k, rank_v) in zip(made.bases, ranks, strict=True)
+            ]
+        else:
+            fitted = made.quantisers()
+            with added(self.seconds, "ranks"):
+                weights = sensitivities(quantised_problem(dataclasses.replace(made.problem, costs=costs), cell.asked))
+                chosen = quantise_bases(self.layers, made.bases, fitted, weights, cell.asked)
+        if made.shared.curves is not None:
+            curves[cell.statistics] = made.shared.curves
+        for attention, pair in zip(self.layers, chosen, strict=True):
+            attach(attention, *pair, cell.window, cell.shared_heads)
 
     def restore(self) -> None:
         """Back to the original model."""
         for attention in self.layers:
             detach(attention)
 
-    def _statistics(self, cell: Cell, curves: dict[str, list]) -> tuple[list[tuple[Basis, Basis]], SharedCosts]:
-        wanted = (cell.kind, cell.window)
-        if self._made is None or self._made[0] != wanted:
+    def _statistics(self, cell: Cell, curves: dict[str, list]) -> Statistics:
+        if self._made is None or self._made[0] != cell.statistics:
             self._made = None  # freed before the next ones are collected
-            method = BASES[cell.basis]
-            with added(self.seconds, "statistics"):
-                moments = collect_moments(
-                    self.model,
-                    self.layers,
-                    self.bars.batches("Calibrating", self.batches, len(self.batches)),
-                    lambda attention: method.moments(attention, cell.window, cell.shared_heads),
-                )
-                bases = [method.build(sums) for sums in moments]
-            count = math.ceil(COST_TOKENS / self.batches[0].tokens)
-            costs = Measurement(self.model, self.layers, bases, cell.window, self.batches[:count], self.bars)
-            keys, values = ([basis.spectrum.cpu() for basis in side] for side in zip(*bases, strict=True))
-            middle = self.grid.config(cell._replace(kv_ratio=self.grid.anchor, ranks="sensitivity"))
-            anchor = RankProblem(keys, values, middle, costs)
-            self._made = wanted, bases, SharedCosts(anchor, curves.get("/".join(map(str, wanted))))
-        return self._made[1:]
+            self._made = cell.statistics, self._collect(cell, curves)
+        return self._made[1]
+
+    def _collect(self, cell: Cell, curves: dict[str, list]) -> Statistics:
+        method = BASES[cell.basis]
+        with added(self.seconds, "statistics"):
+            moments = collect_moments(
+                self.model,
+                self.layers,
+                self.bars.batches("Calibrating", self.batches, len(self.batches)),
+                lambda attention: method.moments(attention, cell.window, cell.shared_heads),
+            )
+            bases = [method.build(sums) for sums in moments]
+        count = math.ceil(COST_TOKENS / self.batches[0].tokens)
+        costs = Measurement(self.model, self.layers, bases, cell.window, self.batches[:count], self.bars)
+        keys, values = ([basis.spectrum.cpu() for basis in side] for side in zip(*bases, strict=True))
+        middle = cell._replace(kv_ratio=self.grid.anchor, bits_per_element=None, ranks="sensitivity")
+        problem = RankProblem(keys, values, self.grid.config(middle), costs)
+
+        @cache
+        def quantisers() -> list[Fitted]:
+            with added(self.seconds, "quantisers"):
+                batches = self.bars.batches("Fitting quantisers", self.batches, len(self.batches))
+                return fit_quantisers(self.model, self.layers, bases, batches, cell.window)
+
+        return Statistics(bases, problem, SharedCosts(problem, curves.get(cell.statistics)), quantisers)
 
 
-def sizes(layers: Sequence[EigenAttention], ranks: Ranks, window: int, length: int) -> dict[str, Any]:
+def sizes(layers: Sequence[EigenAttention], length: int) -> dict[str, Any]:
     """Cache bytes at 16 bits an element: of a token outside the window, and of a sequence with its window."""
-    shapes = [
-        Shape(a.kv_heads, a.head_dim, *pair, shared_heads=a.shared_heads) for a, pair in zip(layers, ranks, strict=True)
-    ]
-    window = 0 if all(pair == (a.latent_dim,) * 2 for a, pair in zip(layers, ranks, strict=True)) else window
+    exact = all((a.rank_k, a.rank_v) == (a.latent_dim,) * 2 and a.widths_k is None for a in layers)
     return _sizes(
-        bytes_per_token(shapes, ELEMENT_BYTES),
-        cache_bytes(shapes, ELEMENT_BYTES, length, window),
-        baseline_bytes_per_token(shapes, ELEMENT_BYTES),
+        bytes_per_token(layers, ELEMENT_BYTES),
+        cache_bytes(layers, ELEMENT_BYTES, length, 0 if exact else layers[0].window),
+        baseline_bytes_per_token(layers, ELEMENT_BYTES),
         length,
     )
 
@@ -205,6 +258,6 @@ def rival_sizes(layers: Sequence[EigenAttention], rival: Rival, window: int, len
     """The same of a plain quantised cache that holds up to `window` tokens exactly."""
     shapes = [Shape(a.kv_heads, a.head_dim, a.head_dim, a.head_dim) for a in layers]
     original = baseline_bytes_per_token(shapes, ELEMENT_BYTES)
-    token = original * rival.bits_per_element / (8 * ELEMENT_BYTES)
+    token = original * rival.bits_per_element(layers[0].head_dim) / (8 * ELEMENT_BYTES)
     exact = 0 if rival.backend == "fp8" else min(window, length)
     return _sizes(token, token * (length - exact) + original * exact, original, length)

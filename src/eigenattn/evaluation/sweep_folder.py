@@ -7,8 +7,9 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..calibration.text import SOURCES, Text, load_text
 from ..calibration.windows import SELF, complete, load_texts, text_windows
 from ..errors import EigenAttnError
 from ..files import whole
+from ..models.checkpoint import layer_entry
 from ..models.loading import Source, load_model, load_tokenizer
 from ..models.placement import input_device
 from ..progress import TokenProgress
@@ -24,9 +26,9 @@ from ..version import versions
 from .measuring import Plan, measure, report
 from .reading import Logits, uncached
 from .rivals import Rival
-from .sweep import Grid, SweepModel, added, rival_sizes, sizes
+from .sweep import Cell, Grid, SweepModel, added, rival_sizes, sizes
 
-VERSION = 1
+VERSION = 2
 FILE, TABLE, SECONDS = "sweep.json", "sweep.csv", "seconds.json"
 # One part in so many of a file is held out for evaluation, if no other text is given for that.
 HELD_OUT = 5
@@ -59,14 +61,29 @@ def sweep_texts(sources: Sequence[str], evaluation: Sequence[str]) -> tuple[list
     return calibration, held_out
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What statistics are collected on: so many windows of some texts together, None being what the model writes."""
+
+    texts: tuple[Text | None, ...]
+    samples: int
+
+    @property
+    def name(self) -> str:
+        return " + ".join(text.source if text else SELF for text in self.texts)
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}/{self.samples}"
+
+
 def run_sweep(
     name: str,
     out: Path,
     grid: Grid,
     plan: Plan,
     *,
-    calibration: Sequence[Text | None],
-    samples: int,
+    calibrations: Sequence[Calibration],
     length: int,
     seed: int,
     rivals: Sequence[Rival] = (),
@@ -79,8 +96,8 @@ def run_sweep(
 
     Args:
         name: a model: folder, hub id, `.gguf` file or `smollm2`.
-        calibration: texts to calibrate on, None standing for text that the model writes.
-        samples, length, seed: how many windows of how many tokens are drawn from them, and the draw.
+        calibrations: what to calibrate on; the whole grid is measured with each.
+        length, seed: of how many tokens calibration windows are, and their draw.
         rivals: plain quantised caches, each measured with the largest of the grid's windows as exact tokens.
         done: called with each cell's key and figures.
 
@@ -94,8 +111,6 @@ def run_sweep(
         raise EigenAttnError(f"windows of text must be longer than the {max(grid.windows)} exact tokens.")
     settings = {
         "model": name,
-        "calibration": [_named(text) for text in calibration],
-        "samples": samples,
         "length": length,
         "seed": seed,
         "rank_multiple": grid.rank_multiple,
@@ -106,32 +121,37 @@ def run_sweep(
     }
     # A quantised cache with no exact token does not exist: its piece is at least one token.
     exact = max(grid.windows) or 32
-    with Results(out, settings) as results:
-        cells = [cell for cell in grid.cells() if cell.key not in results.cells]
+    with Results(out, settings, calibrations) as results:
+        wanted = {calibration: _missing(grid, calibration, results.cells) for calibration in calibrations}
+        wanted = {calibration: cells for calibration, cells in wanted.items() if cells}
         missing = [rival for rival in rivals if f"{rival.name}/{exact}" not in results.cells]
-        if not cells and not missing:
+        if not wanted and not missing:
             results.save_beside()  # it may have been killed between the files
             return results.values | {"seconds": results.seconds}
         bars = TokenProgress(progress)
         source = Source.of(name)
         tokenizer = load_tokenizer(source)
-        parts = text_windows(calibration, tokenizer, samples, length, seed)
+        parts = {each: text_windows(each.texts, tokenizer, each.samples, length, seed) for each in wanted}
         items = plan.items(tokenizer)
         model = load_model(source, dtype, device)
         for rival in missing:
-            rival.cache(model.config, exact)  # so that one which does not take this model ends it now
-        windows = complete(parts, model, length, seed).to(input_device(model))
+            rival.check(model.config, exact)
+        device_of_input = input_device(model)
+        # Before the model is converted, as `compress` does: what it writes may hang on a rounding.
+        batches = {
+            each: [Batch(window) for window in complete(part, model, length, seed).to(device_of_input).split(1)]
+            for each, part in parts.items()
+        }
         # Distributions are too large to keep: a sweep that goes on reads the original again.
         with added(results.seconds, "baseline"):
             base = measure(model, tokenizer, plan, items, title="the original", bars=bars, keep=True)
         results.values["baseline"] = report(base)
-        subject = SweepModel(model, [Batch(window) for window in windows.split(1)], grid, bars, results.seconds)
+        subject = SweepModel(model, [], grid, bars, results.seconds)
 
         def record(key: str, title: str, facts: dict[str, Any], what: Plan, logits_of: Logits) -> None:
+            options = {"title": title, "bars": bars, "logits_of": logits_of, "original": base.predictions}
             with added(results.seconds, "evaluation"):
-                found = measure(
-                    model, tokenizer, what, items, title=title, bars=bars, logits_of=logits_of, original=base.predictions
-                )
+                found = measure(model, tokenizer, what, items, **options)
             results.cells[key] = facts | report(found, base)
             results.save()
             done(key, results.cells[key])
@@ -139,19 +159,30 @@ def run_sweep(
         for rival in missing:
             facts = {"method": rival.name, "window": exact, **rival_sizes(subject.layers, rival, exact, plan.length)}
             without_tasks = dataclasses.replace(plan, tasks={})  # lm-eval reads without a cache
-            record(f"{rival.name}/{exact}", rival.name, facts, without_tasks, rival.logits(exact))
-        for cell in cells:
-            ranks = subject.compress(cell, results.values["costs"])
-            facts = {
-                "method": cell.method,
-                **cell._asdict(),
-                "asked": cell.kv_ratio,
-                **sizes(subject.layers, ranks, cell.window, plan.length),
-                "layers": [{"rank_k": rank_k, "rank_v": rank_v} for rank_k, rank_v in ranks],
-            }
-            record(cell.key, cell.key, facts, plan, uncached)
-            subject.restore()
+            with rival.reading(subject.layers, exact) as logits_of:
+                record(f"{rival.name}/{exact}", rival.name, facts, without_tasks, logits_of)
+        for calibration, cells in wanted.items():
+            subject.calibrate(batches[calibration])
+            curves = results.values["costs"].setdefault(calibration.key, {})
+            for cell in cells:
+                subject.compress(cell, curves)
+                facts = {
+                    "method": cell.method,
+                    "calibration": calibration.name,
+                    "samples": calibration.samples,
+                    **cell._asdict(),
+                    "asked": cell.asked,
+                    **sizes(subject.layers, plan.length),
+                    "layers": [layer_entry(attention) for attention in subject.layers],
+                }
+                key = f"{calibration.key}/{cell.key}"
+                record(key, key, facts, plan, uncached)
+                subject.restore()
         return results.values | {"seconds": results.seconds}
+
+
+def _missing(grid: Grid, calibration: Calibration, done: Mapping[str, Any]) -> list[Cell]:
+    return [cell for cell in grid.cells() if f"{calibration.key}/{cell.key}" not in done]
 
 
 def _named(text: Text | None) -> dict[str, str | None]:
@@ -168,8 +199,9 @@ class Results:
         EigenAttnError: if the folder holds something else, or a sweep with other settings, or another process uses it.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], calibrations: Sequence[Calibration]) -> None:
         self.folder = folder
+        self.texts = {each.name: [_named(text) for text in each.texts] for each in calibrations}
         settings = json.loads(json.dumps(settings))  # as they will be read back: tuples become lists
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -186,13 +218,16 @@ class Results:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise EigenAttnError(f"another process is writing {self.folder}: wait for it, or choose another.") from error
+            raise EigenAttnError(
+                f"another process is writing {self.folder}: wait for it, or choose another."
+            ) from error
         killed_at_first = self.folder / f".{FILE}.partial"
         if all(path == killed_at_first for path in self.folder.iterdir()):
             self.seconds: dict[str, float] = {}
             self.values: dict[str, Any] = {
                 "version": VERSION,
                 "settings": settings,
+                "calibration": self.texts,
                 "versions": versions(),
                 "costs": {},
                 "baseline": None,
@@ -204,6 +239,9 @@ class Results:
         other = sorted(name for name in settings if settings[name] != stored.get(name))
         if other:
             raise EigenAttnError(f"{self.folder} holds a sweep with another {', '.join(other)}: choose another folder.")
+        for name, texts in self.texts.items():
+            if self.values["calibration"].setdefault(name, texts) != texts:
+                raise EigenAttnError(f"{self.folder} holds a sweep calibrated on another {name}: rename the file.")
 
     @property
     def cells(self) -> dict[str, dict[str, Any]]:
@@ -261,14 +299,29 @@ def read_seconds(folder: Path) -> dict[str, float]:
         return {}  # they are not worth refusing a sweep
 
 
-COLUMNS = ("method", "window", "asked", "kv_ratio", "bytes_per_token", "cache_bytes", "cache_ratio")
+COLUMNS = (
+    "method",
+    "calibration",
+    "samples",
+    "window",
+    "asked",
+    "bits_per_element",
+    "kv_ratio",
+    "bytes_per_token",
+    "cache_bytes",
+    "cache_ratio",
+)
 FIGURES = ("perplexity", "relative_increase", "relative_increase_error", "divergence", "top1_agreement")
 
 
+def _order(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    return cell["method"], cell.get("calibration", ""), cell.get("samples", 0), -cell["kv_ratio"]
+
+
 def table(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """One flat row for each cell, by method and falling size."""
+    """One flat row for each cell, by method, calibration and falling size."""
     rows = []
-    for cell in sorted(values["cells"].values(), key=lambda cell: (cell["method"], -cell["kv_ratio"])):
+    for cell in sorted(values["cells"].values(), key=_order):
         row = {name: cell.get(name) for name in COLUMNS}
         for text in cell["texts"]:
             row |= {f"{name} ({text['text']})": text[name] for name in FIGURES}

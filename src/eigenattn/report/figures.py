@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import EigenAttnError
 from ..files import whole
+from .tables import calibrations
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,19 +93,26 @@ def frontier(values: dict[str, Any]) -> Figure:
     for task in values["baseline"]["tasks"]:
         panels.append((task["task"], "accuracy, %", lambda cell, name=task["task"]: _percent(_named(cell, name))))
     figure, axes = new_figure(5.0, 3.4 * len(panels), rows=len(panels))
-    methods = dict.fromkeys(cell["method"] for cell in values["cells"].values())
+    several = len(calibrations(values)) > 1
+
+    def curve_of(cell: dict[str, Any]) -> str:
+        if not several or "samples" not in cell:
+            return cell["method"]
+        return f"{cell['method']}, {cell['samples']} x {cell['calibration']}"
+
+    curves = dict.fromkeys(map(curve_of, values["cells"].values()))
     length = values["settings"]["protocol"]["length"]
     for (title, unit, figure_of), axis in zip(panels, axes if len(panels) > 1 else [axes], strict=True):
-        for method in methods:
+        for curve in curves:
             cells = sorted(
-                (cell for cell in values["cells"].values() if cell["method"] == method),
+                (cell for cell in values["cells"].values() if curve_of(cell) == curve),
                 key=lambda cell: cell["cache_bytes"],
             )
             points = [(cell["cache_bytes"] / 2**20, figure_of(cell)) for cell in cells]
             points = [(x, *point) for x, point in points if point is not None]
             if points:
                 x, y, error = zip(*points, strict=True)
-                axis.errorbar(x, y, yerr=[e or 0.0 for e in error], marker="o", markersize=4, label=method)
+                axis.errorbar(x, y, yerr=[e or 0.0 for e in error], marker="o", markersize=4, label=curve)
         if unit == "increase, %":
             axis.set_yscale("symlog", linthresh=LINEAR)
             axis.axhline(0, linestyle=":", color=INK)
@@ -114,6 +122,32 @@ def frontier(values: dict[str, Any]) -> Figure:
         axis.set(title=title, xlabel=f"cache of {length:,} tokens at 16 bits, MiB", ylabel=unit)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, frameon=False, labelcolor=INK)
+    return figure
+
+
+def calibration_study(values: dict[str, Any]) -> Figure:
+    """Quality against the tokens calibrated on: a row for each method and size, a panel for each text read."""
+    texts = [text["text"] for text in values["baseline"]["texts"]]
+    cells = [cell for cell in values["cells"].values() if "calibration" in cell]
+    length = values["settings"]["length"]
+    rows = list(dict.fromkeys((cell["method"], cell["asked"]) for cell in cells))
+    figure, axes = new_figure(3.2 * len(texts) + 1, 2.6 * len(rows), columns=len(texts), rows=len(rows))
+    grid = [axes] if len(texts) == len(rows) == 1 else list(getattr(axes, "flat", axes))
+    panels = ((row, index) for row in rows for index in range(len(texts)))
+    for axis, ((method, asked), index) in zip(grid, panels, strict=True):
+        for name in dict.fromkeys(cell["calibration"] for cell in cells):
+            of_curve = [c for c in cells if (c["calibration"], c["method"], c["asked"]) == (name, method, asked)]
+            points = sorted((c["samples"] * length, *_increase(c["texts"][index])) for c in of_curve)
+            if points:
+                x, y, error = zip(*points, strict=True)
+                axis.errorbar(x, y, yerr=[e or 0.0 for e in error], marker="o", markersize=4, label=name)
+        axis.set(
+            title=f"{method} at {asked:g}, read: {texts[index]}", xlabel="tokens calibrated on", ylabel="increase, %"
+        )
+        axis.title.set_fontsize(7)
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    grid[0].legend(fontsize=7, frameon=False, labelcolor=INK)
     return figure
 
 

@@ -21,7 +21,7 @@ from . import html
 from .card import EVALUATION
 from .figures import decay, effective_ranks, energy, frontier, inline_svg
 from .inspection import Inspection, inspect_checkpoint
-from .tables import TextTable, evaluation_tables, notes, sweep_table
+from .tables import TextTable, calibrations, evaluation_tables, notes, sweep_table
 
 PROMPTS = ("The history of the city begins with", "To make a good soup, first", "def fibonacci(n):\n")
 NEW_TOKENS = 48
@@ -181,17 +181,17 @@ def _cell(value: Any) -> str:
 
 def _frontier(sweep: dict[str, Any]) -> list[str]:
     texts = [row["text"] for row in sweep["baseline"]["texts"]]
-    settings = sweep["settings"]
+    drawn = ", ".join(f"{samples} windows of {name}" for name, samples in calibrations(sweep)) or "nothing"
     return [
         html.heading("Quality against cache size"),
         html.figure(
             inline_svg(frontier(sweep), "frontier", "quality against cache bytes, by method"),
-            "Methods are basis / rank rule / exact window; others are transformers' plain quantised caches.",
+            "Methods are basis / rank rule / exact window; others are plain quantised caches.",
         ),
         html.table(sweep_table(sweep_rows(sweep), texts)),
         html.paragraph(
-            f"Calibrated on {settings['samples']} windows of {settings['length']:,} tokens. The columns of texts show "
-            "the increase of perplexity with the standard error of the paired difference.",
+            f"Calibrated on {drawn}, of {sweep['settings']['length']:,} tokens each. The columns of texts show the "
+            "increase of perplexity with the standard error of the paired difference.",
             note=True,
         ),
     ]
@@ -261,9 +261,12 @@ def commands(material: Material) -> list[str]:
     if material.evaluation is not None:
         lines.append(_evaluate(material.name, material.evaluation))
     if material.sweep is not None:
-        ratios = sorted({cell["asked"] for cell in material.sweep["cells"].values() if "asked" in cell}, reverse=True)
-        settings = material.sweep["settings"]
-        asked = ["--kv-ratio", ",".join(f"{ratio:g}" for ratio in ratios)] if ratios else []
+        settings, asked = material.sweep["settings"], []
+        cells = [cell for cell in material.sweep["cells"].values() if "asked" in cell]
+        for option, quantised in (("--kv-ratio", False), ("--bits-per-element", True)):
+            sizes = {cell["asked"] for cell in cells if (cell["bits_per_element"] is not None) == quantised}
+            if sizes:
+                asked += [option, ",".join(f"{size:g}" for size in sorted(sizes, reverse=True))]
         lines.append(["eigenattn", "sweep", settings["model"], "SWEEP", *asked])
     if material.spectra is not None:
         asked = ["--basis", material.spectra["basis"], "--samples", str(material.spectra["samples"])]

@@ -78,9 +78,16 @@ def with_error(row: Mapping[str, Any], name: str, form: str) -> str:
     return f"{row[name]:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
 
 
+def calibrations(values: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """What the cells of a sweep were calibrated on, and on how many windows of it; rivals need none."""
+    found = ((cell["calibration"], cell["samples"]) for cell in values["cells"].values() if "calibration" in cell)
+    return list(dict.fromkeys(found))
+
+
 def sweep_table(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> TextTable:
     """Cells of a sweep, from `eigenattn.evaluation.sweep_folder.table`."""
     extra = [name for name in (rows[0] if rows else {}) if name in ("copying", "needles") or name.startswith("task ")]
+    varied = [name for name in ("calibration", "samples") if len({row[name] for row in rows} - {None}) > 1]
     shown = []
     for row in rows:
         increases = [
@@ -94,7 +101,9 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> Text
             )
             for text in texts
         ]
-        asked = "" if row["asked"] is None else f"{row['asked']:g}"
+        asked = "" if row["asked"] is None else f"{row['asked']:g}" + (" bits" if row["bits_per_element"] else "")
+        drawn = ["" if row[name] is None else str(row[name]) for name in varied]
         others = ["" if row.get(name) is None else f"{row[name]:.1%}" for name in extra]
-        shown.append([row["method"], asked, f"{row['kv_ratio']:.3f}", f"{row['cache_ratio']:.3f}", *increases, *others])
-    return TextTable(["method", "asked", "KV ratio", "whole cache", *texts, *extra], shown)
+        sizes = [asked, f"{row['kv_ratio']:.3f}", f"{row['cache_ratio']:.3f}"]
+        shown.append([row["method"], *drawn, *sizes, *increases, *others])
+    return TextTable(["method", *varied, "asked", "KV ratio", "whole cache", *texts, *extra], shown)
