@@ -1,7 +1,7 @@
 """Perplexity and copying against the KV ratio, for every basis, rank rule and window, on one model.
 
-Statistics are collected once for each basis and window and shared by all ratios. Results are written after every cell,
-and a run goes on where an earlier one stopped.
+`eigenattn sweep` measures costs once for all ratios; here each cell is measured by itself, as `eigenattn compress` does.
+Results are written after every cell, and a run goes on where an earlier one stopped.
 
     python benchmarks/quality.py smollm2 --calibration cal.txt --evaluation eval.txt \\
         --out benchmarks/results/quality-smollm2.json \\
@@ -12,41 +12,42 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
-import time
 from pathlib import Path
+from typing import Any
 
-import torch
+from torch import Tensor, nn
 
-from eigenattn import EigenAttentionConfig
-from eigenattn.calibration.statistics import Batch, collect_moments
+from eigenattn.calibration.statistics import Batch
 from eigenattn.calibration.text import load_text, sample_windows, tokenize
-from eigenattn.compression.bases import BASES
-from eigenattn.compression.folding import attach, detach
-from eigenattn.compression.measure import Measurement
-from eigenattn.compression.pipeline import COST_TOKENS
-from eigenattn.compression.ranks import RANK_RULES, RankProblem
+from eigenattn.evaluation.paired import difference, exponential, mean
 from eigenattn.evaluation.perplexity import perplexity, windows_of
-from eigenattn.models.conversion import convert_attention, eigen_layers
+from eigenattn.evaluation.retrieval import copying
+from eigenattn.evaluation.sweep import Cell, Grid, SweepModel, sizes
+from eigenattn.files import whole
 from eigenattn.models.loading import Source, load_model, load_tokenizer
 from eigenattn.progress import TokenProgress
 from eigenattn.version import versions
 
 
-@torch.no_grad()
-def copying(model, windows: torch.Tensor) -> float:
-    """Top-1 accuracy on the second copy of half windows, repeated; the first 16 tokens of a copy are not judged."""
-    hits = total = 0
-    for window in windows:
-        half = window[: len(window) // 2]
-        ids = torch.cat([half, half]).unsqueeze(0)
-        start = len(half) + 16
-        guesses = model(ids, use_cache=False, logits_to_keep=len(half) - 15).logits[0, :-1].argmax(-1)
-        hits += int((guesses == ids[0, start:]).sum())
-        total += len(guesses)
-    return hits / total
+def cells_of(names: list[str], ratios: list[float]) -> list[Cell]:
+    """Cells from names like `attention/sensitivity/32`, or `attention:3/sensitivity/32` where 3 heads share a latent."""
+    cells = []
+    for name in names:
+        kind, rule, window = name.split("/")
+        basis, _, shared = kind.partition(":")
+        cells += [Cell(basis, rule, int(window), int(shared or 1), ratio) for ratio in ratios]
+    return cells
+
+
+def judge(model: nn.Module, windows: Tensor, copies: int) -> dict[str, Any]:
+    found = perplexity(model, windows)
+    return {
+        "perplexity": found.value,
+        "copying": mean(copying(model, windows[:copies])).value,
+        "window_nll": found.window_nll,
+    }
 
 
 def main() -> None:
@@ -67,7 +68,6 @@ def main() -> None:
     parser.add_argument("--evaluation-windows", type=int, default=48)
     parser.add_argument("--copy-windows", type=int, default=8)
     parser.add_argument("--rank-multiple", type=int, default=8)
-    parser.add_argument("--cost-tokens", type=int, default=COST_TOKENS, help="tokens that rank rules measure on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -76,10 +76,6 @@ def main() -> None:
     calibration = sample_windows(tokenize(tokenizer, load_text(args.calibration)), args.samples, args.length, args.seed)
     held_out = tokenize(tokenizer, load_text(args.evaluation, "evaluation"))
     windows = windows_of(held_out, args.evaluation_windows * args.length, args.length)
-    batches = [Batch(window) for window in calibration.split(1)]
-    convert_attention(model)
-    layers = eigen_layers(model)
-    bars = TokenProgress(True)
 
     results = json.loads(args.out.read_text()) if args.out.exists() else {"cells": {}}
     results |= {
@@ -92,68 +88,43 @@ def main() -> None:
     }
 
     def save() -> None:
-        beside = args.out.with_suffix(".partial")
-        beside.write_text(json.dumps(results, indent=1) + "\n")
-        beside.replace(args.out)
+        with whole(args.out) as beside:
+            beside.write_text(json.dumps(results, indent=1) + "\n")
 
     if "baseline" not in results:
-        base = perplexity(model, windows)
-        results["baseline"] = {
-            "perplexity": base.value,
-            "copying": copying(model, windows[: args.copy_windows]),
-            "window_nll": base.window_nll,
-        }
+        results["baseline"] = judge(model, windows, args.copy_windows)
         save()
     baseline = results["baseline"]
     print(f"baseline {baseline['perplexity']:.3f}, copying {baseline['copying']:.4f}", flush=True)
 
-    made: dict[tuple[str, int, int], list] = {}
-    for cell in args.cells:
-        kind, rule, window_text = cell.split("/")
-        basis, _, shared_text = kind.partition(":")
-        window, shared = int(window_text), int(shared_text or 1)
-        for ratio in args.ratios:
-            key = f"{cell}/{args.rank_multiple}/{ratio}"
-            if key in results["cells"]:
-                continue
-            start = time.perf_counter()
-            wanted = (basis, window, shared)
-            if wanted not in made:
-                method = BASES[basis]
-                moments = collect_moments(model, layers, batches, lambda a, m=method, w=wanted: m.moments(a, *w[1:]))
-                made[wanted] = [method.build(sums) for sums in moments]
-                print(f"statistics for {kind}, window {window}: {time.perf_counter() - start:.0f} s", flush=True)
-            bases = made[wanted]
-            start = time.perf_counter()
-            config = EigenAttentionConfig(kv_ratio=ratio, ranks=rule, rank_multiple=args.rank_multiple, window=window)
-            count = math.ceil(args.cost_tokens / args.length)
-            costs = Measurement(model, layers, bases, window, batches[:count], bars)
-            spectra = [[each.spectrum for each in side] for side in zip(*bases, strict=True)]
-            problem = RankProblem(spectra[0], spectra[1], config, costs)
-            ranks = RANK_RULES[rule](problem)
-            seconds = time.perf_counter() - start
-            for attention, (keys, values), (rank_k, rank_v) in zip(layers, bases, ranks, strict=True):
-                attach(attention, keys.truncate(rank_k), values.truncate(rank_v), window, shared)
-            result = perplexity(model, windows)
-            differences = torch.tensor(result.window_nll) - torch.tensor(baseline["window_nll"])
-            results["cells"][key] = {
-                "kv_ratio": problem.ratio(ranks),
-                "perplexity": result.value,
-                "relative_increase": result.value / baseline["perplexity"] - 1,
-                "standard_error": float(differences.std() / len(differences) ** 0.5),
-                "copying": copying(model, windows[: args.copy_windows]),
-                "ranks": ranks,
-                "rank_seconds": seconds,
-            }
-            for attention in layers:
-                detach(attention)
-            save()
-            found = results["cells"][key]
-            print(
-                f"{key}: {found['relative_increase']:+.2%} +- {found['standard_error']:.2%}, copying "
-                f"{found['copying']:.4f}, ratio {found['kv_ratio']:.4f}, ranks in {seconds:.0f} s",
-                flush=True,
-            )
+    cells = cells_of(args.cells, args.ratios)
+    grid = Grid(args.ratios, rank_multiple=args.rank_multiple)
+    subject = SweepModel(
+        model, [Batch(window) for window in calibration.split(1)], grid, TokenProgress(True), share_costs=False
+    )
+    for cell in cells:
+        key = f"{cell.method}/{args.rank_multiple}/{cell.kv_ratio}"
+        if key in results["cells"]:
+            continue
+        before = subject.seconds.get("ranks", 0.0)
+        subject.compress(cell, {})
+        found = judge(model, windows, args.copy_windows)
+        nll = found.pop("window_nll")
+        results["cells"][key] = found | {
+            "kv_ratio": sizes(subject.layers, args.length)["kv_ratio"],
+            "relative_increase": exponential(difference(nll, baseline["window_nll"])).value - 1,
+            "standard_error": difference(nll, baseline["window_nll"]).error,
+            "ranks": [[attention.rank_k, attention.rank_v] for attention in subject.layers],
+            "rank_seconds": subject.seconds["ranks"] - before,
+        }
+        subject.restore()
+        save()
+        found = results["cells"][key]
+        print(
+            f"{key}: {found['relative_increase']:+.2%} +- {found['standard_error']:.2%}, copying "
+            f"{found['copying']:.4f}, ratio {found['kv_ratio']:.4f}, ranks in {found['rank_seconds']:.0f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
