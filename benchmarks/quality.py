@@ -1,6 +1,6 @@
 """Perplexity and copying against the KV ratio, for every basis, rank rule and window, on one model.
 
-`eigenattn sweep` measures costs once for all ratios; here each cell is measured by itself, as `eigenattn compress` does.
+`eigenattn sweep` measures costs once for all ratios; here each cell is measured by itself, as by `eigenattn compress`.
 Results are written after every cell, and a run goes on where an earlier one stopped.
 
     python benchmarks/quality.py smollm2 --calibration cal.txt --evaluation eval.txt \\
@@ -32,7 +32,7 @@ from eigenattn.version import versions
 
 
 def cells_of(names: list[str], ratios: list[float]) -> list[Cell]:
-    """Cells from names like `attention/sensitivity/32`, or `attention:3/sensitivity/32` where 3 heads share a latent."""
+    """Cells from names like `attention/sensitivity/32`; in `attention:3/sensitivity/32` 3 heads share a latent."""
     cells = []
     for name in names:
         kind, rule, window = name.split("/")
