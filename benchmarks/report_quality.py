@@ -1,4 +1,4 @@
-"""Write docs/results.md, and its plot, from what `quality.py` measured.
+"""Write docs/results.md, and its plots, from what `quality.py` and `eigenattn sweep` measured.
 
 python benchmarks/report_quality.py [--plot]    # the plot needs the extra `plot`
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+
+import report_sweeps
 
 ROOT = Path(__file__).parents[1]
 PAGE, PLOT = ROOT / "docs" / "results.md", ROOT / "docs" / "quality.png"
@@ -25,7 +27,7 @@ METHODS = {
     "attention:3/sensitivity/32": "the same, 3 heads to a latent",
 }
 INTRODUCTION = """\
-<!-- Written by benchmarks/report_quality.py from benchmarks/results/quality-*.json: edit there. -->
+<!-- Written by benchmarks/report_quality.py from benchmarks/results/: edit there. -->
 # Results
 
 How much worse does a model predict with a smaller cache? Perplexity on windows of 1,024 tokens, each read on its own,
@@ -90,7 +92,8 @@ def section(name: str, result: dict) -> str:
 
 
 def page(results: dict[str, dict]) -> str:
-    return INTRODUCTION + "\n" + "\n".join(section(name, result) for name, result in results.items())
+    tables = "\n".join(section(name, result) for name, result in results.items())
+    return f"{INTRODUCTION}\n{tables}\n{report_sweeps.page(report_sweeps.load())}"
 
 
 def plot(results: dict[str, dict]) -> None:
@@ -116,6 +119,7 @@ def main() -> None:
     results = load()
     if parser.parse_args().plot:
         plot(results)
+        report_sweeps.plot(report_sweeps.load())
     PAGE.write_text(page(results), encoding="utf-8")
 
 

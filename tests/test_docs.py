@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def script(path: Path):
-    """A script of the repository as a module."""
+    """A script of the repository as a module; it may import its neighbours."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

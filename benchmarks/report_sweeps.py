@@ -1,0 +1,221 @@
+"""The sections of docs/results.md that come from `eigenattn sweep`, and their plots.
+
+They are read from benchmarks/results/{bits,calibration,limits}-MODEL.json, which are the `sweep.json` of the commands
+that every section states.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+KINDS = ("bits", "calibration", "limits")
+MODELS = {"smollm2": "SmolLM2-135M-Instruct", "opt-13m": "OPT, 13M", "mpt-12m": "MPT, 12M"}
+INTRODUCTIONS = {
+    "bits": """\
+## Bits an element
+
+Latents quantised channel by channel, and what plain quantisation costs beside the same exact window: keys per channel
+and before rotation, values per token, scales and zero points counted (`plain`). Bits are those of the latents for each
+element of the original cache, which has 16. "Whole cache" is all that is allocated at 1,024 tokens, window included,
+against the original's. KL is the divergence of predictions from the original's, in thousandths of a nat a token.
+
+![Increase of perplexity against bits an element](bits.png)
+""",
+    "calibration": """\
+## Which text, and how much of it
+
+One KV ratio, calibrated on each text by itself and judged on what is held out of every text: the last fifth of files,
+and topics of the Python reference (`python-docs`). `self` is text that the model writes. Windows are of 1,024 tokens.
+
+![Increase of perplexity against tokens calibrated on](calibration.png)
+""",
+    "limits": """\
+## Limits
+
+Where quality begins to fall, for each basis and rank rule, with the exact window and without.
+
+![Increase of perplexity against the KV ratio, by basis and rank rule](limits.png)
+""",
+}
+
+
+def load() -> dict[str, dict[str, dict[str, Any]]]:
+    """Sweeps by kind and model, as far as they were run."""
+    return {
+        kind: {
+            model: json.loads(path.read_text(encoding="utf-8"))
+            for model in MODELS
+            if (path := RESULTS / f"{kind}-{model}.json").exists()
+        }
+        for kind in KINDS
+    }
+
+
+def page(sweeps: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """All sections."""
+    tables = {"bits": _bits, "calibration": _calibration, "limits": _limits}
+    parts = []
+    for kind, by_model in sweeps.items():
+        if by_model:
+            parts.append(INTRODUCTIONS[kind])
+        for model, sweep in by_model.items():
+            parts.append("\n".join([f"### {MODELS[model]}", "", _facts(sweep), "", *tables[kind](sweep), ""]))
+            parts.append(_command(kind, model, sweep))
+    return "\n".join(parts)
+
+
+def _facts(sweep: dict[str, Any]) -> str:
+    texts = sweep["baseline"]["texts"]
+    read = "; ".join(f"{row['text']}: {row['windows']} windows, {row['perplexity']:.2f}" for row in texts)
+    copying, dtype = sweep["baseline"]["copying"]["accuracy"], sweep["settings"]["protocol"]["dtype"]
+    return (
+        f"Uncompressed perplexity on {read}; copying {copying:.1%}. Two x86-64 cores, {dtype}, "
+        f"torch {sweep['versions']['torch']}, transformers {sweep['versions']['transformers']}."
+    )
+
+
+def _change(row: dict[str, Any]) -> str:
+    return f"{row['relative_increase']:+.2%} ± {row['relative_increase_error']:.2%}"
+
+
+def _bits_of(cell: dict[str, Any]) -> float:
+    return 16 * cell["kv_ratio"]
+
+
+def _cells(sweep: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted(sweep["cells"].values(), key=lambda cell: -cell["kv_ratio"])
+
+
+def _bits(sweep: dict[str, Any]) -> list[str]:
+    lines = ["| cache | bits an element | whole cache | perplexity | KL | copying |", "| --- " * 6 + "|"]
+    for cell in _cells(sweep):
+        text = cell["texts"][0]
+        name = cell["method"] if cell["method"].startswith("plain") else _latents(cell)
+        lines.append(
+            f"| {name} | {_bits_of(cell):.2f} | {cell['cache_ratio']:.3f} | {_change(text)} "
+            f"| {1e3 * text['divergence']:.2f} | {cell['copying']['accuracy']:.1%} |"
+        )
+    return lines
+
+
+def _latents(cell: dict[str, Any]) -> str:
+    shared = cell.get("shared_heads", 1)
+    return "**latents**" if shared == 1 else f"latents that {shared} heads share"
+
+
+def _calibration(sweep: dict[str, Any]) -> list[str]:
+    cells = _cells(sweep)
+    judged = [row["text"] for row in sweep["baseline"]["texts"]]
+    lines = [
+        f"KV ratio {cells[0]['asked']}, window {cells[0]['window']}.",
+        "",
+        f"| calibrated on | tokens | {' | '.join(judged)} |",
+        "| --- " * (2 + len(judged)) + "|",
+    ]
+    for cell in sorted(cells, key=lambda cell: (cell["calibration"] == "self", cell["calibration"], cell["samples"])):
+        tokens = cell["samples"] * sweep["settings"]["length"]
+        changes = [_change(next(row for row in cell["texts"] if row["text"] == name)) for name in judged]
+        lines.append(f"| {cell['calibration']} | {tokens:,} | {' | '.join(changes)} |")
+    return lines
+
+
+def _limits(sweep: dict[str, Any]) -> list[str]:
+    curves = _curves(sweep)
+    asked = sorted({cell["asked"] for cells in curves.values() for cell in cells}, reverse=True)
+    lines = [
+        f"| basis, ranks, window | {' | '.join(map(str, asked))} |",
+        "| --- " * (1 + len(asked)) + "|",
+    ]
+    for name, cells in curves.items():
+        by_ratio = {cell["asked"]: cell["texts"][0] for cell in cells}
+        changes = [f"{by_ratio[each]['relative_increase']:+.2%}" if each in by_ratio else "" for each in asked]
+        lines.append(f"| {name} | {' | '.join(changes)} |")
+    return lines
+
+
+def _curves(sweep: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for cell in sorted(_cells(sweep), key=lambda cell: (cell["window"], cell["basis"], cell["ranks"])):
+        curves.setdefault(f"{cell['basis']}, {cell['ranks']}, {cell['window']}", []).append(cell)
+    return curves
+
+
+def _command(kind: str, model: str, sweep: dict[str, Any]) -> str:
+    """The command that a sweep came from, out of its own cells."""
+    cells = [cell for cell in sweep["cells"].values() if "calibration" in cell]
+    rivals = [cell["method"] for cell in sweep["cells"].values() if "calibration" not in cell]
+
+    def several(name: str, of: str) -> str:
+        values = list(dict.fromkeys(cell[of] for cell in cells if cell.get(of) is not None))
+        return f" --{name} {','.join(map(str, values))}" if values else ""
+
+    texts = list(dict.fromkeys(cell["calibration"] for cell in cells))
+    sources = "".join(f" --text {text.removesuffix(', first part')}" for text in texts)
+    settings, copies = sweep["settings"], sweep["baseline"]["copying"]["items"]
+    sizes = several("kv-ratio", "asked") if kind != "bits" else several("bits-per-element", "asked")
+    choices = several("basis", "basis") + several("ranks", "ranks") if kind == "limits" else ""
+    options = [
+        sizes + choices + several("window", "window") + several("shared-heads", "shared_heads"),
+        f"{' --each-text' if len(texts) > 1 else ''}{sources}{several('samples', 'samples')}",
+        f"{f' --rivals {chr(44).join(rivals)}' if rivals else ''}"
+        + "".join(f" --evaluation-text {row['source']}" for row in settings["evaluation"] if kind != "calibration"),
+        f" --tokens {settings['protocol']['tokens_read']} --copies {copies} --dtype {settings['protocol']['dtype']}",
+    ]
+    head = f"    eigenattn sweep {model} {kind}-{model}"
+    return " \\\n".join([head, *(f"       {option}" for option in options if option)]) + "\n"
+
+
+def plot(sweeps: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Draw one picture of each kind that was run."""
+    from matplotlib import pyplot
+
+    curves = {"bits": _bits_curves, "calibration": _calibration_curves, "limits": _limit_curves}
+    labels = {"bits": "bits an element", "calibration": "tokens calibrated on", "limits": "KV ratio of the latents"}
+    for kind, by_model in sweeps.items():
+        if not by_model:
+            continue
+        figure, panels = pyplot.subplots(
+            1, len(by_model), figsize=(5 * len(by_model), 4.2), constrained_layout=True, squeeze=False
+        )
+        for panel, (model, sweep) in zip(panels[0], by_model.items(), strict=True):
+            for name, points in curves[kind](sweep).items():
+                x, y = zip(*sorted(points), strict=True)
+                # A model may predict better by chance: on a logarithmic axis such points lie at its lower end.
+                panel.plot(x, [max(100 * each, 0.005) for each in y], marker="o", markersize=3, label=name)
+            panel.set(title=MODELS[model], xlabel=labels[kind], yscale="log")
+            panel.grid(alpha=0.3)
+            if kind == "calibration":
+                panel.set_xscale("log", base=2)
+        panels[0][0].set_ylabel("increase of perplexity, %")
+        panels[0][0].legend(fontsize=6)
+        figure.savefig(DOCS / f"{kind}.png", dpi=110)
+        pyplot.close(figure)
+
+
+def _increase(cell: dict[str, Any], text: int = 0) -> float:
+    return cell["texts"][text]["relative_increase"]
+
+
+def _bits_curves(sweep: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    found: dict[str, list[tuple[float, float]]] = {}
+    for cell in _cells(sweep):
+        name = "plain" if cell["method"].startswith("plain") else _latents(cell).strip("*")
+        found.setdefault(name, []).append((_bits_of(cell), _increase(cell)))
+    return found
+
+
+def _calibration_curves(sweep: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Averaged over the texts that are judged."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for cell in _cells(sweep):
+        mean = sum(_increase(cell, i) for i in range(len(cell["texts"]))) / len(cell["texts"])
+        found.setdefault(cell["calibration"], []).append((cell["samples"] * sweep["settings"]["length"], mean))
+    return found
+
+
+def _limit_curves(sweep: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    return {name: [(cell["kv_ratio"], _increase(cell)) for cell in cells] for name, cells in _curves(sweep).items()}
