@@ -4,6 +4,7 @@ set to NaN, and the fused kernel compiled for a GPU that need not be there."""
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -190,12 +191,53 @@ def test_ranks_are_cut_with_little_waste():
 
 @without_triton
 def test_the_sequence_is_split_over_the_processors():
-    from eigenattn.kernels.decoding.fused import split_sequence
+    from eigenattn.kernels.decoding.fused import LARGEST_BLOCK, MOST_SPLITS, split_sequence
 
-    for tokens, programs in ((0, 1), (1, 300), (5000, 4), (100_000, 128)):
-        splits, each = split_sequence(tokens, programs, processors=132)
-        assert splits >= 1
-        assert (splits - 1) * each < max(tokens, 1) <= splits * each
+    for tokens, programs in ((0, 1), (1, 300), (5000, 4), (100_000, 128), (10**6, 1)):
+        splits = split_sequence(tokens, programs, processors=132)
+        assert 1 <= splits <= MOST_SPLITS
+        assert splits == 1 or splits * LARGEST_BLOCK < tokens + LARGEST_BLOCK
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["boolean", "boolean-heads", "additive", "additive-heads"])
+@pytest.mark.parametrize("name", ["small-space", "rotary-window"])
+def test_masks_and_soft_caps(name, kind, backend):
+    arguments = problem(name)
+    b, h, columns = len(arguments["q"]), arguments["q"].shape[1], 60
+    shape = (b, h if kind.endswith("heads") else 1, columns)
+    mask = torch.rand(shape, device=DEVICE) > 0.4 if kind.startswith("boolean") else torch.randn(shape, device=DEVICE)
+    if kind == "boolean":
+        mask[0] = False
+        assert not decode(**arguments, mask=mask, backend=backend)[0].any()  # it sees nothing
+    masked = arguments | {"mask": mask, "softcap": 1.5}
+    assert_same(decode(**masked, backend=backend), masked)
+    everything = decode(**arguments, backend="reference")
+    assert (decode(**arguments, mask=mask, backend=backend) - everything).norm() > 0.05 * everything.norm()
+    assert (decode(**arguments, softcap=1.5, backend=backend) - everything).norm() > 0.05 * everything.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("widths", [None, Widths(4, 8, 4)], ids=["plain", "packed"])
+def test_heads_share_latents(widths, backend):
+    arguments = problem("rotary-window", widths)
+    for name in ("keys", "values"):
+        latents, side = f"far_{name}", arguments[name]
+        arguments[latents] = arguments[latents][:, :1]
+        if widths is not None:
+            arguments[name] = replace(side, offset=side.offset[:1].expand(2, -1), step=side.step[:1].expand(2, -1))
+    repeated = arguments | {name: arguments[name].expand(-1, 2, -1, -1) for name in ("far_keys", "far_values")}
+    found = decode(**arguments, backend=backend)
+    assert_same(found, arguments)
+    assert_same(found, repeated)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_codes_without_decoders(backend):
+    """What folded projections leave: queries in the keys' small space, and outputs in that of the values."""
+    arguments = problem("small-space", Widths(4, 8, 4))
+    arguments |= {name: replace(arguments[name], decoder=None, mean=None) for name in ("keys", "values")}
+    assert_same(decode(**arguments, backend=backend), arguments)
 
 
 @without_triton

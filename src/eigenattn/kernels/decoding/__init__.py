@@ -54,6 +54,8 @@ def decode(
     rotary: Rotary | None = None,
     slopes: Tensor | None = None,
     near: Near | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Softmax attention of one query a row over latents, and over the exact window if there is one.
@@ -65,7 +67,7 @@ def decode(
     Args:
         q: queries [B, H, D], with rotary positions already rotated to their own, scaling included. Where keys have no
             decoder and do not rotate, [B, H, R_k].
-        far_keys: latents [B, G, S, R_k], or packed codes in uint8 [B, G, S, bytes].
+        far_keys: latents [B, G, S, R_k], or packed codes in uint8 [B, G, S, bytes]; [B, G/N, ...] where N heads share.
         far_values: latents [B, G, S, R_v], or packed codes.
         keys, values: how they are decoded. Without a decoder of values the output stays in their space.
         scale: multiplies the scores.
@@ -74,6 +76,9 @@ def decode(
         rotary: rotates each decoded key, and each of the window, to its own position.
         slopes: ALiBi: `slope * column` joins the scores, [H] in fp32.
         near: the exact window.
+        mask: joins the scores by column, [B or 1, H or 1, columns]: boolean (True is visible) or additive. It may hide
+            some of what the other arguments let a row see, and shows nothing more.
+        softcap: scores become `softcap * tanh(scores / softcap)` before slopes and mask.
         backend: one of `DECODE_BACKENDS`; by default `default_backend`.
 
     Returns:
@@ -100,6 +105,8 @@ def decode(
         rotary=rotary,
         slopes=slopes,
         near=near,
+        mask=mask,
+        softcap=softcap,
     )
     _check(problem)
     return DECODE_BACKENDS[name](problem)
@@ -114,15 +121,20 @@ def _check(problem: Problem) -> None:
         ("values", problem.values, problem.far_values),
     ):
         stored = latents.shape[-1]
-        if side.widths is not None and (side.decoder is None or side.offset is None or side.step is None):
-            raise EigenAttnError(f"packed {name} need a decoder, offsets and steps.")
+        if side.widths is not None and (side.offset is None or side.step is None):
+            raise EigenAttnError(f"packed {name} need offsets and steps.")
         if side.widths is not None and stored != side.widths.bytes:
             raise EigenAttnError(f"packed {name} of {stored} bytes do not have the widths {tuple(side.widths)}.")
         rank = stored if side.widths is None else side.widths.channels
         if side.decoder is not None and side.decoder.shape[1:] != (rank, expected):
             raise EigenAttnError(f"latent {name} of rank {rank} do not fit a decoder {tuple(side.decoder.shape)}.")
+        if problem.kv_heads % latents.shape[1]:
+            raise EigenAttnError(f"{latents.shape[1]} latents of {name} are not shared evenly by {problem.kv_heads} heads.")
         if name == "keys" and side.decoder is None and rank != size:
             raise EigenAttnError(f"queries of size {size} meet keys of size {rank}, and there is no decoder.")
+    mask = problem.mask
+    if mask is not None and (mask.dim() != 3 or mask.shape[0] not in (1, len(problem.q)) or mask.shape[1] not in (1, heads)):
+        raise EigenAttnError(f"a mask is [B or 1, H or 1, columns], not {list(mask.shape)}.")
     if heads % problem.kv_heads:
         raise EigenAttnError(f"{heads} query heads do not share {problem.kv_heads} KV heads evenly.")
     if problem.near is not None and problem.size_out != problem.near.values.shape[-1]:

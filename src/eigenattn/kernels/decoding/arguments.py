@@ -16,10 +16,11 @@ class Side:
     """How latents of keys, or of values, become vectors: `x_hat = mean + z @ U`. Make it once a layer, and keep it.
 
     Args:
-        decoder: `U` [G, R, D]; None where latents are vectors already, at full rank or folded.
+        decoder: `U` [G, R, D]; None where latents are vectors already, at full rank or folded. Where N neighbouring
+            heads share a latent, each has a decoder of its own, and latents have G/N heads.
         mean: [G, D], or None for a basis through the origin.
         widths: channels of 8, 4 and 2 bits, if latents are packed codes (`eigenattn.cache.packing`).
-        offset, step: [G, R], a latent is `offset + code * step`.
+        offset, step: [G, R], a latent is `offset + code * step`; the same for all heads that share a latent.
     """
 
     decoder: Tensor | None = None
@@ -38,8 +39,11 @@ class Side:
         if self.widths is None:
             return self.decoder, self.mean
         middles = [2.0 ** (bits - 1) for bits, count in zip(BITS, self.widths, strict=True) for _ in range(count)]
-        decoder, step = self.decoder.float(), self.step.float()
+        step = self.step.float()
         centre = self.offset.float() + step * torch.tensor(middles, device=step.device)  # [G, R]
+        if self.decoder is None:
+            return torch.diag_embed(self.step), centre
+        decoder = self.decoder.float()
         mean = (centre.unsqueeze(1) @ decoder).squeeze(1)
         if self.mean is not None:
             mean = mean + self.mean.float()
@@ -114,14 +118,18 @@ class Problem:
     rotary: Rotary | None
     slopes: Tensor | None
     near: Near | None
+    mask: Tensor | None
+    softcap: float | None
 
-    @property
+    @cached_property
     def kv_heads(self) -> int:
-        return self.far_keys.shape[1]
+        """KV heads, G; latents that several share are fewer."""
+        decoders = [side.decoder.shape[0] for side in (self.keys, self.values) if side.decoder is not None]
+        return max(*decoders, self.far_keys.shape[1], self.far_values.shape[1])
 
     @property
     def size_out(self) -> int:
         """Size of the output a head: D, or R_v if values are not decoded."""
         if self.values.decoder is not None:
             return self.values.decoder.shape[-1]
-        return self.far_values.shape[-1]
+        return self.far_values.shape[-1] if self.values.widths is None else self.values.widths.channels

@@ -13,8 +13,10 @@ from .arguments import Problem, Rotary, Side
 from .reference import rotate_to
 
 
-def _latents(stored: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
-    """[B, G, S, R] from what is stored."""
+def _latents(stored: Tensor, side: Side, g: int, dtype: torch.dtype) -> Tensor:
+    """[B, G, S, R] from what is stored, once for each head that shares it."""
+    if stored.shape[1] < g:
+        stored = stored.repeat_interleave(g // stored.shape[1], dim=1)
     if side.widths is None:
         return stored
     return dequantise(unpack(stored, side.widths), side.offset.unsqueeze(1), side.step.unsqueeze(1)).to(dtype)
@@ -42,14 +44,23 @@ def _rotation(dtype: torch.dtype, rotary: Rotary) -> tuple[Callable[[Tensor], Te
     return arrange, turn
 
 
+def _masked(scores: Tensor, seen: Tensor, mask: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [B, G, H/G, S], and who sees whom, with a mask [B or 1, H or 1, columns] looked up by column [B, S]."""
+    b, g, members, s = scores.shape
+    heads = mask.shape[1]
+    places = columns.clamp(0, mask.shape[-1] - 1)[:, None].expand(b, heads, s)
+    found = mask.expand(b, -1, -1).gather(-1, places).unflatten(1, (g, members) if heads > 1 else (1, 1))
+    return (scores, seen & found) if found.dtype == torch.bool else (scores + found.float(), seen)
+
+
 def decode(problem: Problem) -> Tensor:
     """See `eigenattn.kernels.decoding.decode`."""
     q, near, rotary = problem.q, problem.near, problem.rotary
     b, h = q.shape[:2]
-    g, far = problem.far_keys.shape[1:3]
+    g, far = problem.kv_heads, problem.far_keys.shape[2]
     keys, values = problem.keys, problem.values
     q = q.view(b, g, h // g, -1)
-    z_k, z_v = _latents(problem.far_keys, keys, q.dtype), _latents(problem.far_values, values, q.dtype)
+    z_k, z_v = _latents(problem.far_keys, keys, g, q.dtype), _latents(problem.far_values, values, g, q.dtype)
     columns = torch.arange(far, device=q.device).expand(b, far)
     if rotary is None:
         q_far = q if keys.decoder is None else q @ keys.decoder.transpose(-1, -2)
@@ -76,19 +87,24 @@ def decode(problem: Problem) -> Tensor:
         near_seen = (near_columns >= floor) & (near_columns < near.stop.unsqueeze(-1))
         seen, columns = torch.cat([seen, near_seen], dim=-1), torch.cat([columns, near_columns], dim=-1)
     scores = scores * problem.scale
+    if problem.softcap is not None:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)
     if problem.slopes is not None:
         distance = (columns - problem.length.unsqueeze(-1))[:, None, None]
         scores = scores + problem.slopes.view(g, h // g, 1) * distance
-    seen = seen[:, None, None]
+    seen = seen[:, None, None]  # [B, 1, 1, S + N]
+    if problem.mask is not None:
+        scores, seen = _masked(scores, seen, problem.mask, columns)
     weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1).masked_fill(~seen, 0.0)  # a row may see nothing
     far_weights = weights[..., :far].to(q.dtype)
     # What no query sees may be anything, NaN too, and 0 * NaN is no zero.
-    out = far_weights @ z_v.masked_fill(~seen[:, :, 0, :far, None], 0)
+    anyone = seen.flatten(1, 2).any(1)[:, None, :, None]  # [B, 1, S + N, 1]
+    out = far_weights @ z_v.masked_fill(~anyone[:, :, :far], 0)
     if values.decoder is not None:
         out = out @ values.decoder
     if values.mean is not None:
         out = out + weights[..., :far].sum(-1, keepdim=True).to(q.dtype) * values.mean.unsqueeze(1)
     if near is not None:
-        near_values = near.values.masked_fill(~seen[:, :, 0, far:, None], 0)
+        near_values = near.values.masked_fill(~anyone[:, :, far:], 0)
         out = out + weights[..., far:].to(q.dtype) @ near_values
     return out.reshape(b, h, -1)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -30,6 +31,7 @@ from .fused_kernels import combine, decode_splits
 
 INTERPRETED = triton.knobs.runtime.interpret
 LARGEST_BLOCK = 16 if INTERPRETED else 128
+MOST_SPLITS = 128  # combined in one tile
 
 # A piece of a latent as a kernel sees it: (first stored element, first channel, size, stored elements, channels, bits,
 # shift). `size` is a power of two, what lies past the stored elements is not read, and 16 bits are no codes.
@@ -92,7 +94,7 @@ def _configurations() -> list[triton.Config]:
     ]
 
 
-SHAPE = ["H", "G", "D", "KEY_PLAN", "VALUE_PLAN", "PAIRS", "INTERLEAVED", "bucket"]
+SHAPE = ["H", "G", "D", "KEY_PLAN", "VALUE_PLAN", "PAIRS", "INTERLEAVED", "MASK", "bucket"]
 _tuned = triton.autotune(_configurations(), key=SHAPE, cache_results=not INTERPRETED)(decode_splits)
 
 
@@ -110,108 +112,185 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def split_sequence(tokens: int, programs: int, processors: int) -> tuple[int, int]:
-    """How many splits, and tokens in each: a multiple of the largest block, some four programs a processor."""
+def split_sequence(tokens: int, programs: int, processors: int) -> int:
+    """How many splits: some four programs a processor, none of less than the largest block, and no more than combine."""
     blocks = max(-(-tokens // LARGEST_BLOCK), 1)
-    wanted = max(4 * processors // max(programs, 1), 1)
-    each = max(-(-blocks // wanted), 1)
-    return -(-blocks // each), each * LARGEST_BLOCK
+    return min(blocks, max(4 * processors // max(programs, 1), 1), MOST_SPLITS)
 
 
 def decode(problem: Problem) -> Tensor:
     """See `eigenattn.kernels.decoding.decode`."""
-    q = problem.q.contiguous()
+    q, rotary, near = problem.q, problem.rotary, problem.near
     b, h, d = q.shape
-    g, far = problem.kv_heads, problem.far_keys.shape[2]
-    rotary, near = problem.rotary, problem.near
+    g = problem.kv_heads
     key_decoder, key_mean = problem.keys.folded
     value_decoder, value_mean = problem.values.folded
-    rank_v = problem.far_values.shape[-1] if problem.values.widths is None else problem.values.widths.channels
-    q_small, offset = q, None
+    q_small, offset = None, None
     if rotary is None:
         grouped = q.view(b, g, h // g, d)
-        if key_decoder is not None:
-            q_small = (grouped @ key_decoder.transpose(-1, -2)).flatten(1, 2)
+        q_small = q if key_decoder is None else (grouped @ key_decoder.transpose(-1, -2)).flatten(1, 2)
         if key_mean is not None:
             offset = (grouped.float() @ key_mean.float().unsqueeze(-1)).flatten(1)
-    far_keys, far_values = _rows(problem.far_keys), _rows(problem.far_values)
-    splits, split_tokens = split_sequence(far, b * g, _processors(q.device))
-    partial = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
-    far_sums, near_sums = partial(b, h, splits, rank_v), partial(b, h, d if near else 0)
-    tops, masses = partial(b, h, splits + 1), partial(b, h, splits + 1)
-    cosines, sines = (None, None) if rotary is None else rotary.table(LARGEST_BLOCK + 1)
-    near_keys, near_values = (None, None) if near is None else (_rows(near.keys), _rows(near.values))
-    layouts = [(0, 0, 1, 0) if x is None else _layout(x) for x in (far_keys, far_values, near_keys, near_values)]
-    rank_k = q_small.shape[-1] if rotary is None else (d if key_decoder is None else key_decoder.shape[1])
-    _tuned[(b * g, splits + (near is not None))](
+    launch = torch.ops.eigenattn.decode_over_latents if torch.compiler.is_compiling() else _launch
+    return launch(
         q,
         q_small,
         offset,
+        problem.far_keys,
+        problem.far_values,
+        None if rotary is None else key_decoder,
+        None if rotary is None else key_mean,
+        value_decoder,
+        value_mean,
+        None if problem.keys.widths is None else list(problem.keys.widths),
+        None if problem.values.widths is None else list(problem.values.widths),
+        *(x.to(torch.int32) for x in (problem.first, problem.length, problem.position)),
+        *((None,) * 4 if near is None else (near.keys, near.values, near.column.to(torch.int32), near.stop.to(torch.int32))),
+        *((None,) * 3 if rotary is None else (rotary.inverse_frequencies.float(), *rotary.table(LARGEST_BLOCK + 1))),
         problem.slopes,
+        problem.mask,
+        problem.scale,
+        1.0 if rotary is None else rotary.scaling,
+        problem.softcap,
+        rotary is not None and rotary.interleaved,
+        g,
+        problem.size_out,
+    )
+
+
+def _launch(
+    q: Tensor,
+    q_small: Tensor | None,
+    offset: Tensor | None,
+    far_keys: Tensor,
+    far_values: Tensor,
+    key_decoder: Tensor | None,
+    key_mean: Tensor | None,
+    value_decoder: Tensor | None,
+    value_mean: Tensor | None,
+    key_widths: list[int] | None,
+    value_widths: list[int] | None,
+    first: Tensor,
+    length: Tensor,
+    position: Tensor,
+    near_keys: Tensor | None,
+    near_values: Tensor | None,
+    near_column: Tensor | None,
+    near_stop: Tensor | None,
+    inverse_frequencies: Tensor | None,
+    cosines: Tensor | None,
+    sines: Tensor | None,
+    slopes: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    scaling: float,
+    softcap: float | None,
+    interleaved: bool,
+    g: int,
+    size_out: int,
+) -> Tensor:
+    """Both kernels, for arguments that a graph can hold; `q_small` and `offset` are queries in the small space."""
+    q = q.contiguous()
+    b, h, d = q.shape
+    far, rotates, windowed = far_keys.shape[2], inverse_frequencies is not None, near_keys is not None
+    q_small = q if q_small is None else q_small.contiguous()
+    widths_k, widths_v = (None if found is None else Widths(*found) for found in (key_widths, value_widths))
+    rank_v = far_values.shape[-1] if widths_v is None else widths_v.channels
+    if not rotates:
+        rank_k = q_small.shape[-1]
+    else:
+        rank_k = d if key_decoder is None else key_decoder.shape[1]
+    far_keys, far_values, near_keys, near_values = map(_rows, (far_keys, far_values, near_keys, near_values))
+    splits = split_sequence(far, b * g, _processors(q.device))
+    partial = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    far_sums, near_sums = partial(b, h, splits, rank_v), partial(b, h, d if windowed else 0)
+    tops, masses = partial(b, h, splits + 1), partial(b, h, splits + 1)
+    layouts = [(0, 0, 1, 0) if x is None else _layout(x) for x in (far_keys, far_values, near_keys, near_values)]
+    mask_kind, mask_strides = 0, (0, 0)
+    if mask is not None:
+        mask = _rows(mask)
+        mask_strides = tuple(mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 1))
+        mask_kind = (1 if mask.dtype == torch.bool else 2) + (2 if mask.shape[1] > 1 else 0)
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    _tuned[(b * g, splits + windowed)](
+        q,
+        q_small,
+        offset,
+        slopes,
         far_keys,
         far_values,
-        None if key_decoder is None else key_decoder.contiguous(),
-        None if key_mean is None else key_mean.contiguous(),
+        _contiguous(key_decoder),
+        _contiguous(key_mean),
         near_keys,
         near_values,
-        *_integers(problem.first, problem.length, problem.position),
-        *((None, None) if near is None else _integers(near.column, near.stop)),
-        None if rotary is None else rotary.inverse_frequencies.float().contiguous(),
-        cosines,
-        sines,
+        *map(_contiguous, (first, length, position, near_column, near_stop, inverse_frequencies, cosines, sines)),
+        mask,
         far_sums,
         near_sums,
         tops,
         masses,
-        problem.scale,
-        1.0 if rotary is None else rotary.scaling,
+        scale,
+        scaling,
+        softcap,
         splits,
-        split_tokens,
-        0 if near is None else near.keys.shape[2],
+        near_keys.shape[2] if windowed else 0,
         max(far - 1, 0).bit_length(),
+        *mask_strides,
         *(stride for layout in layouts for stride in layout[:2]),
         *(layout[2] for layout in layouts),
         *(layout[3] for layout in layouts),
         H=h,
         G=g,
+        SHARED_K=g // far_keys.shape[1],
+        SHARED_V=g // far_values.shape[1],
         M=max(triton.next_power_of_2(h // g), 16),
         D=d,
         SIZE_Q=q_small.shape[-1],
         RANK=rank_k,
         RANK_V=rank_v,
-        KEY_PLAN=pieces(rank_k, problem.keys.widths),
-        VALUE_PLAN=pieces(rank_v, problem.values.widths),
+        KEY_PLAN=pieces(rank_k, widths_k),
+        VALUE_PLAN=pieces(rank_v, widths_v),
         NEAR_PLAN=pieces(d),
-        PAIRS=0 if rotary is None else rotary.width // 2,
-        INTERLEAVED=rotary is not None and rotary.interleaved,
+        PAIRS=inverse_frequencies.numel() if rotates else 0,
+        INTERLEAVED=interleaved,
+        MASK=mask_kind,
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
     )
-    out = torch.empty(b, h, problem.size_out, dtype=q.dtype, device=q.device)
+    out = torch.empty(b, h, size_out, dtype=q.dtype, device=q.device)
     combine[(b * h,)](
         far_sums,
         near_sums,
         tops,
         masses,
-        None if value_decoder is None else value_decoder.contiguous(),
-        None if value_mean is None else value_mean.contiguous(),
+        _contiguous(value_decoder),
+        _contiguous(value_mean),
         out,
         splits,
         H=h,
         GROUP=h // g,
         RANK=rank_v,
-        SIZE_OUT=problem.size_out,
+        SIZE_OUT=size_out,
         SPLITS=triton.next_power_of_2(splits),
         PARTS=16,
-        OUT=triton.next_power_of_2(problem.size_out),
-        NEAR=near is not None,
+        OUT=triton.next_power_of_2(size_out),
+        NEAR=windowed,
     )
     return out
 
 
-def _rows(x: Tensor) -> Tensor:
+# One node in a graph: it does not break there, and CUDA graphs record the kernels in it as they run.
+_operator = torch.library.custom_op("eigenattn::decode_over_latents", _launch, mutates_args=())
+
+
+@_operator.register_fake
+def _shape_of_output(q: Tensor, *arguments: Any) -> Tensor:
+    return q.new_empty(*q.shape[:2], arguments[-1])
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
     """The tensor itself if a token's elements lie together, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def _integers(*numbers: Tensor) -> list[Tensor]:
-    return [x.to(torch.int32).contiguous() for x in numbers]
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.contiguous()

@@ -88,20 +88,34 @@ def _dimensions(q, heads, of_group, dims, known, D: tl.constexpr):
 
 
 @triton.jit
+def _masked(scores, mask, mask_h, n, seen, of_group, MASK: tl.constexpr):
+    """Scores [BLOCK, heads] with a mask: 1 is boolean, 2 additive, plus 2 if every head has its own."""
+    if MASK > 2:
+        places = n.to(tl.int64)[:, None] + (tl.arange(0, scores.shape[1]) * mask_h)[None, :]
+        found = tl.load(mask + places, mask=seen[:, None] & of_group[None, :], other=0)
+    else:
+        found = tl.load(mask + n, mask=seen, other=0)[:, None]
+    if MASK % 2:
+        return tl.where(found != 0, scores, float("-inf"))
+    return scores + found.to(tl.float32) * LOG2_E
+
+
+@triton.jit
 def _attend(
     q, q_small, offset, slope, keys, values, decoder, mean, inverse, cosines, sines,
-    low, high, position, distance, scale, scaling, heads, of_group, sums_out, sums_stride, top_out, mass_out,
+    low, high, start, position, distance, scale, scaling, softcap, mask, mask_h, heads, of_group,
+    sums_out, sums_stride, top_out, mass_out,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr,
     D: tl.constexpr, SIZE_Q: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
-    UPCAST: tl.constexpr,
+    MASK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Attention over tokens low .. high - 1 of one list: writes sums of values, top score and mass by head.
 
-    Token n stands at position n + `position`, and n + `distance` from where ALiBi counts.
+    Blocks begin at `start`, not behind `low`. Token n stands at position n + `position`, and n + `distance` from where
+    ALiBi counts. `mask` points at what token 0 finds, if it is not None.
     """
     dtype: tl.constexpr = q.dtype.element_ty
     M: tl.constexpr = heads.shape[0]
-    start = low // BLOCK * BLOCK
     high = tl.where(low < high, high, start)  # a block has a token that is seen, or there is no block
     if PAIRS:
         SIZE: tl.constexpr = triton.next_power_of_2(PAIRS) if PAIRS > 16 else 16
@@ -152,13 +166,21 @@ def _attend(
             scores = _scores_in_small_space(tokens, seen, pieces, KEY_PLAN, UPCAST)
         if offset is not None:
             scores += offset[None, :]
-        scores *= scale * LOG2_E
+        if softcap is not None:
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+            scores = softcap - 2 * softcap / (tl.exp2(scores * (2 * scale * LOG2_E / softcap)) + 1)
+            scores *= LOG2_E
+        else:
+            scores *= scale * LOG2_E
         if slope is not None:
             scores += (n + distance).to(tl.float32)[:, None] * (slope * LOG2_E)[None, :]
         scores = tl.where(seen[:, None], scores, float("-inf"))
-        risen = tl.maximum(top, tl.max(scores, 0))  # finite, for a token is seen
-        weights = tl.exp2(scores - risen[None, :])
-        fade = tl.exp2(top - risen)
+        if MASK:
+            scores = _masked(scores, mask, mask_h, n, seen, of_group, MASK)
+        risen = tl.maximum(top, tl.max(scores, 0))
+        against = tl.where(risen == float("-inf"), 0.0, risen)  # nothing was seen so far
+        weights = tl.exp2(scores - against[None, :])
+        fade = tl.exp2(top - against)
         mass = mass * fade + tl.sum(weights, 0)
         top = risen
         tokens = values + n.to(tl.int64) * VALUE_STRIDE
@@ -177,18 +199,21 @@ def _attend(
     tl.store(mass_out, mass, mask=of_group)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["splits", "near_tokens", "bucket", "mask_b", "mask_h"]
+    + [f"{x}_{y}" for x in ("fk", "fv", "nk", "nv") for y in "bg"]
+)
 def decode_splits(
     q, q_small, offset, slopes, far_keys, far_values, decoder, mean, near_keys, near_values,
     firsts, lengths, positions, near_columns, near_stops, inverse, cosines, sines,
-    far_sums, near_sums, tops, masses,
-    scale, scaling, splits, split_tokens, near_tokens, bucket,
+    mask, far_sums, near_sums, tops, masses,
+    scale, scaling, softcap, splits, near_tokens, bucket, mask_b, mask_h,
     fk_b, fk_g, fv_b, fv_g, nk_b, nk_g, nv_b, nv_g,
     FK_VEC: tl.constexpr, FV_VEC: tl.constexpr, NK_VEC: tl.constexpr, NV_VEC: tl.constexpr,
     FK_STRIDE: tl.constexpr, FV_STRIDE: tl.constexpr, NK_STRIDE: tl.constexpr, NV_STRIDE: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, SIZE_Q: tl.constexpr, RANK: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, SHARED_K: tl.constexpr, SHARED_V: tl.constexpr, M: tl.constexpr, D: tl.constexpr, SIZE_Q: tl.constexpr, RANK: tl.constexpr,
     RANK_V: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr, NEAR_PLAN: tl.constexpr,
-    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row, g = tl.program_id(0) // G, tl.program_id(0) % G
     split = tl.program_id(1)
@@ -200,6 +225,8 @@ def decode_splits(
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + g * GROUP + member, mask=of_group, other=0.0)
+    if MASK:
+        mask += row.to(tl.int64) * mask_b + g * GROUP * mask_h
     top_out, mass_out = tops + heads * (splits + 1) + split, masses + heads * (splits + 1) + split
     if split < splits:
         mean_of_head, decoder_of_head, offset_of_head = None, None, None
@@ -210,32 +237,40 @@ def decode_splits(
                 decoder_of_head = decoder + g * RANK * D
         elif offset is not None:
             offset_of_head = tl.load(offset + heads, mask=of_group, other=0.0)
+        # What the row holds is shared out evenly, wherever it begins and however much room there is behind it.
+        begin = first // BLOCK * BLOCK
+        each = tl.cdiv(tl.cdiv(tl.maximum(length - begin, 0), splits), BLOCK) * BLOCK
+        start = begin + split * each
         _attend(
             q, q_small, offset_of_head, slope,
-            far_keys + (row.to(tl.int64) * fk_b + g * fk_g) * FK_VEC,
-            far_values + (row.to(tl.int64) * fv_b + g * fv_g) * FV_VEC,
+            far_keys + (row.to(tl.int64) * fk_b + g // SHARED_K * fk_g) * FK_VEC,
+            far_values + (row.to(tl.int64) * fv_b + g // SHARED_V * fv_g) * FV_VEC,
             decoder_of_head, mean_of_head, inverse, cosines, sines,
-            tl.maximum(first, split * split_tokens), tl.minimum(length, (split + 1) * split_tokens),
-            position, -length, scale, scaling, heads, of_group,
+            tl.maximum(first, start), tl.minimum(length, start + each), start,
+            position, -length, scale, scaling, softcap, mask, mask_h, heads, of_group,
             far_sums + split * RANK_V, splits * RANK_V, top_out, mass_out,
-            FK_STRIDE, FV_STRIDE, KEY_PLAN, VALUE_PLAN, D, SIZE_Q, PAIRS, INTERLEAVED, BLOCK, UPCAST,
+            FK_STRIDE, FV_STRIDE, KEY_PLAN, VALUE_PLAN, D, SIZE_Q, PAIRS, INTERLEAVED, BLOCK,
+            MASK, UPCAST,
         )  # fmt: skip
     elif near_keys is not None:
         column = tl.load(near_columns + row)
+        low = tl.maximum(tl.maximum(first, length) - column, 0)
+        if MASK:
+            mask += column
         _attend(
             q, q, None, slope,
             near_keys + (row.to(tl.int64) * nk_b + g * nk_g) * NK_VEC,
             near_values + (row.to(tl.int64) * nv_b + g * nv_g) * NV_VEC,
             None, None, inverse, cosines, sines,
-            tl.maximum(tl.maximum(first, length) - column, 0),
-            tl.minimum(tl.load(near_stops + row) - column, near_tokens),
-            column + position, column - length, scale, scaling, heads, of_group,
+            low, tl.minimum(tl.load(near_stops + row) - column, near_tokens), low // BLOCK * BLOCK,
+            column + position, column - length, scale, scaling, softcap, mask, mask_h, heads, of_group,
             near_sums, D, top_out, mass_out,
-            NK_STRIDE, NV_STRIDE, NEAR_PLAN, NEAR_PLAN, D, D, PAIRS, INTERLEAVED, BLOCK, UPCAST,
+            NK_STRIDE, NV_STRIDE, NEAR_PLAN, NEAR_PLAN, D, D, PAIRS, INTERLEAVED, BLOCK,
+            MASK, UPCAST,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine(
     far_sums, near_sums, tops, masses, decoder, mean, out, splits,
     H: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, SIZE_OUT: tl.constexpr, SPLITS: tl.constexpr,

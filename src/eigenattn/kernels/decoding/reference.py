@@ -31,14 +31,18 @@ def _vectors(stored: Tensor, side: Side, g: int) -> Tensor:
 def decode(problem: Problem) -> Tensor:
     """See `eigenattn.kernels.decoding.decode`."""
     b, h = problem.q.shape[:2]
-    near = problem.near
+    near, mask = problem.near, problem.mask
+    if mask is not None:
+        mask = mask.expand(b, h, -1)
     out = torch.zeros(b, h, problem.size_out, device=problem.q.device)
     for row in range(b):
         first, length = int(problem.first[row]), int(problem.length[row])
         for head in range(h):
             g = head // (h // problem.kv_heads)
-            k = _vectors(problem.far_keys[row, g, first:length], problem.keys, g)  # [n, D]
-            v = _vectors(problem.far_values[row, g, first:length], problem.values, g)
+            k, v = (
+                _vectors(latents[row, g // (problem.kv_heads // latents.shape[1]), first:length], side, g)  # [n, D]
+                for latents, side in ((problem.far_keys, problem.keys), (problem.far_values, problem.values))
+            )
             columns = torch.arange(first, max(first, length), device=k.device)
             if near is not None:
                 column, stop = int(near.column[row]), int(near.stop[row])
@@ -50,7 +54,14 @@ def decode(problem: Problem) -> Tensor:
             if problem.rotary is not None:
                 k = rotate_to(k, columns + problem.position[row], problem.rotary)
             scores = k @ problem.q[row, head].float() * problem.scale
+            if problem.softcap is not None:
+                scores = problem.softcap * torch.tanh(scores / problem.softcap)
             if problem.slopes is not None:
                 scores = scores + problem.slopes[head] * (columns - length)
+            if mask is not None:
+                found = mask[row, head, columns]
+                scores = scores.masked_fill(~found, float("-inf")) if found.dtype == torch.bool else scores + found
+            if not (scores > float("-inf")).any():
+                continue  # it sees nothing
             out[row, head] = scores.softmax(0) @ v
     return out.to(problem.q.dtype)
