@@ -57,7 +57,20 @@ def main() -> None:
             quantiser = {"widths": widths, "offset": torch.zeros(g, rank), "step": torch.ones(g, rank)}
         side = Side(normal(g, rank, d), normal(g, d), **quantiser)
         q = normal(b, h, d)
-        decode(q, z, z, keys=side, values=side, scale=0.1, length=length, rotary=positions, near=near, backend="triton")
+        capped = {} if widths is None else {"softcap": 30.0, "mask": torch.ones(b, h, s + n, dtype=torch.bool)}
+        decode(
+            q,
+            z,
+            z,
+            keys=side,
+            values=side,
+            scale=0.1,
+            length=length,
+            rotary=positions,
+            near=near,
+            backend="triton",
+            **capped,
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,11 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
 
 
+def add_mask(bias: Tensor, mask: Tensor) -> Tensor:
+    """A bias on scores, and a mask that is boolean (True is visible) or additive, as one."""
+    return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
+
+
 def cap_and_mask(scores: Tensor, mask: Tensor | None, softcap: float | None) -> Tensor:
     """Scores [B, H, T, S] as the softmax takes them; arguments as in `attend`, but None masks nothing."""
     if softcap is not None:

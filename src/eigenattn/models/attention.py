@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..cache.packing import Widths, dequantise, pack, quantise, unpack
 from ..errors import EigenAttnError
-from ..kernels.reference import causal_mask
+from ..kernels.reference import add_mask, causal_mask
 from .families import Family
 from .latents import attend_to_latents
 from .placement import execution_device
@@ -261,7 +261,7 @@ class EigenAttention(nn.Module):
             x = x - self._by_latent(f"{side}_mean")
         return x @ self._by_latent(f"{side}_encoder").transpose(-1, -2)
 
-    def _quantiser(self, side: str) -> tuple[Tensor, Tensor, Widths]:
+    def quantiser(self, side: str) -> tuple[Tensor, Tensor, Widths]:
         """Offset and step [G/N, 1, R], and widths."""
         offset, step = (
             local_part(getattr(self, f"{side}_{name}")).view(self.latent_heads, 1, -1) for name in ("offset", "step")
@@ -279,7 +279,7 @@ class EigenAttention(nn.Module):
         )
 
     def _packed(self, latents: Tensor, side: str) -> Tensor:
-        offset, step, widths = self._quantiser(side)
+        offset, step, widths = self.quantiser(side)
         return pack(quantise(latents, offset, step, widths), widths)
 
     def restored(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -289,7 +289,7 @@ class EigenAttention(nn.Module):
         return self._unpacked(keys, "key", dtype), self._unpacked(values, "value", dtype)
 
     def _unpacked(self, packed: Tensor, side: str, dtype: torch.dtype) -> Tensor:
-        offset, step, widths = self._quantiser(side)
+        offset, step, widths = self.quantiser(side)
         return dequantise(unpack(packed, widths), offset, step).to(dtype)
 
     def rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,7 +303,7 @@ class EigenAttention(nn.Module):
         return self._rounded(latents[0], "key"), self._rounded(latents[1], "value")
 
     def _rounded(self, latents: Tensor, side: str) -> Tensor:
-        offset, step, widths = self._quantiser(side)
+        offset, step, widths = self.quantiser(side)
         found = dequantise(quantise(latents, offset, step, widths), offset, step).to(latents.dtype)
         return latents + (found - latents).detach() if latents.requires_grad else found
 
@@ -393,21 +393,28 @@ class EigenAttention(nn.Module):
             [B or 1, H or 1, T, keys], boolean (True is visible) or additive, or None for causal attention. A mask only
             the backend asked for understands (FlexAttention's block mask) passes.
         """
+        mask, bias = self.mask_and_bias(keys, kwargs)
+        if bias is None:
+            return mask
+        bias = bias.to(q.dtype)
+        if mask is None:
+            mask = causal_mask(q.shape[-2], keys, q.device) if q.shape[-2] > 1 else bias.new_zeros(())
+        return add_mask(bias, mask)
+
+    def mask_and_bias(self, keys: int, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+        """The mask over `keys` keys, True visible if it is boolean, and the family's bias [B or 1, H, 1, keys]."""
         mask = kwargs.get("attention_mask")
         bias = kwargs.get(self.family.bias_argument) if self.family.bias_argument else None
         if isinstance(mask, Tensor) and mask.dim() == 4:
             mask = mask[..., :keys]
             mask = ~mask if mask.dtype == torch.bool and self.family.mask_true_is_masked else mask
         elif bias is None or mask is not None:
-            return mask
-        if bias is None:
-            return mask
+            return mask, None
         # MPT gives [H, 1, longest] for all rows, BLOOM [B * H, 1, keys].
+        if bias is None:
+            return mask, None
         bias = bias.view(-1, self.heads * self.part[1], 1, bias.shape[-1])
-        bias = self._own(bias, self.heads)[..., -keys:].to(q.dtype)
-        if mask is None:
-            mask = causal_mask(q.shape[-2], keys, q.device) if q.shape[-2] > 1 else bias.new_zeros(())
-        return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
+        return mask, self._own(bias, self.heads)[..., -keys:]
 
 
 def local_part(parameter: Tensor) -> Tensor:

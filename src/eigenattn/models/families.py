@@ -112,7 +112,9 @@ FAMILIES: dict[str, Family] = {
         feed_forward=(("ffn.up_proj",), "ffn.down_proj"),
         mask_true_is_masked=True,
         note="Clips only where the configuration sets `clip_qkv`; without it everything is folded. Its configuration "
-        "has `use_cache=False` by default: without `use_cache=True` nothing is cached.",
+        "has `use_cache=False` by default: without `use_cache=True` nothing is cached. "
+        "Its blocks do not tell attention that weights are asked for: where the fused kernel decodes (see "
+        "`eigenattn.kernels.use`), ask for them in the configuration, `output_attentions=True`.",
     ),
     "llama": Family(title="Llama 2, 3, 3.1, SmolLM, SmolLM2", attention="LlamaAttention"),
     "mistral": Family(title="Mistral", attention="MistralAttention"),

@@ -13,7 +13,9 @@ from ..kernels.reference import attend as reference_attend
 from ..kernels.reference import causal_mask
 from ..kernels.sdpa import widen
 from ..kernels.windowed import by_column
+from .decoding import decode_latents, has_kernel
 from .eviction import check_backend, evict, for_each_query_head, mask_for_rows
+from .prefill import is_long, read_latents
 from .projections import Heads
 from .rotary import at_columns, rotate
 
@@ -37,9 +39,16 @@ def attend_to_latents(
     columns = None
     if cache is not None:
         held = _update(attention, k, v, cache, kwargs)
-        k, v = attention.restored(held.keys, held.values, q.dtype)
+        k, v = held.keys, held.values
         columns = for_each_query_head(attention, held.columns)
     length = k.shape[-2] if cache is None else cache.get_seq_length(attention.layer_idx)
+    packed = cache is not None and attention.widths_k is not None
+    if has_kernel(attention, q, cache, kwargs):
+        return decode_latents(attention, q, k, v, rotates=decodes_keys, length=length, kwargs=kwargs), None
+    if is_long(attention, q, k.shape[-2], cache, kwargs):
+        return read_latents(attention, q, Far(k, v), packed, decodes_keys, length, kwargs), None
+    if packed:
+        k, v = attention.restored(k, v, q.dtype)
     seen = k.shape[-2] if columns is None else length
     if decodes_keys:
         angles = attention.key_angles(k, kwargs["position_ids"], seen, length)

@@ -14,7 +14,9 @@ from ..kernels import BACKENDS
 from ..kernels.pairs import attend_one_in_pairs
 from ..kernels.reference import attend as reference_attend
 from ..kernels.windowed import attend, attend_one, by_column, split_masks, take_columns
+from .decoding import decode_with_window, has_kernel
 from .eviction import evict, for_each_query_head
+from .prefill import is_long, read_with_window
 from .projections import Heads
 from .rotary import at_columns, once_a_pass, rotate, turns_of
 
@@ -42,6 +44,8 @@ def attend_with_window(
         far = Far(*attention.rounded(k[:, :, :leaving], v[:, :, :leaving]))
         near = Near(k, v, 0, 0)
         columns = length = t
+        if is_long(attention, q, columns, cache, kwargs):
+            return read_with_window(attention, q, far, near, False, columns, kwargs), None
     else:
         with_window(cache, attention.layer_idx, window, attention.sliding_window)
         far, near = cache.update(k, v, attention.layer_idx, encode=attention.stored)
@@ -50,8 +54,13 @@ def attend_with_window(
         if static and isinstance(mask, Tensor) and mask.shape[-1] < far.keys.shape[-2]:
             # The mask of the first pass was made for the layer that stood here before, with room for what slides only.
             far = Far(*(x[:, :, : mask.shape[-1]] for x in far[:2]))
-        far = Far(*attention.restored(*far[:2], k.dtype), for_each_query_head(attention, far.columns))
         columns = far.keys.shape[-2] if static else near.first + near.keys.shape[-2]
+        if has_kernel(attention, q, cache, kwargs):
+            return decode_with_window(attention, q, far, near, columns, kwargs), None
+        if is_long(attention, q, columns, cache, kwargs):
+            packed = attention.widths_k is not None
+            return read_with_window(attention, q, far, near, packed, columns, kwargs), None
+        far = Far(*attention.restored(*far[:2], k.dtype), for_each_query_head(attention, far.columns))
         length = cache.get_seq_length(attention.layer_idx) if static else columns
         if t == 1 and not static:
             found = _decode_step(attention, heads.query, far, near, columns, kwargs)

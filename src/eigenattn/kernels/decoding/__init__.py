@@ -7,12 +7,12 @@ decoded, rotated and scored in registers, and nothing is written back but one pa
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from ...errors import EigenAttnError
+from ..selection import HAS_TRITON
 from .arguments import Near, Problem, Rotary, Side
 from .batched import decode as torch_decode
 from .reference import decode as reference_decode
@@ -21,7 +21,7 @@ __all__ = ["DECODE_BACKENDS", "Near", "Rotary", "Side", "decode", "default_backe
 
 
 def _triton_decode(problem: Problem) -> Tensor:
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         raise EigenAttnError("the triton backend needs triton: pip install 'eigenattn[triton]'.")
     from .fused import decode as fused_decode
 
@@ -37,7 +37,7 @@ DECODE_BACKENDS: dict[str, Callable[[Problem], Tensor]] = {
 
 def default_backend(q: Tensor) -> str:
     """`triton` on a GPU that has it, else `torch`."""
-    return "triton" if q.is_cuda and find_spec("triton") is not None else "torch"
+    return "triton" if q.is_cuda and HAS_TRITON else "torch"
 
 
 def decode(
@@ -115,7 +115,6 @@ def decode(
 def _check(problem: Problem) -> None:
     """Raise an `EigenAttnError` on shapes that do not fit."""
     size, heads = problem.q.shape[-1], problem.q.shape[1]
-    expected = size
     for name, side, latents in (
         ("keys", problem.keys, problem.far_keys),
         ("values", problem.values, problem.far_values),
@@ -126,14 +125,21 @@ def _check(problem: Problem) -> None:
         if side.widths is not None and stored != side.widths.bytes:
             raise EigenAttnError(f"packed {name} of {stored} bytes do not have the widths {tuple(side.widths)}.")
         rank = stored if side.widths is None else side.widths.channels
-        if side.decoder is not None and side.decoder.shape[1:] != (rank, expected):
+        if side.decoder is not None and side.decoder.shape[1:] != (
+            rank,
+            size if name == "keys" else side.decoder.shape[2],
+        ):
             raise EigenAttnError(f"latent {name} of rank {rank} do not fit a decoder {tuple(side.decoder.shape)}.")
         if problem.kv_heads % latents.shape[1]:
-            raise EigenAttnError(f"{latents.shape[1]} latents of {name} are not shared evenly by {problem.kv_heads} heads.")
+            raise EigenAttnError(
+                f"{latents.shape[1]} latents of {name} are not shared evenly by {problem.kv_heads} heads."
+            )
         if name == "keys" and side.decoder is None and rank != size:
             raise EigenAttnError(f"queries of size {size} meet keys of size {rank}, and there is no decoder.")
     mask = problem.mask
-    if mask is not None and (mask.dim() != 3 or mask.shape[0] not in (1, len(problem.q)) or mask.shape[1] not in (1, heads)):
+    if mask is not None and (
+        mask.dim() != 3 or mask.shape[0] not in (1, len(problem.q)) or mask.shape[1] not in (1, heads)
+    ):
         raise EigenAttnError(f"a mask is [B or 1, H or 1, columns], not {list(mask.shape)}.")
     if heads % problem.kv_heads:
         raise EigenAttnError(f"{heads} query heads do not share {problem.kv_heads} KV heads evenly.")

@@ -31,6 +31,10 @@ class Side:
 
     @cached_property
     def folded(self) -> tuple[Tensor | None, Tensor | None]:
+        """What `fold` gives, kept."""
+        return self.fold()
+
+    def fold(self) -> tuple[Tensor | None, Tensor | None]:
         """Decoder [G, R, D] and mean [G, D] that take codes, not latents: `x_hat = mean' + (code - middle) @ U'`.
 
         A static quantiser is affine, so it costs the kernel nothing: `U' = step * U`, and the rest joins the mean.
@@ -121,7 +125,7 @@ class Problem:
     mask: Tensor | None
     softcap: float | None
 
-    @cached_property
+    @property
     def kv_heads(self) -> int:
         """KV heads, G; latents that several share are fewer."""
         decoders = [side.decoder.shape[0] for side in (self.keys, self.values) if side.decoder is not None]

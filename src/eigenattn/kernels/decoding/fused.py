@@ -113,7 +113,7 @@ def _processors(device: torch.device) -> int:
 
 
 def split_sequence(tokens: int, programs: int, processors: int) -> int:
-    """How many splits: some four programs a processor, none of less than the largest block, and no more than combine."""
+    """How many splits: some four programs a processor, none of less than the largest block, `MOST_SPLITS` at most."""
     blocks = max(-(-tokens // LARGEST_BLOCK), 1)
     return min(blocks, max(4 * processors // max(programs, 1), 1), MOST_SPLITS)
 
@@ -123,15 +123,16 @@ def decode(problem: Problem) -> Tensor:
     q, rotary, near = problem.q, problem.rotary, problem.near
     b, h, d = q.shape
     g = problem.kv_heads
-    key_decoder, key_mean = problem.keys.folded
-    value_decoder, value_mean = problem.values.folded
+    compiling = torch.compiler.is_compiling()
+    folded = [side.fold() if compiling else side.folded for side in (problem.keys, problem.values)]
+    (key_decoder, key_mean), (value_decoder, value_mean) = folded
     q_small, offset = None, None
     if rotary is None:
         grouped = q.view(b, g, h // g, d)
         q_small = q if key_decoder is None else (grouped @ key_decoder.transpose(-1, -2)).flatten(1, 2)
         if key_mean is not None:
             offset = (grouped.float() @ key_mean.float().unsqueeze(-1)).flatten(1)
-    launch = torch.ops.eigenattn.decode_over_latents if torch.compiler.is_compiling() else _launch
+    launch = torch.ops.eigenattn.decode_over_latents if compiling else _launch
     return launch(
         q,
         q_small,
@@ -145,7 +146,11 @@ def decode(problem: Problem) -> Tensor:
         None if problem.keys.widths is None else list(problem.keys.widths),
         None if problem.values.widths is None else list(problem.values.widths),
         *(x.to(torch.int32) for x in (problem.first, problem.length, problem.position)),
-        *((None,) * 4 if near is None else (near.keys, near.values, near.column.to(torch.int32), near.stop.to(torch.int32))),
+        *(
+            (None,) * 4
+            if near is None
+            else (near.keys, near.values, near.column.to(torch.int32), near.stop.to(torch.int32))
+        ),
         *((None,) * 3 if rotary is None else (rotary.inverse_frequencies.float(), *rotary.table(LARGEST_BLOCK + 1))),
         problem.slopes,
         problem.mask,
@@ -196,9 +201,8 @@ def _launch(
     q_small = q if q_small is None else q_small.contiguous()
     widths_k, widths_v = (None if found is None else Widths(*found) for found in (key_widths, value_widths))
     rank_v = far_values.shape[-1] if widths_v is None else widths_v.channels
-    if not rotates:
-        rank_k = q_small.shape[-1]
-    else:
+    rank_k = q_small.shape[-1]
+    if rotates:
         rank_k = d if key_decoder is None else key_decoder.shape[1]
     far_keys, far_values, near_keys, near_values = map(_rows, (far_keys, far_values, near_keys, near_values))
     splits = split_sequence(far, b * g, _processors(q.device))

@@ -97,7 +97,7 @@ def _masked(scores, mask, mask_h, n, seen, of_group, MASK: tl.constexpr):
         found = tl.load(mask + n, mask=seen, other=0)[:, None]
     if MASK % 2:
         return tl.where(found != 0, scores, float("-inf"))
-    return scores + found.to(tl.float32) * LOG2_E
+    return scores + tl.maximum(found.to(tl.float32), -1e30) * LOG2_E  # the least number would overflow
 
 
 @triton.jit
@@ -211,7 +211,8 @@ def decode_splits(
     fk_b, fk_g, fv_b, fv_g, nk_b, nk_g, nv_b, nv_g,
     FK_VEC: tl.constexpr, FV_VEC: tl.constexpr, NK_VEC: tl.constexpr, NV_VEC: tl.constexpr,
     FK_STRIDE: tl.constexpr, FV_STRIDE: tl.constexpr, NK_STRIDE: tl.constexpr, NV_STRIDE: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, SHARED_K: tl.constexpr, SHARED_V: tl.constexpr, M: tl.constexpr, D: tl.constexpr, SIZE_Q: tl.constexpr, RANK: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, SHARED_K: tl.constexpr, SHARED_V: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, SIZE_Q: tl.constexpr, RANK: tl.constexpr,
     RANK_V: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr, NEAR_PLAN: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
