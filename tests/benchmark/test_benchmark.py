@@ -4,15 +4,18 @@ import json
 
 import pytest
 import torch
-from tiny import save_tiny, tiny, tokens
+from tiny import TINY, save_tiny, tiny, tokens
 from typer.testing import CliRunner
 
 from eigenattn import EigenAttnError
+from eigenattn.benchmark import shapes
 from eigenattn.benchmark.decode import benchmark_decode, step_seconds
 from eigenattn.benchmark.kernel import baselines, benchmark_kernel
 from eigenattn.benchmark.memory import benchmark_memory, fill, largest
+from eigenattn.benchmark.prefill import read
 from eigenattn.benchmark.timing import device_of, file_name, in_turns
 from eigenattn.cli import app
+from eigenattn.models.conversion import eigen_layers
 
 CPU = torch.device("cpu")
 SHAPE = {"batch": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "length": 40, "window": 8}
@@ -59,6 +62,66 @@ def test_decode_command(tmp_path):
     assert json.loads((tmp_path / "results" / file_name("decode", CPU, "model")).read_text()) == found
 
 
+@pytest.fixture
+def tiny_shape(monkeypatch):
+    """A preset that takes no time."""
+    model_type, sizes = TINY["llama"]
+    monkeypatch.setitem(shapes.SHAPES, "tiny", (model_type, sizes))
+    return "tiny"
+
+
+def test_shapes_are_those_of_the_models():
+    found = {name: shapes.head_shape(name) for name in shapes.SHAPES}
+    assert found["llama-3-8b"] == shapes.HeadShape(32, 8, 128)
+    assert found["llama-2-7b"] == found["opt-6.7b"] == found["mpt-7b"] == shapes.HeadShape(32, 32, 128)
+    assert shapes.uniform_ranks(0.6, 128) == (72, 80)
+    assert shapes.uniform_ranks(0.5, 128) == (64, 64)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_shape_is_compressed_and_not(tiny_shape, window):
+    options = {"kv_ratio": 0.5, "window": window, "dtype": "float32", "device": "cpu"}
+    name, against, loaders = shapes.contenders(None, None, tiny_shape, **options)
+    assert (name, against, list(loaders)) == ("tiny-50", "tiny", ["tiny", "tiny-50"])
+    layers = eigen_layers(loaders[name]())
+    assert [(layer.rank_k, layer.rank_v, layer.window) for layer in layers] == [(8, 8, window)] * 3
+    assert not eigen_layers(loaders[against]())
+    assert loaders[name]()(tokens(1, 20)).logits.isfinite().all()
+
+
+def test_decode_prefill_and_calibration_of_a_shape(tiny_shape, tmp_path):
+    shared = ["--shape", tiny_shape, "--rounds", "1", "--device", "cpu", "--json", "-", "--results", str(tmp_path)]
+    found = {}
+    for verb, arguments in (
+        ("decode", ["--length", "8", "--new-tokens", "3", "--kv-ratio", "0.5"]),
+        ("prefill", ["--length", "9", "--length", "20", "--chunk", "6", "--kv-ratio", "0.5"]),
+        ("calibration", ["--samples", "4", "--length", "64"]),
+    ):
+        done = CliRunner().invoke(app, ["benchmark", verb, *arguments, *shared], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        found[verb] = json.loads(done.stdout)
+        assert (tmp_path / file_name(verb, CPU, found[verb]["model"])).exists()
+    assert [row["cache"] for row in found["decode"]["rows"]] == ["dynamic", "static"]
+    assert [row["length"] for row in found["prefill"]["rows"]] == [9, 20]
+    assert found["decode"]["kv_ratio"] == found["prefill"]["kv_ratio"] == 0.5
+    assert found["calibration"]["model"] == "tiny" and found["calibration"]["seconds"] > 0
+
+
+def test_reading_in_pieces_fills_the_cache():
+    model, seen = tiny("llama"), []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    assert read(model, tokens(1, 20), 8).get_seq_length() == 20
+    assert seen == [8, 8, 4]
+
+
+def test_packed_latents_are_measured_too():
+    found = benchmark_kernel(**SHAPE, ranks=[], bits=2.5, dtype="float32", device="cpu", rounds=1, label="x")
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == ["sdpa", "torch, none, 2.5 bits", "torch, rotary, 2.5 bits"]
+    assert rows["torch, none, 2.5 bits"]["bytes"] == 2 * 2 * (32 * 2 * 5 + 8 * 32 * 4)
+    assert file_name("kernel", CPU, found["model"]).endswith("-x.json")
+
+
 def test_the_largest_that_fits():
     for border in (0, 1, 2, 31, 100, 4097):
         tried = []
@@ -84,8 +147,14 @@ def test_mistakes_are_told():
         device_of("nowhere")
     with pytest.raises(EigenAttnError, match="2 new tokens"):
         benchmark_decode("x", against="y", batch=1, length=8, new_tokens=1, rounds=1)
+    with pytest.raises(EigenAttnError, match="bits an element"):
+        benchmark_kernel(**SHAPE, ranks=[], bits=8, device="cpu")
     for arguments, message in (
         (["kernel", "--ranks", "8"], "R_k,R_v"),
+        (["kernel", "--shape", "z"], "unknown shape 'z'"),
+        (["decode"], "--against"),
+        (["prefill", "x", "--shape", "llama-3-8b"], "give no others"),
+        (["calibration"], "give a model"),
         (["decode", "x", "--against", "y", "--cache", "z"], "'z'"),
     ):
         with pytest.raises(EigenAttnError, match=message):

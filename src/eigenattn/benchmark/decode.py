@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 
 from ..cache.size import kv_ratio
 from ..errors import EigenAttnError
 from ..models.conversion import eigen_layers
-from ..models.loading import Source, load_model
 from ..models.placement import input_device
+from .shapes import contenders
 from .timing import machine
 
-CACHES = ("dynamic", "static")
+# Compiling takes a compiler, and minutes: without a GPU the first two are measured unless others are asked for.
+CACHES = ("dynamic", "static", "static-compiled", "dynamic-compiled")
 
 
 class StepTimes(StoppingCriteria):
@@ -37,6 +40,11 @@ class StepTimes(StoppingCriteria):
 def step_seconds(model: nn.Module, ids: Tensor, new_tokens: int, cache: str) -> list[float]:
     """Seconds of each step of decoding that follows a prompt [B, T]; reading the prompt is not among them."""
     clock = StepTimes()
+    kind, _, compiled = cache.partition("-")
+    options: dict[str, Any] = {"disable_compile": True}
+    if compiled and kind == "static":
+        options = {"compile_config": CompileConfig()}
+        options["compile_config"]._compile_all_devices = True  # transformers does it on GPUs alone
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -44,22 +52,39 @@ def step_seconds(model: nn.Module, ids: Tensor, new_tokens: int, cache: str) -> 
         max_new_tokens=new_tokens,
         do_sample=False,
         use_cache=True,
-        cache_implementation=cache,
+        cache_implementation=kind,
+        **options,
         pad_token_id=0,
         stopping_criteria=StoppingCriteriaList([clock]),
     )
     return [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
 
 
+@contextmanager
+def _compiled(model: nn.Module, cache: str) -> Iterator[None]:
+    """With a dynamic cache, generate leaves compiling to who wants it."""
+    plain = model.forward
+    if cache == "dynamic-compiled":
+        model.forward = torch.compile(plain, dynamic=True)
+    try:
+        yield
+    finally:
+        model.forward = plain
+        torch._dynamo.reset()
+
+
 def benchmark_decode(
-    name: str,
+    name: str | None,
     *,
-    against: str,
+    against: str | None = None,
+    shape: str | None = None,
+    ratio: float = 0.6,
+    window: int = 32,
     batch: int,
     length: int,
     new_tokens: int,
     rounds: int,
-    caches: tuple[str, ...] = CACHES,
+    caches: tuple[str, ...] | None = None,
     dtype: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -67,9 +92,11 @@ def benchmark_decode(
 
     Args:
         name, against: a model and its baseline: folder, hub id, `.gguf` file or `smollm2`.
+        shape: instead of both, one of `SHAPES` with random weights, compressed to `ratio` with a window, and not.
         length: tokens of the prompt.
         new_tokens: tokens decoded in a round, at least 2.
         rounds: rounds; the median step of all rounds counts. One round before them warms up.
+        caches: some of `CACHES`.
 
     Returns:
         The machine, and for each cache the tokens a second of both and their ratio.
@@ -79,20 +106,28 @@ def benchmark_decode(
     """
     if new_tokens < 2:
         raise EigenAttnError("at least 2 new tokens are needed: the first comes from reading the prompt.")
-    models = {each: load_model(Source.of(each), dtype, device) for each in dict.fromkeys((against, name))}
+    name, against, loaders = contenders(name, against, shape, kv_ratio=ratio, window=window, dtype=dtype, device=device)
+    models = {each: load() for each, load in loaders.items()}
     sizes = {model.config.get_text_config().vocab_size for model in models.values()}
     if len(sizes) > 1:
         raise EigenAttnError(f"{name} and {against} have different vocabularies: they cannot be compared.")
     where = input_device(models[name])
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, sizes.pop(), (batch, length), generator=generator).to(where)
-    rows = []
-    for cache in caches:
+    rows, failed = [], []
+    for cache in caches or (CACHES if where.type == "cuda" else CACHES[:2]):
         steps: dict[str, list[float]] = {each: [] for each in models}
-        for turn in range(rounds + 1):
-            for each, model in models.items():
-                taken = step_seconds(model, ids, new_tokens, cache)
-                steps[each] += taken if turn else []
+        try:
+            with ExitStack() as stack:
+                for model in models.values():
+                    stack.enter_context(_compiled(model, cache))
+                for turn in range(rounds + 1):
+                    for each, model in models.items():
+                        taken = step_seconds(model, ids, new_tokens, cache)
+                        steps[each] += taken if turn else []
+        except (torch._dynamo.exc.TorchDynamoException, NotImplementedError) as error:
+            failed.append({"cache": cache, "reason": str(error).strip().splitlines()[0]})
+            continue
         medians = {each: statistics.median(found) for each, found in steps.items()}
         rows.append(
             {
@@ -107,6 +142,8 @@ def benchmark_decode(
         **machine(where),
         "model": name,
         "against": against,
+        "shape": shape,
+        "ratio": ratio,
         "kv_ratio": kv_ratio(eigen_layers(models[name])),
         "dtype": str(models[name].dtype).removeprefix("torch."),
         "batch": batch,
@@ -114,4 +151,5 @@ def benchmark_decode(
         "new_tokens": new_tokens,
         "rounds": rounds,
         "rows": rows,
+        "failed": failed,
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..cache.packing import Widths
 from ..errors import EigenAttnError
 from ..kernels.decoding import Near, Rotary, Side, decode
+from ..kernels.selection import HAS_TRITON
 from ..models.loading import DTYPES
-from .timing import copy_bandwidth, device_of, in_turns, machine
+from .timing import copy_bandwidth, device_of, in_turns, machine, recorded
 
 SDPA = {
     "sdpa, FlashAttention": SDPBackend.FLASH_ATTENTION,
@@ -49,6 +50,19 @@ def baselines(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]
     return usable
 
 
+def widths_of(bits: float, head_dim: int) -> Widths:
+    """Channels of 8, 4 and 2 bits as transform coding shares out so many an original element, about.
+
+    Raises:
+        EigenAttnError: if they are too few, or more than codes can use.
+    """
+    eight, two = head_dim // 16, head_dim // 4
+    four = int((bits * head_dim - 8 * eight - 2 * two) // 4)
+    if not 0 <= four <= head_dim - eight - two:
+        raise EigenAttnError(f"{bits:g} bits an element are not measured: choose between 1 and 3.75.")
+    return Widths(eight, four, two)
+
+
 def benchmark_kernel(
     *,
     batch: int,
@@ -61,6 +75,8 @@ def benchmark_kernel(
     dtype: str | None = None,
     device: str | None = None,
     rounds: int = 50,
+    bits: float | None = None,
+    label: str | None = None,
 ) -> dict[str, Any]:
     """Time one step of decoding, with rotary positions and without, at some ranks.
 
@@ -69,6 +85,8 @@ def benchmark_kernel(
         ranks: pairs (R_k, R_v).
         window: exact tokens, of the S; 0 for none.
         rounds: timings of each, of which the median counts.
+        bits: of an original element; adds rows for quantised latents, in 8, 4 and 2 bits.
+        label: names what was measured, in the file of results.
 
     Returns:
         What was measured, on which machine, the baselines, and rows that say for each kernel its seconds, the bytes it
@@ -100,14 +118,31 @@ def benchmark_kernel(
     lengths = torch.full((batch,), far, dtype=torch.int32, device=where)
     near = Near(k[:, :, far:], v[:, :, far:], lengths, lengths + window) if window else None
     exponents = torch.arange(0, head_dim, 2, device=where) / head_dim
-    kernels = ["torch"] + (["triton"] if where.type == "cuda" and find_spec("triton") else [])
-    for rank_k, rank_v in ranks:
-        z_k, z_v = normal(batch, kv_heads, far, rank_k), normal(batch, kv_heads, far, rank_v)
-        sides = [Side(normal(kv_heads, rank, head_dim), normal(kv_heads, head_dim)) for rank in (rank_k, rank_v)]
+    fused = where.type == "cuda" and HAS_TRITON
+    # PyTorch decodes all keys at once, which must fit.
+    kernels = [*(["torch"] if not fused or batch * length <= 2**18 else []), *(["triton"] if fused else [])]
+
+    def latents(rank: int | Widths) -> tuple[Tensor, Side]:
+        extra, channels = {}, rank
+        if isinstance(rank, Widths):
+            channels = rank.channels
+            scale = torch.rand(kv_heads, channels, device=where)
+            extra = {"widths": rank, "offset": -scale, "step": scale / 128}
+            stored = torch.randint(256, (batch, kv_heads, far, rank.bytes), device=where, dtype=torch.uint8)
+        else:
+            stored = normal(batch, kv_heads, far, rank)
+        return stored, Side(normal(kv_heads, channels, head_dim), normal(kv_heads, head_dim), **extra)
+
+    cases: list[tuple[str, int | Widths, int | Widths]] = [(f"({k}, {v})", k, v) for k, v in ranks]
+    if bits is not None:
+        cases.append((f"{bits:g} bits", widths_of(bits, head_dim), widths_of(bits, head_dim)))
+    for case, rank_k, rank_v in cases:
+        (z_k, side_k), (z_v, side_v) = latents(rank_k), latents(rank_v)
+        sides = [side_k, side_v]
         for positions, rotary in (("none", None), ("rotary", Rotary(10000.0**-exponents))):
             for kernel in kernels:
-                label = f"{kernel}, {positions}, ({rank_k}, {rank_v})"
-                functions[label] = lambda kernel=kernel, z_k=z_k, z_v=z_v, sides=sides, rotary=rotary: decode(
+                row = f"{kernel}, {positions}, {case}"
+                functions[row] = lambda kernel=kernel, z_k=z_k, z_v=z_v, sides=sides, rotary=rotary: decode(
                     q,
                     z_k,
                     z_v,
@@ -119,14 +154,15 @@ def benchmark_kernel(
                     near=near,
                     backend=kernel,
                 )
-                latent = far * (rank_k + rank_v) + window * 2 * head_dim
-                bytes_of[label] = batch * kv_heads * latent * element
+                latent = far * sum(z.shape[-1] * z.element_size() for z in (z_k, z_v))
+                bytes_of[row] = batch * kv_heads * (latent + window * 2 * head_dim * element)
     with torch.no_grad():
         bandwidth = copy_bandwidth(where, rounds)
-        taken = in_turns(functions, where, rounds)
+        taken = in_turns({name: recorded(function, where) for name, function in functions.items()}, where, rounds)
     best = min(full, key=taken.__getitem__)
     return {
         "kind": "kernel",
+        **({} if label is None else {"model": label}),
         **machine(where),
         "shape": {
             "batch": batch,
@@ -138,17 +174,18 @@ def benchmark_kernel(
             "dtype": name,
         },
         "ranks": [list(pair) for pair in ranks],
+        "bits": bits,
         "rounds": rounds,
         "copy_bandwidth": bandwidth,
         "best_baseline": best,
         "rows": [
             {
-                "name": label,
+                "name": row,
                 "seconds": seconds,
-                "bytes": bytes_of[label],
-                "bandwidth_share": bytes_of[label] / seconds / bandwidth,
+                "bytes": bytes_of[row],
+                "bandwidth_share": bytes_of[row] / seconds / bandwidth,
                 "speed_against_best": taken[best] / seconds,
             }
-            for label, seconds in taken.items()
+            for row, seconds in taken.items()
         ],
     }

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from ..errors import EigenAttnError
-from ..models.loading import Source, load_model
 from ..models.placement import input_device
+from .shapes import contenders
 from .timing import device_of, machine
 
 # Tokens read at a time (chosen): what a pass needs beside the cache stays small.
@@ -58,9 +58,12 @@ def _fits(model: nn.Module, batch: int, length: int) -> bool:
 
 
 def benchmark_memory(
-    name: str,
+    name: str | None,
     *,
-    against: str,
+    against: str | None = None,
+    shape: str | None = None,
+    ratio: float = 0.6,
+    window: int = 32,
     length: int,
     longest: int,
     dtype: str | None = None,
@@ -69,7 +72,7 @@ def benchmark_memory(
     """Search for the largest batch at a context, and for the longest context of one row.
 
     Args:
-        name, against: a model and its baseline.
+        name, against, shape, ratio, window: what is compared, as in `benchmark_decode`.
         length: the context of the batch.
         longest: contexts beyond it are not tried.
 
@@ -82,9 +85,10 @@ def benchmark_memory(
             "memory is measured on a GPU: a CPU does not run out of memory at a line that can be tested. "
             "`eigenattn inspect` plans the bytes of a cache anywhere."
         )
+    name, _, loaders = contenders(name, against, shape, kv_ratio=ratio, window=window, dtype=dtype, device=str(where))
     rows = []
-    for each in dict.fromkeys((against, name)):
-        model = load_model(Source.of(each), dtype, str(where))
+    for each, load in loaders.items():
+        model = load()
         rows.append(
             {
                 "model": each,

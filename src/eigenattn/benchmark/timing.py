@@ -69,16 +69,35 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-def in_turns(functions: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, float]:
+def in_turns(
+    functions: dict[str, Callable[[], Any]], device: torch.device, rounds: int, warm_up: int = 3
+) -> dict[str, float]:
     """Median seconds of each function. They take turns, so that whatever else slows the machine slows all alike."""
     for function in functions.values():
-        for _ in range(3):  # compiles, tunes, and warms up
+        for _ in range(warm_up):  # compiles and tunes too
             function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             times[name].append(seconds(function, device))
     return {name: statistics.median(found) for name, found in times.items()}
+
+
+def recorded(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """A function as a CUDA graph, so that launching its kernels from Python is not what is timed; itself elsewhere."""
+    if device.type != "cuda":
+        return function
+    for _ in range(3):  # compiles and tunes
+        function()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        torch.cuda.synchronize(device)
+        with torch.cuda.graph(graph):
+            function()
+    except RuntimeError:  # something in it cannot be recorded
+        torch.cuda.synchronize(device)
+        return function
+    return graph.replay
 
 
 def copy_bandwidth(device: torch.device, rounds: int) -> float:

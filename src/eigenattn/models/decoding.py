@@ -74,7 +74,9 @@ def decode_with_window(
         q = rotate(q, *kwargs["position_embeddings"], attention.family.interleaved)
     border = near.query - attention.window + 1
     border = torch.maximum(border, near.first) if isinstance(border, Tensor) else max(border, near.first)
-    return _decode(attention, q, far.keys, far.values, True, attention.rotates, border, near.query, columns, near, kwargs)
+    return _decode(
+        attention, q, far.keys, far.values, True, attention.rotates, border, near.query, columns, near, kwargs
+    )
 
 
 def _decode(

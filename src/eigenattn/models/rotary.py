@@ -66,9 +66,9 @@ def turns_of(cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
 def once_a_pass(position_ids: Tensor, layer_idx: int, name: Hashable, compute: Callable[[], Any]) -> Any:
     """What `compute` gives, computed by the first layer that asks for it in a forward pass.
 
-    All layers are passed one tensor of positions, and the result is kept on it: threads do not meet, and it goes when
-    the pass is over. A layer that comes no later than the one that began the notes sees that the pass is a new one, on
-    positions that may have been written over. Compiled graphs share by themselves.
+    All layers are passed one tensor of positions, or a mask, and the result is kept on it: threads do not meet, and it
+    goes when the pass is over. A layer that comes no later than the one that began the notes sees that the pass is a
+    new one, on positions that may have been written over. Compiled graphs share by themselves.
     """
     if torch.compiler.is_compiling():
         return compute()

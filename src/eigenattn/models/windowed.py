@@ -69,9 +69,9 @@ def attend_with_window(
     rotate_far, rotate_near = _rotations(attention, q, far, near.keys, near.first, columns, length, kwargs)
     q = rotate(q, *kwargs["position_embeddings"], attention.family.interleaved) if attention.rotates else q
     near_keys = rotate_near(near.keys)
-    mask = attention.mask_for(q, columns, kwargs)
     options = {"scale": attention.scaling, "softcap": attention.softcap}
     if t > 1:
+        mask = attention.mask_for(q, columns, kwargs)
         far_keys = rotate_far(attention.decode(far.keys, "key"))
         held = far_keys, attention.decode(far.values, "value"), near_keys, near.values
         options |= {"near_first": near.first, "window": window, "columns": columns, "far_columns": far.columns}
@@ -93,9 +93,18 @@ def attend_with_window(
         far_keys = rotate_far(attention.decode(far_keys, "key"))
     elif attention.key_decoder is not None:
         q_far, offset = attention.query_in_small_space(q), attention.query_on_mean(q)
-    query = torch.zeros(1, dtype=torch.int64, device=q.device) + near.query
-    columns_near = torch.arange(near_keys.shape[-2], device=q.device) + near.first
-    seen = split_masks(query, far_keys.shape[-2], columns_near, window, mask, q.dtype)
+
+    def sight() -> tuple[Tensor, Tensor]:
+        query = torch.zeros(1, dtype=torch.int64, device=q.device) + near.query
+        columns_near = torch.arange(near_keys.shape[-2], device=q.device) + near.first
+        mask = attention.mask_for(q, columns, kwargs)
+        return columns_near, split_masks(query, far_keys.shape[-2], columns_near, window, mask, q.dtype)
+
+    # The model's mask is one tensor for all layers that see alike, and so may be what follows from it.
+    anchor, name = kwargs.get("attention_mask"), ("sight", far_keys.shape[-2], near_keys.shape[-2], window)
+    columns_near, seen = (
+        once_a_pass(anchor, attention.layer_idx, name, sight) if isinstance(anchor, Tensor) else sight()
+    )
     far_sum, far_weight, near_sum, weights = attend_one(
         q, q_far, far_keys, far.values, near_keys, near.values, far_offset=offset, seen=seen, **options
     )

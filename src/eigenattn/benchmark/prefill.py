@@ -1,0 +1,110 @@
+"""Reading a prompt: seconds, and the bytes it takes beside the model."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ..cache.size import allocated_bytes, kv_ratio
+from ..models.conversion import eigen_layers
+from ..models.placement import input_device
+from .shapes import contenders
+from .timing import in_turns, machine
+
+
+@torch.no_grad()
+def read(model: nn.Module, ids: Tensor, chunk: int) -> DynamicCache:
+    """Read a prompt [B, T], `chunk` tokens a pass, into a dynamic cache."""
+    cache = DynamicCache(config=model.config)
+    for piece in ids.split(chunk, dim=1):
+        model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def _peak(model: nn.Module, ids: Tensor, chunk: int) -> int | None:
+    """Bytes that reading allocates at most beyond the cache it leaves, on a GPU."""
+    if not ids.is_cuda:
+        return None
+    torch.cuda.synchronize(ids.device)
+    torch.cuda.reset_peak_memory_stats(ids.device)
+    before = torch.cuda.memory_allocated(ids.device)
+    cache = read(model, ids, chunk)
+    return torch.cuda.max_memory_allocated(ids.device) - before - allocated_bytes(cache)
+
+
+def benchmark_prefill(
+    name: str | None,
+    *,
+    against: str | None = None,
+    shape: str | None = None,
+    ratio: float = 0.6,
+    window: int = 32,
+    batch: int,
+    lengths: tuple[int, ...],
+    chunk: int | None = None,
+    rounds: int,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Read random prompts with a model and a baseline in turns.
+
+    Args:
+        name, against, shape, ratio, window: what is compared, as in `benchmark_decode`.
+        lengths: of the prompts.
+        chunk: tokens a pass; by default the whole prompt.
+        rounds: timings of each, of which the median counts.
+
+    Returns:
+        The machine, and for each length the tokens a second of both, their ratio, and on a GPU the bytes at the peak
+        beyond the cache.
+
+    Raises:
+        EigenAttnError: on a model that cannot be loaded.
+    """
+    name, against, loaders = contenders(name, against, shape, kv_ratio=ratio, window=window, dtype=dtype, device=device)
+    models = {each: load() for each, load in loaders.items()}
+    where = input_device(models[name])
+    size = min(model.config.get_text_config().vocab_size for model in models.values())
+    generator, rows = torch.Generator().manual_seed(0), []
+    for length in lengths:
+        ids = torch.randint(3, size, (batch, length), generator=generator).to(where)
+        step = chunk or length
+        try:
+            taken = in_turns(
+                {each: partial(read, model, ids, step) for each, model in models.items()},
+                where,
+                rounds,
+                warm_up=1,
+            )
+            peaks = {each: _peak(model, ids, step) for each, model in models.items()}
+        except torch.OutOfMemoryError:
+            break  # longer ones will not fit either
+        rows.append(
+            {
+                "length": length,
+                "tokens_per_second": batch * length / taken[name],
+                "baseline_tokens_per_second": batch * length / taken[against],
+                "ratio": taken[against] / taken[name],
+                "peak_bytes": peaks[name],
+                "baseline_peak_bytes": peaks[against],
+            }
+        )
+    return {
+        "kind": "prefill",
+        **machine(where),
+        "model": name,
+        "against": against,
+        "shape": shape,
+        "ratio": ratio,
+        "kv_ratio": kv_ratio(eigen_layers(models[name])),
+        "dtype": str(models[name].dtype).removeprefix("torch."),
+        "batch": batch,
+        "lengths": list(lengths),
+        "chunk": chunk,
+        "rounds": rounds,
+        "rows": rows,
+    }

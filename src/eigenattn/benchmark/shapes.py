@@ -1,0 +1,141 @@
+"""Models that speed is measured on by their shapes alone: random weights take the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..errors import EigenAttnError
+from ..models.conversion import convert_attention, eigen_layers
+from ..models.loading import DTYPES, Source, load_model
+from .timing import device_of
+
+# Of the models' published configurations.
+LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+SHAPES: dict[str, tuple[str, dict]] = {
+    "llama-3-8b": (
+        "llama",
+        {
+            **LLAMA,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "max_position_embeddings": 2**21,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+    ),
+    "llama-2-7b": (
+        "llama",
+        {**LLAMA, "intermediate_size": 11008, "vocab_size": 32000, "max_position_embeddings": 2**21},
+    ),
+    "opt-6.7b": (
+        "opt",
+        {**LLAMA, "ffn_dim": 16384, "vocab_size": 50272, "word_embed_proj_dim": 4096, "max_position_embeddings": 2**17},
+    ),
+    "mpt-7b": ("mpt", {"d_model": 4096, "n_heads": 32, "n_layers": 32, "vocab_size": 50432, "max_seq_len": 2**17}),
+}
+RANK_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Heads H, KV heads G and their dimension D."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def head_shape(name: str) -> HeadShape:
+    """The attention of a preset.
+
+    Raises:
+        EigenAttnError: if there is no such preset.
+    """
+    if name not in SHAPES:
+        raise EigenAttnError(f"unknown shape {name!r}: choose one of {', '.join(SHAPES)}.")
+    model_type, sizes = SHAPES[name]
+    config = AutoConfig.for_model(model_type, **sizes)
+    heads = config.num_attention_heads
+    return HeadShape(heads, getattr(config, "num_key_value_heads", None) or heads, config.hidden_size // heads)
+
+
+def uniform_ranks(kv_ratio: float, size: int) -> tuple[int, int]:
+    """Ranks of keys and values at a ratio, multiples of 8 where they can be; values get what is over."""
+    step = RANK_MULTIPLE if size >= 4 * RANK_MULTIPLE else 1
+    both = max(round(2 * kv_ratio * size / step), 2)
+    return both // 2 * step, (both - both // 2) * step
+
+
+@torch.no_grad()
+def shrink(model: nn.Module, kv_ratio: float, window: int) -> nn.Module:
+    """Compress a model in place by random bases of uniform ranks: as fast as real ones, and good for nothing else."""
+    convert_attention(model)
+    for attention in eigen_layers(model):
+        before = {name for name, _ in attention.named_parameters()}
+        attention.allocate(*uniform_ranks(kv_ratio, attention.head_dim), centred=True, window=window)
+        for name, parameter in attention.named_parameters():
+            if name not in before or not window:
+                nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def random_model(name: str, dtype: str | None, device: str | None) -> nn.Module:
+    """A preset with random weights, in evaluation mode.
+
+    Raises:
+        EigenAttnError: if there is no such preset, device or dtype.
+    """
+    head_shape(name)
+    where = device_of(device)
+    dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+    if dtype not in DTYPES:
+        raise EigenAttnError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
+    model_type, sizes = SHAPES[name]
+    torch.manual_seed(0)
+    with where:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes), dtype=DTYPES[dtype]).eval()
+
+
+def contenders(
+    model: str | None,
+    against: str | None,
+    shape: str | None,
+    *,
+    kv_ratio: float,
+    window: int,
+    dtype: str | None,
+    device: str | None,
+) -> tuple[str, str, dict[str, Callable[[], nn.Module]]]:
+    """What is compared: a model and its baseline, or a preset compressed and not.
+
+    Returns:
+        The name of the model, of its baseline, and functions that load each.
+
+    Raises:
+        EigenAttnError: if neither is given, or both.
+    """
+    if shape is None:
+        if model is None or against is None:
+            raise EigenAttnError("give a model and --against its baseline, or --shape for one with random weights.")
+        loaders = {
+            name: lambda name=name: load_model(Source.of(name), dtype, device)
+            for name in dict.fromkeys((against, model))
+        }
+        return model, against, loaders
+    if model is not None or against is not None:
+        raise EigenAttnError("--shape brings a model and its baseline: give no others.")
+    head_shape(shape)
+    name = f"{shape}-{round(100 * kv_ratio)}"
+    return (
+        name,
+        shape,
+        {
+            shape: lambda: random_model(shape, dtype, device),
+            name: lambda: shrink(random_model(shape, dtype, device), kv_ratio, window),
+        },
+    )
