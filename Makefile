@@ -12,7 +12,7 @@ LICENCES := Apache;BSD;MIT;ISC;MPL;PSF;Python Software Foundation
 # LGPL, which obliges only who changes it or links it in: lm-eval's tables need it, and so the extra `eval` alone.
 EXCEPTED := chardet
 
-.PHONY: demo test test-oldest kills fuzz long audit lint clean
+.PHONY: demo test test-oldest kills fuzz long gpu audit lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/eigenattn demo
@@ -35,6 +35,10 @@ fuzz: $(VENV)/.installed
 
 long: $(VENV)/.installed
 	EIGENATTN_LONG=10000 $(BIN)/pytest tests/robustness/test_long_use.py
+
+# What docs/performance.md says of a GPU, measured on the one that is here.
+gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu.py
 
 # Licences that oblige who passes the package on, and known vulnerabilities of the tested versions; the latter are asked for
 # over the network.
