@@ -79,7 +79,9 @@ def write(cache: Tensor, slots: Tensor, tokens: Tensor) -> None:
     cache.transpose(1, 2)[slots // size, slots % size] = tokens
 
 
-def decode_rows(head: Head, q: Tensor, rows: Tensor, lengths: Tensor, longest: int, far: Pages, near: Pages | None) -> Tensor:
+def decode_rows(
+    head: Head, q: Tensor, rows: Tensor, lengths: Tensor, longest: int, far: Pages, near: Pages | None
+) -> Tensor:
     """One query a row.
 
     Args:

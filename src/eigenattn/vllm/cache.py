@@ -58,7 +58,11 @@ class Plan:
             return cls(0, 0, 0, tuple(ranks))
         block = cache_config.block_size if cache_config.user_specified_block_size else BLOCK_WITH_WINDOW
         exact = sum(2 * layer.head_dim for layer in layers)
-        most = max(size for size in range(1, block + 1) if block % size == 0 and (size == 1 or size * exact <= block * sum(ranks)))
+        most = max(
+            size
+            for size in range(1, block + 1)
+            if block % size == 0 and (size == 1 or size * exact <= block * sum(ranks))
+        )
         return cls(block, window, most, tuple(_uneven(ranks)))
 
     def window_blocks(self, in_flight: int, longest: int) -> int:
@@ -114,7 +118,9 @@ class _CachingLayer(nn.Module, AttentionLayerBase):
 class WindowCache(_CachingLayer):
     """Exact keys, before rotation, and values of the last tokens."""
 
-    def __init__(self, vllm_config: VllmConfig, name: str, heads: int, kv_heads: int, head_dim: int, plan: Plan) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, name: str, heads: int, kv_heads: int, head_dim: int, plan: Plan
+    ) -> None:
         super().__init__(vllm_config, name, heads, kv_heads)
         self.head_dim, self.plan, self._config = head_dim, plan, vllm_config
 

@@ -124,7 +124,10 @@ class ServedAttention(nn.Module):
         output = original.output_projection
         self.size = self.head_dim if self.window else original.rank_v
         projection = RowParallelLinear(
-            original.heads * self.size, output.out_features, bias=output.bias is not None, prefix=f"{prefix}.{family.output}"
+            original.heads * self.size,
+            output.out_features,
+            bias=output.bias is not None,
+            prefix=f"{prefix}.{family.output}",
         )
         setattr(self, family.output, projection)
         self.norms = family.norms if original.normalises else None
