@@ -1,7 +1,7 @@
 """The plug-in for vLLM: `vllm serve CHECKPOINT` with a paged cache of latents.
 
-vLLM finds `register` through the entry point `vllm.general_plugins` and calls it in each of its processes. Nothing else of
-the package imports vLLM.
+vLLM finds `register` through the entry point `vllm.general_plugins` and calls it in each of its processes. No other
+part of eigenattn imports vLLM.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from ..errors import EigenAttnError
 from ..models.checkpoint import METHOD
 
-# Beside the registration of models vLLM promises no interface to plug-ins: each minor version is tested before it is named here.
+# Beside the registration of models vLLM promises plug-ins no interface: a minor version is named once it was tested.
 SUPPORTED = ("0.32",)
 
 __all__ = ["SUPPORTED", "check_version", "register"]

@@ -1,7 +1,7 @@
 """Attention over pages of latents: plain PyTorch, which knows nothing of vLLM.
 
-A cache is a view [blocks, G, N, C] of N tokens a block: of latents, keys' and values' side by side (C = R_k + R_v), or of
-the exact window, keys before rotation and values (C = 2 D). Rows of a batch are decoded together by
+A cache is a view [blocks, G, N, C] of N tokens a block: of latents, keys' and values' side by side (C = R_k + R_v), or
+of the exact window, keys before rotation and values (C = 2 D). Rows of a batch are decoded together by
 `eigenattn.kernels.decoding`, and prompts attend one by one.
 """
 

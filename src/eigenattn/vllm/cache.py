@@ -1,14 +1,15 @@
 """What a layer caches, as vLLM is told of it: pages of latents, and pages of the exact window.
 
-Latents of all tokens form one full-attention group, whatever the ranks, and the window's tokens a sliding-window group. A
-block of the engine's pool holds all layers' pages of either group, so the window's has as many tokens as fit into the other's
-bytes.
+Latents of all tokens form one full-attention group, whatever the ranks, and the window's tokens a sliding-window group.
+A block of the engine's pool holds all layers' pages of either group, so the window's has as many tokens as fit into the
+other's bytes.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -71,15 +72,15 @@ class Plan:
 
 
 def _uneven(ranks: list[int]) -> list[int]:
-    """Ranks of pages that vLLM keeps in one group with one window group beside it.
+    """Ranks of pages beside which vLLM keeps the window's in one group.
 
-    Where every page size occurs equally often it takes them for a repeating pattern, and splits the window's group by it:
-    there one page is given the room of the next larger one.
+    Where every page size occurs equally often it takes them for a repeating pattern, and splits the window's group by
+    it: there one page is given the room of the next larger one.
     """
     sizes = sorted(Counter(ranks).items())
     if len(sizes) < 2 or len({count for _, count in sizes}) > 1:
         return ranks
-    pairs = [(larger - smaller, smaller, larger) for (smaller, _), (larger, _) in zip(sizes, sizes[1:], strict=False)]
+    pairs = [(larger - smaller, smaller, larger) for (smaller, _), (larger, _) in pairwise(sizes)]
     _, smaller, larger = min(pairs)
     place = ranks.index(smaller)
     return [*ranks[:place], larger, *ranks[place + 1 :]]
@@ -89,8 +90,8 @@ def _uneven(ranks: list[int]) -> list[int]:
 class WindowSpec(SlidingWindowSpec):
     """A sliding window whose size while decoding counts for the engine's capacity.
 
-    vLLM counts a whole batch of prompt tokens for every sequence, which only those hold that are being read. Admission still
-    reserves them, and `LatentAttention.bind_kv_cache` checks that one sequence has room.
+    vLLM counts a whole batch of prompt tokens for every sequence, which only those hold that are being read. Admission
+    still reserves them, and `WindowCache.bind_kv_cache` checks that one sequence has room.
     """
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
@@ -197,7 +198,7 @@ class LatentAttention(_CachingLayer):
         )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Queries [tokens, H, *], keys and values [tokens, G, *] as `LatentImpl.forward` has them: [tokens, H * size]."""
+        """The output [tokens, H * size] of queries, keys and values as `LatentImpl.forward` has them."""
         output = query.new_empty(query.shape[0], self.num_heads, self.size)
         torch.ops.vllm.unified_attention_with_output(query, key, value, output, _encode_layer_name(self.layer_name))
         return output.flatten(1)

@@ -81,7 +81,7 @@ def _slides(config: Any) -> bool:
 
 
 def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> list[EigenAttention]:
-    """The layers' attention as transformers would have it, without memory: shapes, scale, what is folded and what is not.
+    """The layers' attention as transformers would have it, without memory: shapes, scale, and what is folded.
 
     Args:
         config: the model's configuration, as transformers has it.

@@ -68,7 +68,7 @@ class HeadsProjection(ColumnParallelLinear):
             nn.init.zeros_(self.bias)  # folding gives keys and values biases where queries have none
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-        """Called by vLLM's loader with the checkpoint's tensors; `shard_id` says which of three projections they are."""
+        """Called by vLLM's loader with the checkpoint's tensors; `shard_id` says of which of three projections."""
         (original,) = self.original
         heads, kv_heads, sizes = original.heads, original.kv_heads, original.projected
         for name, loaded in weights:
@@ -286,8 +286,8 @@ def _slopes(original: EigenAttention) -> Tensor | None:
 
 
 def check_loaded(model: nn.Module, loaded: set[str]) -> None:
-    """Refuse a checkpoint that lacks tensors of compressed layers: for quantised models, which ours are to it, vLLM looks
-    for none.
+    """Refuse a checkpoint that lacks tensors of compressed layers: vLLM looks for none in quantised models, as it takes
+    ours to be.
 
     Args:
         loaded: names of parameters that vLLM's loader found tensors for.
