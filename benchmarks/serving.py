@@ -1,10 +1,10 @@
-"""Throughput of vLLM at a fixed cache memory, a compressed checkpoint against the original, on a load that fills the cache.
+"""Throughput of vLLM at a fixed cache memory, compressed against original, on a load that fills the cache.
 
     python benchmarks/serving.py COMPRESSED --against ORIGINAL [--cache-memory MIB] [--requests N] [--json FILE]
 
-Each engine runs in a process of its own, one after the other, and gets all requests at once: as many run together as the
-cache holds, and the others wait. Prompts are random tokens, so no prefix is shared, and every request decodes as many
-tokens. Needs vLLM (see docs/serving.md); on a GPU nothing else has to be said.
+Each engine runs in a process of its own, one after the other, and gets all requests at once: as many run together as
+the cache holds, and the others wait. Prompts are random tokens, so no prefix is shared, and every request decodes as
+many tokens. Needs vLLM (see docs/serving.md); on a GPU nothing else has to be said.
 """
 
 from __future__ import annotations

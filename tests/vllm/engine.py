@@ -2,9 +2,9 @@
 
     python engine.py JOBS RESULTS
 
-JOBS is a JSON list of `{"options": ..., "prompts": [[ids], ...], "new_tokens": n}`, options being those of `vllm.LLM`. Each
-result has the tokens of two runs of the same prompts, what of the second run came out of the prefix cache, and the engine's
-own count of cache tokens; or the error.
+JOBS is a JSON list of `{"options": ..., "prompts": [[ids], ...], "new_tokens": n}`, options being those of `vllm.LLM`.
+Each result has the tokens of two runs of the same prompts, what of the second run came out of the prefix cache, and the
+engine's own count of cache tokens; or the error.
 """
 
 import gc
