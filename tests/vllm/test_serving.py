@@ -148,7 +148,7 @@ def engines(tmp_path_factory) -> dict[str, dict]:
         name = f"window-{window}"
         ratios[name] = save(root / name, "llama", window, "sensitivity", **WIDE)
         jobs[name] = job(root / name, **long)
-    jobs["no-room"] = job(root / "window-32", **long | {"kv_cache_memory_bytes": 2_600_000})
+    jobs["no-room"] = job(root / "window-32", **long | {"kv_cache_memory_bytes": 5_700_000})
     jobs["fp8"] = job(root / "window-32", **SMALL, kv_cache_dtype="fp8")
     save(root / "sliding", "mistral-wide", 8, "uniform")
     jobs["sliding"] = job(root / "sliding", **SMALL)

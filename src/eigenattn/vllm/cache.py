@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,13 +37,13 @@ class Plan:
     Args:
         block_size: tokens of a block of latents; 0 is the engine's own choice.
         window: W, and `window_block_size` the tokens of a block of the window.
-        ranks: R_k + R_v of each layer, as much as its page has room for.
+        spacers: layers that cache next to nothing, see `Spacer`.
     """
 
     block_size: int
-    window: int
-    window_block_size: int
-    ranks: tuple[int, ...]
+    window: int = 0
+    window_block_size: int = 0
+    spacers: int = 0
 
     @classmethod
     def of(cls, layers: list[EigenAttention], cache_config: Any) -> Plan:
@@ -54,36 +53,25 @@ class Plan:
             layers: `eigenattn.vllm.configuration.blueprints`.
         """
         window = layers[0].window
-        ranks = [layer.rank_k + layer.rank_v for layer in layers]
         if not window:
-            return cls(0, 0, 0, tuple(ranks))
+            return cls(0)
         block = cache_config.block_size if cache_config.user_specified_block_size else BLOCK_WITH_WINDOW
-        exact = sum(2 * layer.head_dim for layer in layers)
-        most = max(
-            size
-            for size in range(1, block + 1)
-            if block % size == 0 and (size == 1 or size * exact <= block * sum(ranks))
-        )
-        return cls(block, window, most, tuple(_uneven(ranks)))
+        ranks = [layer.rank_k + layer.rank_v for layer in layers]
+        exact, room = sum(2 * layer.head_dim for layer in layers), block * sum(ranks)
+        fitting = [size for size in range(1, block + 1) if block % size == 0 and size * exact <= room]
+        return cls(block, window, max(fitting, default=1), spacers_for(ranks))
 
     def window_blocks(self, in_flight: int, longest: int) -> int:
         """Blocks that hold a sequence's window while so many of its tokens are computed."""
         return -(-min(self.window - 1 + in_flight, longest) // self.window_block_size) + 1
 
 
-def _uneven(ranks: list[int]) -> list[int]:
-    """Ranks of pages beside which vLLM keeps the window's in one group.
-
-    Where every page size occurs equally often it takes them for a repeating pattern, and splits the window's group by
-    it: there one page is given the room of the next larger one.
-    """
-    sizes = sorted(Counter(ranks).items())
-    if len(sizes) < 2 or len({count for _, count in sizes}) > 1:
-        return ranks
-    pairs = [(larger - smaller, smaller, larger) for (smaller, _), (larger, _) in pairwise(sizes)]
-    _, smaller, larger = min(pairs)
-    place = ranks.index(smaller)
-    return [*ranks[:place], larger, *ranks[place + 1 :]]
+def spacers_for(sizes: list[int]) -> int:
+    """How many spacers keep the window's layers in one group: none, unless each size of page occurs equally often."""
+    counts = Counter(sizes)
+    if len(counts) < 2 or len(set(counts.values())) > 1:
+        return 0
+    return 2 if max(counts.values()) == 1 else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +141,23 @@ class WindowCache(_CachingLayer):
             )
 
 
+class Spacer(_CachingLayer):
+    """Caches one element a token, which nobody reads.
+
+    Where each size of page occurs equally often, vLLM takes the layers for a repeating pattern and splits the window's
+    group by it, so that each part holds blocks of its own. One more page, of a size unlike the others, is no pattern.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, name: str, block_size: int) -> None:
+        super().__init__(vllm_config, name, heads=1, kv_heads=1)
+        self.block_size = block_size
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return FullAttentionSpec(
+            block_size=self.block_size, num_kv_heads=1, head_size=1, head_size_v=0, dtype=self.dtype
+        )
+
+
 class LatentAttention(_CachingLayer):
     """Attention through vLLM's own operation, which keeps it out of compiled graphs.
 
@@ -160,7 +165,6 @@ class LatentAttention(_CachingLayer):
         name: of the layer, among all of the model.
         kv_heads, heads: G and H of this device.
         rank_k, rank_v: R_k and R_v.
-        room: what its page has room for, at least R_k + R_v.
         size: of an output head.
         block_size: tokens of a page; 0 takes the engine's.
         impl: what it computes.
@@ -175,26 +179,22 @@ class LatentAttention(_CachingLayer):
         kv_heads: int,
         rank_k: int,
         rank_v: int,
-        room: int,
         size: int,
         block_size: int,
         impl: LatentImpl,
     ) -> None:
         super().__init__(vllm_config, name, heads, kv_heads)
-        self.rank_k, self.rank_v, self.room, self.size = rank_k, rank_v, room, size
+        self.rank_k, self.rank_v, self.size = rank_k, rank_v, size
         self.block_size = block_size
         self.impl = impl
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        block = self.block_size or vllm_config.cache_config.block_size
-        padded = self.room > self.rank_k + self.rank_v
         return FullAttentionSpec(
-            block_size=block,
+            block_size=self.block_size or vllm_config.cache_config.block_size,
             num_kv_heads=self.num_kv_heads,
             head_size=self.rank_k,
             head_size_v=self.rank_v,
             dtype=self.dtype,
-            page_size_padded=block * self.num_kv_heads * self.room * self.dtype.itemsize if padded else None,
         )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..kernels.decoding import Rotary, Side
 from ..models.attention import MAPS, EigenAttention
 from .attend import Head
 from .backend import LatentImpl
-from .cache import LatentAttention, Plan, WindowCache
+from .cache import LatentAttention, Plan, Spacer, WindowCache
 from .configuration import EigenAttnConfig, blueprints
 
 
@@ -97,7 +97,6 @@ class ServedAttention(nn.Module):
         slopes: ALiBi's slopes of all query heads [H], or None.
         prefix: name of the module.
         plan: layout of all layers' pages.
-        room: what this layer's page has room for.
     """
 
     def __init__(
@@ -109,7 +108,6 @@ class ServedAttention(nn.Module):
         slopes: Tensor | None,
         prefix: str,
         plan: Plan,
-        room: int,
     ) -> None:
         super().__init__()
         family = original.family
@@ -148,7 +146,6 @@ class ServedAttention(nn.Module):
             kv_heads=shards.kv_heads,
             rank_k=original.rank_k,
             rank_v=original.rank_v,
-            room=room,
             size=self.size,
             block_size=plan.block_size,
             impl=LatentImpl(self.head, shards.heads, self.head_dim, self.scaling, window_layer),
@@ -247,9 +244,11 @@ def compress_layers(model: nn.Module, vllm_config: VllmConfig) -> None:
             slopes=slopes,
             prefix=name,
             plan=plan,
-            room=plan.ranks[index],
         )
         model.set_submodule(name, served)
+        if index == 0:
+            for spacer in range(plan.spacers):
+                Spacer(vllm_config, f"{name}.spacer_{spacer}", plan.block_size)
 
 
 def _check_engine(vllm_config: VllmConfig) -> None:
