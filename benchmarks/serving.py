@@ -28,8 +28,8 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
     llm = LLM(
         model=model,
         dtype=args.dtype,
-        max_model_len=args.prompt_tokens + args.new_tokens,
-        max_num_seqs=args.requests,
+        max_model_len=args.context or args.prompt_tokens + args.new_tokens,
+        max_num_seqs=max(args.requests, 1),
         max_num_batched_tokens=args.batched_tokens,
         kv_cache_memory_bytes=args.cache_memory << 20,
         enforce_eager=args.eager,
@@ -37,6 +37,13 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         disable_log_stats=False,
     )
     engine = llm.llm_engine.vllm_config
+    found = {
+        "model": Path(model).name,
+        "cache_tokens": engine.cache_config.kv_cache_size_tokens,
+        "sequences_that_fit": engine.cache_config.kv_cache_max_concurrency,
+    }
+    if not args.requests:
+        return found
     vocabulary = engine.model_config.get_vocab_size()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, vocabulary, (args.requests, args.prompt_tokens), generator=generator).tolist()
@@ -47,10 +54,7 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     decoded = sum(len(output.outputs[0].token_ids) for output in outputs)
     preemptions = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
-    return {
-        "model": Path(model).name,
-        "cache_tokens": engine.cache_config.kv_cache_size_tokens,
-        "sequences_that_fit": engine.cache_config.kv_cache_max_concurrency,
+    return found | {
         "preemptions": preemptions,
         "seconds": seconds,
         "new_tokens_per_second": decoded / seconds,
@@ -72,7 +76,8 @@ def main() -> None:
     parser.add_argument("model", help="a compressed checkpoint")
     parser.add_argument("--against", required=True, help="the original")
     parser.add_argument("--cache-memory", type=int, default=4096, help="MiB of cache for either")
-    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--requests", type=int, default=256, help="0 only starts the engines, for their counts")
+    parser.add_argument("--context", type=int, help="longest sequence, for the counts; as long as requests by default")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--batched-tokens", type=int, default=2048, help="tokens the engine computes in one step")
@@ -87,15 +92,17 @@ def main() -> None:
     from eigenattn.benchmark.timing import device_of, machine
 
     rows = [in_process(model, sys.argv[1:]) for model in (args.model, args.against)]
-    ratio = rows[0]["new_tokens_per_second"] / rows[1]["new_tokens_per_second"]
-    load = {name: getattr(args, name) for name in ("cache_memory", "requests", "prompt_tokens", "new_tokens", "dtype")}
-    found = {"rows": rows, "throughput_against_original": ratio, "load": load, **machine(device_of(None))}
+    load = {name: value for name, value in vars(args).items() if name not in ("model", "against", "json", "only")}
+    found = {"rows": rows, "load": load, **machine(device_of(None))}
+    found["cache_tokens_against_original"] = rows[0]["cache_tokens"] / rows[1]["cache_tokens"]
     for row in rows:
-        print(
-            f"{row['model']}: {row['cache_tokens']:,} cache tokens, {row['sequences_that_fit']:.1f} sequences, "
-            f"{row['new_tokens_per_second']:.1f} new tokens a second, {row['preemptions']:.0f} preemptions"
-        )
-    print(f"Throughput against the original: {ratio:.2f}, on {found['device']}.")
+        speed = f", {row['new_tokens_per_second']:.1f} new tokens a second" if args.requests else ""
+        print(f"{row['model']}: {row['cache_tokens']:,} tokens, {row['sequences_that_fit']:.1f} sequences{speed}")
+    print(f"Cache tokens against the original: {found['cache_tokens_against_original']:.3f}.")
+    if args.requests:
+        ratio = rows[0]["new_tokens_per_second"] / rows[1]["new_tokens_per_second"]
+        found["throughput_against_original"] = ratio
+        print(f"Throughput against the original: {ratio:.2f}, on {found['device']}.")
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 
