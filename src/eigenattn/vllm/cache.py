@@ -1,0 +1,204 @@
+"""What a layer caches, as vLLM is told of it: pages of latents, and pages of the exact window.
+
+Latents of all tokens form one full-attention group, whatever the ranks, and the window's tokens a sliding-window group.
+A block of the engine's pool holds all layers' pages of either group, so the window's has as many tokens as fit into the
+other's bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.torch_utils import _encode_layer_name, kv_cache_dtype_str_to_dtype
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+
+from ..errors import EigenAttnError
+from ..models.attention import EigenAttention
+from .backend import LatentBackend, LatentImpl
+
+# Tokens of a block beside a window, unless the user says otherwise. A sequence holds whole blocks of its window: larger
+# ones waste more of them, smaller ones make longer tables.
+BLOCK_WITH_WINDOW = 16
+# Queries of a decoding step and, where the engine schedules ahead, of the step before it.
+STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the layers' pages are laid out.
+
+    Args:
+        block_size: tokens of a block of latents; 0 is the engine's own choice.
+        window: W, and `window_block_size` the tokens of a block of the window.
+        spacers: layers that cache next to nothing, see `Spacer`.
+    """
+
+    block_size: int
+    window: int = 0
+    window_block_size: int = 0
+    spacers: int = 0
+
+    @classmethod
+    def of(cls, layers: list[EigenAttention], cache_config: Any) -> Plan:
+        """For layers of these ranks and one window.
+
+        Args:
+            layers: `eigenattn.vllm.configuration.blueprints`.
+        """
+        window = layers[0].window
+        if not window:
+            return cls(0)
+        block = cache_config.block_size if cache_config.user_specified_block_size else BLOCK_WITH_WINDOW
+        ranks = [layer.rank_k + layer.rank_v for layer in layers]
+        exact, room = sum(2 * layer.head_dim for layer in layers), block * sum(ranks)
+        fitting = [size for size in range(1, block + 1) if block % size == 0 and size * exact <= room]
+        return cls(block, window, max(fitting, default=1), spacers_for(ranks))
+
+    def window_blocks(self, in_flight: int, longest: int) -> int:
+        """Blocks that hold a sequence's window while so many of its tokens are computed."""
+        return -(-min(self.window - 1 + in_flight, longest) // self.window_block_size) + 1
+
+
+def spacers_for(sizes: list[int]) -> int:
+    """How many spacers keep the window's layers in one group: none, unless each size of page occurs equally often."""
+    counts = Counter(sizes)
+    if len(counts) < 2 or len(set(counts.values())) > 1:
+        return 0
+    return 2 if max(counts.values()) == 1 else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowSpec(SlidingWindowSpec):
+    """A sliding window whose size while decoding counts for the engine's capacity.
+
+    vLLM counts a whole batch of prompt tokens for every sequence, which only those hold that are being read. Admission
+    still reserves them, and `WindowCache.bind_kv_cache` checks that one sequence has room.
+    """
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        longest = vllm_config.model_config.max_model_len
+        return self.max_admission_blocks_per_request(STEPS_AHEAD, longest) * self.page_size_bytes
+
+
+class _CachingLayer(nn.Module, AttentionLayerBase):
+    """A layer that vLLM gives a cache, under a name of its own."""
+
+    def __init__(self, vllm_config: VllmConfig, name: str, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.layer_name, self.num_heads, self.num_kv_heads = name, heads, kv_heads
+        self.kv_cache = torch.tensor([])
+        self.dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config)
+        layers = vllm_config.compilation_config.static_forward_context
+        if name in layers:
+            raise ValueError(f"duplicate layer name: {name}")
+        layers[name] = self
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return LatentBackend
+
+
+class WindowCache(_CachingLayer):
+    """Exact keys, before rotation, and values of the last tokens."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, name: str, heads: int, kv_heads: int, head_dim: int, plan: Plan
+    ) -> None:
+        super().__init__(vllm_config, name, heads, kv_heads)
+        self.head_dim, self.plan, self._config = head_dim, plan, vllm_config
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return WindowSpec(
+            block_size=self.plan.window_block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_dim,
+            dtype=self.dtype,
+            sliding_window=self.plan.window,
+        )
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Take the cache, if one sequence of the longest kind can be read into it.
+
+        Raises:
+            EigenAttnError: if not.
+        """
+        super().bind_kv_cache(kv_cache)
+        blocks = self._config.cache_config.num_gpu_blocks
+        if blocks is None:  # a small cache to profile memory with
+            return
+        longest, in_flight = self._config.model_config.max_model_len, self._config.max_in_flight_tokens
+        needed = 1 + -(-longest // self.plan.block_size) + self.plan.window_blocks(in_flight, longest)
+        if blocks < needed:
+            raise EigenAttnError(
+                f"a sequence of {longest} tokens takes {needed} blocks of the cache while it is read, and there are "
+                f"{blocks}: give it more memory, or lower --max-model-len or --max-num-batched-tokens."
+            )
+
+
+class Spacer(_CachingLayer):
+    """Caches one element a token, which nobody reads.
+
+    Where each size of page occurs equally often, vLLM takes the layers for a repeating pattern and splits the window's
+    group by it, so that each part holds blocks of its own. One more page, of a size unlike the others, is no pattern.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, name: str, block_size: int) -> None:
+        super().__init__(vllm_config, name, heads=1, kv_heads=1)
+        self.block_size = block_size
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return FullAttentionSpec(
+            block_size=self.block_size, num_kv_heads=1, head_size=1, head_size_v=0, dtype=self.dtype
+        )
+
+
+class LatentAttention(_CachingLayer):
+    """Attention through vLLM's own operation, which keeps it out of compiled graphs.
+
+    Args:
+        name: of the layer, among all of the model.
+        kv_heads, heads: G and H of this device.
+        rank_k, rank_v: R_k and R_v.
+        size: of an output head.
+        block_size: tokens of a page; 0 takes the engine's.
+        impl: what it computes.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        name: str,
+        *,
+        heads: int,
+        kv_heads: int,
+        rank_k: int,
+        rank_v: int,
+        size: int,
+        block_size: int,
+        impl: LatentImpl,
+    ) -> None:
+        super().__init__(vllm_config, name, heads, kv_heads)
+        self.rank_k, self.rank_v, self.size = rank_k, rank_v, size
+        self.block_size = block_size
+        self.impl = impl
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return FullAttentionSpec(
+            block_size=self.block_size or vllm_config.cache_config.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.rank_k,
+            head_size_v=self.rank_v,
+            dtype=self.dtype,
+        )
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The output [tokens, H * size] of queries, keys and values as `LatentImpl.forward` has them."""
+        output = query.new_empty(query.shape[0], self.num_heads, self.size)
+        torch.ops.vllm.unified_attention_with_output(query, key, value, output, _encode_layer_name(self.layer_name))
+        return output.flatten(1)

@@ -1,0 +1,56 @@
+"""Runs engines of vLLM one after another, in a process of its own: vLLM changes torch for good where it runs.
+
+    python engine.py JOBS RESULTS
+
+JOBS is a JSON list of `{"options": ..., "prompts": [[ids], ...], "new_tokens": n}`, options being those of `vllm.LLM`.
+Each result has the tokens of two runs of the same prompts, what of the second run came out of the prefix cache, and the
+engine's own count of cache tokens; or the error.
+"""
+
+import gc
+import json
+import os
+import sys
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0")
+
+
+def run(job: dict) -> dict:
+    from vllm import LLM, SamplingParams
+
+    parallel = any(job["options"].get(f"{kind}_parallel_size", 1) > 1 for kind in ("tensor", "pipeline"))
+    if parallel:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    llm = LLM(**{"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 8 << 20} | job["options"])
+    cache = llm.llm_engine.vllm_config.cache_config
+    result = {"cache_tokens": cache.kv_cache_size_tokens}
+    if job["prompts"]:
+        prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+        sampling = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True)
+        for name in ("tokens", "again"):
+            outputs = llm.generate(prompts, sampling, use_tqdm=False)
+            result[name] = [list(output.outputs[0].token_ids) for output in outputs]
+        result["reused"] = [output.num_cached_tokens for output in outputs]
+    del llm
+    gc.collect()
+    return result
+
+
+def main() -> None:
+    with open(sys.argv[1]) as file:
+        jobs = json.load(file)
+    results = []
+    for job in jobs:
+        try:
+            results.append(run(job))
+        except Exception as error:
+            results.append({"error": str(error)})
+    with open(sys.argv[2], "w") as file:
+        json.dump(results, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Attention over pages: what vLLM calls, without vLLM."""
+
+import pytest
+import torch
+
+from eigenattn.kernels.decoding import Rotary, Side
+from eigenattn.vllm.attend import Head, Pages, attend_prompt, decode_rows, write
+
+H, G, D, R_K, R_V, BLOCK, LENGTHS = 4, 2, 8, 6, 4, 4, (19, 3, 10)
+
+
+def a_head(window: int, positions: str) -> Head:
+    generator = torch.Generator().manual_seed(2)
+
+    def side(rank: int) -> Side:
+        decoder, mean = (torch.randn(G, n, D, generator=generator) for n in (rank, 1))
+        return Side(decoder, mean[:, 0])
+
+    return Head(
+        keys=side(R_K),
+        values=side(R_V) if window else Side(),
+        rank_k=R_K,
+        scale=0.3,
+        window=window,
+        rotary=Rotary(torch.tensor([1.0, 0.3, 0.1, 0.03])) if positions == "rotary" else None,
+        slopes=torch.tensor([0.5, 0.25, 0.1, 0.0]) if positions == "alibi" else None,
+    )
+
+
+def filled(channels: int, seed: int) -> Pages:
+    """Pages in no order, everything unwritten being NaN; entries of the table past a row's length lead nowhere useful."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randperm(15, generator=generator) + 1
+    pages = Pages(torch.full((16, G, BLOCK, channels), torch.nan), blocks.view(3, 5))
+    for row, length in enumerate(LENGTHS):
+        columns = torch.arange(length)
+        slots = pages.table[row, columns // BLOCK] * BLOCK + columns % BLOCK
+        write(pages.cache, slots, torch.randn(length, G, channels, generator=generator))
+    return pages
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("positions", ["none", "rotary", "alibi"])
+@pytest.mark.parametrize("chunk", [1, 7, 19])
+def test_prompts_attend_as_decoding_does(window, positions, chunk):
+    head, far = a_head(window, positions), filled(R_K + R_V, 3)
+    near = filled(2 * D, 4) if window else None
+    q = torch.randn(len(LENGTHS), max(LENGTHS), H, D, generator=torch.Generator().manual_seed(5))
+    for row, length in enumerate(LENGTHS):
+        for stop in range(1, length + 1):
+            start = max(stop - chunk, 0)
+            out = attend_prompt(head, q[row, start:stop], torch.tensor([row]), stop, far, near)
+            lengths = torch.tensor([stop], dtype=torch.int32)
+            alone = decode_rows(head, q[row, stop - 1 : stop], torch.tensor([row]), lengths, stop, far, near)
+            torch.testing.assert_close(out[-1:], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("positions", ["none", "rotary", "alibi"])
+def test_rows_decode_together_as_alone(window, positions):
+    head, far = a_head(window, positions), filled(R_K + R_V, 3)
+    near = filled(2 * D, 4) if window else None
+    q = torch.randn(len(LENGTHS), H, D, generator=torch.Generator().manual_seed(5))
+    rows, lengths = torch.tensor([2, 0, 1]), torch.tensor([LENGTHS[2], LENGTHS[0], LENGTHS[1]], dtype=torch.int32)
+    together = decode_rows(head, q, rows, lengths, max(LENGTHS), far, near)
+    for place in range(len(LENGTHS)):
+        one = slice(place, place + 1)
+        alone = decode_rows(head, q[one], rows[one], lengths[one], int(lengths[place]), far, near)
+        torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-5)
