@@ -39,6 +39,13 @@ def test_results_page_is_up_to_date():
     )
 
 
+def test_spectra_page_is_up_to_date():
+    report = script(ROOT / "benchmarks" / "report_spectra.py")
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(report.load()), (
+        "run: python benchmarks/report_spectra.py --plot"
+    )
+
+
 def test_performance_page_is_up_to_date():
     report = script(ROOT / "benchmarks" / "report_speed.py")
     assert report.PAGE.read_text(encoding="utf-8") == report.page(report.load()), (
