@@ -34,8 +34,8 @@ INTRODUCTION = """\
 
 Which layers and families compress, and which do not? Of every KV head, the eigenvalues of two kinds of moments:
 
-- basis `eigen`, the paper's: of keys with their group's queries, before rotation, and of values, about zero and not about
-  their mean;
+- basis `eigen`, the paper's: of keys with their group's queries, before rotation, and of values, about zero and not
+  about their mean;
 - basis `attention`, window 32, the default: of the error that leaving a direction out would make, over pairs of queries
   and keys that lie further apart than the exact window.
 
