@@ -28,7 +28,7 @@ def a_head(window: int, positions: str) -> Head:
 
 
 def filled(channels: int, seed: int) -> Pages:
-    """Pages in no order, all that is unwritten being NaN; a table's entries past a row's length lead nowhere useful."""
+    """Pages in no order; what was not written is NaN."""
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randperm(15, generator=generator) + 1
     pages = Pages(torch.full((16, G, BLOCK, channels), torch.nan), blocks.view(3, 5))
