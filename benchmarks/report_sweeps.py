@@ -1,6 +1,6 @@
 """The sections of docs/results.md that come from `eigenattn sweep`, and their plots.
 
-They are read from benchmarks/results/{bits,calibration,limits}-MODEL.json, which are the `sweep.json` of the commands
+They are read from benchmarks/results/{bits,texts,limits}-MODEL.json, which are the `sweep.json` of the commands
 that every section states.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
-KINDS = ("bits", "calibration", "limits")
+KINDS = ("bits", "texts", "limits")
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "opt-13m": "OPT, 13M", "mpt-12m": "MPT, 12M"}
 INTRODUCTIONS = {
     "bits": """\
@@ -25,13 +25,13 @@ against the original's. KL is the divergence of predictions from the original's,
 
 ![Increase of perplexity against bits an element](bits.png)
 """,
-    "calibration": """\
+    "texts": """\
 ## Which text, and how much of it
 
 One KV ratio, calibrated on each text by itself and judged on what is held out of every text: the last fifth of files,
 and topics of the Python reference (`python-docs`). `self` is text that the model writes. Windows are of 1,024 tokens.
 
-![Increase of perplexity against tokens calibrated on](calibration.png)
+![Increase of perplexity against tokens calibrated on](texts.png)
 """,
     "limits": """\
 ## Limits
@@ -57,7 +57,7 @@ def load() -> dict[str, dict[str, dict[str, Any]]]:
 
 def page(sweeps: dict[str, dict[str, dict[str, Any]]]) -> str:
     """All sections."""
-    tables = {"bits": _bits, "calibration": _calibration, "limits": _limits}
+    tables = {"bits": _bits, "texts": _calibration, "limits": _limits}
     parts = []
     for kind, by_model in sweeps.items():
         if by_model:
@@ -162,7 +162,7 @@ def _command(kind: str, model: str, sweep: dict[str, Any]) -> str:
         sizes + choices + several("window", "window") + several("shared-heads", "shared_heads"),
         f"{' --each-text' if len(texts) > 1 else ''}{sources}{several('samples', 'samples')}",
         f"{f' --rivals {chr(44).join(rivals)}' if rivals else ''}"
-        + "".join(f" --evaluation-text {row['source']}" for row in settings["evaluation"] if kind != "calibration"),
+        + "".join(f" --evaluation-text {row['source']}" for row in settings["evaluation"] if kind != "texts"),
         f" --tokens {settings['protocol']['tokens_read']} --copies {copies} --dtype {settings['protocol']['dtype']}",
     ]
     head = f"    eigenattn sweep {model} {kind}-{model}"
@@ -173,8 +173,8 @@ def plot(sweeps: dict[str, dict[str, dict[str, Any]]]) -> None:
     """Draw one picture of each kind that was run."""
     from matplotlib import pyplot
 
-    curves = {"bits": _bits_curves, "calibration": _calibration_curves, "limits": _limit_curves}
-    labels = {"bits": "bits an element", "calibration": "tokens calibrated on", "limits": "KV ratio of the latents"}
+    curves = {"bits": _bits_curves, "texts": _calibration_curves, "limits": _limit_curves}
+    labels = {"bits": "bits an element", "texts": "tokens calibrated on", "limits": "KV ratio of the latents"}
     for kind, by_model in sweeps.items():
         if not by_model:
             continue
@@ -188,7 +188,7 @@ def plot(sweeps: dict[str, dict[str, dict[str, Any]]]) -> None:
                 panel.plot(x, [max(100 * each, 0.005) for each in y], marker="o", markersize=3, label=name)
             panel.set(title=MODELS[model], xlabel=labels[kind], yscale="log")
             panel.grid(alpha=0.3)
-            if kind == "calibration":
+            if kind == "texts":
                 panel.set_xscale("log", base=2)
         panels[0][0].set_ylabel("increase of perplexity, %")
         panels[0][0].legend(fontsize=6)
