@@ -84,6 +84,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
                 ranks = [rank / dim for rank in found[side]["effective_rank"]]
                 extremes = " | ".join(f"{ranks.index(each)}: {each:.0%}" for each in (min(ranks), max(ranks)))
                 lines.append(f"| {TITLES[model]} | {name} | {needed:.0%} | {_mean(ranks):.0%} | {extremes} |")
+    lines += ["", _reading(results)]
     for model, by_basis in results.items():
         lines += ["", f"## {TITLES[model]}", ""]
         columns = [name for basis in by_basis for name in NAMES[basis]]
@@ -98,6 +99,20 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         versions = by_basis["eigen"]["versions"]
         lines += ["", f"fp32, torch {versions['torch']}, transformers {versions['transformers']}, two x86-64 cores."]
     return "\n".join(lines) + "\n"
+
+
+def _reading(results: dict[str, dict[str, Any]]) -> str:
+    """In words what the table says of the default basis."""
+    parts = []
+    for model, by_basis in results.items():
+        keys, values = (by_basis["attention"][side]["effective_rank"] for side in SIDES)
+        lower = sum(key < value for key, value in zip(keys, values, strict=True))
+        parts.append(f"{lower} of {len(keys)} layers of {TITLES[model]}")
+    return (
+        f"As the default basis weighs them, keys need fewer directions than values in {'; '.join(parts)}. So rank "
+        "rules give values more. An effective rank is not a rank to choose: many small eigenvalues beyond it add up, "
+        "and a model may mind them (see the curves in [Results](results.md))."
+    )
 
 
 def _command(model: str, basis: str, found: dict[str, Any]) -> str:
