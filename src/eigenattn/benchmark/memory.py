@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from ..errors import EigenAttnError
 from ..models.placement import input_device
+from .prefill import read
 from .shapes import contenders
 from .timing import device_of, machine
 
@@ -37,12 +37,9 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 @torch.no_grad()
 def fill(model: nn.Module, batch: int, length: int) -> None:
     """Read `length` tokens a row piece by piece, and decode one more, with a dynamic cache."""
-    device = input_device(model)
-    cache = DynamicCache(config=model.config)
-    pieces = [CHUNK] * (length // CHUNK) + ([length % CHUNK] if length % CHUNK else []) + [1]
-    for tokens in pieces:
-        ids = torch.full((batch, tokens), 3, device=device)
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    ids = torch.full((batch, length), 3, device=input_device(model))
+    cache = read(model, ids, CHUNK)
+    model(ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def _fits(model: nn.Module, batch: int, length: int) -> bool:

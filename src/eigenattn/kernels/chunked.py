@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .reference import cap_and_mask
+from .reference import both_masks, cap_and_mask
 from .sdpa import widen
 from .selection import HALF
 
@@ -150,10 +150,7 @@ def attend_far(
             seen = None if mask is None else mask(i, end, low, high)
             if seen is not None and triangle:
                 inside = torch.ones(end - i, high - low, dtype=torch.bool, device=q.device).tril(i - start)
-                if seen.dtype == torch.bool:
-                    seen = seen & inside
-                else:
-                    seen = seen.masked_fill(~inside, torch.finfo(seen.dtype).min)
+                seen = both_masks(seen, inside)
             causal = triangle and seen is None
             parts.join(i, *attend_with_mass(q[:, :, i:end], k, v, mask=seen, causal=causal, **options))
 
@@ -199,12 +196,7 @@ def attend_near(
         n = torch.arange(low, high, device=q.device)
         inside = (n > m - window) & (n <= m)
         seen = None if mask is None else mask(start, stop, low, high)
-        if seen is None:
-            seen = inside[None, None]
-        elif seen.dtype == torch.bool:
-            seen = seen & inside
-        else:
-            seen = seen.masked_fill(~inside, torch.finfo(seen.dtype).min)
+        seen = inside[None, None] if seen is None else both_masks(seen, inside)
         k, v = (x[:, :, low - key_first : high - key_first] for x in (keys, values))
         out, mass = attend_with_mass(rows, k, v, mask=seen, causal=False, scale=scale, softcap=softcap)
         parts.join(start, out, mass)

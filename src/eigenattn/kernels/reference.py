@@ -16,13 +16,16 @@ def add_mask(bias: Tensor, mask: Tensor) -> Tensor:
     return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
 
 
+def both_masks(mask: Tensor, seen: Tensor) -> Tensor:
+    """A mask, boolean (True is visible) or additive, that shows no more than a boolean one does: of the same kind."""
+    return mask & seen if mask.dtype == torch.bool else add_mask(mask, seen)
+
+
 def cap_and_mask(scores: Tensor, mask: Tensor | None, softcap: float | None) -> Tensor:
     """Scores [B, H, T, S] as the softmax takes them; arguments as in `attend`, but None masks nothing."""
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        return scores
-    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    return scores if mask is None else add_mask(scores, mask)
 
 
 def attend(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import cap_and_mask
+from .reference import both_masks, cap_and_mask
 
 # Queries attended at a time in prefill (chosen): the exact keys in sight grow with it, and the number of calls falls.
 QUERY_BLOCK = 256
@@ -54,9 +54,7 @@ def split_masks(
         chosen = torch.cat([take_columns(mask, far), chosen_near], dim=-1)
     else:
         chosen = mask.index_select(-1, torch.cat([n_far, near.clamp_min(0)]))
-    if chosen.dtype == torch.bool:
-        return chosen & sees
-    return chosen.to(dtype).masked_fill(~sees, torch.finfo(dtype).min)
+    return both_masks(chosen if chosen.dtype == torch.bool else chosen.to(dtype), sees)
 
 
 def by_column(weights: Tensor, far: int | Tensor, near: Tensor, columns: int) -> Tensor:

@@ -38,6 +38,11 @@ def for_each_query_head(attention: EigenAttention, columns: Tensor | None) -> Te
     return columns.long().repeat_interleave(attention.heads // columns.shape[1], dim=1)
 
 
+def for_each_kv_head(attention: EigenAttention, columns: Tensor) -> Tensor:
+    """Columns [B, H, F] of query heads once for every KV head, [B, G, F]."""
+    return columns[:, :: attention.num_key_value_groups]
+
+
 def mask_for_rows(attention: EigenAttention, q: Tensor, seen: int, columns: Tensor, kwargs: dict[str, Any]) -> Any:
     """As `EigenAttention.mask_for` of all tokens seen, but for rows at columns [B, H, F]: [B, H, T, F] or None."""
     mask, t = attention.mask_for(q, seen, kwargs), q.shape[-2]

@@ -14,7 +14,7 @@ from ..kernels.reference import causal_mask
 from ..kernels.sdpa import widen
 from ..kernels.windowed import by_column
 from .decoding import decode_latents, has_kernel
-from .eviction import check_backend, evict, for_each_query_head, mask_for_rows
+from .eviction import check_backend, evict, for_each_kv_head, for_each_query_head, mask_for_rows
 from .prefill import is_long, read_latents
 from .projections import Heads
 from .rotary import at_columns, rotate
@@ -53,7 +53,7 @@ def attend_to_latents(
     if decodes_keys:
         angles = attention.key_angles(k, kwargs["position_ids"], seen, length)
         if columns is not None:
-            of_keys = columns[:, :: attention.num_key_value_groups]
+            of_keys = for_each_kv_head(attention, columns)
             angles = [at_columns(table, of_keys) for table in angles]
         k = rotate(attention.decode(k, "key"), *angles, interleaved)  # [B, G, S, D]
     k, v = attention.for_each_head(k), attention.for_each_head(v)

@@ -15,7 +15,7 @@ from ..kernels.pairs import attend_one_in_pairs
 from ..kernels.reference import attend as reference_attend
 from ..kernels.windowed import attend, attend_one, by_column, split_masks, take_columns
 from .decoding import decode_with_window, has_kernel
-from .eviction import evict, for_each_query_head
+from .eviction import evict, for_each_kv_head, for_each_query_head
 from .prefill import is_long, read_with_window
 from .projections import Heads
 from .rotary import at_columns, once_a_pass, rotate, turns_of
@@ -176,7 +176,7 @@ def _attend_in_pairs(
     all_turns = shared(("turns", columns, attention.layer_type), turns)
     if far.columns is not None:
         rest = torch.arange(columns - near_keys.shape[-2], columns + h // g, device=q.device).expand(b, g, -1)
-        all_turns = at_columns(all_turns[:, 0], torch.cat([_of_kv_heads(attention, far.columns), rest], dim=-1))
+        all_turns = at_columns(all_turns[:, 0], torch.cat([for_each_kv_head(attention, far.columns), rest], dim=-1))
     shape = (b, g, far.keys.shape[-2] + near_keys.shape[-2] + h // g, d)
     return attend_one_in_pairs(
         q,
@@ -211,13 +211,8 @@ def _rotations(
     if far.columns is None:
         angles_far = cos[:, : far.keys.shape[-2]], sin[:, : far.keys.shape[-2]]
     else:
-        of_keys = _of_kv_heads(attention, far.columns)
+        of_keys = for_each_kv_head(attention, far.columns)
         angles_far = at_columns(cos, of_keys), at_columns(sin, of_keys)
     angles_near = cos.index_select(1, near_columns), sin.index_select(1, near_columns)
     interleaved = attention.family.interleaved
     return (lambda keys: rotate(keys, *angles_far, interleaved)), (lambda keys: rotate(keys, *angles_near, interleaved))
-
-
-def _of_kv_heads(attention: EigenAttention, columns: Tensor) -> Tensor:
-    """Columns [B, H, F] of query heads, once for every KV head: [B, G, F]."""
-    return columns[:, :: attention.num_key_value_groups]

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..kernels import sdpa
 from ..kernels.decoding import Near, Rotary, Side, decode
 from ..kernels.decoding.reference import rotate_to
+from ..kernels.reference import add_mask
 from ..kernels.windowed import QUERY_BLOCK
 from ..kernels.windowed import attend as attend_with_window
 
@@ -167,7 +168,7 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, first: int, bias: Tensor | None,
         last = first + stop
         mask = (columns[:last] <= columns[first + start : last].unsqueeze(-1))[None, None]  # [1, 1, block, last]
         if bias is not None:
-            mask = bias[..., :last].masked_fill(~mask, torch.finfo(bias.dtype).min)
+            mask = add_mask(bias[..., :last], mask)
         out, _ = sdpa.attend(q[:, :, start:stop], k[:, :, :last], v[:, :, :last], mask=mask, scale=scale)
         outputs.append(out)
     return torch.cat(outputs, dim=2)
