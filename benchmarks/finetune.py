@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import time
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from eigenattn.version import versions
 
 VALIDATION_WINDOWS = 8
 VALIDATIONS = 8
-TIMED_STEPS = 2
+TIMED_STEPS = 3
 
 
 def main() -> None:
@@ -82,10 +81,8 @@ def main() -> None:
         training, validation = split_windows(tokenizer, [load_text(args.calibration)], args.length, VALIDATION_WINDOWS)
         trial = FinetuneConfig(steps=TIMED_STEPS, validate_every=TIMED_STEPS, **options)
         baseline = load_model(original, "float32")
-        start = time.perf_counter()
-        finetune(load_model(source, "float32"), training, validation[:1], trial, baseline=baseline)
-        step = (time.perf_counter() - start) / TIMED_STEPS
-        plan.write_text(str(max(VALIDATIONS, round(args.minutes * 60 / step))))
+        _, timed = finetune(load_model(source, "float32"), training, validation[:1], trial, baseline=baseline)
+        plan.write_text(str(max(VALIDATIONS, round(args.minutes * 60 * TIMED_STEPS / timed.seconds))))
         del baseline
     steps = int(plan.read_text())
     print(f"{steps} steps of {args.batch_size} x {args.length} tokens", flush=True)

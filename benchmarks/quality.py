@@ -32,12 +32,16 @@ from eigenattn.version import versions
 
 
 def cells_of(names: list[str], ratios: list[float]) -> list[Cell]:
-    """Cells from names like `attention/sensitivity/32`; in `attention:3/sensitivity/32` 3 heads share a latent."""
+    """Cells from names like `attention/sensitivity/32`.
+
+    In `attention:3/sensitivity/32` 3 heads share a latent, in `attention+refit/sensitivity/0` decoders are refitted.
+    """
     cells = []
     for name in names:
         kind, rule, window = name.split("/")
+        kind, _, refit = kind.partition("+")
         basis, _, shared = kind.partition(":")
-        cells += [Cell(basis, rule, int(window), int(shared or 1), ratio) for ratio in ratios]
+        cells += [Cell(basis, rule, int(window), int(shared or 1), ratio, refit=refit == "refit") for ratio in ratios]
     return cells
 
 
@@ -60,7 +64,7 @@ def main() -> None:
         "--cells",
         nargs="+",
         required=True,
-        help="basis/ranks/window, or basis:N/ranks/window where N heads share a latent",
+        help="basis/ranks/window; basis:N where N heads share a latent, basis+refit where decoders are refitted",
     )
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.6, 0.5, 0.4])
     parser.add_argument("--samples", type=int, default=32)

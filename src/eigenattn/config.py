@@ -37,6 +37,8 @@ class EigenAttentionConfig:
         shared_heads: how many KV heads share one latent, N; it must divide their number. Bytes are those of the KV
             ratio whatever N is. What heads have in common is stored once, which loses less, and every head decodes from
             the whole latent, which takes N times the arithmetic.
+        refit: whether value decoders are fitted anew once ranks are chosen (`eigenattn.compression.refit`). By default
+            they are where there is no window and the basis is `attention`.
         version: version of this configuration's format.
 
     Raises:
@@ -52,6 +54,7 @@ class EigenAttentionConfig:
     rank_multiple: int = 8
     window: int = 32
     shared_heads: int = 1
+    refit: bool | None = None
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
@@ -92,6 +95,10 @@ class EigenAttentionConfig:
                 f"this configuration has version {self.version!r:.60}, and this eigenattn reads version "
                 f"{CONFIG_VERSION}: install the eigenattn that wrote it."
             )
+        if self.refit is None:
+            object.__setattr__(self, "refit", self.window == 0 and self.basis == "attention")
+        elif type(self.refit) is not bool:
+            raise EigenAttnError(f"refit must be true or false, not {self.refit!r:.60}.")
         rules = {"error_budget": "error_budget", "energy": "energy", "bits_per_element": "sensitivity"}
         target = next((name for name in rules if targets[name] is not None), None)
         implied = rules.get(target)

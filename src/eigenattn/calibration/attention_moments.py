@@ -69,16 +69,16 @@ class AttentionMoments:
         """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
         q, k, v = heads
         shared_k, shared_v = self._joined(k), self._joined(v)
-        t, interleaved = q.shape[-2], attention.family.interleaved
-        mask = attention.mask_for(q, t, kwargs)
-        mask = causal_mask(t, t, q.device)[None, None] if mask is None else mask
-        angles = kwargs["position_embeddings"] if attention.rotates else None
-        q_turned, k_turned = (rotate(x, *angles, interleaved) for x in (q, k)) if angles else (q, k)
+        t = q.shape[-2]
+        mask = whole_mask(attention, q, kwargs)
+        q_turned, k_turned = turned(attention, kwargs, q, k)
         log_sums = []
         column_weight = torch.zeros(k.shape[:-1], dtype=torch.float64, device=k.device)  # [B, G, T]
         for start in range(0, t, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, t)
-            scores = _scores(attention, q_turned[:, :, start:stop], k_turned[:, :, :stop], mask[..., start:stop, :stop])
+            scores = masked_scores(
+                attention, q_turned[:, :, start:stop], k_turned[:, :, :stop], mask[..., start:stop, :stop]
+            )
             log_sums.append(scores.logsumexp(-1, keepdim=True))
             weights = (scores - log_sums[-1]).exp().tril(start - self.window)  # n <= m - W
             if valid is not None:
@@ -151,7 +151,7 @@ class AttentionMoments:
         marks = (torch.arange(SAMPLED_KEYS, device=mass.device, dtype=mass.dtype) + 0.5) / SAMPLED_KEYS
         edges = mass.cumsum(0) / mass.sum()
         drawn, times = torch.searchsorted(edges, marks).clamp_max(len(mass) - 1).unique(return_counts=True)
-        scores = _scores(attention, q, k[:, :, drawn], mask[..., drawn])  # [B, H, T, drawn]
+        scores = masked_scores(attention, q, k[:, :, drawn], mask[..., drawn])  # [B, H, T, drawn]
         weights = (scores - log_sum).exp()
         queries = torch.arange(q.shape[-2], device=q.device)
         weights = weights * (drawn <= queries.unsqueeze(-1) - self.window)
@@ -178,7 +178,21 @@ def _outer_products(x: Tensor) -> Tensor:
     return rows.T @ rows
 
 
-def _scores(attention: EigenAttention, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+def whole_mask(attention: EigenAttention, q: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """The mask of a forward pass without a cache, [B or 1, H or 1, T, T], also where the model leaves it out."""
+    t = q.shape[-2]
+    mask = attention.mask_for(q, t, kwargs)
+    return causal_mask(t, t, q.device)[None, None] if mask is None else mask
+
+
+def turned(attention: EigenAttention, kwargs: dict[str, Any], *vectors: Tensor) -> tuple[Tensor, ...]:
+    """Queries and keys [B, heads, T, D] at their positions in a forward pass without a cache."""
+    if not attention.rotates:
+        return vectors
+    return tuple(rotate(x, *kwargs["position_embeddings"], attention.family.interleaved) for x in vectors)
+
+
+def masked_scores(attention: EigenAttention, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """Masked scores [B, H, n, s] in fp32, of queries [B, H, n, D] and keys [B, G, s, D]."""
     if q.dtype == torch.float16:
         q, k = q.float(), k.float()  # before it is scaled, a score may pass 65,504, where fp16 ends

@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.reference import causal_mask
 from ..models.attention import EigenAttention
 from ..models.projections import Heads
-from ..models.rotary import rotate
-from .attention_moments import QUERY_BLOCK, _scores
+from .attention_moments import QUERY_BLOCK, masked_scores, turned, whole_mask
 
 # Bins between -REACH and REACH in `asinh(z / scale)` (chosen): fine near zero, in proportion to z far out, and an
 # outlier of a thousand scales still has its place.
@@ -91,14 +89,14 @@ class LatentHistograms:
         """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
         q, k, v = heads
         t, groups = q.shape[-2], k.shape[1]
-        mask = attention.mask_for(q, t, kwargs)
-        mask = causal_mask(t, t, q.device)[None, None] if mask is None else mask
-        angles = kwargs["position_embeddings"] if attention.rotates else None
-        q_turned, k_turned = (rotate(x, *angles, attention.family.interleaved) for x in (q, k)) if angles else (q, k)
+        mask = whole_mask(attention, q, kwargs)
+        q_turned, k_turned = turned(attention, kwargs, q, k)
         first, second = (torch.zeros(k.shape[:-1], dtype=torch.float64, device=k.device) for _ in range(2))  # [B, G, T]
         for start in range(0, t, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, t)
-            scores = _scores(attention, q_turned[:, :, start:stop], k_turned[:, :, :stop], mask[..., start:stop, :stop])
+            scores = masked_scores(
+                attention, q_turned[:, :, start:stop], k_turned[:, :, :stop], mask[..., start:stop, :stop]
+            )
             weights = scores.softmax(-1).tril(start - self.window)  # n <= m - W
             if valid is not None:
                 weights = weights * valid[:, None, start:stop, None]

@@ -50,6 +50,13 @@ def compress(
     shared_heads: Annotated[
         int, typer.Option(help="KV heads that share one latent: the same bytes, less lost, more arithmetic.")
     ] = 1,
+    refit: Annotated[
+        bool | None,
+        typer.Option(
+            "--refit/--no-refit",
+            help="Fit value decoders anew, layer by layer, once ranks are chosen. By default without a window.",
+        ),
+    ] = None,
     text: Annotated[
         list[str],
         typer.Option(
@@ -84,6 +91,7 @@ def compress(
         rank_multiple=rank_multiple,
         window=window,
         shared_heads=shared_heads,
+        refit=refit,
     )
     report = compress_checkpoint(
         model,

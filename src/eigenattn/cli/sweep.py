@@ -63,6 +63,10 @@ def sweep(
     window: Annotated[str, typer.Option(help="Exact tokens, with commas between them.")] = "32",
     shared_heads: Annotated[str, typer.Option(help="KV heads that share one latent, with commas between them.")] = "1",
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
+    refit: Annotated[
+        bool | None,
+        typer.Option("--refit/--no-refit", help="Fit value decoders anew. By default without a window."),
+    ] = None,
     rivals: Annotated[str, typer.Option(help=f"Plain quantised caches to compare with: {NAMES}.")] = "",
     text: Annotated[
         list[str],
@@ -105,6 +109,7 @@ def sweep(
         _numbers("--shared-heads", shared_heads, int),
         rank_multiple,
         _numbers("--bits-per-element", bits_per_element, float),
+        refit,
     )
     sizes = _numbers("--samples", samples, int)
     if min(sizes, default=0) < 1:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Container, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..models.placement import is_spread, loaded
 from ..progress import TokenProgress
 from .bases import Basis
 from .folding import attach, detach
+from .passes import decoder_layers, given, hidden
 from .ranks import Ranks
 from .resuming import Notes
 
@@ -48,8 +49,7 @@ class Measurement:
         self.model, self.layers, self.bases = model, layers, bases
         self.window, self.batches, self.bars = window, batches, bars
         self.notes = notes or Notes(None)
-        parents = {id(child): parent for parent in model.modules() for child in parent.children()}
-        self.decoder_layers = [parents[id(attention)] for attention in layers]
+        self.decoder_layers = decoder_layers(model, layers)
 
     def _truncate(self, index: int, ranks: tuple[int, int]) -> None:
         attention, (keys, values), (rank_k, rank_v) = self.layers[index], self.bases[index], ranks
@@ -87,12 +87,12 @@ class Measurement:
                 return
             running = True
             try:
-                exact = _hidden(output)
+                exact = hidden(output)
                 norms[index] += square(exact)
                 with loaded(layer):
                     for position, ranks in enumerate(candidates[index]):
                         self._truncate(index, ranks)
-                        errors[index][position] += square(exact - _hidden(layer(*args, **kwargs)))
+                        errors[index][position] += square(exact - hidden(layer(*args, **kwargs)))
             finally:
                 detach(self.layers[index])
                 running = False
@@ -165,10 +165,10 @@ class Measurement:
             for embeddings in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
                 stack.enter_context(loaded(embeddings))
             first = min(wave)
-            with _given(self.decoder_layers[:first], outputs.get(first - 1)):
+            with given(self.decoder_layers[:first], outputs.get(first - 1)):
                 changed_outputs = self._outputs_of(runs, batch)
             for (index, _), output in zip(runs, changed_outputs, strict=True):
-                with _given(self.decoder_layers, output):
+                with given(self.decoder_layers, output):
                     changed = self._log_probabilities(batch, positions)
                 found[index].append(float((exact.exp() * (exact - changed)).sum()))
         if not rounds:
@@ -197,7 +197,7 @@ class Measurement:
                             outputs[run] = layer(*args, **kwargs)
                             detach(self.layers[index])
                         elif index < position:
-                            outputs[run] = layer(_hidden(outputs[run]), *args[1:], **kwargs)
+                            outputs[run] = layer(hidden(outputs[run]), *args[1:], **kwargs)
             finally:
                 detach(self.layers[position])
                 running = False
@@ -242,23 +242,3 @@ class Measurement:
 def _judged_positions(batch: Batch) -> Tensor:
     """Every few positions: neighbours tell little more, and the output layer is much of a small model's work."""
     return torch.arange(0, batch.input_ids.shape[1], JUDGED_STRIDE)
-
-
-@contextmanager
-def _given(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """Have all layers give this output instead of running."""
-    before = [vars(layer).get("forward") for layer in layers]  # accelerate's, which loads weights, if anything
-    for layer in layers:
-        layer.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
-
-
-def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

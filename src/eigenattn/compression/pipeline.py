@@ -33,6 +33,7 @@ from .folding import compress_layer
 from .measure import Measurement
 from .quantise import equivalent_ratio, fit_quantisers, quantise_bases
 from .ranks import RANK_RULES, RankProblem, sensitivities, smallest
+from .refit import refit
 from .resuming import KeptMoments, Notes
 
 # Tokens, from the first batches on, over which rank rules measure what truncation costs. Each side of each layer runs
@@ -114,7 +115,7 @@ def compress(
         layers = eigen_layers(model)
         check_sharing(layers[0].kv_heads, config.shared_heads)
         device = input_device(model)
-        stream = _Stream(batches, model, device, twice=config.bits_per_element is not None)
+        stream = _Stream(batches, model, device, twice=config.refit or config.bits_per_element is not None)
         with clock.stage("statistics"):
             total = len(batches) if hasattr(batches, "__len__") else None
             kept = KeptMoments(lambda attention: method.moments(attention, config.window, config.shared_heads), journal)
@@ -130,6 +131,11 @@ def compress(
             bases = [method.build(sums) for sums in moments]
         with clock.stage("ranks"):
             chosen = _choose(model, layers, bases, config, stream, bars, journal)
+        if config.refit and any(values is not None for _, values in chosen):
+            with clock.stage("refit"):
+                chosen = refit(
+                    model, layers, chosen, config.window, config.shared_heads, list(stream.again()), bars, journal
+                )
         for attention, pair in zip(layers, chosen, strict=True):
             check_range(attention, pair)
         forward_seconds = _time_forward(model, stream)

@@ -22,6 +22,7 @@ from ..compression.measure import Measurement
 from ..compression.pipeline import COST_TOKENS, check_sharing, quantised_problem
 from ..compression.quantise import Fitted, equivalent_ratio, fit_quantisers, quantise_bases
 from ..compression.ranks import RANK_RULES, RankProblem, sensitivities
+from ..compression.refit import refit
 from ..compression.shared_costs import SharedCosts
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
@@ -43,17 +44,21 @@ class Cell(NamedTuple):
     shared_heads: int
     kv_ratio: float | None
     bits_per_element: float | None = None
+    refit: bool | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.basis if self.shared_heads == 1 else f"{self.basis}:{self.shared_heads}"
 
     @property
     def statistics(self) -> str:
         """What statistics are collected for."""
-        kind = self.basis if self.shared_heads == 1 else f"{self.basis}:{self.shared_heads}"
-        return f"{kind}/{self.window}"
+        return f"{self.kind}/{self.window}"
 
     @property
     def method(self) -> str:
-        kind, window = self.statistics.split("/")
-        return f"{kind}/{self.ranks if self.bits_per_element is None else 'bits'}/{window}"
+        kind = f"{self.kind}+refit" if self.refit else self.kind
+        return f"{kind}/{self.ranks if self.bits_per_element is None else 'bits'}/{self.window}"
 
     @property
     def asked(self) -> float:
@@ -82,6 +87,7 @@ class Grid:
     shared_heads: Sequence[int] = (1,)
     rank_multiple: int = 8
     bits_per_element: Sequence[float] = ()
+    refit: bool | None = None
 
     def __post_init__(self) -> None:
         sizes = (*self.kv_ratios, *self.bits_per_element)
@@ -103,12 +109,12 @@ class Grid:
         for basis, window, shared in itertools.product(
             *map(dict.fromkeys, (self.bases, self.windows, self.shared_heads))
         ):
-            cells += [
-                Cell(basis, rule, window, shared, ratio) for rule in dict.fromkeys(self.ranks) for ratio in ratios
-            ]
+            refit = self.refit if self.refit is not None else window == 0 and basis == "attention"
+            rules = dict.fromkeys(self.ranks)
+            cells += [Cell(basis, rule, window, shared, ratio, None, refit) for rule in rules for ratio in ratios]
             if basis == "attention":
                 bits = sorted(set(self.bits_per_element), reverse=True)
-                cells += [Cell(basis, "sensitivity", window, shared, None, each) for each in bits]
+                cells += [Cell(basis, "sensitivity", window, shared, None, each, refit) for each in bits]
         return cells
 
     def config(self, cell: Cell) -> EigenAttentionConfig:
@@ -193,6 +199,9 @@ class SweepModel:
             with added(self.seconds, "ranks"):
                 weights = sensitivities(quantised_problem(dataclasses.replace(made.problem, costs=costs), cell.asked))
                 chosen = quantise_bases(self.layers, made.bases, fitted, weights, cell.asked)
+        if cell.refit:
+            with added(self.seconds, "refit"):
+                chosen = refit(self.model, self.layers, chosen, cell.window, cell.shared_heads, self.batches, self.bars)
         if made.shared.curves is not None:
             curves[cell.statistics] = made.shared.curves
         for attention, pair in zip(self.layers, chosen, strict=True):

@@ -1,0 +1,223 @@
+"""Refitting value decoders once encoders and ranks are chosen, layer by layer, on what the compressed model reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.attention_moments import QUERY_BLOCK, masked_scores, turned, whole_mask
+from ..calibration.statistics import Batch
+from ..journal import Journal
+from ..models.attention import EigenAttention
+from ..models.placement import loaded
+from ..models.projections import Heads, weight_of
+from ..progress import TokenProgress
+from . import resuming
+from .bases import TINY, Basis
+from .folding import attach, detach
+from .passes import decoder_layers, layer_output
+
+STAGE = "refit"
+# How far decoders are held to what they were, as a share of the mean energy of what they decode (chosen).
+RIDGE = 1e-3
+# Conjugate gradients end at this relative residual, or after so many steps (chosen).
+TOLERANCE, STEPS = 1e-6, 300
+
+Pair = tuple[Basis | None, Basis | None]
+
+
+@torch.no_grad()
+def refit(
+    model: nn.Module,
+    layers: Sequence[EigenAttention],
+    chosen: Sequence[Pair],
+    window: int,
+    shared_heads: int,
+    batches: Sequence[Batch],
+    bars: TokenProgress,
+    journal: Journal | None = None,
+) -> list[Pair]:
+    """Value decoders that bring each layer's attention output nearest to the original's (least squares).
+
+    A layer is given what the layers before it make of the text once they are compressed and refitted, and its target
+    is what the original's attention gives on the original's hidden states: so it takes back what earlier layers lost,
+    where it can. Each layer runs three times over the batches; memory holds the hidden states of all of them twice.
+
+    Args:
+        chosen: the bases of each layer, truncated or quantised; None for a side at full rank.
+        window, shared_heads: as in `attach`.
+        batches: token ids to fit on.
+        journal: keeps the layers that are done, and is asked for them.
+
+    Returns:
+        The bases with new decoders of values.
+    """
+    blocks = decoder_layers(model, layers)
+    kept = journal.read(STAGE) if journal else None
+    tensors: dict[str, Tensor] = kept[0] if kept else {}
+    exact: list[Any] = [None] * len(batches)
+    changed: list[Any] = [None] * len(batches)
+    result: list[Pair] = []
+    saved = time.monotonic()
+    with bars.bar("Refitting", len(layers) * len(batches)) as bar, ExitStack() as stack:
+        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+            stack.enter_context(loaded(embeddings))
+        for index, (attention, pair) in enumerate(zip(layers, chosen, strict=True)):
+
+            def run(before: Any, batch: Batch, index: int = index) -> Any:
+                return layer_output(model, blocks, index, before, batch)
+
+            with loaded(blocks[index]):
+                name, fit = f"{index}.change", None
+                if pair[1] is not None and name not in tensors:
+                    fit = LeastSquares(attention, pair[1].rank)
+                following = []
+                for number, batch in enumerate(batches):
+                    with _output_of(attention) as target:
+                        following.append(run(exact[number], batch))
+                    if fit is not None:
+                        attach(attention, *pair, window, shared_heads)
+                        attention.observer = fit.observe
+                        with _output_of(attention) as output:
+                            run(changed[number], batch)
+                        detach(attention)
+                        attention.observer = None
+                        fit.add(target[0] - output[0], batch.valid)
+                    bar.advance(0)
+                exact = following
+                if fit is not None:
+                    tensors[name] = fit.solve()
+                if pair[1] is not None:
+                    pair = pair[0], _changed(pair[1], tensors[name].to(pair[1].decoder.device), shared_heads)
+                attach(attention, *pair, window, shared_heads)
+                changed = [run(before, batch) for before, batch in zip(changed, batches, strict=True)]
+                detach(attention)
+            result.append(pair)
+            if journal and fit is not None and time.monotonic() - saved > resuming.SAVE_SECONDS:
+                journal.write(STAGE, tensors)
+                saved = time.monotonic()
+    return result
+
+
+class LeastSquares:
+    """How a layer's value decoders should change, from sums over batches in float64.
+
+    Attention's sums over latents, `s_h = sum_n a_n z_n`, meet the decoder of their KV head, and then the output
+    projection: `y = sum_h s_h U_g(h) W_h` and what does not depend on decoders. Sought is the change of U that takes y
+    nearest to a target, with a ridge. Means stay: they are taken off before a value is encoded, too.
+
+    Args:
+        attention: the layer.
+        rank: of its value latents, R.
+    """
+
+    def __init__(self, attention: EigenAttention, rank: int) -> None:
+        h = attention.heads
+        self.kv_heads, self.group = attention.kv_heads, attention.num_key_value_groups
+        weight = weight_of(attention.output_projection).detach().double()  # [C, H * D]
+        self.weight = weight.unflatten(1, (h, -1)).permute(1, 2, 0)  # [H, D, C]
+        self.gram = weight.new_zeros(h, rank, h, rank)
+        self.product = weight.new_zeros(h, rank, self.weight.shape[1])
+        self.sums = weight.new_zeros(0)
+
+    def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any]) -> None:
+        """Find the sums [B, H, T, R] of a batch in the middle of its pass through the compressed layer."""
+        q, k, v = heads
+        t, window = q.shape[-2], attention.window
+        mask = whole_mask(attention, q, kwargs)
+        latents_k, latents_v = attention.rounded(k, v)
+        q, far, near = turned(attention, kwargs, q, attention.decode(latents_k, "key"), k)
+        z = attention.for_each_head(latents_v).repeat_interleave(self.group, dim=1)  # [B, H, T, R]
+        sums = []
+        for start in range(0, t, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, t)
+            seen = mask[..., start:stop, :stop]
+            scores = masked_scores(attention, q[:, :, start:stop], far[:, :, :stop], seen)
+            if window:
+                exact = masked_scores(attention, q[:, :, start:stop], near[:, :, :stop], seen)
+                lies_far = torch.ones_like(exact[0, 0], dtype=torch.bool).tril(start - window)  # n <= m - W
+                scores = torch.where(lies_far, scores, exact)
+            weights = scores.softmax(-1).tril(start - window).to(z.dtype)
+            sums.append(weights @ z[:, :, :stop])
+        self.sums = torch.cat(sums, dim=-2)
+
+    def add(self, missing: Tensor, valid: Tensor | None) -> None:
+        """Add the batch that was observed.
+
+        Args:
+            missing: [B, T, C], the target less the output.
+            valid: [B, T], or None; other tokens do not count.
+        """
+        sums, missing = self.sums.double(), missing.double()
+        if valid is not None:
+            sums = sums * valid.to(sums.device)[:, None, :, None]
+        rows = sums.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)  # [B * T, H * R]
+        self.gram += (rows.T @ rows).view_as(self.gram)
+        by_head = missing.flatten(0, 1) @ self.weight.transpose(1, 2)  # [H, B * T, D]
+        self.product += sums.transpose(0, 1).flatten(1, 2).transpose(1, 2) @ by_head
+
+    def solve(self) -> Tensor:
+        """The change of decoders, [G, R, D]."""
+        outer = torch.einsum("adc,bec->adbe", self.weight, self.weight)  # [H, D, H, D]
+        own = self._by_group(torch.einsum("aras->ars", self.gram))  # [G, R, R]
+        inner = self._by_group(torch.einsum("adae->ade", outer))  # [G, D, D]
+        scale = [x.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] for x in (own, inner)]
+        ridge = RIDGE * scale[0] * scale[1] / self.group
+
+        def normal(change: Tensor) -> Tensor:
+            by_head = change.repeat_interleave(self.group, dim=0)  # [H, R, D]
+            spread = torch.einsum("arbs,bsd->abrd", self.gram, by_head)
+            return self._by_group(torch.einsum("abrd,bdae->are", spread, outer)) + ridge * change
+
+        # Exact for a head by itself, but for the ridge: what is left to the iteration is how heads hang together.
+        left, right = (
+            torch.linalg.inv(x + RIDGE * size.clamp_min(TINY) * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+            for x, size in zip((own, inner), scale, strict=True)
+        )
+        return conjugate_gradients(normal, self._by_group(self.product), lambda x: left @ x @ right)
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        """The sum over the query heads of each KV head, [H, ...] to [G, ...]."""
+        return x.unflatten(0, (self.kv_heads, self.group)).sum(1)
+
+
+def conjugate_gradients(
+    normal: Callable[[Tensor], Tensor], target: Tensor, precondition: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Solve `normal(x) = target`; `normal` is linear, symmetric and positive, and `precondition` near its inverse."""
+    x, residual = torch.zeros_like(target), target
+    direction = turned = precondition(residual)
+    slope, enough = (residual * turned).sum(), TOLERANCE * target.norm()
+    for _ in range(STEPS):
+        if residual.norm() <= enough:
+            break
+        image = normal(direction)
+        step = slope / (direction * image).sum()
+        x, residual = x + step * direction, residual - step * image
+        turned, before = precondition(residual), slope
+        slope = (residual * turned).sum()
+        direction = turned + slope / before * direction
+    return x
+
+
+@contextmanager
+def _output_of(attention: EigenAttention) -> Iterator[list[Tensor]]:
+    """Collects what the output projection gives, [B, T, C] a pass."""
+    found: list[Tensor] = []
+    hook = attention.output_projection.register_forward_hook(lambda projection, args, output: found.append(output))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def _changed(basis: Basis, change: Tensor, shared_heads: int) -> Basis:
+    """A basis of values with decoders changed by [G, R, D]."""
+    by_latent = change.unflatten(0, (-1, shared_heads)).transpose(1, 2).flatten(2)  # [G/N, R, N * D]
+    return dataclasses.replace(basis, decoder=basis.decoder + by_latent)
