@@ -7,11 +7,16 @@ that every section states.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from eigenattn.compression.ranks import RANK_RULES
+
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+# Share of a copied text guessed right from which on copying says something about retrieval (chosen).
+RETRIEVES = 0.5
 KINDS = ("bits", "texts", "limits")
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "opt-13m": "OPT, 13M", "mpt-12m": "MPT, 12M"}
 INTRODUCTIONS = {
@@ -113,17 +118,25 @@ def _calibration(sweep: dict[str, Any]) -> list[str]:
     lines = [
         f"KV ratio {cells[0]['asked']}, window {cells[0]['window']}.",
         "",
-        f"| calibrated on | tokens | {' | '.join(judged)} |",
-        "| --- " * (2 + len(judged)) + "|",
+        f"| calibrated on | tokens | {' | '.join(judged)} | mean |",
+        "| --- " * (3 + len(judged)) + "|",
     ]
     for cell in sorted(cells, key=lambda cell: (cell["calibration"] == "self", cell["calibration"], cell["samples"])):
         tokens = cell["samples"] * sweep["settings"]["length"]
         changes = [_change(next(row for row in cell["texts"] if row["text"] == name)) for name in judged]
-        lines.append(f"| {cell['calibration']} | {tokens:,} | {' | '.join(changes)} |")
+        lines.append(f"| {cell['calibration']} | {tokens:,} | {' | '.join(changes)} | {_mean_increase(cell):+.2%} |")
     return lines
 
 
 def _limits(sweep: dict[str, Any]) -> list[str]:
+    lines = _by_ratio(sweep, lambda cell: f"{_increase(cell):+.2%}")
+    if sweep["baseline"]["copying"]["accuracy"] < RETRIEVES:
+        return lines
+    return [*lines, "", "Copying:", "", *_by_ratio(sweep, lambda cell: f"{cell['copying']['accuracy']:.1%}")]
+
+
+def _by_ratio(sweep: dict[str, Any], figure: Callable[[dict[str, Any]], str]) -> list[str]:
+    """A table with a row for each basis, rank rule and window, and a column for each ratio."""
     curves = _curves(sweep)
     asked = sorted({cell["asked"] for cells in curves.values() for cell in cells}, reverse=True)
     lines = [
@@ -131,9 +144,8 @@ def _limits(sweep: dict[str, Any]) -> list[str]:
         "| --- " * (1 + len(asked)) + "|",
     ]
     for name, cells in curves.items():
-        by_ratio = {cell["asked"]: cell["texts"][0] for cell in cells}
-        changes = [f"{by_ratio[each]['relative_increase']:+.2%}" if each in by_ratio else "" for each in asked]
-        lines.append(f"| {name} | {' | '.join(changes)} |")
+        by_ratio = {cell["asked"]: figure(cell) for cell in cells}
+        lines.append(f"| {name} | {' | '.join(by_ratio.get(each, '') for each in asked)} |")
     return lines
 
 
@@ -158,8 +170,10 @@ def _command(kind: str, model: str, sweep: dict[str, Any]) -> str:
     settings, copies = sweep["settings"], sweep["baseline"]["copying"]["items"]
     sizes = several("kv-ratio", "asked") if kind != "bits" else several("bits-per-element", "asked")
     choices = several("basis", "basis") + several("ranks", "ranks") if kind == "limits" else ""
+    # Without a window decoders are refitted unless one says otherwise.
+    refit = " --no-refit" if any(not (cell["window"] or cell.get("refit")) for cell in cells) else ""
     options = [
-        sizes + choices + several("window", "window") + several("shared-heads", "shared_heads"),
+        sizes + choices + several("window", "window") + several("shared-heads", "shared_heads") + refit,
         f"{' --each-text' if len(texts) > 1 else ''}{sources}{several('samples', 'samples')}",
         f"{f' --rivals {chr(44).join(rivals)}' if rivals else ''}"
         + "".join(f" --evaluation-text {row['source']}" for row in settings["evaluation"] if kind != "texts"),
@@ -179,25 +193,31 @@ def plot(sweeps: dict[str, dict[str, dict[str, Any]]]) -> None:
         if not by_model:
             continue
         figure, panels = pyplot.subplots(
-            1, len(by_model), figsize=(5 * len(by_model), 4.2), constrained_layout=True, squeeze=False
+            1, len(by_model), figsize=(max(5 * len(by_model), 8), 5), constrained_layout=True, squeeze=False
         )
         for panel, (model, sweep) in zip(panels[0], by_model.items(), strict=True):
             for name, points in curves[kind](sweep).items():
                 x, y = zip(*sorted(points), strict=True)
                 # A model may predict better by chance: on a logarithmic axis such points lie at its lower end.
-                panel.plot(x, [max(100 * each, 0.005) for each in y], marker="o", markersize=3, label=name)
+                style = _limit_style(name) if kind == "limits" else {"marker": "o"}
+                panel.plot(x, [max(100 * each, 0.005) for each in y], markersize=4, label=name, **style)
             panel.set(title=MODELS[model], xlabel=labels[kind], yscale="log")
             panel.grid(alpha=0.3)
             if kind == "texts":
                 panel.set_xscale("log", base=2)
         panels[0][0].set_ylabel("increase of perplexity, %")
-        panels[0][0].legend(fontsize=6)
+        handles, names = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, fontsize=7, loc="outside lower center", ncols=4)
         figure.savefig(DOCS / f"{kind}.png", dpi=110)
         pyplot.close(figure)
 
 
-def _increase(cell: dict[str, Any], text: int = 0) -> float:
-    return cell["texts"][text]["relative_increase"]
+def _increase(cell: dict[str, Any]) -> float:
+    return cell["texts"][0]["relative_increase"]
+
+
+def _mean_increase(cell: dict[str, Any]) -> float:
+    return sum(row["relative_increase"] for row in cell["texts"]) / len(cell["texts"])
 
 
 def _bits_curves(sweep: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
@@ -212,10 +232,20 @@ def _calibration_curves(sweep: dict[str, Any]) -> dict[str, list[tuple[float, fl
     """Averaged over the texts that are judged."""
     found: dict[str, list[tuple[float, float]]] = {}
     for cell in _cells(sweep):
-        mean = sum(_increase(cell, i) for i in range(len(cell["texts"]))) / len(cell["texts"])
-        found.setdefault(cell["calibration"], []).append((cell["samples"] * sweep["settings"]["length"], mean))
+        tokens = cell["samples"] * sweep["settings"]["length"]
+        found.setdefault(cell["calibration"], []).append((tokens, _mean_increase(cell)))
     return found
 
 
 def _limit_curves(sweep: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     return {name: [(cell["kv_ratio"], _increase(cell)) for cell in cells] for name, cells in _curves(sweep).items()}
+
+
+def _limit_style(name: str) -> dict[str, str]:
+    """Colours for rank rules, dashes for the paper's basis, crosses for no window."""
+    basis, rule, window = name.split(", ")
+    return {
+        "color": f"C{sorted(RANK_RULES).index(rule)}",
+        "linestyle": "-" if basis == "attention" else "--",
+        "marker": "x" if window == "0" else "o",
+    }
