@@ -10,9 +10,9 @@ import pytest
 from tiny import TINY, random_basis, tiny
 
 from eigenattn.compression.folding import attach, fold
-from eigenattn.models.attention import MAPS
 from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.models.families import Family
+from eigenattn.models.maps import MAPS
 
 ROOT = Path(__file__).parents[1]
 

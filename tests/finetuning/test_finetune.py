@@ -15,8 +15,8 @@ from eigenattn.finetuning import FinetuneConfig, finetune, trainable, training
 from eigenattn.finetuning.trainable import Trainable
 from eigenattn.journal import Journal
 from eigenattn.kernels import windowed
-from eigenattn.models.attention import MAPS
 from eigenattn.models.conversion import eigen_layers
+from eigenattn.models.maps import MAPS
 
 # peft still reads an attribute that transformers retires.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

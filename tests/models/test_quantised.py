@@ -14,10 +14,10 @@ from eigenattn import EigenAttnError
 from eigenattn.cache.packing import Widths, dequantise, quantise, unpack
 from eigenattn.cache.size import allocated_bytes, bytes_per_token, cache_bytes
 from eigenattn.compression.folding import compress_layer, detach
-from eigenattn.models.attention import QUANTISERS
 from eigenattn.models.bases_file import save_bases
 from eigenattn.models.checkpoint import EigenAttnCheckpointConfig, layer_entry, mark_compressed
 from eigenattn.models.conversion import convert_attention, eigen_layers
+from eigenattn.models.maps import QUANTISERS
 
 NAMES = [name for name in TINY if name not in ("mixtral", "qwen3_moe")]  # their experts know no float64
 WINDOW, LENGTH = 6, 30

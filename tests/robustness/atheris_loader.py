@@ -21,8 +21,8 @@ with atheris.instrument_imports(include=["eigenattn"]):
 
 from tiny import HEAD_DIM, tiny, tokens
 
-from eigenattn.models.attention import MAPS
 from eigenattn.models.conversion import eigen_layers
+from eigenattn.models.maps import MAPS
 
 KV_HEADS = 2
 FILES = (CONFIG_FILE, BASES_FILE)

@@ -15,11 +15,11 @@ from tiny import save_tiny, tiny, tokens
 
 import eigenattn
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
-from eigenattn.models.attention import MAPS, QUANTISERS
 from eigenattn.models.bases_file import BASES_FILE, CONFIG_FILE, save_bases
 from eigenattn.models.checkpoint import EigenAttnCheckpointConfig, allocate
 from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.models.loading import Source, load_model
+from eigenattn.models.maps import MAPS, QUANTISERS
 
 # Ten thousand inputs in all; `make fuzz` doubles it. Configurations are the cheapest, whole checkpoints the dearest.
 EXAMPLES = int(os.environ.get("EIGENATTN_FUZZ", "5000"))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.attention import MAPS, QUANTISERS, EigenAttention
+from ..models.attention import EigenAttention
+from ..models.maps import MAPS, QUANTISERS
 from ..models.placement import execution_device
 from ..models.projections import Heads, join_heads, split_heads, weight_of, with_weight
 from .bases import Basis

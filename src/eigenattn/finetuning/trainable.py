@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import EigenAttnError
-from ..models.attention import MAPS, EigenAttention
+from ..models.attention import EigenAttention
 from ..models.conversion import eigen_layers
+from ..models.maps import MAPS
 
 
 class Trainable:

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import EigenAttnError
-from .attention import MAPS, QUANTISERS, EigenAttention
+from .attention import EigenAttention
 from .checkpoint import METHOD, EigenAttnCheckpointConfig, allocate, mark_compressed
 from .conversion import convert_attention, eigen_layers, restore_attention
+from .maps import MAPS, QUANTISERS
 from .parallel import check_whole
 
 CONFIG_FILE = "eigenattn_config.json"

@@ -11,8 +11,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..cache.packing import BITS, Widths
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
-from .attention import MAPS, QUANTISERS, EigenAttention, local_part
+from .attention import EigenAttention
 from .conversion import convert_attention, eigen_layers
+from .maps import MAPS, QUANTISERS, local_part
 from .parallel import plan, take_part
 from .placement import put_off, stored
 

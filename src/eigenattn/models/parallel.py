@@ -11,7 +11,8 @@ import re
 from torch import nn
 
 from ..errors import EigenAttnError
-from .attention import MAPS, QUANTISERS, EigenAttention
+from .attention import EigenAttention
+from .maps import MAPS, QUANTISERS
 
 BY_ROWS, BY_COLUMNS, GATHERED = "colwise", "rowwise", "colwise_gather_output"  # transformers names them by W.T
 

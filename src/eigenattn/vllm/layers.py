@@ -14,7 +14,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from ..errors import EigenAttnError
 from ..kernels.decoding import Rotary, Side
-from ..models.attention import MAPS, EigenAttention
+from ..models.attention import EigenAttention
+from ..models.maps import MAPS
 from .attend import Head
 from .backend import LatentImpl
 from .cache import LatentAttention, Plan, Spacer, WindowCache

@@ -1,0 +1,163 @@
+"""The maps of one attention layer: vectors to latents, to what the cache holds, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..cache.packing import Widths, dequantise, pack, quantise, unpack
+
+# A side at full rank needs none of these. Maps are stored as [G * R, D] and means as [G * D], so that tensor
+# parallelism can split them by head. Where N KV heads share a latent, maps are [G/N * R, N * D].
+MAPS = ("key_encoder", "key_decoder", "key_mean", "value_encoder", "value_decoder", "value_mean")
+# Value of code 0, and distance of codes, of each channel of a quantised latent: stored as [G * R].
+QUANTISERS = ("key_offset", "key_step", "value_offset", "value_step")
+
+
+class LatentMaps(nn.Module):
+    """What a layer's encoders, decoders, means and quantisers do to keys, values, queries and sums.
+
+    The layer that inherits it has registered `MAPS` and `QUANTISERS`, and sets what is annotated here.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    shared_heads: int
+    rank_k: int
+    rank_v: int
+    widths_k: Widths | None
+    widths_v: Widths | None
+
+    @property
+    def latent_heads(self) -> int:
+        """Latents of keys, and of values, that a token has: G/N."""
+        return self.kv_heads // self.shared_heads
+
+    @property
+    def latent_dim(self) -> int:
+        """What a latent is made of, and its full rank: N * D."""
+        return self.shared_heads * self.head_dim
+
+    def _by_latent(self, name: str) -> Tensor:
+        """A run-time map as [G/N, R, N * D], or a mean as [G/N, 1, N * D]."""
+        stored = local_part(getattr(self, name))
+        if stored.dim() == 1:
+            return stored.view(-1, 1, self.latent_dim)
+        return stored.view(-1, self.rank_k if name.startswith("key") else self.rank_v, self.latent_dim)
+
+    def by_head(self, name: str) -> Tensor:
+        """A decoder as [G, R, D], or a mean as [G, 1, D]."""
+        return self._by_latent(name).unflatten(-1, (self.shared_heads, -1)).transpose(1, 2).flatten(0, 1)
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """Vectors [B, G, T, D] of the heads that share a latent side by side: [B, G/N, T, N * D]."""
+        return x.unflatten(1, (-1, self.shared_heads)).transpose(2, 3).flatten(3)
+
+    def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, T, D] to latents [B, G/N, T, R]; what is latent already, or at full rank, passes."""
+        return self._encode(keys, "key"), self._encode(values, "value")
+
+    def _encode(self, x: Tensor, side: str) -> Tensor:
+        if getattr(self, f"{side}_encoder") is None:
+            return x
+        x = self._joined(x)
+        if getattr(self, f"{side}_mean") is not None:
+            x = x - self._by_latent(f"{side}_mean")
+        return x @ self._by_latent(f"{side}_encoder").transpose(-1, -2)
+
+    def quantiser(self, side: str) -> tuple[Tensor, Tensor, Widths]:
+        """Offset and step [G/N, 1, R], and widths."""
+        offset, step = (
+            local_part(getattr(self, f"{side}_{name}")).view(self.latent_heads, 1, -1) for name in ("offset", "step")
+        )
+        return offset, step, self.widths_k if side == "key" else self.widths_v
+
+    def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cache holds of keys and values [B, G, T, D]: latents [B, G/N, T, R], or bytes of packed codes.
+
+        Bytes carry no gradients: quantised models are trained without a cache.
+        """
+        latents = self.encode(keys, values)
+        return (
+            latents if self.widths_k is None else (self._packed(latents[0], "key"), self._packed(latents[1], "value"))
+        )
+
+    def _packed(self, latents: Tensor, side: str) -> Tensor:
+        offset, step, widths = self.quantiser(side)
+        return pack(quantise(latents, offset, step, widths), widths)
+
+    def restored(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Latents [B, G/N, S, R] of keys and values that the cache holds; packed ones in `dtype`."""
+        if self.widths_k is None:
+            return keys, values
+        return self._unpacked(keys, "key", dtype), self._unpacked(values, "value", dtype)
+
+    def _unpacked(self, packed: Tensor, side: str, dtype: torch.dtype) -> Tensor:
+        offset, step, widths = self.quantiser(side)
+        return dequantise(unpack(packed, widths), offset, step).to(dtype)
+
+    def rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [B, G/N, T, R] of keys and values [B, G, T, D] as they come back from the cache, without one.
+
+        Gradients pass the quantisers as if they were not there (the straight-through estimator, arXiv 1308.3432).
+        """
+        latents = self.encode(keys, values)
+        if self.widths_k is None:
+            return latents
+        return self._rounded(latents[0], "key"), self._rounded(latents[1], "value")
+
+    def _rounded(self, latents: Tensor, side: str) -> Tensor:
+        offset, step, widths = self.quantiser(side)
+        found = dequantise(quantise(latents, offset, step, widths), offset, step).to(latents.dtype)
+        return latents + (found - latents).detach() if latents.requires_grad else found
+
+    def decode(self, latents: Tensor, side: str) -> Tensor:
+        """Latents [B, G/N, T, R] of keys or values to vectors [B, G, T, D]; at full rank they are those already."""
+        if getattr(self, f"{side}_decoder") is None:
+            return latents
+        x = latents @ self._by_latent(f"{side}_decoder")
+        if getattr(self, f"{side}_mean") is not None:
+            x = x + self._by_latent(f"{side}_mean")
+        return x.unflatten(-1, (self.shared_heads, -1)).transpose(2, 3).flatten(1, 2)
+
+    def decode_output(self, sums: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Attention's sums of value latents [B, H, T, R] to sums of values [B, H, T, D].
+
+        Args:
+            weight: [B, H, T, 1], the attention weight that latents were summed with, which the mean comes in with; None
+                means 1.
+        """
+        if self.value_decoder is None:
+            return sums
+        x = _by_group(sums, self.kv_heads) @ self.by_head("value_decoder")
+        if self.value_mean is not None:
+            mean = self.by_head("value_mean")
+            x = x + (mean if weight is None else mean * _by_group(weight, self.kv_heads))
+        return x.view(*sums.shape[:-1], self.head_dim)
+
+    def for_each_head(self, latents: Tensor) -> Tensor:
+        """Latents [B, G/N, S, R] once for every KV head that shares them: [B, G, S, R]."""
+        return latents.repeat_interleave(self.kv_heads // latents.shape[1], dim=1)
+
+    def query_in_small_space(self, q: Tensor) -> Tensor:
+        """Queries [B, H, T, D] without rotary positions, to meet latent keys: `q @ U.T`, [B, H, T, R_k]."""
+        decoder = self.by_head("key_decoder")
+        return (_by_group(q, decoder.shape[0]) @ decoder.transpose(-1, -2)).view(*q.shape[:-1], -1)
+
+    def query_on_mean(self, q: Tensor) -> Tensor | None:
+        """`q . mean` [B, H, T, 1], or None for a basis through the origin."""
+        if self.key_mean is None:
+            return None
+        mean = self.by_head("key_mean")
+        return (_by_group(q, mean.shape[0]) @ mean.transpose(-1, -2)).view(*q.shape[:-1], 1)
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter that may be split over several."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def _by_group(x: Tensor, kv_heads: int) -> Tensor:
+    """[B, H or G, T, n] as rows of the KV heads they belong to, [B, G, H/G * T, n]."""
+    return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
