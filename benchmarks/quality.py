@@ -34,14 +34,27 @@ from eigenattn.version import versions
 def cells_of(names: list[str], ratios: list[float]) -> list[Cell]:
     """Cells from names like `attention/sensitivity/32`.
 
-    In `attention:3/sensitivity/32` 3 heads share a latent, in `attention+refit/sensitivity/0` decoders are refitted.
+    In `attention:3/sensitivity/32` 3 heads share a latent, in `attention~0.3/sensitivity/32` moments are shrunk by 0.3,
+    and in `attention+refit/sensitivity/0` decoders are refitted.
     """
     cells = []
     for name in names:
         kind, rule, window = name.split("/")
         kind, _, refit = kind.partition("+")
+        kind, _, shrinkage = kind.partition("~")
         basis, _, shared = kind.partition(":")
-        cells += [Cell(basis, rule, int(window), int(shared or 1), ratio, refit=refit == "refit") for ratio in ratios]
+        cells += [
+            Cell(
+                basis,
+                rule,
+                int(window),
+                int(shared or 1),
+                ratio,
+                refit=refit == "refit",
+                shrinkage=float(shrinkage or 0),
+            )
+            for ratio in ratios
+        ]
     return cells
 
 
@@ -64,7 +77,7 @@ def main() -> None:
         "--cells",
         nargs="+",
         required=True,
-        help="basis/ranks/window; basis:N where N heads share a latent, basis+refit where decoders are refitted",
+        help="basis/ranks/window; basis:N where N heads share a latent, basis~S with shrinkage S, basis+refit",
     )
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.6, 0.5, 0.4])
     parser.add_argument("--samples", type=int, default=32)

@@ -121,11 +121,15 @@ def _calibration(sweep: dict[str, Any]) -> list[str]:
         f"| calibrated on | tokens | {' | '.join(judged)} | mean |",
         "| --- " * (3 + len(judged)) + "|",
     ]
-    for cell in sorted(cells, key=lambda cell: (cell["calibration"] == "self", cell["calibration"], cell["samples"])):
+    for cell in sorted(cells, key=lambda cell: (cell["calibration"] == "self", _calibrated_on(cell), cell["samples"])):
         tokens = cell["samples"] * sweep["settings"]["length"]
         changes = [_change(next(row for row in cell["texts"] if row["text"] == name)) for name in judged]
-        lines.append(f"| {cell['calibration']} | {tokens:,} | {' | '.join(changes)} | {_mean_increase(cell):+.2%} |")
+        lines.append(f"| {_calibrated_on(cell)} | {tokens:,} | {' | '.join(changes)} | {_mean_increase(cell):+.2%} |")
     return lines
+
+
+def _calibrated_on(cell: dict[str, Any]) -> str:
+    return cell["calibration"] + (f", shrinkage {cell['shrinkage']:g}" if cell.get("shrinkage") else "")
 
 
 def _limits(sweep: dict[str, Any]) -> list[str]:
@@ -172,8 +176,9 @@ def _command(kind: str, model: str, sweep: dict[str, Any]) -> str:
     choices = several("basis", "basis") + several("ranks", "ranks") if kind == "limits" else ""
     # Without a window decoders are refitted unless one says otherwise.
     refit = " --no-refit" if any(not (cell["window"] or cell.get("refit")) for cell in cells) else ""
+    shrinkage = several("shrinkage", "shrinkage") if any(cell.get("shrinkage") for cell in cells) else ""
     options = [
-        sizes + choices + several("window", "window") + several("shared-heads", "shared_heads") + refit,
+        sizes + choices + several("window", "window") + several("shared-heads", "shared_heads") + refit + shrinkage,
         f"{' --each-text' if len(texts) > 1 else ''}{sources}{several('samples', 'samples')}",
         f"{f' --rivals {chr(44).join(rivals)}' if rivals else ''}"
         + "".join(f" --evaluation-text {row['source']}" for row in settings["evaluation"] if kind != "texts"),
@@ -233,7 +238,7 @@ def _calibration_curves(sweep: dict[str, Any]) -> dict[str, list[tuple[float, fl
     found: dict[str, list[tuple[float, float]]] = {}
     for cell in _cells(sweep):
         tokens = cell["samples"] * sweep["settings"]["length"]
-        found.setdefault(cell["calibration"], []).append((tokens, _mean_increase(cell)))
+        found.setdefault(_calibrated_on(cell), []).append((tokens, _mean_increase(cell)))
     return found
 
 

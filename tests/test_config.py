@@ -57,3 +57,23 @@ def test_wrong_values_are_one_line(wrong):
 def test_unknown_names_are_refused():
     with pytest.raises(EigenAttnError, match="colour"):
         EigenAttentionConfig.from_dict({"colour": "red"})
+
+
+@pytest.mark.parametrize("shrinkage", [-0.1, 1, "0.3", True])
+def test_shrinkage_is_a_share(shrinkage):
+    with pytest.raises(EigenAttnError, match="shrinkage"):
+        EigenAttentionConfig(shrinkage=shrinkage)
+
+
+def test_what_goes_with_the_attention_basis_only():
+    with pytest.raises(EigenAttnError, match="shrinkage"):
+        EigenAttentionConfig(basis="eigen", shrinkage=0.3)
+
+
+def test_decoders_are_refitted_without_a_window():
+    assert EigenAttentionConfig(window=0).refit
+    assert not EigenAttentionConfig().refit
+    assert not EigenAttentionConfig(window=0, basis="eigen", ranks="error_budget").refit
+    assert EigenAttentionConfig(refit=True).refit
+    with pytest.raises(EigenAttnError, match="refit"):
+        EigenAttentionConfig(refit=1)

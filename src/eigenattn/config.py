@@ -37,6 +37,9 @@ class EigenAttentionConfig:
         shared_heads: how many KV heads share one latent, N; it must divide their number. Bytes are those of the KV
             ratio whatever N is. What heads have in common is stored once, which loses less, and every head decodes from
             the whole latent, which takes N times the arithmetic.
+        shrinkage: share of the covariances of keys and values that is taken not from the calibration text but from what
+            the projections make of any text, in [0, 1). It helps where texts to come are of another kind, or the
+            calibration text is short.
         refit: whether value decoders are fitted anew once ranks are chosen (`eigenattn.compression.refit`). By default
             they are where there is no window and the basis is `attention`.
         version: version of this configuration's format.
@@ -54,6 +57,7 @@ class EigenAttentionConfig:
     rank_multiple: int = 8
     window: int = 32
     shared_heads: int = 1
+    shrinkage: float = 0.0
     refit: bool | None = None
     version: int = CONFIG_VERSION
 
@@ -95,6 +99,10 @@ class EigenAttentionConfig:
                 f"this configuration has version {self.version!r:.60}, and this eigenattn reads version "
                 f"{CONFIG_VERSION}: install the eigenattn that wrote it."
             )
+        if type(self.shrinkage) not in (int, float) or not 0 <= self.shrinkage < 1:
+            raise EigenAttnError(f"shrinkage must lie in [0, 1), not {self.shrinkage!r:.60}: 0.3 is a good deal.")
+        if self.shrinkage and self.basis != "attention":
+            raise EigenAttnError(f'shrinkage goes with the basis "attention" only, not with {self.basis!r}.')
         if self.refit is None:
             object.__setattr__(self, "refit", self.window == 0 and self.basis == "attention")
         elif type(self.refit) is not bool:

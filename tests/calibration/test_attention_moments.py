@@ -112,3 +112,36 @@ def test_padding_does_not_count():
         assert a.tokens == b.tokens
         for field in ("key_second", "key_weight", "output_second", "key_metric"):
             torch.testing.assert_close(getattr(a, field), getattr(b, field), rtol=1e-4, atol=3e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "shared"), [("llama-bias", 1), ("llama", 2), ("opt", 1), ("mpt", 4), ("falcon-grouped", 1)]
+)
+def test_priors_are_what_the_projections_make_of_white_noise(name, shared):
+    model = tiny(name)
+    convert_attention(model)
+    attention = eigen_layers(model)[0]
+    moments = AttentionMoments.of(attention, 0, shared)
+    units = torch.eye(model.config.hidden_size)[None]
+    for prior, with_bias, bias in zip(
+        (moments.key_prior, moments.value_prior),
+        attention.project(units)[1:],
+        attention.project(torch.zeros_like(units))[1:],
+        strict=True,
+    ):
+        weight = (with_bias - bias)[0].double()  # [G, C, D]
+        by_latent = weight.unflatten(0, (-1, shared)).transpose(1, 2).flatten(2)  # [G/N, C, N * D]
+        expected = by_latent.transpose(1, 2) @ by_latent
+        assert (prior - expected).norm() < 0.2 * expected.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3", "mpt-clip", "olmo2"])
+def test_priors_pass_norms_and_clips(name):
+    model = tiny(name)
+    convert_attention(model)
+    one, other = (AttentionMoments.of(eigen_layers(model)[0], 0, 1) for _ in range(2))
+    assert torch.equal(one.key_prior, other.key_prior)
+    assert (torch.linalg.eigvalsh(one.key_prior) > 0).all()
+    assert (torch.linalg.eigvalsh(one.value_prior) > 0).all()

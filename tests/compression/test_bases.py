@@ -1,9 +1,12 @@
+import dataclasses
+
 import pytest
 import torch
 
 from eigenattn.calibration.attention_moments import AttentionMoments
 from eigenattn.calibration.statistics import LayerMoments
 from eigenattn.compression.bases import attention, eigen
+from eigenattn.errors import EigenAttnError
 
 
 def moments_of(keys, queries, values):
@@ -101,6 +104,43 @@ def descend(error, start):
 
     optimiser.step(closure)
     return error(*parameters).item()
+
+
+def test_shrinkage_is_a_mixture_of_covariances():
+    """The basis of shrunk moments is the one of moments that hold the mixture already."""
+    moments, *_ = weighted_problem()
+    generator = torch.Generator().manual_seed(5)
+    roots = torch.randn(2, 2, 6, 6, generator=generator, dtype=torch.float64)
+    key_prior, value_prior = roots @ roots.mT
+    given = dataclasses.replace(moments, key_prior=key_prior, value_prior=value_prior)
+    found = attention(given, 0.25)
+
+    def mixed(second, first, weight, squared, prior):
+        """Second moments whose covariance about their mean is three quarters their own and a quarter the prior."""
+        mean = first / weight[:, None]
+        about = mean[..., None] * mean[:, None] * squared[:, None, None]
+        own = second - about
+        scale = own.diagonal(dim1=1, dim2=2).sum(1) / prior.diagonal(dim1=1, dim2=2).sum(1)
+        return 0.75 * own + 0.25 * prior * scale[:, None, None] + about
+
+    keys, outputs = (
+        mixed(*sums)
+        for sums in (
+            (moments.key_second, moments.key_first, moments.key_weight, moments.key_weight, key_prior),
+            (moments.output_second, moments.output_first, moments.output_weight, moments.output_weight, value_prior),
+        )
+    )
+    expected = attention(dataclasses.replace(moments, key_second=keys, output_second=outputs))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.encoder, other.encoder)
+        torch.testing.assert_close(one.spectrum, other.spectrum)
+    for one, other in zip(attention(given), attention(moments), strict=True):
+        assert torch.equal(one.encoder, other.encoder)
+
+
+def test_the_papers_basis_is_not_shrunk():
+    with pytest.raises(EigenAttnError, match="attention"):
+        eigen(moments_of(*random_vectors()), 0.1)
 
 
 def test_the_attention_spectrum_is_the_error():

@@ -51,6 +51,8 @@ def sweep(base: Path, out: Path, grid: Grid, plan: Plan = PLAN, **options) -> di
         (Cell("attention", "error_budget", 8, 1, 0.5), True),
         (Cell("attention", "sensitivity", 8, 1, 0.5), False),
         (Cell("attention", "sensitivity", 8, 1, None, 2.0), False),
+        (Cell("attention", "uniform", 0, 1, 0.5, refit=True), True),
+        (Cell("attention", "sensitivity", 8, 1, 0.5, shrinkage=0.3), False),
     ],
 )
 def test_a_cell_is_what_compress_gives(cell, shared):
@@ -69,6 +71,17 @@ def test_a_cell_is_what_compress_gives(cell, shared):
     subject.restore()
     assert read(subject.model, window).nll == pytest.approx(original, rel=1e-6)
     assert swept != pytest.approx(original, rel=1e-3)
+
+
+def test_every_shrinkage_is_a_cell_and_decoders_are_refitted_without_a_window():
+    methods = [cell.method for cell in Grid([0.5], windows=[0, 8], shrinkage=[0, 0.3]).cells()]
+    assert methods == [
+        "attention+refit/sensitivity/0",
+        "attention~0.3+refit/sensitivity/0",
+        "attention/sensitivity/8",
+        "attention~0.3/sensitivity/8",
+    ]
+    assert [cell.method for cell in Grid([0.5], windows=[0], refit=False).cells()] == ["attention/sensitivity/0"]
 
 
 def test_a_sweep_of_five_costs_less_than_two_calibrations_and_five_evaluations(base, tmp_path, monkeypatch):

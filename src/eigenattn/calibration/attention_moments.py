@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.reference import cap_and_mask, causal_mask
 from ..models.attention import EigenAttention
-from ..models.placement import loaded
+from ..models.placement import execution_device, loaded
 from ..models.projections import Heads, weight_of
 from ..models.rotary import rotate
 
@@ -18,6 +18,8 @@ from ..models.rotary import rotate
 QUERY_BLOCK = 256
 # Keys of a sequence at which the metric of rotated queries is sampled; see `_sampled_metric`.
 SAMPLED_KEYS = 16
+# Random hidden states that the priors are made of (chosen: a covariance of a head is then known to some percent).
+PRIOR_STATES = 4096
 
 
 @dataclass
@@ -34,6 +36,8 @@ class AttentionMoments:
         value_metric: `sum W_O^T W_O` over the heads of a group [G, D, D].
         output_second, output_first, output_weight: `sum o o^T`, `sum p o` and `sum p^2`, in the same shapes.
         window: tokens kept exactly, W.
+        key_prior, value_prior: covariances of keys and values [G/N, N * D, N * D] where hidden states are white noise,
+            that is, what the projections alone make of any text.
     """
 
     key_metric: Tensor
@@ -45,13 +49,16 @@ class AttentionMoments:
     output_first: Tensor
     output_weight: Tensor
     window: int
+    key_prior: Tensor | None = None
+    value_prior: Tensor | None = None
     tokens: int = 0
 
     @classmethod
     def of(cls, attention: EigenAttention, window: int, shared_heads: int = 1) -> AttentionMoments:
         """Empty moments for a layer."""
         g, d = attention.kv_heads, attention.head_dim
-        with loaded(attention.output_projection):
+        with loaded(attention):
+            priors = _priors(attention, shared_heads)
             by_group = weight_of(attention.output_projection).detach().unflatten(1, (g, -1, d))  # [C, G, H/G, D]
             # A group at a time: a large model's whole weight takes much memory in float64.
             value_metric = torch.stack([_outer_products(group) for group in by_group.unbind(1)])
@@ -63,7 +70,7 @@ class AttentionMoments:
         keys, outputs = (
             (zeros(latents, size, size), zeros(latents, size), zeros(latents)) for _ in ("keys", "outputs")
         )
-        return cls(zeros(g, d, d), *keys, value_metric, *outputs, window)
+        return cls(zeros(g, d, d), *keys, value_metric, *outputs, window, *priors)
 
     def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
         """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
@@ -170,6 +177,18 @@ class AttentionMoments:
                 turned = rotate(metric[None], cos[:, i : i + 1], -sin[:, i : i + 1], attention.family.interleaved)
                 metric = turned[0].transpose(-1, -2)
             self.key_metric += share * metric
+
+
+@torch.no_grad()
+def _priors(attention: EigenAttention, shared_heads: int) -> tuple[Tensor, Tensor]:
+    """Covariances of keys and of values of white hidden states, [G/N, N * D, N * D] in float64; always the same."""
+    output = attention.output_projection.weight
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, PRIOR_STATES, attention.config.hidden_size, generator=generator)
+    _, *sides = attention.project(states.to(execution_device(attention.output_projection), output.dtype))
+    rows = [x[0].unflatten(0, (-1, shared_heads)).transpose(1, 2).flatten(2).double() for x in sides]  # [G/N, n, N * D]
+    centred = [x - x.mean(1, keepdim=True) for x in rows]
+    return tuple(x.transpose(1, 2) @ x / PRIOR_STATES for x in centred)
 
 
 def _outer_products(x: Tensor) -> Tensor:

@@ -50,6 +50,10 @@ def compress(
     shared_heads: Annotated[
         int, typer.Option(help="KV heads that share one latent: the same bytes, less lost, more arithmetic.")
     ] = 1,
+    shrinkage: Annotated[
+        float,
+        typer.Option(help="Share of statistics taken from the weights, in [0, 1): for texts to come of another kind."),
+    ] = 0.0,
     refit: Annotated[
         bool | None,
         typer.Option(
@@ -91,6 +95,7 @@ def compress(
         rank_multiple=rank_multiple,
         window=window,
         shared_heads=shared_heads,
+        shrinkage=shrinkage,
         refit=refit,
     )
     report = compress_checkpoint(

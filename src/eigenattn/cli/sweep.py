@@ -63,6 +63,9 @@ def sweep(
     window: Annotated[str, typer.Option(help="Exact tokens, with commas between them.")] = "32",
     shared_heads: Annotated[str, typer.Option(help="KV heads that share one latent, with commas between them.")] = "1",
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
+    shrinkage: Annotated[
+        str, typer.Option(help="Shares of statistics taken from the weights, with commas between them.", metavar="LIST")
+    ] = "0",
     refit: Annotated[
         bool | None,
         typer.Option("--refit/--no-refit", help="Fit value decoders anew. By default without a window."),
@@ -110,6 +113,7 @@ def sweep(
         rank_multiple,
         _numbers("--bits-per-element", bits_per_element, float),
         refit,
+        _numbers("--shrinkage", shrinkage, float),
     )
     sizes = _numbers("--samples", samples, int)
     if min(sizes, default=0) < 1:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..cache.packing import Widths
 from ..calibration.attention_moments import AttentionMoments
 from ..calibration.statistics import LayerMoments, Moments
+from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 
 
@@ -71,24 +72,35 @@ def _orthonormal(moment: Tensor) -> Basis:
     return Basis(vectors, vectors.transpose(-1, -2), values)
 
 
-def eigen(moments: LayerMoments) -> tuple[Basis, Basis]:
+def eigen(moments: LayerMoments, shrinkage: float = 0.0) -> tuple[Basis, Basis]:
     """The paper's bases (arXiv 2408.05646, section 4.1): left singular vectors of stacked `[K; Q]` and of `V`.
 
     Keys and queries are taken before rotation, and the queries of a group stand in the stack of their KV head.
 
+    Args:
+        shrinkage: none, for the paper has none.
+
     Returns:
         The bases of keys and of values at full rank, in float64.
+
+    Raises:
+        EigenAttnError: if shrinkage is asked for.
     """
+    if shrinkage:
+        raise EigenAttnError('shrinkage goes with the basis "attention" only.')
     return _orthonormal(moments.key + moments.query), _orthonormal(moments.value)
 
 
-def attention(moments: AttentionMoments) -> tuple[Basis, Basis]:
+def attention(moments: AttentionMoments, shrinkage: float = 0.0) -> tuple[Basis, Basis]:
     """The best map of each rank under the error that matters: that of scores and of attention outputs.
 
     A key's error meets the queries that attend to it, a value's error the output projection. Taking either error as a
     product of a metric M and a covariance C, Eckart-Young gives the best rank-R map: with W the leading eigenvectors of
     `M^(1/2) C M^(1/2)`, the encoder is `M^(1/2) W` and the decoder `W^T M^(-1/2)`. Where heads share a latent, C is of
     all their vectors together, and M has a block for each. See docs/mathematics.md.
+
+    Args:
+        shrinkage: share of each covariance that is taken from the prior of the same trace, in [0, 1).
 
     Returns:
         The bases of keys and of values at full rank, in float64; the spectrum is in units of the error itself.
@@ -97,11 +109,21 @@ def attention(moments: AttentionMoments) -> tuple[Basis, Basis]:
     key_mean = moments.key_first / weight[:, None]
     # Divided by the weight here, not there: the product is the sum of squared errors over all pairs.
     key_covariance = moments.key_second / weight[:, None, None] - _outer(key_mean)
+    key_covariance = _shrunk(key_covariance, moments.key_prior, shrinkage)
     keys = _weighted(_blocks(moments.key_metric, len(weight)), key_covariance, key_mean)
     share = moments.output_weight.clamp_min(TINY)
     value_mean = moments.output_first / share[:, None]
     value_covariance = moments.output_second - _outer(value_mean) * share[:, None, None]
+    value_covariance = _shrunk(value_covariance, moments.value_prior, shrinkage)
     return keys, _weighted(_blocks(moments.value_metric, len(share)), value_covariance, value_mean)
+
+
+def _shrunk(covariance: Tensor, prior: Tensor | None, shrinkage: float) -> Tensor:
+    """A covariance [G, D, D], part of which is replaced by the prior, scaled to have its trace."""
+    if not shrinkage:
+        return covariance
+    own, other = (x.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] for x in (covariance, prior))
+    return (1 - shrinkage) * covariance + shrinkage * prior * own / other.clamp_min(TINY)
 
 
 TINY = torch.finfo(torch.float64).tiny
@@ -139,7 +161,7 @@ class BasisMethod:
     """A kind of basis: the moments it needs (`of(attention, window, shared_heads)`), and what it makes of them."""
 
     moments: Callable[[EigenAttention, int, int], Moments]
-    build: Callable[[Any], tuple[Basis, Basis]]
+    build: Callable[[Any, float], tuple[Basis, Basis]]
 
 
 BASES: dict[str, BasisMethod] = {

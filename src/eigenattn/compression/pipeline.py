@@ -128,7 +128,7 @@ def compress(
                 "exactly: nothing lies outside. Give longer ones, or a smaller window."
             )
         with clock.stage("bases"):
-            bases = [method.build(sums) for sums in moments]
+            bases = [method.build(sums, config.shrinkage) for sums in moments]
         with clock.stage("ranks"):
             chosen = _choose(model, layers, bases, config, stream, bars, journal)
         if config.refit and any(values is not None for _, values in chosen):

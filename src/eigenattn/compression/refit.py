@@ -19,7 +19,7 @@ from ..models.placement import loaded
 from ..models.projections import Heads, weight_of
 from ..progress import TokenProgress
 from . import resuming
-from .bases import TINY, Basis
+from .bases import Basis
 from .folding import attach, detach
 from .passes import decoder_layers, layer_output
 
@@ -74,6 +74,7 @@ def refit(
                 return layer_output(model, blocks, index, before, batch)
 
             with loaded(blocks[index]):
+                detach(attention)
                 name, fit = f"{index}.change", None
                 if pair[1] is not None and name not in tensors:
                     fit = LeastSquares(attention, pair[1].rank)
@@ -176,15 +177,18 @@ class LeastSquares:
             return self._by_group(torch.einsum("abrd,bdae->are", spread, outer)) + ridge * change
 
         # Exact for a head by itself, but for the ridge: what is left to the iteration is how heads hang together.
-        left, right = (
-            torch.linalg.inv(x + RIDGE * size.clamp_min(TINY) * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
-            for x, size in zip((own, inner), scale, strict=True)
-        )
+        left, right = (_inverse(x, size) for x, size in zip((own, inner), scale, strict=True))
         return conjugate_gradients(normal, self._by_group(self.product), lambda x: left @ x @ right)
 
     def _by_group(self, x: Tensor) -> Tensor:
         """The sum over the query heads of each KV head, [H, ...] to [G, ...]."""
         return x.unflatten(0, (self.kv_heads, self.group)).sum(1)
+
+
+def _inverse(x: Tensor, scale: Tensor) -> Tensor:
+    """The inverse of matrices [G, n, n] with a ridge; heads that give nothing have a scale of 0, and are not changed."""
+    ridge = RIDGE * torch.where(scale > 0, scale, 1.0)
+    return torch.linalg.inv(x + ridge * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
 
 
 def conjugate_gradients(

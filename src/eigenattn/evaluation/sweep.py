@@ -45,10 +45,12 @@ class Cell(NamedTuple):
     kv_ratio: float | None
     bits_per_element: float | None = None
     refit: bool | None = None
+    shrinkage: float = 0.0
 
     @property
     def kind(self) -> str:
-        return self.basis if self.shared_heads == 1 else f"{self.basis}:{self.shared_heads}"
+        shared = "" if self.shared_heads == 1 else f":{self.shared_heads}"
+        return f"{self.basis}{shared}{f'~{self.shrinkage:g}' if self.shrinkage else ''}"
 
     @property
     def statistics(self) -> str:
@@ -88,11 +90,14 @@ class Grid:
     rank_multiple: int = 8
     bits_per_element: Sequence[float] = ()
     refit: bool | None = None
+    shrinkage: Sequence[float] = (0.0,)
 
     def __post_init__(self) -> None:
         sizes = (*self.kv_ratios, *self.bits_per_element)
-        if not all((sizes, self.bases, self.ranks, self.windows, self.shared_heads)):
-            raise EigenAttnError("a sweep needs at least one KV ratio, basis, rank rule, window and shared_heads.")
+        if not all((sizes, self.bases, self.ranks, self.windows, self.shared_heads, self.shrinkage)):
+            raise EigenAttnError(
+                "a sweep needs at least one KV ratio, basis, rank rule, window, shared_heads and shrinkage."
+            )
         for names, table in ((self.bases, BASES), (self.ranks, RANK_RULES)):
             for name in names:
                 if name not in table:
@@ -106,15 +111,17 @@ class Grid:
         """All cells, those that share statistics next to each other."""
         ratios = sorted(set(self.kv_ratios), reverse=True)
         cells = []
-        for basis, window, shared in itertools.product(
-            *map(dict.fromkeys, (self.bases, self.windows, self.shared_heads))
+        for basis, window, shared, shrinkage in itertools.product(
+            *map(dict.fromkeys, (self.bases, self.windows, self.shared_heads, self.shrinkage))
         ):
             refit = self.refit if self.refit is not None else window == 0 and basis == "attention"
             rules = dict.fromkeys(self.ranks)
-            cells += [Cell(basis, rule, window, shared, ratio, None, refit) for rule in rules for ratio in ratios]
+            cells += [
+                Cell(basis, rule, window, shared, ratio, None, refit, shrinkage) for rule in rules for ratio in ratios
+            ]
             if basis == "attention":
                 bits = sorted(set(self.bits_per_element), reverse=True)
-                cells += [Cell(basis, "sensitivity", window, shared, None, each, refit) for each in bits]
+                cells += [Cell(basis, "sensitivity", window, shared, None, each, refit, shrinkage) for each in bits]
         return cells
 
     def config(self, cell: Cell) -> EigenAttentionConfig:
@@ -227,7 +234,7 @@ class SweepModel:
                 self.bars.batches("Calibrating", self.batches, len(self.batches)),
                 lambda attention: method.moments(attention, cell.window, cell.shared_heads),
             )
-            bases = [method.build(sums) for sums in moments]
+            bases = [method.build(sums, cell.shrinkage) for sums in moments]
         count = math.ceil(COST_TOKENS / self.batches[0].tokens)
         costs = Measurement(self.model, self.layers, bases, cell.window, self.batches[:count], self.bars)
         keys, values = ([basis.spectrum.cpu() for basis in side] for side in zip(*bases, strict=True))
