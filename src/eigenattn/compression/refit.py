@@ -186,7 +186,7 @@ class LeastSquares:
 
 
 def _inverse(x: Tensor, scale: Tensor) -> Tensor:
-    """The inverse of matrices [G, n, n] with a ridge; heads that give nothing have a scale of 0, and are not changed."""
+    """The inverse of matrices [G, n, n] with a ridge; of heads that give nothing, whose scale is 0, it is any."""
     ridge = RIDGE * torch.where(scale > 0, scale, 1.0)
     return torch.linalg.inv(x + ridge * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
 
