@@ -26,8 +26,8 @@ from eigenattn.finetuning.checkpoint import finetune_checkpoint, split_windows
 from eigenattn.models.loading import Source, load_model, load_tokenizer
 from eigenattn.version import versions
 
-VALIDATION_WINDOWS = 8
-VALIDATIONS = 8
+VALIDATION_WINDOWS = 4
+VALIDATIONS = 2
 TIMED_STEPS = 3
 
 

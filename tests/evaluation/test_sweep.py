@@ -21,7 +21,7 @@ from eigenattn.evaluation.measuring import Plan
 from eigenattn.evaluation.reading import read, uncached
 from eigenattn.evaluation.rivals import Rival, rounded_in_groups
 from eigenattn.evaluation.sweep import Cell, Grid, SweepModel, sizes
-from eigenattn.evaluation.sweep_folder import Calibration, read_sweep, run_sweep, sweep_texts
+from eigenattn.evaluation.sweep_folder import Calibration, Results, read_sweep, run_sweep, sweep_texts
 from eigenattn.evaluation.sweep_folder import table as rows_of
 from eigenattn.models.checkpoint import layer_entry
 from eigenattn.models.conversion import convert_attention, eigen_layers
@@ -277,6 +277,14 @@ def test_files_hold_their_last_fifth_out(tmp_path):
     assert sweep_texts(["self"], [str(file)])[1][0].content == file.read_text()
     with pytest.raises(EigenAttnError, match="--evaluation-text"):
         sweep_texts(["self"], [])
+
+
+def test_a_second_process_leaves_the_first_ones_folder_alone(tmp_path):
+    with Results(tmp_path / "out", {}, []) as first:
+        with pytest.raises(EigenAttnError, match="another process is writing"):
+            Results(tmp_path / "out", {}, [])
+        first.save()
+    assert read_sweep(tmp_path / "out")["cells"] == {}
 
 
 def test_bad_input_is_one_line(base, tmp_path):

@@ -209,18 +209,17 @@ class Results:
         except OSError as error:
             raise EigenAttnError(f"{folder} could not be written: {error.strerror}.") from error
         try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)  # and no more: an empty folder is the other process's
+            raise EigenAttnError(f"another process is writing {folder}: wait for it, or choose another.") from error
+        try:
             self._take_up(settings)
         except BaseException:
             self.close()
             raise
 
     def _take_up(self, settings: dict[str, Any]) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise EigenAttnError(
-                f"another process is writing {self.folder}: wait for it, or choose another."
-            ) from error
         killed_at_first = self.folder / f".{FILE}.partial"
         if all(path == killed_at_first for path in self.folder.iterdir()):
             self.seconds: dict[str, float] = {}
