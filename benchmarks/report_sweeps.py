@@ -43,13 +43,13 @@ and topics of the Python reference (`python-docs`). `self` is text that the mode
 
 Where quality begins to fall, for each basis and rank rule, with the exact window and without, decoders not refitted.
 
-- With the window, our basis and ranks (`attention, sensitivity, 32`) stay within 1% of the original's perplexity down to a ratio
-  of 0.2 on OPT and MPT, whose heads have keys of their own, and down to 0.4 on SmolLM2, whose three query heads already
-  share each. Without it 1% is passed near 0.5 on OPT and MPT, and above 0.8 on SmolLM2.
+- With the window, our basis and ranks (`attention, sensitivity, 32`) stay within 1% of the original's perplexity down
+  to a ratio of 0.2 on OPT and MPT, whose heads have keys of their own, and lose 1.0% at 0.4 on SmolLM2, where three
+  query heads share each key already. Without it 1% is passed near 0.5 on OPT and MPT, and above 0.8 on SmolLM2.
 - Retrieval goes before perplexity: at 0.2 SmolLM2 reads 6.8% worse, and copies four tokens of ten.
-- The rank rule decides as much as the basis. The paper's basis at uniform ranks costs SmolLM2 14% at a ratio of 0.8 even beside the
-  window, for what it loses first is the attention sink. The paper's rank rule looks at errors of layer outputs, and
-  cuts layers whose errors the model cannot bear.
+- The rank rule decides as much as the basis. The paper's basis at uniform ranks costs SmolLM2 14% at a ratio of 0.8
+  even beside the window, for what it loses first is the attention sink. The paper's rank rule looks at errors of layer
+  outputs, and cuts layers whose errors the model cannot bear.
 
 ![Increase of perplexity against the KV ratio, by basis and rank rule](limits.png)
 """,
@@ -219,8 +219,8 @@ def plot(sweeps: dict[str, dict[str, dict[str, Any]]]) -> None:
             if kind == "texts":
                 panel.set_xscale("log", base=2)
         panels[0][0].set_ylabel("increase of perplexity, %")
-        handles, names = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, names, fontsize=7, loc="outside lower center", ncols=4)
+        lines = {line.get_label(): line for panel in panels[0] for line in panel.get_lines()}
+        figure.legend(lines.values(), lines, fontsize=7, loc="outside lower center", ncols=4)
         figure.savefig(DOCS / f"{kind}.png", dpi=110)
         pyplot.close(figure)
 
