@@ -36,6 +36,14 @@ against the original's. KL is the divergence of predictions from the original's,
 One KV ratio, calibrated on each text by itself and judged on what is held out of every text: the last fifth of files,
 and topics of the Python reference (`python-docs`). `self` is text that the model writes. Windows are of 1,024 tokens.
 
+- What a mismatch costs: many times what compression costs on its own kind of text. SmolLM2 at 0.5 loses 0.15% on
+  speeches if it is calibrated on speeches, and 4.3% if on the Python reference. OPT and MPT at 0.4, calibrated on
+  32,768 tokens, lose up to 1.1% on the kind of text they were calibrated on, and up to 1.9 and 3.9% on another.
+- Which text: WikiText-2, which is about many things, is the best over all three texts on each of the three models.
+- How much: of WikiText-2, 2,048 tokens are nearly as good as 32,768 (0.38 against 0.33% on OPT, 1.05 against 0.95% on
+  MPT). Of the others more tokens take off up to a half on OPT, and little on MPT: more of the wrong text is no remedy.
+- The model's own text, which needs no data, is second best on OPT, and no better than the other two on MPT.
+
 ![Increase of perplexity against tokens calibrated on](texts.png)
 """,
     "limits": """\
