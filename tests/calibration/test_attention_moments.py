@@ -122,7 +122,7 @@ def test_priors_are_what_the_projections_make_of_white_noise(name, shared):
     model = tiny(name)
     convert_attention(model)
     attention = eigen_layers(model)[0]
-    moments = AttentionMoments.of(attention, 0, shared)
+    moments = AttentionMoments.of(attention, 0, shared, 0.1)
     units = torch.eye(model.config.hidden_size)[None]
     for prior, with_bias, bias in zip(
         (moments.key_prior, moments.value_prior),
@@ -141,7 +141,7 @@ def test_priors_are_what_the_projections_make_of_white_noise(name, shared):
 def test_priors_pass_norms_and_clips(name):
     model = tiny(name)
     convert_attention(model)
-    one, other = (AttentionMoments.of(eigen_layers(model)[0], 0, 1) for _ in range(2))
+    one, other = (AttentionMoments.of(eigen_layers(model)[0], 0, 1, 0.1) for _ in range(2))
     assert torch.equal(one.key_prior, other.key_prior)
     assert (torch.linalg.eigvalsh(one.key_prior) > 0).all()
     assert (torch.linalg.eigvalsh(one.value_prior) > 0).all()

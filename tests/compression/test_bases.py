@@ -113,7 +113,7 @@ def test_shrinkage_is_a_mixture_of_covariances():
     roots = torch.randn(2, 2, 6, 6, generator=generator, dtype=torch.float64)
     key_prior, value_prior = roots @ roots.mT
     given = dataclasses.replace(moments, key_prior=key_prior, value_prior=value_prior)
-    found = attention(given, 0.25)
+    found = attention(dataclasses.replace(given, shrinkage=0.25))
 
     def mixed(second, first, weight, squared, prior):
         """Second moments whose covariance about their mean is three quarters their own and a quarter the prior."""
@@ -140,7 +140,7 @@ def test_shrinkage_is_a_mixture_of_covariances():
 
 def test_the_papers_basis_is_not_shrunk():
     with pytest.raises(EigenAttnError, match="attention"):
-        eigen(moments_of(*random_vectors()), 0.1)
+        LayerMoments.of(None, shrinkage=0.1)
 
 
 def test_the_attention_spectrum_is_the_error():

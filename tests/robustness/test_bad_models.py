@@ -77,8 +77,8 @@ def test_bases_past_the_range_of_half_precision(monkeypatch):
     model = tiny("llama").half()
     method = BASES["eigen"]
 
-    def huge(moments, shrinkage):
-        return tuple(type(b)(b.encoder * 1e6, b.decoder / 1e6, b.spectrum) for b in method.build(moments, shrinkage))
+    def huge(moments):
+        return tuple(type(b)(b.encoder * 1e6, b.decoder / 1e6, b.spectrum) for b in method.build(moments))
 
     monkeypatch.setitem(pipeline.BASES, "eigen", type(method)(method.moments, huge))
     message = refused(model, basis="eigen", ranks="uniform")

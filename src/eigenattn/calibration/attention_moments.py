@@ -37,7 +37,8 @@ class AttentionMoments:
         output_second, output_first, output_weight: `sum o o^T`, `sum p o` and `sum p^2`, in the same shapes.
         window: tokens kept exactly, W.
         key_prior, value_prior: covariances of keys and values [G/N, N * D, N * D] where hidden states are white noise,
-            that is, what the projections alone make of any text.
+            that is, what the projections alone make of any text; None without shrinkage.
+        shrinkage: share of the covariances that is to be taken from them, in [0, 1).
     """
 
     key_metric: Tensor
@@ -51,14 +52,17 @@ class AttentionMoments:
     window: int
     key_prior: Tensor | None = None
     value_prior: Tensor | None = None
+    shrinkage: float = 0.0
     tokens: int = 0
 
     @classmethod
-    def of(cls, attention: EigenAttention, window: int, shared_heads: int = 1) -> AttentionMoments:
+    def of(
+        cls, attention: EigenAttention, window: int, shared_heads: int = 1, shrinkage: float = 0.0
+    ) -> AttentionMoments:
         """Empty moments for a layer."""
         g, d = attention.kv_heads, attention.head_dim
-        with loaded(attention):
-            priors = _priors(attention, shared_heads)
+        priors = _priors(attention, shared_heads) if shrinkage else (None, None)
+        with loaded(attention.output_projection):
             by_group = weight_of(attention.output_projection).detach().unflatten(1, (g, -1, d))  # [C, G, H/G, D]
             # A group at a time: a large model's whole weight takes much memory in float64.
             value_metric = torch.stack([_outer_products(group) for group in by_group.unbind(1)])
@@ -70,7 +74,7 @@ class AttentionMoments:
         keys, outputs = (
             (zeros(latents, size, size), zeros(latents, size), zeros(latents)) for _ in ("keys", "outputs")
         )
-        return cls(zeros(g, d, d), *keys, value_metric, *outputs, window, *priors)
+        return cls(zeros(g, d, d), *keys, value_metric, *outputs, window, *priors, shrinkage)
 
     def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
         """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
@@ -182,10 +186,11 @@ class AttentionMoments:
 @torch.no_grad()
 def _priors(attention: EigenAttention, shared_heads: int) -> tuple[Tensor, Tensor]:
     """Covariances of keys and of values of white hidden states, [G/N, N * D, N * D] in float64; always the same."""
-    output = attention.output_projection.weight
+    output = attention.output_projection
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, PRIOR_STATES, attention.config.hidden_size, generator=generator)
-    _, *sides = attention.project(states.to(execution_device(attention.output_projection), output.dtype))
+    with loaded(attention):
+        _, *sides = attention.project(states.to(execution_device(output), output.weight.dtype))
     rows = [x[0].unflatten(0, (-1, shared_heads)).transpose(1, 2).flatten(2).double() for x in sides]  # [G/N, n, N * D]
     centred = [x - x.mean(1, keepdim=True) for x in rows]
     return tuple(x.transpose(1, 2) @ x / PRIOR_STATES for x in centred)

@@ -12,8 +12,6 @@ from torch import Tensor
 from ..cache.packing import Widths
 from ..calibration.attention_moments import AttentionMoments
 from ..calibration.statistics import LayerMoments, Moments
-from ..errors import EigenAttnError
-from ..models.attention import EigenAttention
 
 
 @dataclass(frozen=True)
@@ -72,35 +70,24 @@ def _orthonormal(moment: Tensor) -> Basis:
     return Basis(vectors, vectors.transpose(-1, -2), values)
 
 
-def eigen(moments: LayerMoments, shrinkage: float = 0.0) -> tuple[Basis, Basis]:
+def eigen(moments: LayerMoments) -> tuple[Basis, Basis]:
     """The paper's bases (arXiv 2408.05646, section 4.1): left singular vectors of stacked `[K; Q]` and of `V`.
 
     Keys and queries are taken before rotation, and the queries of a group stand in the stack of their KV head.
 
-    Args:
-        shrinkage: none, for the paper has none.
-
     Returns:
         The bases of keys and of values at full rank, in float64.
-
-    Raises:
-        EigenAttnError: if shrinkage is asked for.
     """
-    if shrinkage:
-        raise EigenAttnError('shrinkage goes with the basis "attention" only.')
     return _orthonormal(moments.key + moments.query), _orthonormal(moments.value)
 
 
-def attention(moments: AttentionMoments, shrinkage: float = 0.0) -> tuple[Basis, Basis]:
+def attention(moments: AttentionMoments) -> tuple[Basis, Basis]:
     """The best map of each rank under the error that matters: that of scores and of attention outputs.
 
     A key's error meets the queries that attend to it, a value's error the output projection. Taking either error as a
     product of a metric M and a covariance C, Eckart-Young gives the best rank-R map: with W the leading eigenvectors of
     `M^(1/2) C M^(1/2)`, the encoder is `M^(1/2) W` and the decoder `W^T M^(-1/2)`. Where heads share a latent, C is of
     all their vectors together, and M has a block for each. See docs/mathematics.md.
-
-    Args:
-        shrinkage: share of each covariance that is taken from the prior of the same trace, in [0, 1).
 
     Returns:
         The bases of keys and of values at full rank, in float64; the spectrum is in units of the error itself.
@@ -109,12 +96,12 @@ def attention(moments: AttentionMoments, shrinkage: float = 0.0) -> tuple[Basis,
     key_mean = moments.key_first / weight[:, None]
     # Divided by the weight here, not there: the product is the sum of squared errors over all pairs.
     key_covariance = moments.key_second / weight[:, None, None] - _outer(key_mean)
-    key_covariance = _shrunk(key_covariance, moments.key_prior, shrinkage)
+    key_covariance = _shrunk(key_covariance, moments.key_prior, moments.shrinkage)
     keys = _weighted(_blocks(moments.key_metric, len(weight)), key_covariance, key_mean)
     share = moments.output_weight.clamp_min(TINY)
     value_mean = moments.output_first / share[:, None]
     value_covariance = moments.output_second - _outer(value_mean) * share[:, None, None]
-    value_covariance = _shrunk(value_covariance, moments.value_prior, shrinkage)
+    value_covariance = _shrunk(value_covariance, moments.value_prior, moments.shrinkage)
     return keys, _weighted(_blocks(moments.value_metric, len(share)), value_covariance, value_mean)
 
 
@@ -158,10 +145,14 @@ def _weighted(metric: Tensor, covariance: Tensor, mean: Tensor) -> Basis:
 
 @dataclass(frozen=True)
 class BasisMethod:
-    """A kind of basis: the moments it needs (`of(attention, window, shared_heads)`), and what it makes of them."""
+    """A kind of basis: what makes its empty moments, and what it makes of moments.
 
-    moments: Callable[[EigenAttention, int, int], Moments]
-    build: Callable[[Any, float], tuple[Basis, Basis]]
+    Args:
+        moments: `of(attention, window, shared_heads=1, shrinkage=0.0)`.
+    """
+
+    moments: Callable[..., Moments]
+    build: Callable[[Any], tuple[Basis, Basis]]
 
 
 BASES: dict[str, BasisMethod] = {

@@ -118,7 +118,8 @@ def compress(
         stream = _Stream(batches, model, device, twice=config.refit or config.bits_per_element is not None)
         with clock.stage("statistics"):
             total = len(batches) if hasattr(batches, "__len__") else None
-            kept = KeptMoments(lambda attention: method.moments(attention, config.window, config.shared_heads), journal)
+            asked = config.window, config.shared_heads, config.shrinkage
+            kept = KeptMoments(lambda attention: method.moments(attention, *asked), journal)
             moments = collect_moments(
                 model, layers, bars.batches("Calibrating", kept.batches(stream), total), kept.empty
             )
@@ -128,7 +129,7 @@ def compress(
                 "exactly: nothing lies outside. Give longer ones, or a smaller window."
             )
         with clock.stage("bases"):
-            bases = [method.build(sums, config.shrinkage) for sums in moments]
+            bases = [method.build(sums) for sums in moments]
         with clock.stage("ranks"):
             chosen = _choose(model, layers, bases, config, stream, bars, journal)
         if config.refit and any(values is not None for _, values in chosen):

@@ -61,7 +61,7 @@ def spectra_of(
             TokenProgress(progress).batches("Calibrating", batches, len(batches)),
             lambda attention: BASES[basis].moments(attention, window, 1),
         )
-        bases = [BASES[basis].build(sums, 0.0) for sums in moments]
+        bases = [BASES[basis].build(sums) for sums in moments]
     finally:
         restore_attention(model, originals)
     sides = zip(SIDES, zip(*bases, strict=True), strict=True)

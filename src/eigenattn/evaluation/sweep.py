@@ -232,9 +232,9 @@ class SweepModel:
                 self.model,
                 self.layers,
                 self.bars.batches("Calibrating", self.batches, len(self.batches)),
-                lambda attention: method.moments(attention, cell.window, cell.shared_heads),
+                lambda attention: method.moments(attention, cell.window, cell.shared_heads, cell.shrinkage),
             )
-            bases = [method.build(sums, cell.shrinkage) for sums in moments]
+            bases = [method.build(sums) for sums in moments]
         count = math.ceil(COST_TOKENS / self.batches[0].tokens)
         costs = Measurement(self.model, self.layers, bases, cell.window, self.batches[:count], self.bars)
         keys, values = ([basis.spectrum.cpu() for basis in side] for side in zip(*bases, strict=True))
