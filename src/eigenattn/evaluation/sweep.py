@@ -104,25 +104,26 @@ class Grid:
                     raise EigenAttnError(f"unknown name {name!r}: choose one of {', '.join(table)}.")
         if self.bits_per_element and "attention" not in self.bases:
             raise EigenAttnError('bits_per_element goes with the basis "attention".')
-        for cell in self.cells():
-            self.config(cell)
+        self.cells()  # raises what `EigenAttentionConfig` does
 
     def cells(self) -> list[Cell]:
-        """All cells, those that share statistics next to each other."""
+        """All cells, those that share statistics next to each other.
+
+        Raises:
+            EigenAttnError: if one is no valid configuration.
+        """
         ratios = sorted(set(self.kv_ratios), reverse=True)
         cells = []
         for basis, window, shared, shrinkage in itertools.product(
             *map(dict.fromkeys, (self.bases, self.windows, self.shared_heads, self.shrinkage))
         ):
-            refit = self.refit if self.refit is not None else window == 0 and basis == "attention"
+            some = Cell(basis, "sensitivity", window, shared, None, refit=self.refit, shrinkage=shrinkage)
             rules = dict.fromkeys(self.ranks)
-            cells += [
-                Cell(basis, rule, window, shared, ratio, None, refit, shrinkage) for rule in rules for ratio in ratios
-            ]
+            cells += [some._replace(ranks=rule, kv_ratio=ratio) for rule in rules for ratio in ratios]
             if basis == "attention":
                 bits = sorted(set(self.bits_per_element), reverse=True)
-                cells += [Cell(basis, "sensitivity", window, shared, None, each, refit, shrinkage) for each in bits]
-        return cells
+                cells += [some._replace(bits_per_element=each) for each in bits]
+        return [cell._replace(refit=self.config(cell).refit) for cell in cells]
 
     def config(self, cell: Cell) -> EigenAttentionConfig:
         """What `compress` would be given."""
