@@ -6,14 +6,17 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration.attention_moments import QUERY_BLOCK, masked_scores, turned, whole_mask
+from ..calibration.attention_moments import turned
 from ..calibration.statistics import Batch
 from ..journal import Journal
+from ..kernels import BACKENDS
+from ..kernels.windowed import attend
 from ..models.attention import EigenAttention
 from ..models.placement import loaded
 from ..models.projections import Heads, weight_of
@@ -69,10 +72,7 @@ def refit(
         for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
             stack.enter_context(loaded(embeddings))
         for index, (attention, pair) in enumerate(zip(layers, chosen, strict=True)):
-
-            def run(before: Any, batch: Batch, index: int = index) -> Any:
-                return layer_output(model, blocks, index, before, batch)
-
+            run = partial(layer_output, model, blocks, index)
             with loaded(blocks[index]):
                 detach(attention)
                 name, fit = f"{index}.change", None
@@ -131,22 +131,18 @@ class LeastSquares:
         """Find the sums [B, H, T, R] of a batch in the middle of its pass through the compressed layer."""
         q, k, v = heads
         t, window = q.shape[-2], attention.window
-        mask = whole_mask(attention, q, kwargs)
         latents_k, latents_v = attention.rounded(k, v)
         q, far, near = turned(attention, kwargs, q, attention.decode(latents_k, "key"), k)
-        z = attention.for_each_head(latents_v).repeat_interleave(self.group, dim=1)  # [B, H, T, R]
-        sums = []
-        for start in range(0, t, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, t)
-            seen = mask[..., start:stop, :stop]
-            scores = masked_scores(attention, q[:, :, start:stop], far[:, :, :stop], seen)
-            if window:
-                exact = masked_scores(attention, q[:, :, start:stop], near[:, :, :stop], seen)
-                lies_far = torch.ones_like(exact[0, 0], dtype=torch.bool).tril(start - window)  # n <= m - W
-                scores = torch.where(lies_far, scores, exact)
-            weights = scores.softmax(-1).tril(start - window).to(z.dtype)
-            sums.append(weights @ z[:, :, :stop])
-        self.sums = torch.cat(sums, dim=-2)
+        z = attention.for_each_head(latents_v)  # [B, G, T, R]
+        backend = BACKENDS[attention.implementation_for(kwargs)]
+        options = {"mask": attention.mask_for(q, t, kwargs), "scale": attention.scaling, "softcap": attention.softcap}
+        if window:
+            # What is exact takes its share of the attention, and adds nothing.
+            held = far, z, near, torch.zeros_like(z)
+            options |= {"near_first": 0, "query_first": 0, "window": window, "columns": t}
+            self.sums, _ = attend(backend, q, *held, **options)
+        else:
+            self.sums, _ = backend(q, far, z, **options)
 
     def add(self, missing: Tensor, valid: Tensor | None) -> None:
         """Add the batch that was observed.
