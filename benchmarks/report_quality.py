@@ -13,7 +13,6 @@ import report_sweeps
 
 ROOT = Path(__file__).parents[1]
 PAGE, PLOT = ROOT / "docs" / "results.md", ROOT / "docs" / "quality.png"
-TITLES = {"smollm2": "SmolLM2-135M-Instruct", "opt-13m": "OPT, 13M", "mpt-12m": "MPT, 12M"}
 METHODS = {
     "eigen/error_budget/0": "the paper's method",
     "eigen/uniform/0": "its basis, uniform ranks",
@@ -63,7 +62,7 @@ def section(name: str, result: dict) -> str:
     """The table of one model and the command that made it."""
     base = result["baseline"]
     lines = [
-        f"## {TITLES.get(name, name)}",
+        f"## {report_sweeps.MODELS.get(name, name)}",
         "",
         f"Calibrated on {result['calibration']}, evaluated on {result['evaluation']}. Uncompressed: perplexity "
         f"{base['perplexity']:.2f}, copying {base['copying']:.1%}. Ranks in multiples of 8. Measured on "
@@ -106,7 +105,7 @@ def plot(results: dict[str, dict]) -> None:
             rows = cells.get(method, [])
             x, y = [row["kv_ratio"] for row in rows], [max(100 * row["relative_increase"], 0.005) for row in rows]
             panel.plot(x, y, marker="o", label=title.replace("**", ""))
-        panel.set(title=TITLES.get(name, name), xlabel="KV ratio of the latents", yscale="log")
+        panel.set(title=report_sweeps.MODELS.get(name, name), xlabel="KV ratio of the latents", yscale="log")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("increase of perplexity, %")
     panels[0].legend(fontsize=7)

@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from report_sweeps import MODELS
+
 from eigenattn.evaluation.spectra import SIDES, read_spectra
 from eigenattn.files import whole
 
@@ -21,7 +23,6 @@ RESULTS, PAGE, PLOT = (
     ROOT / "docs" / "spectra.md",
     ROOT / "docs" / "spectra.png",
 )
-TITLES = {"smollm2": "SmolLM2-135M-Instruct", "opt-13m": "OPT, 13M", "mpt-12m": "MPT, 12M"}
 # basis -> what the spectra of keys and of values are called.
 NAMES = {
     "eigen": ("keys and queries", "values"),
@@ -83,10 +84,10 @@ def page(results: dict[str, dict[str, Any]]) -> str:
                 needed = _mean(found[side]["rank_of_energy"]) / dim
                 ranks = [rank / dim for rank in found[side]["effective_rank"]]
                 extremes = " | ".join(f"{ranks.index(each)}: {each:.0%}" for each in (min(ranks), max(ranks)))
-                lines.append(f"| {TITLES[model]} | {name} | {needed:.0%} | {_mean(ranks):.0%} | {extremes} |")
+                lines.append(f"| {MODELS[model]} | {name} | {needed:.0%} | {_mean(ranks):.0%} | {extremes} |")
     lines += ["", _reading(results)]
     for model, by_basis in results.items():
-        lines += ["", f"## {TITLES[model]}", ""]
+        lines += ["", f"## {MODELS[model]}", ""]
         columns = [name for basis in by_basis for name in NAMES[basis]]
         head_dim = next(iter(by_basis.values()))["head_dim"]
         lines += [f"Effective rank, of {head_dim}, means over heads.", ""]
@@ -107,7 +108,7 @@ def _reading(results: dict[str, dict[str, Any]]) -> str:
     for model, by_basis in results.items():
         keys, values = (by_basis["attention"][side]["effective_rank"] for side in SIDES)
         lower = sum(key < value for key, value in zip(keys, values, strict=True))
-        parts.append(f"{lower} of {len(keys)} layers of {TITLES[model]}")
+        parts.append(f"{lower} of {len(keys)} layers of {MODELS[model]}")
     return (
         f"As the default basis weighs them, keys need fewer directions than values in {'; '.join(parts)}. So rank "
         "rules give values more. An effective rank is not a rank to choose: many small eigenvalues beyond it add up, "
@@ -134,7 +135,7 @@ def plot(results: dict[str, dict[str, Any]]) -> None:
             for side, name, colour in zip(SIDES, NAMES[basis], ("tab:blue", "tab:orange"), strict=True):
                 ranks = [rank / found["head_dim"] for rank in found[side]["effective_rank"]]
                 panel.plot(ranks, line, color=colour, marker="o", markersize=3, label=name)
-        panel.set(title=TITLES[model], xlabel="layer", ylim=(0, 1))
+        panel.set(title=MODELS[model], xlabel="layer", ylim=(0, 1))
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("effective rank, of the head dimension")
@@ -151,7 +152,7 @@ def main() -> None:
     for folder in args.folders:
         found = read_spectra(folder)
         results.setdefault(Path(found["model"]).name, {})[found["basis"]] = condensed(found)
-    results = {model: {basis: results[model][basis] for basis in NAMES} for model in TITLES if model in results}
+    results = {model: {basis: results[model][basis] for basis in NAMES} for model in MODELS if model in results}
     with whole(RESULTS) as beside:
         beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.plot:
