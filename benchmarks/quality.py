@@ -34,8 +34,9 @@ from eigenattn.version import versions
 def cells_of(names: list[str], ratios: list[float]) -> list[Cell]:
     """Cells from names like `attention/sensitivity/32`.
 
-    In `attention:3/sensitivity/32` 3 heads share a latent, in `attention~0.3/sensitivity/32` moments are shrunk by 0.3,
-    and in `attention+refit/sensitivity/0` decoders are refitted.
+    In `attention:3/sensitivity/32` 3 heads share a latent, in `attention:3kv/sensitivity/32` their keys and values do,
+    in `attention~0.3/sensitivity/32` moments are shrunk by 0.3, and in `attention+refit/sensitivity/0` decoders are
+    refitted.
     """
     cells = []
     for name in names:
@@ -48,10 +49,11 @@ def cells_of(names: list[str], ratios: list[float]) -> list[Cell]:
                 basis,
                 rule,
                 int(window),
-                int(shared or 1),
+                int(shared.removesuffix("kv") or 1),
                 ratio,
                 refit=refit == "refit",
                 shrinkage=float(shrinkage or 0),
+                joint=shared.endswith("kv"),
             )
             for ratio in ratios
         ]
@@ -77,7 +79,8 @@ def main() -> None:
         "--cells",
         nargs="+",
         required=True,
-        help="basis/ranks/window; basis:N where N heads share a latent, basis~S with shrinkage S, basis+refit",
+        help="basis/ranks/window; basis:N where N heads share a latent, basis:Nkv where keys and values do too, "
+        "basis~S with shrinkage S, basis+refit",
     )
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.6, 0.5, 0.4])
     parser.add_argument("--samples", type=int, default=32)

@@ -37,11 +37,15 @@ class EigenAttentionConfig:
         shared_heads: how many KV heads share one latent, N; it must divide their number. Bytes are those of the KV
             ratio whatever N is. What heads have in common is stored once, which loses less, and every head decodes from
             the whole latent, which takes N times the arithmetic.
+        joint: whether a token's keys and values share one latent, of each KV head or of all that share theirs. The same
+            bytes lose less, and both are decoded from the whole latent, which takes twice the arithmetic. With
+            `shared_heads` at the number of KV heads a layer caches one vector a token, as in multi-head latent
+            attention (arXiv 2405.04434).
         shrinkage: share of the covariances of keys and values that is taken not from the calibration text but from what
             the projections make of any text, in [0, 1). It helps where texts to come are of another kind, or the
             calibration text is short.
         refit: whether value decoders are fitted anew once ranks are chosen (`eigenattn.compression.refit`). By default
-            they are where there is no window and the basis is `attention`.
+            they are where there is no window and the basis is `attention`, and latents are not joint.
         version: version of this configuration's format.
 
     Raises:
@@ -57,6 +61,7 @@ class EigenAttentionConfig:
     rank_multiple: int = 8
     window: int = 32
     shared_heads: int = 1
+    joint: bool = False
     shrinkage: float = 0.0
     refit: bool | None = None
     version: int = CONFIG_VERSION
@@ -94,6 +99,10 @@ class EigenAttentionConfig:
             raise EigenAttnError(f"shared_heads must be a whole number of at least 1, not {self.shared_heads!r:.60}.")
         if self.shared_heads > 1 and self.basis != "attention":
             raise EigenAttnError(f'heads share latents of the basis "attention" only, not of {self.basis!r}.')
+        if type(self.joint) is not bool:
+            raise EigenAttnError(f"joint must be true or false, not {self.joint!r:.60}.")
+        if self.joint and self.basis != "attention":
+            raise EigenAttnError(f'joint latents go with the basis "attention" only, not with {self.basis!r}.')
         if self.version != CONFIG_VERSION:
             raise EigenAttnError(
                 f"this configuration has version {self.version!r:.60}, and this eigenattn reads version "
@@ -104,9 +113,11 @@ class EigenAttentionConfig:
         if self.shrinkage and self.basis != "attention":
             raise EigenAttnError(f'shrinkage goes with the basis "attention" only, not with {self.basis!r}.')
         if self.refit is None:
-            object.__setattr__(self, "refit", self.window == 0 and self.basis == "attention")
+            object.__setattr__(self, "refit", self.window == 0 and self.basis == "attention" and not self.joint)
         elif type(self.refit) is not bool:
             raise EigenAttnError(f"refit must be true or false, not {self.refit!r:.60}.")
+        if self.refit and self.joint:
+            raise EigenAttnError("decoders of joint latents are not refitted: leave out refit, or joint.")
         rules = {"error_budget": "error_budget", "energy": "energy", "bits_per_element": "sensitivity"}
         target = next((name for name in rules if targets[name] is not None), None)
         implied = rules.get(target)

@@ -290,6 +290,8 @@ def check_quantised(cache: Any, layer_idx: int, rows: tuple[Tensor, Tensor]) -> 
         return
     if rows[0].dtype == torch.uint8:
         raise EigenAttnError(f"the latents are quantised already, and {name} would do it again: use a dynamic cache.")
+    if not rows[1].shape[-1]:
+        raise EigenAttnError(f"{name} cannot hold latents that keys and values share: use a dynamic cache.")
     group = getattr(layer, "q_group_size", 1)
     sizes = [row.shape[1] * row.shape[-1] for row in rows]  # elements of a token
     if any(size % group for size in sizes):

@@ -28,17 +28,21 @@ class AttentionMoments:
 
     `a` is an attention weight, `p` the sum of a query's weights outside the window, `o` the sum of `a * v` there. Where
     N KV heads share a latent, `k` and `v` are the vectors of all of them, N * D dimensions: a key's weights are summed
-    over the heads, and each query head has an `o` of all values under its own attention.
+    over the heads, and each query head has an `o` of all values under its own attention. Where keys and values share a
+    latent too, `k` is both of them side by side, twice as many dimensions, and there is no `o`.
 
     Args:
         key_metric: `sum a q q^T` [G, D, D], each query seen in its key's frame and scaled to scores.
         key_second, key_first, key_weight: `sum a k k^T` [G/N, N * D, N * D], `sum a k` [G/N, N * D], `sum a` [G/N].
         value_metric: `sum W_O^T W_O` over the heads of a group [G, D, D].
-        output_second, output_first, output_weight: `sum o o^T`, `sum p o` and `sum p^2`, in the same shapes.
+        output_second, output_first, output_weight: `sum o o^T`, `sum p o` and `sum p^2`, in the same shapes, or of no
+            dimensions.
         window: tokens kept exactly, W.
         key_prior, value_prior: covariances of keys and values [G/N, N * D, N * D] where hidden states are white noise,
-            that is, what the projections alone make of any text; None without shrinkage.
+            that is, what the projections alone make of any text; None without shrinkage. Joint ones are both that of
+            keys and values side by side.
         shrinkage: share of the covariances that is to be taken from them, in [0, 1).
+        joint: whether keys and values share a latent.
     """
 
     key_metric: Tensor
@@ -53,15 +57,21 @@ class AttentionMoments:
     key_prior: Tensor | None = None
     value_prior: Tensor | None = None
     shrinkage: float = 0.0
+    joint: bool = False
     tokens: int = 0
 
     @classmethod
     def of(
-        cls, attention: EigenAttention, window: int, shared_heads: int = 1, shrinkage: float = 0.0
+        cls,
+        attention: EigenAttention,
+        window: int,
+        shared_heads: int = 1,
+        shrinkage: float = 0.0,
+        joint: bool = False,
     ) -> AttentionMoments:
         """Empty moments for a layer."""
         g, d = attention.kv_heads, attention.head_dim
-        priors = _priors(attention, shared_heads) if shrinkage else (None, None)
+        priors = _priors(attention, shared_heads, joint) if shrinkage else (None, None)
         with loaded(attention.output_projection):
             by_group = weight_of(attention.output_projection).detach().unflatten(1, (g, -1, d))  # [C, G, H/G, D]
             # A group at a time: a large model's whole weight takes much memory in float64.
@@ -72,9 +82,10 @@ class AttentionMoments:
 
         latents, size = g // shared_heads, shared_heads * d
         keys, outputs = (
-            (zeros(latents, size, size), zeros(latents, size), zeros(latents)) for _ in ("keys", "outputs")
+            (zeros(latents, n, n), zeros(latents, n), zeros(latents))
+            for n in ((2 * size, 0) if joint else (size, size))
         )
-        return cls(zeros(g, d, d), *keys, value_metric, *outputs, window, *priors, shrinkage)
+        return cls(zeros(g, d, d), *keys, value_metric, *outputs, window, *priors, shrinkage, joint)
 
     def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
         """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
@@ -97,12 +108,14 @@ class AttentionMoments:
             by_latent = weights.unflatten(1, (self.latents, -1))  # [B, G/N, H/G * N, block, stop]
             weights = weights.unflatten(1, (self.groups, -1))  # [B, G, H/G, block, stop]
             column_weight[..., :stop] += weights.sum((2, 3))
-            outputs = by_latent.to(v.dtype) @ shared_v[:, :, None, :stop]
-            self._add_outputs(outputs, by_latent.sum(-1, keepdim=True))
+            if not self.joint:
+                outputs = by_latent.to(v.dtype) @ shared_v[:, :, None, :stop]
+                self._add_outputs(outputs, by_latent.sum(-1, keepdim=True))
             if not attention.rotates:
                 share = weights.sum(-1, keepdim=True)
                 self.key_metric += self._gram(q[:, :, start:stop], share) * attention.scaling**2
-        self._add_keys(shared_k, column_weight.unflatten(1, (self.latents, -1)).sum(2))
+        kept = torch.cat([shared_k, shared_v], dim=-1) if self.joint else shared_k
+        self._add_keys(kept, column_weight.unflatten(1, (self.latents, -1)).sum(2))
         if attention.rotates:
             log_sum = torch.cat(log_sums, dim=-2)
             self._add_sampled_metric(attention, q_turned, k_turned, mask, column_weight, log_sum, kwargs, valid)
@@ -184,7 +197,7 @@ class AttentionMoments:
 
 
 @torch.no_grad()
-def _priors(attention: EigenAttention, shared_heads: int) -> tuple[Tensor, Tensor]:
+def _priors(attention: EigenAttention, shared_heads: int, joint: bool) -> tuple[Tensor, Tensor]:
     """Covariances of keys and of values of white hidden states, [G/N, N * D, N * D] in float64; always the same."""
     output = attention.output_projection
     generator = torch.Generator().manual_seed(0)
@@ -192,6 +205,7 @@ def _priors(attention: EigenAttention, shared_heads: int) -> tuple[Tensor, Tenso
     with loaded(attention):
         _, *sides = attention.project(states.to(execution_device(output), output.weight.dtype))
     rows = [x[0].unflatten(0, (-1, shared_heads)).transpose(1, 2).flatten(2).double() for x in sides]  # [G/N, n, N * D]
+    rows = [torch.cat(rows, dim=-1)] * 2 if joint else rows
     centred = [x - x.mean(1, keepdim=True) for x in rows]
     return tuple(x.transpose(1, 2) @ x / PRIOR_STATES for x in centred)
 

@@ -19,10 +19,14 @@ REACH = 8.0
 
 
 class Map(NamedTuple):
-    """What gives latents: `z = (x - mean) @ encoder`, with encoder [G, D, R] and mean [G, D] or None."""
+    """What gives latents: `z = (x - mean) @ encoder`, with encoder [G, D, R] and mean [G, D] or None.
+
+    Joint latents, which stand in the place of the keys', are of keys and values side by side.
+    """
 
     encoder: Tensor
     mean: Tensor | None
+    joint: bool = False
 
 
 @dataclass
@@ -82,8 +86,9 @@ class LatentHistograms:
 
     def __init__(self, keys: Map, values: Map, window: int) -> None:
         self.maps, self.window, self.tokens = (keys, values), window, 0
-        g, _, rank = keys.encoder.shape
-        self.keys, self.values = (Histograms.empty(keys.encoder, g, rank) for _ in range(2))
+        self.keys, self.values = (
+            Histograms.empty(each.encoder, len(each.encoder), each.encoder.shape[-1]) for each in self.maps
+        )
 
     def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
         """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
@@ -103,10 +108,14 @@ class LatentHistograms:
             weights = weights.unflatten(1, (groups, -1))  # [B, G, H/G, block, stop]
             first[..., :stop] += weights.sum((2, 3))
             second[..., :stop] += weights.square().sum((2, 3))
-        for side, x, weight, (encoder, mean) in zip(
+        for side, x, weight, (encoder, mean, joint) in zip(
             (self.keys, self.values), (k, v), (first, second), self.maps, strict=True
         ):
             latents = len(encoder)
-            x = x.float().unflatten(1, (latents, -1)).transpose(2, 3).flatten(3)  # [B, G/N, T, N * D]
+            if not encoder.shape[-1]:
+                continue
+            parts = (k, v) if joint else (x,)
+            shared = [part.float().unflatten(1, (latents, -1)).transpose(2, 3).flatten(3) for part in parts]
+            x = torch.cat(shared, dim=-1)  # [B, G/N, T, N * D]
             x = x if mean is None else x - mean.float().unsqueeze(1)
             side.add(x @ encoder.float(), weight.unflatten(1, (latents, -1)).sum(2))

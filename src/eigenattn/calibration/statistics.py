@@ -29,15 +29,20 @@ class LayerMoments:
 
     @classmethod
     def of(
-        cls, attention: EigenAttention, window: int = 0, shared_heads: int = 1, shrinkage: float = 0.0
+        cls,
+        attention: EigenAttention,
+        window: int = 0,
+        shared_heads: int = 1,
+        shrinkage: float = 0.0,
+        joint: bool = False,
     ) -> LayerMoments:
         """Empty moments for a layer. They are over all tokens, whatever the window, and of single heads.
 
         Raises:
-            EigenAttnError: if shrinkage is asked for, which the paper does not have.
+            EigenAttnError: if shrinkage or joint latents are asked for, which the paper does not have.
         """
-        if shrinkage:
-            raise EigenAttnError('shrinkage goes with the basis "attention" only.')
+        if shrinkage or joint:
+            raise EigenAttnError('shrinkage and joint latents go with the basis "attention" only.')
         shape = (attention.kv_heads, attention.head_dim, attention.head_dim)
         device = execution_device(attention.output_projection)
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)))

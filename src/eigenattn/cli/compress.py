@@ -50,6 +50,9 @@ def compress(
     shared_heads: Annotated[
         int, typer.Option(help="KV heads that share one latent: the same bytes, less lost, more arithmetic.")
     ] = 1,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Keys and values share latents too: less lost still, more arithmetic.")
+    ] = False,
     shrinkage: Annotated[
         float,
         typer.Option(help="Share of statistics taken from the weights, in [0, 1): for texts to come of another kind."),
@@ -95,6 +98,7 @@ def compress(
         rank_multiple=rank_multiple,
         window=window,
         shared_heads=shared_heads,
+        joint=joint,
         shrinkage=shrinkage,
         refit=refit,
     )

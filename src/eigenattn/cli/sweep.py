@@ -62,6 +62,7 @@ def sweep(
     ] = "sensitivity",
     window: Annotated[str, typer.Option(help="Exact tokens, with commas between them.")] = "32",
     shared_heads: Annotated[str, typer.Option(help="KV heads that share one latent, with commas between them.")] = "1",
+    joint: Annotated[bool, typer.Option("--joint", help="Keys and values share latents too.")] = False,
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
     shrinkage: Annotated[
         str, typer.Option(help="Shares of statistics taken from the weights, with commas between them.", metavar="LIST")
@@ -114,6 +115,7 @@ def sweep(
         _numbers("--bits-per-element", bits_per_element, float),
         refit,
         _numbers("--shrinkage", shrinkage, float),
+        joint,
     )
     sizes = _numbers("--samples", samples, int)
     if min(sizes, default=0) < 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,8 @@ class Quantiser:
 class Basis:
     """Encoder, decoder, mean and spectrum of each KV head of one layer, for keys or for values.
 
-    Where N KV heads share a latent, they count as one of G/N heads of N * D dimensions.
+    Where N KV heads share a latent, they count as one of G/N heads of N * D dimensions. A joint basis is of keys and
+    values side by side, twice as many, and there is an empty one in the place of the values'.
 
     Args:
         encoder: [G, D, R]; `z = (x - mean) @ encoder`.
@@ -41,6 +43,7 @@ class Basis:
             singular values). Not shortened by `truncate`.
         mean: [G, D], or None for a basis through the origin.
         quantiser: of the latents, or None for latents in the model's dtype.
+        joint: whether it is of keys and values together.
     """
 
     encoder: Tensor
@@ -48,6 +51,7 @@ class Basis:
     spectrum: Tensor
     mean: Tensor | None = None
     quantiser: Quantiser | None = None
+    joint: bool = False
 
     @property
     def rank(self) -> int:
@@ -57,7 +61,20 @@ class Basis:
         """The basis of the first `rank` directions; None at full rank, where there is nothing to gain from a basis."""
         if rank == self.encoder.shape[-2]:
             return None
-        return Basis(self.encoder[..., :rank], self.decoder[:, :rank], self.spectrum, self.mean)
+        encoder, decoder = self.encoder[..., :rank], self.decoder[:, :rank]
+        return dataclasses.replace(self, encoder=encoder, decoder=decoder)
+
+
+# Of keys and of values, for each layer.
+Bases = list[tuple[Basis, Basis]]
+
+
+def truncated(bases: Bases, ranks: Sequence[tuple[int, int]]) -> list[tuple[Basis | None, Basis | None]]:
+    """The bases of chosen ranks `(R_k, R_v)`, as `Basis.truncate` gives them."""
+    return [
+        (keys.truncate(rank_k), values.truncate(rank_v))
+        for (keys, values), (rank_k, rank_v) in zip(bases, ranks, strict=True)
+    ]
 
 
 def _orthonormal(moment: Tensor) -> Basis:
@@ -92,24 +109,36 @@ def attention(moments: AttentionMoments) -> tuple[Basis, Basis]:
     Returns:
         The bases of keys and of values at full rank, in float64; the spectrum is in units of the error itself.
     """
-    weight = moments.key_weight.clamp_min(TINY)
-    key_mean = moments.key_first / weight[:, None]
-    # Divided by the weight here, not there: the product is the sum of squared errors over all pairs.
-    key_covariance = moments.key_second / weight[:, None, None] - _outer(key_mean)
+    key_covariance, key_mean = covariance_under_attention(moments)
     key_covariance = _shrunk(key_covariance, moments.key_prior, moments.shrinkage)
-    keys = _weighted(_blocks(moments.key_metric, len(weight)), key_covariance, key_mean)
+    keys = best_maps(floored(blocks(moments.key_metric, len(key_mean))), key_covariance, key_mean)
     share = moments.output_weight.clamp_min(TINY)
     value_mean = moments.output_first / share[:, None]
-    value_covariance = moments.output_second - _outer(value_mean) * share[:, None, None]
+    value_covariance = moments.output_second - outer(value_mean) * share[:, None, None]
     value_covariance = _shrunk(value_covariance, moments.value_prior, moments.shrinkage)
-    return keys, _weighted(_blocks(moments.value_metric, len(share)), value_covariance, value_mean)
+    values = best_maps(floored(blocks(moments.value_metric, len(share))), value_covariance, value_mean)
+    return keys, values
+
+
+def covariance_under_attention(moments: AttentionMoments) -> tuple[Tensor, Tensor]:
+    """Covariance [G, D, D] and mean [G, D] of tokens, each counted with the attention it gets.
+
+    Divided by the weight here, not in the metric: the product is the sum of squared errors over all pairs.
+    """
+    weight = moments.key_weight.clamp_min(TINY)
+    mean = moments.key_first / weight[:, None]
+    return moments.key_second / weight[:, None, None] - outer(mean), mean
+
+
+def trace(x: Tensor) -> Tensor:
+    return x.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _shrunk(covariance: Tensor, prior: Tensor | None, shrinkage: float) -> Tensor:
     """A covariance [G, D, D], part of which is replaced by the prior, scaled to have its trace."""
     if not shrinkage:
         return covariance
-    own, other = (x.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] for x in (covariance, prior))
+    own, other = (trace(x)[:, None, None] for x in (covariance, prior))
     return (1 - shrinkage) * covariance + shrinkage * prior * own / other.clamp_min(TINY)
 
 
@@ -119,24 +148,26 @@ TINY = torch.finfo(torch.float64).tiny
 METRIC_FLOOR = 1e-4
 
 
-def _outer(x: Tensor) -> Tensor:
+def outer(x: Tensor) -> Tensor:
     return x.unsqueeze(-1) * x.unsqueeze(-2)
 
 
-def _blocks(metric: Tensor, count: int) -> Tensor:
+def blocks(metric: Tensor, count: int) -> Tensor:
     """Metrics of G heads [G, D, D] as block-diagonal ones of `count` groups of neighbours, [count, N * D, N * D]."""
     return torch.stack([torch.block_diag(*group) for group in metric.unflatten(0, (count, -1))])
 
 
-def _weighted(metric: Tensor, covariance: Tensor, mean: Tensor) -> Basis:
-    """Minimise `tr(M (I - E U)^T C (I - E U))` at every rank: [G, D, D] twice and [G, D]."""
-    d = metric.shape[-1]
+def floored(metric: Tensor) -> Tensor:
+    """Metrics [G, D, D] without directions that count for nothing."""
     floor = METRIC_FLOOR * metric.diagonal(dim1=-2, dim2=-1).mean(-1)
     # A head that nothing attends to from outside the window has no metric: any will do.
     floor = torch.where(floor > 0, floor, 1.0)
-    values, vectors = torch.linalg.eigh(
-        metric + floor[:, None, None] * torch.eye(d, dtype=metric.dtype, device=metric.device)
-    )
+    return metric + floor[:, None, None] * torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device)
+
+
+def best_maps(metric: Tensor, covariance: Tensor, mean: Tensor) -> Basis:
+    """Minimise `tr(M (I - E U)^T C (I - E U))` at every rank: [G, D, D] twice and [G, D]."""
+    values, vectors = torch.linalg.eigh(metric)
     root = (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
     inverse = (vectors / values.clamp_min(TINY).sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
     basis = _orthonormal(root @ covariance @ root)
@@ -148,7 +179,7 @@ class BasisMethod:
     """A kind of basis: what makes its empty moments, and what it makes of moments.
 
     Args:
-        moments: `of(attention, window, shared_heads=1, shrinkage=0.0)`.
+        moments: `of(attention, window, shared_heads=1, shrinkage=0.0, joint=False)`.
     """
 
     moments: Callable[..., Moments]

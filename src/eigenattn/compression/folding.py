@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache.packing import Widths
 from ..models.attention import EigenAttention
 from ..models.maps import MAPS, QUANTISERS
 from ..models.placement import execution_device
@@ -20,27 +21,42 @@ def attach(
     """Compress a layer with maps applied at run time; the projections stay as they are.
 
     Args:
-        keys, values: bases, or None for a side that stays as the original has it.
+        keys, values: bases, or None for a side that stays as the original has it. With a joint basis of `keys`, values
+            have none.
         window: exact tokens, W.
         shared_heads: KV heads that share a latent, N: the bases are of so many together.
     """
     detach(attention)
     attention.window, attention.shared_heads = window, shared_heads
-    attention.rank_k = attention.rank_v = attention.latent_dim
     output = attention.output_projection
     like = output.weight.requires_grad, {"device": execution_device(output), "dtype": output.weight.dtype}
+    ranks = [attention.latent_dim if basis is None else basis.rank for basis in (keys, values)]
+    if keys is not None and keys.joint:
+        ranks[1] = 0
+        if keys.quantiser is not None:
+            attention.widths_v = Widths(0, 0, 0)
+    attention.rank_k, attention.rank_v = ranks
     for side, basis in (("key", keys), ("value", values)):
         if basis is None:
             continue
-        setattr(attention, "rank_k" if side == "key" else "rank_v", basis.rank)
-        _set(attention, f"{side}_encoder", basis.encoder.transpose(-1, -2).flatten(0, 1), like)  # [G * R, D]
-        _set(attention, f"{side}_decoder", basis.decoder.flatten(0, 1), like)
-        if basis.mean is not None:
-            _set(attention, f"{side}_mean", basis.mean.flatten(), like)
+        _set_maps(attention, side, basis, like)
         if basis.quantiser is not None:
             setattr(attention, "widths_k" if side == "key" else "widths_v", basis.quantiser.widths)
             _set(attention, f"{side}_offset", basis.quantiser.offset.flatten(), like)
             _set(attention, f"{side}_step", basis.quantiser.step.flatten(), like)
+
+
+def _set_maps(attention: EigenAttention, side: str, basis: Basis, like: tuple[bool, dict[str, Any]]) -> None:
+    maps = (basis.encoder.transpose(-1, -2), basis.decoder, basis.mean)  # [G, R, D] twice and [G, D]
+    sides = [(side, maps)]
+    if basis.joint:
+        halves = zip(*(x.chunk(2, dim=-1) for x in maps), strict=True)
+        sides = list(zip(("key", "value"), halves, strict=True))
+    for name, (encoder, decoder, mean) in sides:
+        _set(attention, f"{name}_encoder", encoder.flatten(0, 1), like)  # [G * R, D]
+        _set(attention, f"{name}_decoder", decoder.flatten(0, 1), like)
+        if mean is not None:
+            _set(attention, f"{name}_mean", mean.flatten(), like)
 
 
 def detach(attention: EigenAttention) -> None:

@@ -155,7 +155,7 @@ class Measurement:
         In half precision the path through the window rounds otherwise than the original's, and that alone makes some
         divergence. What the layer costs at full rank is therefore taken off.
         """
-        full = (self.bases[0][0].encoder.shape[-2],) * 2
+        full = tuple(basis.encoder.shape[-2] for basis in self.bases[0])
         rounds = self.window > 0 and self.layers[0].output_projection.weight.dtype != torch.float32
         runs = [(index, pair) for index, pairs in wave.items() for pair in ([*pairs, full] if rounds else pairs)]
         found = {index: [] for index in wave}

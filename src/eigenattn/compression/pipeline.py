@@ -27,12 +27,13 @@ from ..models.parallel import check_whole
 from ..models.placement import input_device, loaded
 from ..progress import TokenProgress
 from ..version import versions
-from .bases import BASES, Basis
+from .bases import BASES, Bases, Basis, truncated
 from .checks import check_layer, check_range, check_vocabulary, check_weights
 from .folding import compress_layer
+from .joint import joint_bases
 from .measure import Measurement
 from .quantise import equivalent_ratio, fit_quantisers, quantise_bases
-from .ranks import RANK_RULES, RankProblem, sensitivities, smallest
+from .ranks import RANK_RULES, RankProblem, sensitivities
 from .refit import refit
 from .resuming import KeptMoments, Notes
 
@@ -118,7 +119,8 @@ def compress(
         stream = _Stream(batches, model, device, twice=config.refit or config.bits_per_element is not None)
         with clock.stage("statistics"):
             total = len(batches) if hasattr(batches, "__len__") else None
-            asked = config.window, config.shared_heads, config.shrinkage
+            joint = config.joint and config.kv_ratio != 1
+            asked = config.window, config.shared_heads, config.shrinkage, joint
             kept = KeptMoments(lambda attention: method.moments(attention, *asked), journal)
             moments = collect_moments(
                 model, layers, bars.batches("Calibrating", kept.batches(stream), total), kept.empty
@@ -128,10 +130,16 @@ def compress(
                 f"the calibration sequences have {stream.longest} tokens at most, and the window keeps {config.window} "
                 "exactly: nothing lies outside. Give longer ones, or a smaller window."
             )
+        notes = Notes(journal)
+
+        def problem_of(bases: Bases) -> RankProblem:
+            costs = Measurement(model, layers, bases, config.window, stream.kept, bars, notes)
+            return RankProblem.of(bases, config, costs)
+
         with clock.stage("bases"):
-            bases = [method.build(sums) for sums in moments]
+            bases = joint_bases(moments, problem_of) if joint else [method.build(sums) for sums in moments]
         with clock.stage("ranks"):
-            chosen = _choose(model, layers, bases, config, stream, bars, journal)
+            chosen = _choose(model, layers, bases, config, problem_of(bases), stream, bars)
         if config.refit and any(values is not None for _, values in chosen):
             with clock.stage("refit"):
                 chosen = refit(
@@ -147,7 +155,7 @@ def compress(
         model.train(was_training)
     del originals
     if all(basis is None for pair in chosen for basis in pair):
-        config = dataclasses.replace(config, window=0, shared_heads=1)  # at full rank everything is exact
+        config = dataclasses.replace(config, window=0, shared_heads=1, joint=False)  # at full rank everything is exact
     with clock.stage("folding"):
         for attention, (keys, values) in zip(layers, chosen, strict=True):
             with loaded(attention):
@@ -186,24 +194,17 @@ def check_sharing(kv_heads: int, *shared_heads: int) -> None:
 def _choose(
     model: nn.Module,
     layers: list[EigenAttention],
-    bases: list[tuple[Basis, Basis]],
+    bases: Bases,
     config: EigenAttentionConfig,
+    problem: RankProblem,
     stream: _Stream,
     bars: TokenProgress,
-    journal: Journal | None,
 ) -> list[tuple[Basis | None, Basis | None]]:
     """The bases to attach: truncated, or quantised; None for a side that stays at full rank."""
     if config.kv_ratio == 1:
         return [(None, None)] * len(layers)
-    costs = Measurement(model, layers, bases, config.window, stream.kept, bars, Notes(journal))
-    spectra = [[basis.spectrum.cpu() for basis in side] for side in zip(*bases, strict=True)]
-    problem = RankProblem(spectra[0], spectra[1], config, costs)
     if config.bits_per_element is None:
-        ranks = RANK_RULES[config.ranks](problem)
-        return [
-            (keys.truncate(rank_k), values.truncate(rank_v))
-            for (keys, values), (rank_k, rank_v) in zip(bases, ranks, strict=True)
-        ]
+        return truncated(bases, RANK_RULES[config.ranks](problem))
     fitted = fit_quantisers(
         model, layers, bases, bars.batches("Fitting quantisers", stream.again(), stream.count), config.window
     )
@@ -213,9 +214,7 @@ def _choose(
 
 def quantised_problem(problem: RankProblem, bits_per_element: float) -> RankProblem:
     """The problem near whose solution sensitivities are measured for quantised latents of so many bits an element."""
-    ratio = max(equivalent_ratio(bits_per_element), problem.ratio(smallest(problem)))
-    near = dataclasses.replace(problem.config, bits_per_element=None, kv_ratio=ratio)
-    return dataclasses.replace(problem, config=near)
+    return problem.at(equivalent_ratio(bits_per_element))
 
 
 class _Stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -219,7 +220,8 @@ def quantised(basis: Basis, fitted: Fit, widths: Tensor) -> Basis:
     )
     quantiser = Quantiser(offset, step, Widths(*(stored.count(bits) for bits in BITS)))
     order = order.to(basis.encoder.device)
-    return Basis(basis.encoder[..., order], basis.decoder[:, order], basis.spectrum, basis.mean, quantiser)
+    encoder, decoder = basis.encoder[..., order], basis.decoder[:, order]
+    return dataclasses.replace(basis, encoder=encoder, decoder=decoder, quantiser=quantiser)
 
 
 class Fitted(NamedTuple):
@@ -246,7 +248,7 @@ def fit_quantisers(
         window: exact tokens, W.
     """
     maps = {
-        attention.layer_idx: [Map(basis.encoder, basis.mean) for basis in pair]
+        attention.layer_idx: [Map(basis.encoder, basis.mean, basis.joint) for basis in pair]
         for attention, pair in zip(layers, bases, strict=True)
     }
     found = collect_moments(
@@ -276,7 +278,7 @@ def quantise_bases(
     weights: Sequence[Sequence[float]],
     bits_per_element: float,
     multiple: int = GROUP,
-) -> list[tuple[Basis, Basis]]:
+) -> list[tuple[Basis, Basis | None]]:
     """Share bits out over all layers, keys and values, and give the bases of what is stored.
 
     Args:
@@ -287,12 +289,17 @@ def quantise_bases(
     Raises:
         EigenAttnError: if the budget is too small.
     """
-    costs = [cost for layer in fitted for cost in (layer.key_costs, layer.value_costs)]
-    heads = [len(basis.encoder) for pair in bases for basis in pair]
     elements = sum(2 * attention.kv_heads * attention.head_dim for attention in layers)
-    flat = [weight for pair in weights for weight in pair]
-    widths = allocate(costs, flat, heads, bits_per_element * elements / 8, multiple)
-    return [
-        (quantised(keys, layer.keys, width_k), quantised(values, layer.values, width_v))
-        for (keys, values), layer, width_k, width_v in zip(bases, fitted, widths[::2], widths[1::2], strict=True)
+    sides = [  # whose channels are shared out; the values' basis beside a joint one has none
+        (basis, fit, cost, weight)
+        for pair, layer, both in zip(bases, fitted, weights, strict=True)
+        for basis, fit, cost, weight in zip(
+            pair, (layer.keys, layer.values), (layer.key_costs, layer.value_costs), both, strict=True
+        )
+        if basis.rank
     ]
+    found, fits, costs, flat = zip(*sides, strict=True)
+    heads = [len(basis.encoder) for basis in found]
+    widths = allocate(costs, flat, heads, bits_per_element * elements / 8, multiple)
+    made = iter(quantised(basis, fit, each) for basis, fit, each in zip(found, fits, widths, strict=True))
+    return [(next(made), next(made) if values.rank else None) for _, values in bases]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import EigenAttentionConfig
+from ..config import TARGETS, EigenAttentionConfig
 from ..errors import EigenAttnError
+from .bases import Bases
 
 Ranks = list[tuple[int, int]]
 
@@ -36,7 +38,8 @@ class RankProblem:
     """What a rank rule may look at.
 
     Args:
-        keys, values: spectra of each layer, [G, D], descending.
+        keys, values: spectra of each layer, [G, D], descending. Where keys and values share a latent, that of keys is
+            of both, and that of values [G, 0].
         config: the target, and the multiple that ranks are held to.
         costs: measures what truncation costs, by running the model.
     """
@@ -46,6 +49,17 @@ class RankProblem:
     config: EigenAttentionConfig
     costs: Costs
 
+    @classmethod
+    def of(cls, bases: Bases, config: EigenAttentionConfig, costs: Costs) -> RankProblem:
+        """The problem of bases at full rank."""
+        keys, values = ([basis.spectrum.cpu() for basis in side] for side in zip(*bases, strict=True))
+        return cls(keys, values, config, costs)
+
+    def at(self, kv_ratio: float) -> RankProblem:
+        """The same for a KV ratio, or the smallest one that can be met, whatever the target was."""
+        targets = dict.fromkeys(TARGETS) | {"kv_ratio": max(kv_ratio, self.ratio(smallest(self)))}
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **targets, ranks="sensitivity"))
+
     def allowed(self, head_dim: int) -> list[int]:
         """Ranks a side may have: multiples of `rank_multiple` and the head dimension."""
         multiple = self.config.rank_multiple
@@ -54,7 +68,12 @@ class RankProblem:
     def ratio(self, ranks: Ranks) -> float:
         """The KV ratio of a choice."""
         kept = sum(spectrum.shape[0] * sum(pair) for spectrum, pair in zip(self.keys, ranks, strict=True))
-        return kept / sum(2 * spectrum.numel() for spectrum in self.keys)
+        return kept / self.elements
+
+    @property
+    def elements(self) -> int:
+        """Elements of a token's keys and values, all layers together."""
+        return sum(spectrum.numel() for spectrum in (*self.keys, *self.values))
 
     def at_energy(self, epsilon: float) -> Ranks:
         """The smallest ranks that keep a share `epsilon` of the squared singular values in every head."""
@@ -169,24 +188,42 @@ def measured_costs(problem: RankProblem) -> list[tuple[Tensor, Tensor]]:
 def _measured_weights(problem: RankProblem) -> list[tuple[Tensor, Tensor]]:
     """What a unit of its tail costs each side at every rank: as `measured_costs`, over the tail."""
     tails = [tuple(_tail(spectrum) for spectrum in pair) for pair in zip(problem.keys, problem.values, strict=True)]
-    allowed = [problem.allowed(spectrum.shape[-1]) for spectrum in problem.keys]
     measured: list[tuple[dict[int, float], dict[int, float]]] = [({}, {}) for _ in tails]
     ranks = uniform(problem)
     for _ in range(2):
-        chosen = [
-            [_unmeasured(choices, rank, points) for rank, points in zip(pair, sides, strict=True)]
-            for choices, pair, sides in zip(allowed, ranks, measured, strict=True)
-        ]
-        trials = [[(rank_k, top[-1]), (top[-1], rank_v)] for (rank_k, rank_v), top in zip(chosen, allowed, strict=True)]
-        for pair, costs, sides in zip(chosen, problem.costs.divergences(trials), measured, strict=True):
-            for rank, cost, points in zip(pair, costs, sides, strict=True):
-                points[rank] = cost
+        _measure(problem, ranks, measured)
         weights = [
             tuple(_interpolated(tail, points) for tail, points in zip(*pair, strict=True))
             for pair in zip(tails, measured, strict=True)
         ]
         ranks = allot(problem, _costs(problem, weights))
     return weights
+
+
+def first_weights(problem: RankProblem) -> list[list[float]]:
+    """What a unit of its keys' and of its values' tail costs the model, for each layer, at a uniform truncation."""
+    measured: list[tuple[dict[int, float], dict[int, float]]] = [({}, {}) for _ in problem.keys]
+    _measure(problem, uniform(problem), measured)
+    found = []
+    for pair, sides in zip(zip(problem.keys, problem.values, strict=True), measured, strict=True):
+        rows = zip(pair, sides, strict=True)
+        found.append([float(_interpolated(_tail(spectrum).cpu(), points)[0]) for spectrum, points in rows])
+    return found
+
+
+def _measure(problem: RankProblem, ranks: Ranks, measured: Sequence[tuple[dict[int, float], dict[int, float]]]) -> None:
+    """Measure what each side costs, truncated by itself near these ranks, and note it at the rank."""
+    trials: list[Ranks] = []
+    noted: list[list[tuple[dict[int, float], int]]] = []
+    for pair, sides, *spectra in zip(ranks, measured, problem.keys, problem.values, strict=True):
+        allowed = [problem.allowed(spectrum.shape[-1]) for spectrum in spectra]
+        top_k, top_v = (choices[-1] for choices in allowed)
+        rank_k, rank_v = (_unmeasured(*each) for each in zip(allowed, pair, sides, strict=True))
+        trials.append([(rank_k, top_v), (top_k, rank_v)] if top_v else [(rank_k, top_v)])
+        noted.append([(sides[0], rank_k), (sides[1], rank_v)][: len(trials[-1])])
+    for costs, points in zip(problem.costs.divergences(trials), noted, strict=True):
+        for cost, (at, rank) in zip(costs, points, strict=True):
+            at[rank] = cost
 
 
 def _costs(problem: RankProblem, weights: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -226,8 +263,9 @@ def allot(problem: RankProblem, costs: Sequence[tuple[Tensor, Tensor]]) -> Ranks
             allowed = problem.allowed(spectrum.shape[-1])
             sides.append((_convex(allowed, curve[allowed].tolist()), allowed, spectrum.shape[0]))
     chosen = [0] * len(sides)
-    total = sum(2 * spectrum.numel() for spectrum in problem.keys)
-    left = problem.config.kv_ratio * total * (1 + 1e-12) - sum(heads * allowed[0] for _, allowed, heads in sides)
+    left = problem.config.kv_ratio * problem.elements * (1 + 1e-12) - sum(
+        heads * allowed[0] for _, allowed, heads in sides
+    )
     if left < 0:
         return _largest_within(problem, [smallest(problem)])  # raises
 
@@ -281,7 +319,10 @@ def _tail(spectrum: Tensor) -> Tensor:
 
 def smallest(problem: RankProblem) -> Ranks:
     """The smallest ranks allowed."""
-    return [(problem.allowed(s.shape[-1])[0],) * 2 for s in problem.keys]
+    return [
+        (problem.allowed(keys.shape[-1])[0], problem.allowed(values.shape[-1])[0])
+        for keys, values in zip(problem.keys, problem.values, strict=True)
+    ]
 
 
 def _largest_within(problem: RankProblem, choices: Iterable[Ranks]) -> Ranks:

@@ -16,8 +16,9 @@ from torch import nn
 
 from ..cache.size import Shape, baseline_bytes_per_token, bytes_per_token, cache_bytes
 from ..calibration.statistics import Batch, collect_moments
-from ..compression.bases import BASES, Basis
+from ..compression.bases import BASES, Bases, truncated
 from ..compression.folding import attach, detach
+from ..compression.joint import joint_bases
 from ..compression.measure import Measurement
 from ..compression.pipeline import COST_TOKENS, check_sharing, quantised_problem
 from ..compression.quantise import Fitted, equivalent_ratio, fit_quantisers, quantise_bases
@@ -46,10 +47,12 @@ class Cell(NamedTuple):
     bits_per_element: float | None = None
     refit: bool | None = None
     shrinkage: float = 0.0
+    joint: bool = False
 
     @property
     def kind(self) -> str:
-        shared = "" if self.shared_heads == 1 else f":{self.shared_heads}"
+        joint = "kv" if self.joint else ""
+        shared = "" if self.shared_heads == 1 and not joint else f":{self.shared_heads}{joint}"
         return f"{self.basis}{shared}{f'~{self.shrinkage:g}' if self.shrinkage else ''}"
 
     @property
@@ -91,6 +94,7 @@ class Grid:
     bits_per_element: Sequence[float] = ()
     refit: bool | None = None
     shrinkage: Sequence[float] = (0.0,)
+    joint: bool = False
 
     def __post_init__(self) -> None:
         sizes = (*self.kv_ratios, *self.bits_per_element)
@@ -117,7 +121,7 @@ class Grid:
         for basis, window, shared, shrinkage in itertools.product(
             *map(dict.fromkeys, (self.bases, self.windows, self.shared_heads, self.shrinkage))
         ):
-            some = Cell(basis, "sensitivity", window, shared, None, refit=self.refit, shrinkage=shrinkage)
+            some = Cell(basis, "sensitivity", window, shared, None, None, self.refit, shrinkage, self.joint)
             rules = dict.fromkeys(self.ranks)
             cells += [some._replace(ranks=rule, kv_ratio=ratio) for rule in rules for ratio in ratios]
             if basis == "attention":
@@ -148,7 +152,7 @@ def added(seconds: dict[str, float], stage: str) -> Iterator[None]:
 class Statistics:
     """What all cells with one basis, window and number of shared heads have in common."""
 
-    bases: list[tuple[Basis, Basis]]
+    bases: Bases
     problem: RankProblem
     shared: SharedCosts
     quantisers: Callable[[], list[Fitted]]
@@ -198,10 +202,7 @@ class SweepModel:
             with added(self.seconds, "ranks"):
                 problem = dataclasses.replace(made.problem, config=self.grid.config(cell), costs=costs)
                 ranks = RANK_RULES[cell.ranks](problem)
-            chosen = [
-                (keys.truncate(rank_k), values.truncate(rank_v))
-                for (keys, values), (rank_k, rank_v) in zip(made.bases, ranks, strict=True)
-            ]
+            chosen = truncated(made.bases, ranks)
         else:
             fitted = made.quantisers()
             with added(self.seconds, "ranks"):
@@ -233,14 +234,18 @@ class SweepModel:
                 self.model,
                 self.layers,
                 self.bars.batches("Calibrating", self.batches, len(self.batches)),
-                lambda attention: method.moments(attention, cell.window, cell.shared_heads, cell.shrinkage),
+                lambda attention: method.moments(attention, cell.window, cell.shared_heads, cell.shrinkage, cell.joint),
             )
-            bases = [method.build(sums) for sums in moments]
         count = math.ceil(COST_TOKENS / self.batches[0].tokens)
-        costs = Measurement(self.model, self.layers, bases, cell.window, self.batches[:count], self.bars)
-        keys, values = ([basis.spectrum.cpu() for basis in side] for side in zip(*bases, strict=True))
         middle = cell._replace(kv_ratio=self.grid.anchor, bits_per_element=None, ranks="sensitivity")
-        problem = RankProblem(keys, values, self.grid.config(middle), costs)
+
+        def problem_of(bases: Bases) -> RankProblem:
+            costs = Measurement(self.model, self.layers, bases, cell.window, self.batches[:count], self.bars)
+            return RankProblem.of(bases, self.grid.config(middle), costs)
+
+        with added(self.seconds, "ranks" if cell.joint else "statistics"):
+            bases = joint_bases(moments, problem_of) if cell.joint else [method.build(sums) for sums in moments]
+        problem = problem_of(bases)
 
         @cache
         def quantisers() -> list[Fitted]:

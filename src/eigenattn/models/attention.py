@@ -35,7 +35,8 @@ class EigenAttention(LatentMaps):
     With a window W the last W tokens are kept exactly, and nothing is folded: see `eigenattn.models.windowed`.
 
     N neighbouring KV heads may share one latent (`shared_heads`): it is made of all their vectors, and every head
-    decodes its own vectors from the whole of it. Nothing is folded then either.
+    decodes its own vectors from the whole of it. A token's keys and values may share one, too (`joint`). Nothing is
+    folded then either.
 
     Latents may be quantised, each channel by a static uniform quantiser of its own (`QUANTISERS`): the cache then holds
     packed codes, and attention the latents that codes stand for, with a cache or without.
@@ -106,7 +107,7 @@ class EigenAttention(LatentMaps):
     @property
     def keeps_projections(self) -> bool:
         """Whether all maps are applied at run time, and the projections stay the original's."""
-        return self.window > 0 or self.shared_heads > 1
+        return self.window > 0 or self.shared_heads > 1 or self.joint
 
     @property
     def folds(self) -> Heads:
@@ -133,7 +134,8 @@ class EigenAttention(LatentMaps):
         """Take the shapes that ranks ask for, folded, with values left empty: what a loader then fills.
 
         Args:
-            rank_k, rank_v: ranks of keys and of values; full rank means untouched, unless it is quantised.
+            rank_k, rank_v: ranks of keys and of values; full rank means untouched, unless it is quantised. Where
+                `rank_v` is 0, keys and values share latents of rank `rank_k`.
             centred: whether the bases have means, which fold into biases.
             window: exact tokens, W; with a window the projections keep their shapes.
             widths_k, widths_v: of quantised latents; both or none.
@@ -143,7 +145,8 @@ class EigenAttention(LatentMaps):
         self.rank_k, self.rank_v, self.window = rank_k, rank_v, window
         self.widths_k, self.widths_v = widths_k, widths_v
         d, full, folds = self.head_dim, self.latent_dim, self.folds
-        small_k, small_v = rank_k < full or widths_k is not None, rank_v < full or widths_v is not None
+        small_k = rank_k < full or self.joint or widths_k is not None
+        small_v = rank_v < full or widths_v is not None
         self.projected = (
             rank_k if folds.query else d,
             rank_k if folds.key else d,
@@ -158,12 +161,12 @@ class EigenAttention(LatentMaps):
             "value_encoder": small_v and not folds.value,
             "value_decoder": small_v and self.keeps_projections,
             "value_mean": small_v and centred and not folds.value,
-            **dict.fromkeys(QUANTISERS, widths_k is not None),
+            **{name: widths_k is not None and (name.startswith("key") or not self.joint) for name in QUANTISERS},
         }
         output = self.output_projection
         factory = {"device": execution_device(output), "dtype": output.weight.dtype}
         for name in (name for name, keep in kept.items() if keep):
-            rank = rank_k if name.startswith("key") else rank_v
+            rank = self.rank_of(name.split("_")[0])
             if name in QUANTISERS:
                 shape = (self.latent_heads * rank,)
             else:

@@ -29,7 +29,8 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
     """What `config.json` carries as `quantization_config`: the ranks, and how they came about.
 
     Args:
-        layers: `{"rank_k": R_k, "rank_v": R_v}` for each layer; with quantised latents also `widths_k` and `widths_v`,
+        layers: `{"rank_k": R_k, "rank_v": R_v}` for each layer, R_v being 0 where keys and values share latents of rank
+            R_k; with quantised latents also `widths_k` and `widths_v`,
             each the number of channels of 8, 4 and 2 bits.
         centred: whether the bases have means.
         method: the `EigenAttentionConfig` of the compression, as a dictionary.
@@ -86,7 +87,7 @@ def _is_layer(layer: Any) -> bool:
     if not isinstance(layer, dict):
         return False
     ranks, widths = ([layer.get(name) for name in names] for names in (RANKS, WIDTHS))
-    if not all(type(rank) is int and rank > 0 for rank in ranks):
+    if not all(type(rank) is int and rank >= least for rank, least in zip(ranks, (1, 0), strict=True)):
         return False
     return widths == [None, None] or all(map(_are_widths, widths, ranks))
 
@@ -113,10 +114,9 @@ def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) ->
             raise EigenAttnError(
                 f"the checkpoint has {shared} KV heads share a latent, and the model has {attention.kv_heads}."
             )
-        if max(ranks.values()) > attention.head_dim * shared:
-            raise EigenAttnError(
-                f"layer {index} of the checkpoint has ranks {ranks}, above full rank, {attention.head_dim * shared}."
-            )
+        full = attention.head_dim * shared * (1 if layer["rank_v"] else 2)
+        if max(ranks.values()) > full:
+            raise EigenAttnError(f"layer {index} of the checkpoint has ranks {ranks}, above full rank, {full}.")
         longest = getattr(attention.config, "max_position_embeddings", None) or MOST_WINDOW
         if config.method["window"] > longest:
             raise EigenAttnError(

@@ -130,7 +130,7 @@ def _decode(
     out = decode(
         q[:, :, 0],
         keys,
-        values,
+        keys if attention.joint else values,
         keys=side_k,
         values=side_v,
         scale=attention.scaling,

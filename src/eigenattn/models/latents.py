@@ -42,12 +42,11 @@ def attend_to_latents(
         k, v = held.keys, held.values
         columns = for_each_query_head(attention, held.columns)
     length = k.shape[-2] if cache is None else cache.get_seq_length(attention.layer_idx)
-    packed = cache is not None and attention.widths_k is not None
     if has_kernel(attention, q, cache, kwargs):
         return decode_latents(attention, q, k, v, rotates=decodes_keys, length=length, kwargs=kwargs), None
     if is_long(attention, q, k.shape[-2], cache, kwargs):
-        return read_latents(attention, q, Far(k, v), packed, decodes_keys, length, kwargs), None
-    if packed:
+        return read_latents(attention, q, Far(k, v), cache is not None, decodes_keys, length, kwargs), None
+    if cache is not None:
         k, v = attention.restored(k, v, q.dtype)
     seen = k.shape[-2] if columns is None else length
     if decodes_keys:

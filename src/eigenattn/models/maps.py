@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from ..cache.packing import Widths, dequantise, pack, quantise, unpack
 
 # A side at full rank needs none of these. Maps are stored as [G * R, D] and means as [G * D], so that tensor
-# parallelism can split them by head. Where N KV heads share a latent, maps are [G/N * R, N * D].
+# parallelism can split them by head. Where N KV heads share a latent, maps are [G/N * R, N * D]. Where keys and values
+# share one, both sides' maps are to and from it, and R is its rank.
 MAPS = ("key_encoder", "key_decoder", "key_mean", "value_encoder", "value_decoder", "value_mean")
-# Value of code 0, and distance of codes, of each channel of a quantised latent: stored as [G * R].
+# Value of code 0, and distance of codes, of each channel of a quantised latent: stored as [G * R]. A joint
+# latent's stand where the keys' do.
 QUANTISERS = ("key_offset", "key_step", "value_offset", "value_step")
 
 
@@ -30,6 +32,15 @@ class LatentMaps(nn.Module):
     widths_v: Widths | None
 
     @property
+    def joint(self) -> bool:
+        """Whether a token's keys and values share a latent: it stands where those of keys do, and values have none."""
+        return self.rank_v == 0
+
+    def rank_of(self, side: str) -> int:
+        """Size of the latents that keys, or values, are decoded from."""
+        return self.rank_k if side == "key" or self.joint else self.rank_v
+
+    @property
     def latent_heads(self) -> int:
         """Latents of keys, and of values, that a token has: G/N."""
         return self.kv_heads // self.shared_heads
@@ -44,7 +55,7 @@ class LatentMaps(nn.Module):
         stored = local_part(getattr(self, name))
         if stored.dim() == 1:
             return stored.view(-1, 1, self.latent_dim)
-        return stored.view(-1, self.rank_k if name.startswith("key") else self.rank_v, self.latent_dim)
+        return stored.view(-1, self.rank_of(name.split("_")[0]), self.latent_dim)
 
     def by_head(self, name: str) -> Tensor:
         """A decoder as [G, R, D], or a mean as [G, 1, D]."""
@@ -55,8 +66,15 @@ class LatentMaps(nn.Module):
         return x.unflatten(1, (-1, self.shared_heads)).transpose(2, 3).flatten(3)
 
     def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, G, T, D] to latents [B, G/N, T, R]; what is latent already, or at full rank, passes."""
-        return self._encode(keys, "key"), self._encode(values, "value")
+        """Keys and values [B, G, T, D] to latents [B, G/N, T, R]; what is latent already, or at full rank, passes.
+
+        A joint latent comes in the place of the keys', and nothing, [B, G/N, T, 0], in that of the values'.
+        """
+        latents_k, latents_v = self._encode(keys, "key"), self._encode(values, "value")
+        if self.joint:
+            latents_k = latents_k + latents_v
+            latents_v = latents_k[..., :0]
+        return latents_k, latents_v
 
     def _encode(self, x: Tensor, side: str) -> Tensor:
         if getattr(self, f"{side}_encoder") is None:
@@ -68,6 +86,7 @@ class LatentMaps(nn.Module):
 
     def quantiser(self, side: str) -> tuple[Tensor, Tensor, Widths]:
         """Offset and step [G/N, 1, R], and widths."""
+        side = "key" if self.joint else side
         offset, step = (
             local_part(getattr(self, f"{side}_{name}")).view(self.latent_heads, 1, -1) for name in ("offset", "step")
         )
@@ -78,20 +97,22 @@ class LatentMaps(nn.Module):
 
         Bytes carry no gradients: quantised models are trained without a cache.
         """
-        latents = self.encode(keys, values)
-        return (
-            latents if self.widths_k is None else (self._packed(latents[0], "key"), self._packed(latents[1], "value"))
-        )
+        latents_k, latents_v = self.encode(keys, values)
+        if self.widths_k is None:
+            return latents_k, latents_v
+        packed = self._packed(latents_k, "key")
+        return packed, packed[..., :0] if self.joint else self._packed(latents_v, "value")
 
     def _packed(self, latents: Tensor, side: str) -> Tensor:
         offset, step, widths = self.quantiser(side)
         return pack(quantise(latents, offset, step, widths), widths)
 
     def restored(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Latents [B, G/N, S, R] of keys and values that the cache holds; packed ones in `dtype`."""
-        if self.widths_k is None:
-            return keys, values
-        return self._unpacked(keys, "key", dtype), self._unpacked(values, "value", dtype)
+        """Latents [B, G/N, S, R] to decode keys and values from, of what the cache holds; packed ones in `dtype`."""
+        if self.widths_k is not None:
+            keys = self._unpacked(keys, "key", dtype)
+            values = values if self.joint else self._unpacked(values, "value", dtype)
+        return keys, keys if self.joint else values
 
     def _unpacked(self, packed: Tensor, side: str, dtype: torch.dtype) -> Tensor:
         offset, step, widths = self.quantiser(side)
@@ -102,10 +123,11 @@ class LatentMaps(nn.Module):
 
         Gradients pass the quantisers as if they were not there (the straight-through estimator, arXiv 1308.3432).
         """
-        latents = self.encode(keys, values)
-        if self.widths_k is None:
-            return latents
-        return self._rounded(latents[0], "key"), self._rounded(latents[1], "value")
+        latents_k, latents_v = self.encode(keys, values)
+        if self.widths_k is not None:
+            latents_k = self._rounded(latents_k, "key")
+            latents_v = latents_v if self.joint else self._rounded(latents_v, "value")
+        return latents_k, latents_k if self.joint else latents_v
 
     def _rounded(self, latents: Tensor, side: str) -> Tensor:
         offset, step, widths = self.quantiser(side)

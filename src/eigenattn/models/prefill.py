@@ -30,24 +30,24 @@ def is_long(attention: EigenAttention, q: Tensor, columns: int, cache: Any, kwar
 
 
 def read_latents(
-    attention: EigenAttention, q: Tensor, held: Far, packed: bool, rotates: bool, length: int, kwargs: dict[str, Any]
+    attention: EigenAttention, q: Tensor, held: Far, stored: bool, rotates: bool, length: int, kwargs: dict[str, Any]
 ) -> Tensor:
     """The output [B, H, T, D or R_v] of queries over all tokens up to their own, without a window.
 
     Args:
         q: rotated to their positions; taken to the small space where keys do not rotate.
-        held: keys and values of all tokens; packed: whether they are codes.
+        held: keys and values of all tokens; stored: whether they are as a cache holds them.
         rotates: whether keys are decoded and rotated.
         length: tokens the cache has seen.
     """
     columns, t = held.keys.shape[-2], q.shape[-2]
     first = min(int(length), columns) - t
-    decode = _decoder(attention, q, held, packed, rotates, rotates, columns, length, kwargs)
+    decode = _decoder(attention, q, held, stored, rotates, rotates, columns, length, kwargs)
     parts = chunked.attend_far(
         q,
         decode,
         keys=first + t,
-        size=attention.rank_v if packed else held.values.shape[-1],
+        size=_summed(attention, held),
         seen_by_all=first + 1,
         first=first,
         mask=_mask(attention, q, columns, first, kwargs),
@@ -58,7 +58,7 @@ def read_latents(
 
 
 def read_with_window(
-    attention: EigenAttention, q: Tensor, far: Far, near: Near, packed: bool, columns: int, kwargs: dict[str, Any]
+    attention: EigenAttention, q: Tensor, far: Far, near: Near, stored: bool, columns: int, kwargs: dict[str, Any]
 ) -> Tensor:
     """The output [B, H, T, D] of queries before rotation, over latents and the exact window."""
     t, window, rotates = q.shape[-2], attention.window, attention.rotates
@@ -78,9 +78,9 @@ def read_with_window(
     seen_by_all = max(query_first - window + 1, near_first, 0)
     parts = chunked.attend_far(
         q_far,
-        _decoder(attention, q, far, packed, decodes, rotates, columns, length, kwargs),
+        _decoder(attention, q, far, stored, decodes, rotates, columns, length, kwargs),
         keys=min(max(length - window, near_first, 0), far.keys.shape[-2]),
-        size=attention.rank_v if packed else far.values.shape[-1],
+        size=_summed(attention, far),
         seen_by_all=seen_by_all,
         first=query_first - window,
         **options,
@@ -96,6 +96,11 @@ def read_with_window(
     return sums + (exact.out * (exact.mass - together).exp_()).to(q.dtype)
 
 
+def _summed(attention: EigenAttention, held: Far) -> int:
+    """Size of what attention sums: of values, or of the latents they are decoded from."""
+    return attention.rank_of("value") if attention.widths_k is not None or attention.joint else held.values.shape[-1]
+
+
 def _positions(columns: int, length: int, kwargs: dict[str, Any]) -> Tensor:
     """[B or 1, columns]."""
     return key_positions(kwargs["position_ids"], columns, length)
@@ -105,7 +110,7 @@ def _decoder(
     attention: EigenAttention,
     q: Tensor,
     held: Far,
-    packed: bool,
+    stored: bool,
     decodes: bool,
     rotates: bool,
     columns: int,
@@ -117,7 +122,7 @@ def _decoder(
 
     def decode(start: int, stop: int) -> tuple[Tensor, Tensor]:
         keys, values = (x[:, :, start:stop] for x in held[:2])
-        if packed:
+        if stored:
             keys, values = attention.restored(keys, values, q.dtype)
         if decodes:
             keys = attention.decode(keys, "key")

@@ -58,8 +58,7 @@ def attend_with_window(
         if has_kernel(attention, q, cache, kwargs):
             return decode_with_window(attention, q, far, near, columns, kwargs), None
         if is_long(attention, q, columns, cache, kwargs):
-            packed = attention.widths_k is not None
-            return read_with_window(attention, q, far, near, packed, columns, kwargs), None
+            return read_with_window(attention, q, far, near, True, columns, kwargs), None
         far = Far(*attention.restored(*far[:2], k.dtype), for_each_query_head(attention, far.columns))
         length = cache.get_seq_length(attention.layer_idx) if static else columns
         if t == 1 and not static:

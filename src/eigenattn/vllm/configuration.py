@@ -66,6 +66,8 @@ def check_served(config: Any, checkpoint: EigenAttnCheckpointConfig) -> None:
         )
     if checkpoint.method["shared_heads"] > 1:
         raise EigenAttnError("latents that heads share are not served by vLLM: compress without --shared-heads.")
+    if checkpoint.method["joint"]:
+        raise EigenAttnError("latents that keys and values share are not served by vLLM: compress without --joint.")
     if _slides(config):
         raise EigenAttnError("models with a sliding window of their own are not served by vLLM once compressed.")
     rope = getattr(config, "rope_parameters", None) or {}
