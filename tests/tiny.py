@@ -166,22 +166,29 @@ def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def random_basis(attention: EigenAttention, rank: int, centred: bool, seed: int = 0, shared_heads: int = 1) -> Basis:
+def random_basis(
+    attention: EigenAttention, rank: int, centred: bool, seed: int = 0, shared_heads: int = 1, joint: bool = False
+) -> Basis:
     """An arbitrary basis: at full rank its decoder undoes its encoder, whatever its mean."""
-    g, d = attention.kv_heads // shared_heads, attention.head_dim * shared_heads
+    g, d = attention.kv_heads // shared_heads, attention.head_dim * shared_heads * (2 if joint else 1)
     generator = torch.Generator().manual_seed(seed)
     encoder = torch.linalg.qr(torch.randn(g, d, d, generator=generator, dtype=torch.float64)).Q
     encoder = encoder * (0.5 + torch.rand(g, 1, d, generator=generator, dtype=torch.float64))
     decoder = torch.linalg.inv(encoder)
     mean = torch.randn(g, d, generator=generator, dtype=torch.float64) if centred else None
-    return Basis(encoder[..., :rank], decoder[:, :rank], torch.ones(g, d), mean)
+    return Basis(encoder[..., :rank], decoder[:, :rank], torch.ones(g, d), mean, joint=joint)
 
 
 def quantised_basis(
-    attention: EigenAttention, widths: Widths, centred: bool, seed: int = 0, shared_heads: int = 1
+    attention: EigenAttention,
+    widths: Widths,
+    centred: bool,
+    seed: int = 0,
+    shared_heads: int = 1,
+    joint: bool = False,
 ) -> Basis:
     """An arbitrary basis of quantised latents; ranges are about as wide as the tiny models' latents."""
-    basis = random_basis(attention, widths.channels, centred, seed, shared_heads)
+    basis = random_basis(attention, widths.channels, centred, seed, shared_heads, joint)
     generator = torch.Generator().manual_seed(seed + 1)
     top = torch.tensor([2**bits - 1 for bits, count in zip(BITS, widths, strict=True) for _ in range(count)])
     low, high = (3 + 2 * torch.rand(2, len(basis.encoder), len(top), generator=generator)).unbind()

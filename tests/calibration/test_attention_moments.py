@@ -1,5 +1,7 @@
 """Attention-weighted moments against their definitions, written as loops over query-key pairs."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny import tiny, tokens
@@ -23,9 +25,9 @@ def turned(attention, x, position, back=False):
 
 
 @torch.no_grad()
-def by_loops(attention, heads, weights, window, shared):
+def by_loops(attention, heads, weights, window, shared, joint):
     """Every sum of `AttentionMoments`, from the weights [B, H, T, T] of the model itself."""
-    expected = AttentionMoments.of(attention, window, shared)
+    expected = AttentionMoments.of(attention, window, shared, joint=joint)
     b, h, t, _ = heads.query.shape
     for row in range(b):
         for head in range(h):
@@ -38,12 +40,15 @@ def by_loops(attention, heads, weights, window, shared):
                 for n in far:
                     a = weights[row, head, m, n].double()
                     key, value = (x[row, mates, n].flatten().double() for x in heads[1:])
+                    key = torch.cat([key, value]) if joint else key
                     query = turned(attention, turned(attention, heads.query[row, head, m], m), n, back=True).double()
                     expected.key_metric[g] += a * torch.outer(query, query) * attention.scaling**2
                     expected.key_second[latent] += a * torch.outer(key, key)
                     expected.key_first[latent] += a * key
                     expected.key_weight[latent] += a
                     p, o = p + a, o + a * value
+                if joint:
+                    continue
                 expected.output_second[latent] += torch.outer(o, o)
                 expected.output_first[latent] += p * o
                 expected.output_weight[latent] += p**2
@@ -52,8 +57,18 @@ def by_loops(attention, heads, weights, window, shared):
 
 @torch.no_grad()
 @pytest.mark.parametrize("window", [0, 4])
-@pytest.mark.parametrize(("name", "shared"), [*((name, 1) for name in NAMES), ("llama", 2), ("opt", 2), ("opt", 4)])
-def test_moments_are_their_definitions(name, shared, window, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "shared", "joint"),
+    [
+        *((name, 1, False) for name in NAMES),
+        ("llama", 2, False),
+        ("opt", 2, False),
+        ("opt", 4, False),
+        ("llama", 1, True),
+        ("opt", 2, True),
+    ],
+)
+def test_moments_are_their_definitions(name, shared, joint, window, monkeypatch):
     # With as many draws as make every key's share whole, sampling by mass is only nearly exact: see the next test.
     monkeypatch.setattr(attention_moments, "SAMPLED_KEYS", 4096)
     monkeypatch.setattr(attention_moments, "QUERY_BLOCK", 5)
@@ -75,9 +90,10 @@ def test_moments_are_their_definitions(name, shared, window, monkeypatch):
             seen[attention.layer_idx] = (heads, scores.softmax(-1))
 
     collect_moments(model, layers, [Batch(ids)], lambda attention: Recorder())
-    moments = collect_moments(model, layers, [Batch(ids)], lambda layer: AttentionMoments.of(layer, window, shared))
+    empty = partial(AttentionMoments.of, window=window, shared_heads=shared, joint=joint)
+    moments = collect_moments(model, layers, [Batch(ids)], empty)
     for attention, found in zip(layers, moments, strict=True):
-        expected = by_loops(attention, *seen[attention.layer_idx], window, shared)
+        expected = by_loops(attention, *seen[attention.layer_idx], window, shared, joint)
         assert found.tokens == 2 * LENGTH
         for field in ("key_second", "key_first", "key_weight", "output_second", "output_first", "output_weight"):
             torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=1e-4, atol=3e-5)

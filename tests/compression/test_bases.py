@@ -6,6 +6,7 @@ import torch
 from eigenattn.calibration.attention_moments import AttentionMoments
 from eigenattn.calibration.statistics import LayerMoments
 from eigenattn.compression.bases import attention, eigen
+from eigenattn.compression.joint import joint, separate
 from eigenattn.errors import EigenAttnError
 
 
@@ -138,9 +139,93 @@ def test_shrinkage_is_a_mixture_of_covariances():
         assert torch.equal(one.encoder, other.encoder)
 
 
+def joint_problem(weights, seed=0, g=2, d=4, n=40):
+    """Joint moments of random keys and values, and the weighted error of both that they stand for."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    mixed, weight = draw(g, 2 * d, 2 * d), draw(g, n).square()
+    x = draw(g, n, 2 * d) @ mixed + 2
+    metric, value_metric = (root @ root.mT for root in draw(2, g, d, d))
+    rows, nothing = x * weight[..., None], torch.zeros(g, 0, dtype=torch.float64)
+    moments = AttentionMoments(
+        *(metric, rows.mT @ x, rows.sum(1), weight.sum(1)),
+        value_metric,
+        *(nothing.unsqueeze(-1), nothing, weight.sum(1)),
+        window=0,
+        joint=True,
+    )
+
+    def error(encoder, decoder, mean):
+        rest = (x - mean[:, None]) - (x - mean[:, None]) @ encoder @ decoder
+        sides = zip(weights, (metric, value_metric), (rest[..., :d], rest[..., d:]), strict=True)
+        share = weight / weight.sum(1, keepdim=True)
+        return sum(unit * torch.einsum("gn,gnd,gde,gne->", share, side, m, side) for unit, m, side in sides)
+
+    return moments, error
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.2, 5.0)])
+def test_joint_basis_is_optimal(weights):
+    """As for keys and for values apart; and it beats bases of either side that share out the rank in any way."""
+    moments, error = joint_problem(weights)
+    basis, empty = joint(moments, *weights)
+    assert basis.joint and empty.rank == 0 and empty.truncate(0) is None
+    apart = separate(moments)
+    for rank in (1, 3, 5):
+        cut = basis.truncate(rank)
+        best = float(error(cut.encoder, cut.decoder, cut.mean))
+        assert best == pytest.approx(float(cut.spectrum[:, rank:].sum()), rel=1e-2)
+        generator = torch.Generator().manual_seed(rank)
+        competitors = []
+        for _ in range(2000):
+            encoder = torch.randn(2, 8, rank, generator=generator, dtype=torch.float64)
+            mean = cut.mean + 0.1 * torch.randn(2, 8, generator=generator, dtype=torch.float64)
+            competitors.append((float(error(encoder, torch.linalg.pinv(encoder), mean)), encoder, mean))
+        assert min(competitor[0] for competitor in competitors) > best
+        for _, encoder, mean in sorted(competitors, key=lambda each: each[0])[:2]:
+            assert descend(error, (encoder, torch.linalg.pinv(encoder), mean)) > best * (1 - 1e-3)
+        for rank_k in range(max(rank - 4, 0), min(rank, 4) + 1):
+            keys, values = (
+                (each.encoder[..., :kept], each.decoder[:, :kept])
+                for each, kept in zip(apart, (rank_k, rank - rank_k), strict=True)
+            )
+            encoder, decoder = (
+                torch.stack([torch.block_diag(*pair) for pair in zip(*sides, strict=True)])
+                for sides in zip(keys, values, strict=True)
+            )
+            assert error(encoder, decoder, cut.mean) > best
+
+
+def test_joint_priors_are_scaled_side_by_side():
+    """A prior in other units for keys or for values is the same prior."""
+    moments, _ = joint_problem((1.0, 1.0))
+    generator = torch.Generator().manual_seed(5)
+    root = torch.randn(2, 8, 8, generator=generator, dtype=torch.float64)
+    units = torch.tensor([3.0] * 4 + [0.1] * 4, dtype=torch.float64)
+    found = [
+        joint(dataclasses.replace(moments, shrinkage=0.25, key_prior=scale[:, None] * (root @ root.mT) * scale), 1, 1)
+        for scale in (torch.ones_like(units), units)
+    ]
+    torch.testing.assert_close(found[0][0].encoder, found[1][0].encoder)
+    assert not torch.allclose(found[0][0].spectrum, joint(moments, 1, 1)[0].spectrum)
+
+
+def test_a_side_that_costs_nothing_is_kept_where_it_is_free():
+    moments, error = joint_problem((1.0, 0.0))
+    basis, _ = joint(moments, 1.0, 0.0)
+    cut = basis.truncate(4)
+    assert error(cut.encoder, cut.decoder, cut.mean) < 1e-3 * error(cut.encoder * 0, cut.decoder, cut.mean)
+    assert all(x.isfinite().all() for x in (basis.encoder, basis.decoder))
+
+
 def test_the_papers_basis_is_not_shrunk():
     with pytest.raises(EigenAttnError, match="attention"):
         LayerMoments.of(None, shrinkage=0.1)
+    with pytest.raises(EigenAttnError, match="attention"):
+        LayerMoments.of(None, joint=True)
 
 
 def test_the_attention_spectrum_is_the_error():

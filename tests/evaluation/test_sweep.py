@@ -53,6 +53,9 @@ def sweep(base: Path, out: Path, grid: Grid, plan: Plan = PLAN, **options) -> di
         (Cell("attention", "sensitivity", 8, 1, None, 2.0), False),
         (Cell("attention", "uniform", 0, 1, 0.5, refit=True), True),
         (Cell("attention", "sensitivity", 8, 1, 0.5, shrinkage=0.3), False),
+        (Cell("attention", "sensitivity", 8, 1, 0.5, joint=True), False),
+        (Cell("attention", "uniform", 8, 2, 0.5, joint=True), True),
+        (Cell("attention", "sensitivity", 8, 2, None, 2.0, joint=True), False),
     ],
 )
 def test_a_cell_is_what_compress_gives(cell, shared):

@@ -87,10 +87,11 @@ def test_quantised_latents_train_through_their_quantisers(window):
     assert not any(name.endswith(("_offset", "_step")) for name in changed)
 
 
+@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("window", [0, 4])
-def test_latents_that_heads_share(window):
+def test_latents_that_heads_share(window, joint):
     model = tiny("llama")
-    settings = {"kv_ratio": 0.5, "rank_multiple": 2, "ranks": "uniform", "shared_heads": 2}
+    settings = {"kv_ratio": 0.5, "rank_multiple": 2, "ranks": "uniform", "shared_heads": 2, "joint": joint}
     compress(model, [tokens(4, 40, seed=3)], EigenAttentionConfig(**settings, window=window))
     before = state(model)
     model, report = finetune(model, TRAINING, TRAINING[:2], QUICK, baseline=tiny("llama"))

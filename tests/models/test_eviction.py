@@ -24,11 +24,12 @@ windows = pytest.mark.parametrize("window", [0, WINDOW])
 rules = pytest.mark.parametrize(("evict", "budget"), [("snapkv", 38), ("streaming", 20), ("snapkv", 0.8)])
 
 
-def small(name="llama", window=WINDOW, shared=1, backend=None):
+def small(name="llama", window=WINDOW, shared=1, backend=None, joint=False):
     model = tiny(name, attn_implementation=backend)
     convert_attention(model)
     for index, attention in enumerate(eigen_layers(model)):
-        keys, values = random_basis(attention, 12, True, index, shared), random_basis(attention, 8, True, 50, shared)
+        keys = random_basis(attention, 12, True, index, shared, joint)
+        values = None if joint else random_basis(attention, 8, True, 50, shared)
         compress_layer(attention, keys, values, window, shared)
     return model
 
@@ -99,9 +100,10 @@ def test_quantised_latents(evict, budget, window):
 @torch.no_grad()
 @windows
 @rules
+@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_shared_latents_are_evicted_together(name, evict, budget, window):
-    model, ids = small(name, window, shared=2), tokens(2, LENGTH)
+def test_shared_latents_are_evicted_together(name, joint, evict, budget, window):
+    model, ids = small(name, window, shared=2, joint=joint), tokens(2, LENGTH)
     cache = EigenCache(model.config, evict=evict, budget=budget)
     found, visible = evicted_reading(model, ids, cache)
     assert cache.layers[0].columns.shape[1] == eigen_layers(model)[0].kv_heads // 2

@@ -39,15 +39,15 @@ def triton(monkeypatch):
     kernels.use(before)
 
 
-def small(name, window, quantised=False, shared_heads=1):
+def small(name, window, quantised=False, shared_heads=1, joint=False):
     model = tiny(name, **(ONE if "layer_types" not in TINY[name][1] else TWO))
     convert_attention(model)
     for index, attention in enumerate(eigen_layers(model)):
         if quantised:
-            bases = [quantised_basis(attention, widths, True, index, shared_heads) for widths in WIDTHS]
+            keys, values = (quantised_basis(attention, each, True, index, shared_heads, joint) for each in WIDTHS)
         else:
-            bases = [random_basis(attention, rank, True, index, shared_heads) for rank in (12, 8)]
-        compress_layer(attention, *bases, window, shared_heads)
+            keys, values = (random_basis(attention, rank, True, index, shared_heads, joint) for rank in (12, 8))
+        compress_layer(attention, keys, None if joint else values, window, shared_heads)
     return model.to(DEVICE)
 
 
@@ -108,6 +108,13 @@ def test_quantised_latents_go_to_the_kernel_packed(name, window, triton, monkeyp
 @pytest.mark.parametrize(("name", "window", "quantised"), [("llama", 6, True), ("llama", 0, False), ("opt", 6, False)])
 def test_heads_that_share_latents(name, window, quantised, triton):
     model = small(name, window, quantised, shared_heads=2)
+    compare(model, triton, dynamic(model))
+
+
+@pytest.mark.parametrize("shared_heads", [1, 2])
+@pytest.mark.parametrize(("name", "window", "quantised"), [("llama", 6, True), ("llama", 0, False), ("opt", 6, False)])
+def test_keys_and_values_that_share_latents(name, window, quantised, shared_heads, triton):
+    model = small(name, window, quantised, shared_heads, joint=True)
     compare(model, triton, dynamic(model))
 
 

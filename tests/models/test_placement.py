@@ -72,6 +72,7 @@ def same(one, other) -> bool:
         ("llama", {"error_budget": 0.05, "window": 0}),
         ("phi3", {"kv_ratio": 0.5, "window": 0}),
         ("qwen3", {"kv_ratio": 0.5, "window": 0, "shared_heads": 2}),
+        ("llama", {"kv_ratio": 0.5, "window": 8, "shared_heads": 2, "joint": True}),
         ("opt", {"kv_ratio": 0.5, "window": 0}),
         ("gpt2", {"kv_ratio": 0.5, "window": 0, "basis": "eigen"}),
     ],

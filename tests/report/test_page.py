@@ -109,6 +109,17 @@ def test_page_of_quantised_and_shared_latents():
     assert "eigenattn compress base some/model --bits-per-element 3.0 --shared-heads 2 --text self" in page
 
 
+def test_page_of_joint_latents():
+    """Ranks are drawn against keys and values together, and values have none of their own."""
+    method = {"kv_ratio": 0.6, "shared_heads": 2, "joint": True, "basis": "attention", "version": 1}
+    facts = {"base_model": "base", "text": [{"source": "self", "sha256": None}]}
+    layers = [{"rank_k": 24, "rank_v": 0}, {"rank_k": 32, "rank_v": 32}]
+    found = Inspection("llama", True, 0.6, 100, 500, 16, 2, layers, [100, 250], 8, {1024: 0.6}, method, facts)
+    page = build(Material("some/model", found))
+    assert "rank 24 of 64" in page
+    assert "eigenattn compress base some/model --kv-ratio 0.6 --shared-heads 2 --joint --text self" in page
+
+
 def browse(page: Path, *options: str) -> tuple[str, str]:
     """The document as a headless browser has it in the end, and what it said on its console."""
     command = [

@@ -64,7 +64,7 @@ class Store:
         """Forget all rows but those at an index [B, G, k], in its order, and their room."""
         b, g, room, width = self._room.shape
         places = index + self._first + room * torch.arange(b * g, device=index.device).view(b, g, 1)
-        kept = self._room.flatten(0, 2).index_select(0, places.flatten()).view(b, g, -1, width)
+        kept = self._room.flatten(0, 2).index_select(0, places.flatten()).view(b, g, index.shape[-1], width)
         self._room, self._first, self._length = kept[:, :, :0], 0, 0
         self.append(kept)
 

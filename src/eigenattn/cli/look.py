@@ -12,6 +12,7 @@ from ..demo import run_demo
 from ..evaluation.generation import continue_prompt
 from ..models.loading import Source, load_model, load_tokenizer
 from ..report.inspection import inspect_checkpoint
+from ..report.tables import rank_titles
 from .common import Budget, Device, Dtype, Evict, Json, Model, app, at_lengths, budget_of, emit, examples
 
 
@@ -56,14 +57,12 @@ def inspect(model: Model, json_file: Json = None) -> None:
     """Show ranks, bits and cache bytes a token by layer, and provenance, without loading weights."""
     found = inspect_checkpoint(model)
     console = emit(found.to_dict(), json_file)
-    columns = ["layer", "rank of keys", "rank of values", "bytes a token"]
-    quantised = any("widths_k" in layer for layer in found.layers)
-    if quantised:
-        columns[3:3] = ["keys of 8, 4, 2 bits", "values of 8, 4, 2 bits"]
-    table = Table(*columns, title=f"{model} ({found.model_type}), of {found.full_rank}")
+    titles = rank_titles(found.layers)
+    title = f"{model} ({found.model_type}), of {found.full_rank}"
+    table = Table("layer", *titles.values(), "bytes a token", title=title)
     for index, (layer, size) in enumerate(zip(found.layers, found.bytes_by_layer, strict=True)):
-        widths = [", ".join(map(str, layer[name])) for name in ("widths_k", "widths_v")] if quantised else []
-        table.add_row(str(index), str(layer["rank_k"]), str(layer["rank_v"]), *widths, f"{size:,}")
+        ranks = [value if isinstance(value, list) else [value] for value in (layer[name] for name in titles)]
+        table.add_row(str(index), *(", ".join(map(str, each)) for each in ranks), f"{size:,}")
     console.print(table)
     if not found.compressed:
         console.print("This model is not compressed.")

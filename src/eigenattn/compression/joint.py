@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..calibration.attention_moments import AttentionMoments
-from ..config import DEFAULT_KV_RATIO
 from .bases import TINY, Bases, Basis, best_maps, blocks, covariance_under_attention, floored, outer, trace
-from .quantise import equivalent_ratio
 from .ranks import RankProblem, first_weights
 
+# The KV ratio at which errors of keys are weighed against those of values, whatever is asked for: bases are then the
+# same for all ratios, as other bases are (chosen).
+WEIGHED_AT = 0.6
 # What a unit of error counts at least, in proportion to what that of the other side does (chosen: a side that was
 # measured to cost nothing is kept where it is free).
 LEAST_SHARE = 1e-6
@@ -30,12 +31,7 @@ def joint_bases(moments: Sequence[AttentionMoments], problem_of: Callable[[Bases
         problem_of: gives the rank problem of some bases.
     """
     apart = problem_of([separate(sums) for sums in moments])
-    config = apart.config
-    if config.bits_per_element is not None:
-        ratio = equivalent_ratio(config.bits_per_element)
-    else:
-        ratio = config.kv_ratio or DEFAULT_KV_RATIO
-    weights = first_weights(apart.at(ratio))
+    weights = first_weights(apart.at(WEIGHED_AT))
     return [joint(sums, *pair) for sums, pair in zip(moments, weights, strict=True)]
 
 

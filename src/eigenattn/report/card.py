@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import TARGETS
 from ..errors import EigenAttnError
 from ..files import whole
-from .tables import evaluation_tables, notes
+from .tables import evaluation_tables, notes, rank_titles
 
 if TYPE_CHECKING:
     from ..compression.pipeline import CompressionReport
@@ -36,9 +36,7 @@ def model_card(checkpoint: Any, report: CompressionReport, bases_only: bool = Fa
     facts, method = checkpoint.provenance, checkpoint.method
     target = next(f"`{name}={method[name]}`" for name in TARGETS if method[name] is not None)
     quantised = method["bits_per_element"] is not None
-    titles = {"rank_k": "rank of keys", "rank_v": "rank of values"}
-    if quantised:
-        titles |= {"widths_k": "keys of 8, 4, 2 bits", "widths_v": "values of 8, 4, 2 bits"}
+    titles = rank_titles(report.layers)
     rows = "\n".join(_row(i, *(layer[name] for name in titles)) for i, layer in enumerate(report.layers))
     held = "quantised low-rank keys and values" if quantised else "low-rank keys and values"
     at_lengths = ", ".join(f"{ratio:.3f} at {length:,} tokens" for length, ratio in report.ratio_at.items())

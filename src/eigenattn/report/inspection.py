@@ -38,8 +38,8 @@ class Inspection:
 
     @property
     def full_rank(self) -> int:
-        """Dimensions of what a latent is made of: of all heads that share it together."""
-        return self.head_dim * self.method.get("shared_heads", 1)
+        """Dimensions of what a latent is made of: of all heads that share it together, and of keys and values."""
+        return self.head_dim * self.method.get("shared_heads", 1) * (2 if self.method.get("joint") else 1)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -21,7 +21,7 @@ from . import html
 from .card import EVALUATION
 from .figures import decay, effective_ranks, energy, frontier, inline_svg
 from .inspection import Inspection, inspect_checkpoint
-from .tables import TextTable, calibrations, evaluation_tables, notes, sweep_table
+from .tables import TextTable, calibrations, evaluation_tables, notes, rank_titles, sweep_table
 
 PROMPTS = ("The history of the city begins with", "To make a good soup, first", "def fibonacci(n):\n")
 NEW_TOKENS = 48
@@ -160,9 +160,9 @@ def _size(found: Inspection) -> list[str]:
 
 def _ranks(found: Inspection) -> list[str]:
     caption = f"Rank of keys (up) and of values (down) in each layer; the frame is full rank, {found.full_rank}."
-    titles = {"rank_k": "rank of keys", "rank_v": "rank of values"}
-    if any("widths_k" in layer for layer in found.layers):
-        titles |= {"widths_k": "keys of 8, 4, 2 bits", "widths_v": "values of 8, 4, 2 bits"}
+    if found.method.get("joint"):
+        caption = f"Rank of the latents that keys and values share (up) in each layer; full rank is {found.full_rank}."
+    titles = rank_titles(found.layers)
     rows = [
         [str(index), *(_cell(layer[name]) for name in titles), f"{size:,}"]
         for index, (layer, size) in enumerate(zip(found.layers, found.bytes_by_layer, strict=True))
@@ -239,6 +239,14 @@ def _origin(material: Material) -> list[str]:
     ]
 
 
+def _option(name: str, value: Any) -> list[str]:
+    """An option as it is written."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]
+
+
 def commands(material: Material) -> list[str]:
     """The commands that give this checkpoint, and what the page shows of it."""
     facts, method = material.inspection.provenance, material.inspection.method
@@ -249,7 +257,7 @@ def commands(material: Material) -> list[str]:
         part
         for name, value in method.items()
         if value is not None and name != "version" and (name == "kv_ratio" or value != defaults.get(name))
-        for part in (f"--{name.replace('_', '-')}", str(value))
+        for part in _option(name, value)
     ]
     drawn = [
         part

@@ -107,3 +107,15 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> Text
         sizes = [asked, f"{row['kv_ratio']:.3f}", f"{row['cache_ratio']:.3f}"]
         shown.append([row["method"], *drawn, *sizes, *increases, *others])
     return TextTable(["method", *varied, "asked", "KV ratio", "whole cache", *texts, *extra], shown)
+
+
+def rank_titles(layers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What ranks, and widths if there are any, are called over their columns, by name."""
+    joint = any(not layer["rank_v"] for layer in layers)
+    titles = {"rank_k": "rank of keys, or of both" if joint else "rank of keys", "rank_v": "rank of values"}
+    if any("widths_k" in layer for layer in layers):
+        titles |= {
+            "widths_k": "both in 8, 4, 2 bits" if joint else "keys of 8, 4, 2 bits",
+            "widths_v": "values of 8, 4, 2 bits",
+        }
+    return titles
