@@ -18,12 +18,17 @@ METHODS = {
     "eigen/uniform/0": "its basis, uniform ranks",
     "eigen/sensitivity/0": "its basis, our ranks",
     "attention/sensitivity/0": "our basis and ranks, no window",
+    "attention+refit/sensitivity/0": "the same, decoders refitted (the default without a window)",
     "attention:3/sensitivity/0": "the same, 3 heads to a latent",
     "eigen/error_budget/32": "the paper's method, window 32",
     "eigen/uniform/32": "its basis, uniform ranks, window 32",
     "attention/uniform/32": "our basis, uniform ranks, window 32",
     "attention/sensitivity/32": "**the default**: our basis and ranks, window 32",
-    "attention:3/sensitivity/32": "the same, 3 heads to a latent",
+    "attention/sensitivity/48": "the same, window 48",
+    "attention:3/sensitivity/32": "the default, 3 heads to a latent",
+    "attention:3kv/sensitivity/32": "the same, their keys and values together",
+    "attention:4kv/sensitivity/32": "the default, keys and values of 4 heads to a latent",
+    "attention:1kv/sensitivity/32": "the default, keys and values of a head to a latent",
 }
 INTRODUCTION = """\
 <!-- Written by benchmarks/report_quality.py from benchmarks/results/: edit there. -->
@@ -33,7 +38,7 @@ How much worse does a model predict with a smaller cache? Perplexity on windows 
 in fp32, against the same model uncompressed on the same windows; behind it the standard error of the paired difference
 of log-likelihoods. Copying is the share of tokens guessed right in the second copy of 512 tokens repeated, which
 perplexity hides. "Reached" is the KV ratio of the latents; rank rules keep to the ratio asked for from below. Where
-there is a window, its 32 exact tokens a sequence come on top.
+there is a window, its exact tokens (32, but where another number is named) come on top, once a sequence.
 
 ![Increase of perplexity against the KV ratio](quality.png)
 """

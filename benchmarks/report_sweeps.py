@@ -125,6 +125,8 @@ def _bits(sweep: dict[str, Any]) -> list[str]:
 
 def _latents(cell: dict[str, Any]) -> str:
     shared = cell.get("shared_heads", 1)
+    if cell.get("joint"):
+        return f"latents that keys and values of {shared} heads share" if shared > 1 else "latents of keys and values"
     return "**latents**" if shared == 1 else f"latents that {shared} heads share"
 
 
@@ -177,10 +179,16 @@ def _curves(sweep: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _command(kind: str, model: str, sweep: dict[str, Any]) -> str:
-    """The command that a sweep came from, out of its own cells."""
-    cells = [cell for cell in sweep["cells"].values() if "calibration" in cell]
-    rivals = [cell["method"] for cell in sweep["cells"].values() if "calibration" not in cell]
+    """The command that a sweep came from, out of its own cells; joint latents go with one of their own."""
+    found = sweep["cells"].values()
+    rivals = [cell["method"] for cell in found if "calibration" not in cell]
+    measured = [cell for cell in found if "calibration" in cell]
+    apart, joint = ([cell for cell in measured if bool(cell.get("joint")) == is_joint] for is_joint in (False, True))
+    commands = [_one_command(kind, model, sweep, apart, rivals)]
+    return "".join([*commands, _one_command(kind, model, sweep, joint, [])] if joint else commands)
 
+
+def _one_command(kind: str, model: str, sweep: dict[str, Any], cells: list[dict[str, Any]], rivals: list[str]) -> str:
     def several(name: str, of: str) -> str:
         values = list(dict.fromkeys(cell[of] for cell in cells if cell.get(of) is not None))
         return f" --{name} {','.join(map(str, values))}" if values else ""
@@ -193,8 +201,10 @@ def _command(kind: str, model: str, sweep: dict[str, Any]) -> str:
     # Without a window decoders are refitted unless one says otherwise.
     refit = " --no-refit" if any(not (cell["window"] or cell.get("refit")) for cell in cells) else ""
     shrinkage = several("shrinkage", "shrinkage") if any(cell.get("shrinkage") for cell in cells) else ""
+    joint = " --joint" if cells[0].get("joint") else ""
+    shared = several("shared-heads", "shared_heads") + joint
     options = [
-        sizes + choices + several("window", "window") + several("shared-heads", "shared_heads") + refit + shrinkage,
+        sizes + choices + several("window", "window") + shared + refit + shrinkage,
         f"{' --each-text' if len(texts) > 1 else ''}{sources}{several('samples', 'samples')}",
         f"{f' --rivals {chr(44).join(rivals)}' if rivals else ''}"
         + "".join(f" --evaluation-text {row['source']}" for row in settings["evaluation"] if kind != "texts"),

@@ -40,7 +40,6 @@ def test_a_result_that_fails_leaves_the_stages(tmp_path):
             raise KeyboardInterrupt
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
         "command.json",
-        "lock",
         "out.partial",
         "ranks.safetensors",
     ]

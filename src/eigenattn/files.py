@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +28,24 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def lock(folder: Path, output: Path) -> int:
+    """Keep other processes out of a folder, until the descriptor given is closed or this process ends.
+
+    Args:
+        output: what is being written there, to be named.
+
+    Raises:
+        EigenAttnError: if another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise EigenAttnError(f"another process is writing {output}: wait for it, or choose another output.") from error
+    return descriptor
 
 
 def synchronise(path: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import EigenAttnError
-from .files import synchronise
+from .files import lock, synchronise
 
 COMMAND_FILE = "command.json"
-LOCK_FILE = "lock"
 
 
 class Journal:
@@ -45,21 +44,15 @@ class Journal:
         check_new(out)
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / LOCK_FILE).open("w")
+            self._lock = lock(self.folder, out)
         try:
             self._take_up()
         except BaseException:
-            self._lock.close()
+            os.close(self._lock)
             raise
 
     def _take_up(self) -> None:
-        """Lock the folder, and see whose it is."""
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise EigenAttnError(
-                f"another process is writing {self.out}: wait for it, or choose another output."
-            ) from error
+        """See whose the folder is."""
         stored = self._stored_command()
         if stored is None:
             self._replace(COMMAND_FILE, lambda path: path.write_text(json.dumps(self.command, indent=2) + "\n"))
@@ -147,7 +140,7 @@ class Journal:
         """Let go of the lock. A journal without stages is removed."""
         if not any(self.folder.glob("*.safetensors")):
             self.discard()
-        self._lock.close()
+        os.close(self._lock)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

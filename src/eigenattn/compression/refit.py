@@ -96,9 +96,10 @@ def refit(
                     tensors[name] = fit.solve()
                 if pair[1] is not None:
                     pair = pair[0], _changed(pair[1], tensors[name].to(pair[1].decoder.device), shared_heads)
-                attach(attention, *pair, window, shared_heads)
-                changed = [run(before, batch) for before, batch in zip(changed, batches, strict=True)]
-                detach(attention)
+                if index + 1 < len(layers):
+                    attach(attention, *pair, window, shared_heads)
+                    changed = [run(before, batch) for before, batch in zip(changed, batches, strict=True)]
+                    detach(attention)
             result.append(pair)
             if journal and fit is not None and time.monotonic() - saved > resuming.SAVE_SECONDS:
                 journal.write(STAGE, tensors)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import fcntl
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from ..calibration.statistics import Batch
 from ..calibration.text import SOURCES, Text, load_text
 from ..calibration.windows import SELF, complete, load_texts, text_windows
 from ..errors import EigenAttnError
-from ..files import whole
+from ..files import lock, whole
 from ..models.checkpoint import layer_entry
 from ..models.loading import Source, load_model, load_tokenizer
 from ..models.placement import input_device
@@ -165,7 +164,10 @@ def run_sweep(
             subject.calibrate(batches[calibration])
             curves = results.values["costs"].setdefault(calibration.key, {})
             for cell in cells:
+                known = set(curves)
                 subject.compress(cell, curves)
+                if set(curves) != known:
+                    results.save()  # measuring costs takes longer than evaluating a cell
                 facts = {
                     "method": cell.method,
                     "calibration": calibration.name,
@@ -205,14 +207,9 @@ class Results:
         settings = json.loads(json.dumps(settings))  # as they will be read back: tuples become lists
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder, os.O_RDONLY)
+            self._lock = lock(folder, folder)  # refused, nothing is undone: an empty folder is the other process's
         except OSError as error:
             raise EigenAttnError(f"{folder} could not be written: {error.strerror}.") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)  # and no more: an empty folder is the other process's
-            raise EigenAttnError(f"another process is writing {folder}: wait for it, or choose another.") from error
         try:
             self._take_up(settings)
         except BaseException:
