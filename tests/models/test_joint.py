@@ -176,6 +176,18 @@ def test_other_targets(target):
     assert any(layer["rank_v"] == 0 for layer in report.layers)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("ratio", [0.5, 0.6])
+@pytest.mark.parametrize("name", ["opt", "mpt"])
+def test_where_keys_and_values_fill_no_more_half_is_lossless(name, ratio):
+    """With as many KV heads as query heads both are made of half as many dimensions: the hidden state's."""
+    model, ids = tiny(name), tokens(8, 100)
+    config = EigenAttentionConfig(kv_ratio=ratio, rank_multiple=2, window=WINDOW, shared_heads=4, joint=True)
+    report = compress(model, ids.split(1), config)
+    assert report.kv_ratio <= ratio
+    close(model(tokens(2, 60, seed=9)).logits, tiny(name)(tokens(2, 60, seed=9)).logits, 1e-3)
+
+
 def test_all_of_it_is_the_original():
     model, ids = tiny("llama"), tokens(2, 60)
     report = compress(model, [ids], EigenAttentionConfig(kv_ratio=1.0, joint=True))

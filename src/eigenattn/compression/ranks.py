@@ -21,6 +21,9 @@ Ranks = list[tuple[int, int]]
 
 # Step in which an energy threshold falls (the paper's).
 ENERGY_STEP = 0.02
+# Costs are measured where this share of the spectrum is cut off at least (chosen: what costs less than rounding does
+# tells nothing). Keys and values of all heads together often fill no more than the hidden state's dimensions.
+LEAST_CUT = 1e-4
 # What a unit of a tail counts where nothing was measured, so that such sides are ranked by their tails (chosen).
 TIE = 1e-30
 
@@ -218,7 +221,8 @@ def _measure(problem: RankProblem, ranks: Ranks, measured: Sequence[tuple[dict[i
     for pair, sides, *spectra in zip(ranks, measured, problem.keys, problem.values, strict=True):
         allowed = [problem.allowed(spectrum.shape[-1]) for spectrum in spectra]
         top_k, top_v = (choices[-1] for choices in allowed)
-        rank_k, rank_v = (_unmeasured(*each) for each in zip(allowed, pair, sides, strict=True))
+        telling = [_telling(*each) for each in zip(allowed, spectra, strict=True)]
+        rank_k, rank_v = (_unmeasured(*each) for each in zip(telling, pair, sides, strict=True))
         trials.append([(rank_k, top_v), (top_k, rank_v)] if top_v else [(rank_k, top_v)])
         noted.append([(sides[0], rank_k), (sides[1], rank_v)][: len(trials[-1])])
     for costs, points in zip(problem.costs.divergences(trials), noted, strict=True):
@@ -233,10 +237,16 @@ def _costs(problem: RankProblem, weights: Sequence[tuple[Tensor, Tensor]]) -> li
     ]
 
 
-def _unmeasured(allowed: list[int], rank: int, measured: dict[int, float]) -> int:
-    """The allowed rank nearest to `rank` that tells something new; full rank costs nothing and tells nothing."""
-    new = [each for each in allowed[:-1] if each not in measured]
-    return min(new, key=lambda each: abs(each - rank), default=allowed[0])
+def _telling(allowed: list[int], spectrum: Tensor) -> list[int]:
+    """The ranks at which a cost can be measured; the smallest one always counts as such."""
+    tail = _tail(spectrum)
+    return [rank for rank in allowed if rank == allowed[0] or tail[rank] > LEAST_CUT * tail[0]]
+
+
+def _unmeasured(telling: list[int], rank: int, measured: dict[int, float]) -> int:
+    """The rank nearest to `rank` that tells something new."""
+    new = [each for each in telling if each not in measured]
+    return min(new, key=lambda each: abs(each - rank), default=telling[0])
 
 
 def _interpolated(tail: Tensor, measured: dict[int, float]) -> Tensor:
