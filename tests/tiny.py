@@ -176,7 +176,8 @@ def random_basis(
     encoder = encoder * (0.5 + torch.rand(g, 1, d, generator=generator, dtype=torch.float64))
     decoder = torch.linalg.inv(encoder)
     mean = torch.randn(g, d, generator=generator, dtype=torch.float64) if centred else None
-    return Basis(encoder[..., :rank], decoder[:, :rank], torch.ones(g, d), mean, joint=joint)
+    key_share = torch.full((g, d), 0.5) if joint else None
+    return Basis(encoder[..., :rank], decoder[:, :rank], torch.ones(g, d), mean, key_share=key_share)
 
 
 def quantised_basis(

@@ -45,7 +45,7 @@ def test_every_latent_is_in_its_bin_with_its_weight(name):
     seen = []
     layer.observer = lambda attention, heads, kwargs: seen.append(heads)
     weights = [expected_weights(model, layer, batch) for batch in batches]
-    for side, index, (encoder, mean) in zip((histograms.keys, histograms.values), (0, 1), maps[1], strict=True):
+    for side, index, (encoder, mean, _) in zip((histograms.keys, histograms.values), (0, 1), maps[1], strict=True):
         edges = side.scale[..., None] * torch.linspace(-REACH, REACH, BINS + 1, dtype=torch.float64).sinh()
         expected = torch.zeros(3, layer.kv_heads, 16, BINS, dtype=torch.float64)
         for heads, pair in zip(seen, weights, strict=True):
@@ -57,6 +57,30 @@ def test_every_latent_is_in_its_bin_with_its_weight(name):
                         share = pair[index][:, g] * z[:, g, :, r] ** power
                         expected[power, g, r].index_add_(0, which.flatten(), share.flatten())
         torch.testing.assert_close(side.sums, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "shared"), [("llama", 1), ("opt", 2)])
+def test_joint_latents_and_what_attention_sums_of_them(name, shared):
+    model, batch = tiny(name, attn_implementation="eager"), Batch(tokens(2, 20))
+    convert_attention(model)
+    layers = eigen_layers(model)
+    basis = random_basis(layers[1], 12, True, 3, shared, joint=True)
+    maps = Map(basis.encoder, basis.mean, joint=True), Map(basis.encoder[:, :0, :0], None)
+    found = collect_moments(model, layers, [batch], lambda a: LatentHistograms(*maps, WINDOW))[1]
+    seen = []
+    layers[1].observer = lambda attention, heads, kwargs: seen.append(heads)
+    weights = model(batch.input_ids, output_attentions=True).attentions[1].double().tril(-WINDOW)
+    heads, count = seen[0], len(basis.encoder)
+    k, v = (x.double().unflatten(1, (count, shared)).transpose(2, 3).flatten(3) for x in heads[1:])
+    z = (torch.cat([k, v], dim=-1) - basis.mean.unsqueeze(1)) @ basis.encoder  # [B, G/N, T, R]
+    weights = weights.unflatten(1, (count, -1))  # [B, G/N, H/G * N, T, T]
+    sums = (weights @ z.unsqueeze(2)).square().sum((0, 2, 3))
+    torch.testing.assert_close(found.outputs, sums, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.squares, weights.square().sum((0, 2, 3, 4)), rtol=1e-4, atol=0)
+    energy = (weights.sum((2, 3)).unsqueeze(-1) * z.square()).sum((0, 2))
+    torch.testing.assert_close(found.keys.sums[2].sum(-1), energy, rtol=1e-4, atol=1e-6)
+    assert not found.values.weight.numel()
 
 
 def test_weights_and_spread_are_those_of_the_basis():

@@ -5,7 +5,7 @@ import torch
 
 from eigenattn.calibration.attention_moments import AttentionMoments
 from eigenattn.calibration.statistics import LayerMoments
-from eigenattn.compression.bases import attention, eigen
+from eigenattn.compression.bases import attention, eigen, floored
 from eigenattn.compression.joint import joint, separate
 from eigenattn.errors import EigenAttnError
 
@@ -173,6 +173,8 @@ def test_joint_basis_is_optimal(weights):
     moments, error = joint_problem(weights)
     basis, empty = joint(moments, *weights)
     assert basis.joint and empty.rank == 0 and empty.truncate(0) is None
+    of_keys = weights[0] * (basis.decoder[..., :4] @ floored(moments.key_metric) * basis.decoder[..., :4]).sum(-1)
+    torch.testing.assert_close(basis.key_share, of_keys)
     apart = separate(moments)
     for rank in (1, 3, 5):
         cut = basis.truncate(rank)

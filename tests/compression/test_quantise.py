@@ -1,6 +1,7 @@
 """Quantisers against direct search on samples, bits against brute force."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from tiny import random_basis, tiny, tokens
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.packing import BITS, Widths, dequantise, quantise
 from eigenattn.calibration.latent_histograms import Histograms
-from eigenattn.compression.quantise import CHOICES, allocate, fit, key_costs, quantised, value_costs
+from eigenattn.compression.bases import Basis
+from eigenattn.compression.quantise import CHOICES, allocate, fit, joint_costs, key_costs, quantised, value_costs
 from eigenattn.models.conversion import convert_attention, eigen_layers
 
 
@@ -88,6 +90,28 @@ def test_costs_start_at_the_spectrum_and_fall():
     costs = value_costs(found, agreeing)[0] / float(found.energy)
     assert float(costs[1]) == pytest.approx(30 * 0.1188**2 + (1 - 0.1188) * 0.1188, rel=0.1)
     assert (costs.diff() < 0).all()
+
+
+def test_joint_costs():
+    """Keys' part falls with the error; what values lose is in proportion to what attention's sums do."""
+    z, weight = samples("normal")
+    found = fitted(z, weight)
+    total, energy = weight.sum().reshape(1, 1), found.energy
+    histograms = SimpleNamespace(keys=SimpleNamespace(weight=total), outputs=0.5 * energy, squares=0.1 * total[0])
+
+    def costs(share):
+        nothing = torch.zeros(1, 1, 1)
+        spectrum, key_share = torch.tensor([[8.0, share]], dtype=torch.float64).T.unsqueeze(1)
+        basis = Basis(nothing, nothing, spectrum, key_share=key_share)
+        return joint_costs(found, basis, histograms)[0] / 8
+
+    keys, values, both = costs(1.0), costs(0.0), costs(0.25)
+    assert keys[0] == values[0] == both[0] == 1
+    error = 0.1188  # of two bits
+    assert float(keys[1]) == pytest.approx(error, rel=0.05)
+    assert float(values[1]) == pytest.approx((error**2 * 0.5 + (1 - error) * error * 0.1) / 0.5, rel=0.05)
+    torch.testing.assert_close(both, 0.25 * keys + 0.75 * values)
+    assert (both.diff() < 0).all()
 
 
 def converted():

@@ -46,7 +46,7 @@ def side_by_side(keys, values):
 
     mean = torch.cat([keys.mean, values.mean], dim=-1)
     encoder, decoder = blocks(keys.encoder, values.encoder), blocks(keys.decoder, values.decoder)
-    return Basis(encoder, decoder, torch.ones_like(mean), mean, joint=True)
+    return Basis(encoder, decoder, torch.ones_like(mean), mean, key_share=torch.ones_like(mean))
 
 
 @torch.no_grad()

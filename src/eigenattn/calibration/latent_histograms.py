@@ -80,7 +80,8 @@ class LatentHistograms:
     a group, or of all the groups that share a latent.
 
     Args:
-        keys, values: what gives the latents.
+        keys, values: what gives the latents. Of joint ones, whose weights are those of keys, the squares of attention's
+            sums over them are added up as well, `outputs` [G/N, R], and the squared weights, `squares` [G/N].
         window: tokens kept exactly, W.
     """
 
@@ -89,11 +90,14 @@ class LatentHistograms:
         self.keys, self.values = (
             Histograms.empty(each.encoder, len(each.encoder), each.encoder.shape[-1]) for each in self.maps
         )
+        self.outputs = torch.zeros_like(self.keys.sums[0, ..., 0])
+        self.squares = torch.zeros_like(self.outputs[:, 0])
 
     def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
         """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
         q, k, v = heads
         t, groups = q.shape[-2], k.shape[1]
+        latents_k, latents_v = self._latents(k, v)  # [B, G/N, T, R] each
         mask = whole_mask(attention, q, kwargs)
         q_turned, k_turned = turned(attention, kwargs, q, k)
         first, second = (torch.zeros(k.shape[:-1], dtype=torch.float64, device=k.device) for _ in range(2))  # [B, G, T]
@@ -108,14 +112,22 @@ class LatentHistograms:
             weights = weights.unflatten(1, (groups, -1))  # [B, G, H/G, block, stop]
             first[..., :stop] += weights.sum((2, 3))
             second[..., :stop] += weights.square().sum((2, 3))
-        for side, x, weight, (encoder, mean, joint) in zip(
-            (self.keys, self.values), (k, v), (first, second), self.maps, strict=True
-        ):
-            latents = len(encoder)
-            if not encoder.shape[-1]:
-                continue
+            if self.maps[0].joint:
+                by_latent = weights.flatten(1, 2).unflatten(1, (latents_k.shape[1], -1))  # [B, G/N, heads, block, stop]
+                self.outputs += (by_latent @ latents_k[:, :, None, :stop]).double().square().sum((0, 2, 3))
+        for side, z, weight in ((self.keys, latents_k, first), (self.values, latents_v, second)):
+            if z.shape[-1]:
+                side.add(z, weight.unflatten(1, (z.shape[1], -1)).sum(2))
+        self.squares += second.unflatten(1, (latents_k.shape[1], -1)).sum((0, 2, 3))
+
+    def _latents(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Latents [B, G/N, T, R] of keys, or joint ones, and of values, in fp32."""
+        found = []
+        for x, (encoder, mean, joint) in zip((k, v), self.maps, strict=True):
             parts = (k, v) if joint else (x,)
-            shared = [part.float().unflatten(1, (latents, -1)).transpose(2, 3).flatten(3) for part in parts]
+            shared = [part.float().unflatten(1, (len(encoder), -1)).transpose(2, 3).flatten(3) for part in parts]
             x = torch.cat(shared, dim=-1)  # [B, G/N, T, N * D]
+            x = x[..., : encoder.shape[-2]]  # none of the values, where they share the keys'
             x = x if mean is None else x - mean.float().unsqueeze(1)
-            side.add(x @ encoder.float(), weight.unflatten(1, (latents, -1)).sum(2))
+            found.append(x @ encoder.float())
+        return found

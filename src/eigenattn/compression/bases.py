@@ -43,7 +43,7 @@ class Basis:
             singular values). Not shortened by `truncate`.
         mean: [G, D], or None for a basis through the origin.
         quantiser: of the latents, or None for latents in the model's dtype.
-        joint: whether it is of keys and values together.
+        key_share: of a joint basis the part of each direction's cost that is due to keys, [G, D]; None for others.
     """
 
     encoder: Tensor
@@ -51,7 +51,12 @@ class Basis:
     spectrum: Tensor
     mean: Tensor | None = None
     quantiser: Quantiser | None = None
-    joint: bool = False
+    key_share: Tensor | None = None
+
+    @property
+    def joint(self) -> bool:
+        """Whether it is of keys and values together."""
+        return self.key_share is not None
 
     @property
     def rank(self) -> int:

@@ -64,7 +64,11 @@ def joint(moments: AttentionMoments, weight_k: float, weight_v: float) -> tuple[
     ]
     metric = torch.stack([torch.block_diag(*pair) for pair in zip(*sides, strict=True)])
     empty = Basis(covariance[:, :0, :0], covariance[:, :0, :0], mean[:, :0])
-    return dataclasses.replace(best_maps(metric, covariance, mean), joint=True), empty
+    found = best_maps(metric, covariance, mean)
+    # A squared error in a direction costs `u M u^T = 1`, of which this is the keys' part.
+    of_keys = found.decoder[..., _halves(mean)[0]]
+    key_share = (of_keys @ sides[0] * of_keys).sum(-1).clamp(0, 1)
+    return dataclasses.replace(found, key_share=key_share), empty
 
 
 def _covariance(moments: AttentionMoments) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from ..calibration.statistics import Batch, collect_moments
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from .bases import Basis, Quantiser
+from .joint import WEIGHED_AT
 from .ranks import TIE
 
 # Widths a channel may have, narrowest first. Of width 0 nothing is stored, and the latent is its mean, 0.
@@ -130,6 +131,27 @@ def value_costs(fitted: Fit, basis: Basis) -> Tensor:
     for bits in CHOICES[1:]:
         share = (fitted.error[bits] / fitted.energy.clamp_min(TINY)).clamp_max(1)
         columns.append(share.square() * basis.spectrum + (1 - share) * fitted.error[bits])
+    return torch.stack([column.sum(0) for column in columns], dim=-1)
+
+
+def joint_costs(fitted: Fit, basis: Basis, histograms: LatentHistograms) -> Tensor:
+    """As `key_costs`, for joint latents.
+
+    What is due to keys counts as theirs. What is due to values counts as `value_costs` has it: errors that are
+    independent from token to token average in attention's sums, and latents that are cut off do so less. Their weight
+    was measured on cut-off latents, so it is in proportion to what sums lose of those.
+    """
+    squared, weight = histograms.squares.unsqueeze(-1), histograms.keys.weight[:, :1].clamp_min(TINY)
+    kept = histograms.outputs / fitted.energy.clamp_min(TINY)
+    of_keys = basis.spectrum * basis.key_share
+    of_values = basis.spectrum - of_keys
+    cut = of_values[:, int(WEIGHED_AT * of_values.shape[-1]) :]
+    unit = (cut * kept[:, -cut.shape[-1] :]).sum() / cut.sum().clamp_min(TINY)
+    columns = []
+    for bits in CHOICES:
+        share = (fitted.error[bits] / fitted.energy.clamp_min(TINY)).clamp_max(1) if bits else torch.ones_like(kept)
+        summed = share.square() * kept + (1 - share) * share * squared / weight
+        columns.append(of_keys * share + of_values * summed / unit.clamp_min(TINY))
     return torch.stack([column.sum(0) for column in columns], dim=-1)
 
 
@@ -257,7 +279,10 @@ def fit_quantisers(
     fitted = []
     for histograms, (keys, values) in zip(found, bases, strict=True):
         fit_k, fit_v = fit(histograms.keys), fit(histograms.values)
-        costs_k = key_costs(fit_k, keys, histograms.keys.weight[:, 0])
+        if keys.joint:
+            costs_k = joint_costs(fit_k, keys, histograms)
+        else:
+            costs_k = key_costs(fit_k, keys, histograms.keys.weight[:, 0])
         fitted.append(Fitted(fit_k, fit_v, costs_k.cpu(), value_costs(fit_v, values).cpu()))
     return fitted
 
