@@ -68,7 +68,7 @@ This is {facts["base_model"]} with Eigen Attention (arXiv 2408.05646): it caches
 
 ## How it was made
 
-- target {target}, window {method["window"]}, basis `{method["basis"]}`
+- target {target}, window {method["window"]}, basis `{method["basis"]}`, {_sharing(method)}
 - ranks by `{method["ranks"]}` in multiples of {method["rank_multiple"]}
 - calibrated on {facts["samples"]} windows of {facts["length"]} tokens, seed {facts["seed"]}, of {texts}
 - {versions}
@@ -77,6 +77,12 @@ This is {facts["base_model"]} with Eigen Attention (arXiv 2408.05646): it caches
 {_row("---", *("---" for _ in titles))}
 {rows}
 """
+
+
+def _sharing(method: Mapping[str, Any]) -> str:
+    """What latents are made of."""
+    heads = f"{method['shared_heads']} KV heads" if method["shared_heads"] > 1 else "one KV head"
+    return f"keys and values of {heads} in one latent" if method["joint"] else f"latents of {heads}"
 
 
 def _row(*cells: Any) -> str:
