@@ -174,6 +174,20 @@ def test_evicting(compressed, base, text):
         run("generate", base, "The", *options, "40")
 
 
+def test_latents_that_keys_and_values_share(base, text, tmp_path):
+    options = ("--text", text, "--samples", "4", "--length", "64", "--window", "4", "--rank-multiple", "2")
+    run("compress", base, tmp_path / "out", "--joint", "--shared-heads", "2", "--kv-ratio", "0.5", *options)
+    assert "keys and values of 2 KV heads in one latent" in (tmp_path / "out" / "README.md").read_text()
+    found = run_json("inspect", tmp_path / "out")
+    assert 0.4 < found["kv_ratio"] <= 0.5
+    assert [layer["rank_v"] for layer in found["layers"]] == [0, 0, 0]
+    assert "rank of keys, or of both" in run("inspect", tmp_path / "out")
+    sweep = ("--kv-ratio", "0.5", "--joint", "--shared-heads", "2", *options, "--tokens", "128", "--copies", "0")
+    cells = run_json("sweep", base, tmp_path / "sweep", *sweep)["cells"]
+    assert [cell["method"] for cell in cells.values()] == ["attention:2kv/sensitivity/4"]
+    assert "joint latents go with" in fails("compress", base, tmp_path / "no", "--joint", "--basis", "eigen")
+
+
 def test_quantised_latents(base, text, tmp_path):
     options = ("--text", text, "--samples", "4", "--length", "64", "--window", "4", "--rank-multiple", "4")
     run("compress", base, tmp_path / "out", "--bits-per-element", "3", *options)
