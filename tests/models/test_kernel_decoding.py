@@ -126,9 +126,10 @@ def test_left_padding(name, window, make_cache, triton):
     compare(model, triton, make_cache(model), mask=mask)
 
 
-def test_one_graph_with_a_static_cache(monkeypatch):
+@pytest.mark.parametrize("joint", [False, True])
+def test_one_graph_with_a_static_cache(joint, monkeypatch):
     """The kernel is an operator in the graph, which does not break there."""
-    model, ids = small("llama", 6), tokens(1, 16).to(DEVICE)
+    model, ids = small("llama", 6, joint=joint), tokens(1, 16).to(DEVICE)
     monkeypatch.setattr(selection, "_chosen", "triton")
     torch._dynamo.reset()
     graphs = []
