@@ -43,8 +43,9 @@ and topics of the Python reference (`python-docs`). `self` is text that the mode
   reference on SmolLM2, with WikiText-2 close behind (2.09 and 2.34%). Speeches are the worst there.
 - How much: as much as one has, where the text is not of the kind to come. From 2,048 to 32,768 tokens the Python
   reference goes from 4.4 to 2.1% on SmolLM2, WikiText-2 from 4.0 to 2.3%. On OPT and MPT 2,048 tokens of WikiText-2 are
-  nearly as good as 32,768 (0.38 against 0.33%, 1.05 against 0.95%). On its own kind of text 2,048 tokens are enough
-  for SmolLM2, and more of the wrong text is no remedy: with 32,768 tokens of speeches it does no better on others.
+  nearly as good as 32,768 (0.38 against 0.33%, 1.05 against 0.95%). On its own kind of text more than 2,048 tokens
+  make no difference to SmolLM2 that is clear of the errors, and more of the wrong text is no remedy: with 32,768
+  tokens of speeches it does no better on others.
 - The model's own text, which needs no data, is second best on OPT, no better than the other two on MPT, and with 8,192
   tokens next to the worst on SmolLM2.
 
