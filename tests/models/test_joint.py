@@ -4,25 +4,21 @@ import copy
 
 import pytest
 import torch
-from test_families import close, generate, has_static, in_pieces, padded
+from test_families import close, generate, in_pieces, padded
+from test_shared import LENGTH, WINDOW, check_caches, names, windows
 from tiny import HEAD_DIM, quantised_basis, random_basis, tiny, tokens
-from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache
 
 import eigenattn
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.packing import Widths
-from eigenattn.cache.size import allocated_bytes, cache_bytes, kv_ratio
+from eigenattn.cache.size import kv_ratio
 from eigenattn.compression.bases import Basis
 from eigenattn.compression.folding import attach, compress_layer
 from eigenattn.compression.ranks import RANK_RULES
 from eigenattn.models.bases_file import save_bases
 from eigenattn.models.conversion import convert_attention, eigen_layers
 
-# Grouped queries, rotary in part and scaled, norms, learned positions, ALiBi, fused projections, sliding windows.
-NAMES = ["llama", "phi3-partial", "qwen3", "opt", "mpt", "bloom", "gpt_neox", "gemma3", "mistral-sliding"]
-LENGTH, WINDOW = 30, 6
-names = pytest.mark.parametrize("name", NAMES)
-windows = pytest.mark.parametrize("window", [0, WINDOW])
 sharing = pytest.mark.parametrize("shared", [1, 2])
 
 
@@ -78,24 +74,11 @@ def test_full_rank_changes_nothing(name, window):
     close(in_pieces(full, ids, DynamicCache(config=model.config), [13, 1, 16]), model(ids).logits)
 
 
-@torch.no_grad()
 @windows
 @sharing
 @names
 def test_cached_equals_uncached(name, shared, window):
-    model, ids = small(name, window, shared), tokens(2, LENGTH)
-    exact = model(ids, use_cache=False).logits
-    assert (exact - tiny(name)(ids).logits).abs().max() > 1e-2
-    close(in_pieces(model, ids, DynamicCache(config=model.config), [1] * LENGTH), exact)
-    close(in_pieces(model, ids, DynamicCache(config=model.config), [13, 1, 16]), exact)
-    if has_static(name, window):
-        close(in_pieces(model, ids, StaticCache(config=model.config, max_cache_len=48), [20] + [1] * 10), exact)
-    if name != "mistral-sliding":
-        cache = DynamicCache(config=model.config)
-        model(ids[:, :-1], past_key_values=cache, use_cache=True)
-        model(ids[:, -1:], past_key_values=cache, use_cache=True)
-        if name != "gemma3":  # whose sliding layers hold less
-            assert allocated_bytes(cache) == 2 * cache_bytes(eigen_layers(model), 4, LENGTH, window)
+    check_caches(small(name, window, shared), name, window)
 
 
 @torch.no_grad()
