@@ -57,10 +57,10 @@ PARALLEL = {
 }
 
 
-def save(folder: Path, name: str, window: int, ranks: str, **overrides) -> float:
+def save(folder: Path, name: str, window: int, ranks: str, joint: bool = False, **overrides) -> float:
     """Write a compressed tiny model, and give its KV ratio."""
     model = tiny(name, **overrides)
-    method = EigenAttentionConfig(kv_ratio=0.6, rank_multiple=2, window=window, ranks=ranks)
+    method = EigenAttentionConfig(kv_ratio=0.6, rank_multiple=2, window=window, ranks=ranks, joint=joint)
     report = compress(model, [tokens(4, 96)], method)
     model.save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
@@ -156,6 +156,8 @@ def engines(tmp_path_factory) -> dict[str, dict]:
     jobs["family"] = job(root / "family", **SMALL)
     save_quantised(root / "quantised")
     jobs["quantised"] = job(root / "quantised", **SMALL)
+    save(root / "joint", "llama", 8, "uniform", joint=True)
+    jobs["joint"] = job(root / "joint", **SMALL)
     truncate(root / "window-32", root / "truncated")
     jobs["truncated"] = job(root / "truncated", **SMALL)
     results = run_engines(root, list(jobs.values()))
@@ -203,6 +205,7 @@ class TestEngines:
             ("sliding", "sliding window of their own"),
             ("family", "compressed GraniteForCausalLM is not served"),
             ("quantised", "quantised latents are not served"),
+            ("joint", "latents that keys and values share are not served"),
             ("truncated", r"lacks model.layers.1.self_attn.key_mean"),
         ],
     )
