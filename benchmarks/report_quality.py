@@ -19,7 +19,7 @@ METHODS = {
     "eigen/sensitivity/0": "its basis, our ranks",
     "attention/sensitivity/0": "our basis and ranks, no window",
     "attention+refit/sensitivity/0": "the same, decoders refitted (the default without a window)",
-    "attention:3/sensitivity/0": "the same, 3 heads to a latent",
+    "attention:6kv/sensitivity/0": "ours, keys and values of all 6 heads to a latent, no window",
     "eigen/error_budget/32": "the paper's method, window 32",
     "eigen/uniform/32": "its basis, uniform ranks, window 32",
     "attention/uniform/32": "our basis, uniform ranks, window 32",
@@ -27,8 +27,7 @@ METHODS = {
     "attention/sensitivity/48": "the same, window 48",
     "attention:3/sensitivity/32": "the default, 3 heads to a latent",
     "attention:3kv/sensitivity/32": "the same, their keys and values together",
-    "attention:4kv/sensitivity/32": "the default, keys and values of 4 heads to a latent",
-    "attention:1kv/sensitivity/32": "the default, keys and values of a head to a latent",
+    "attention:6kv/sensitivity/32": "the default, keys and values of all 6 heads to a latent",
 }
 INTRODUCTION = """\
 <!-- Written by benchmarks/report_quality.py from benchmarks/results/: edit there. -->
