@@ -18,7 +18,7 @@ METHODS = {
     "eigen/uniform/0": "its basis, uniform ranks",
     "eigen/sensitivity/0": "its basis, our ranks",
     "attention/sensitivity/0": "our basis and ranks, no window",
-    "attention+refit/sensitivity/0": "the same, decoders refitted (the default without a window)",
+    "attention+refit/sensitivity/0": "our basis and ranks, no window, decoders refitted (the default without one)",
     "attention:6kv/sensitivity/0": "ours, keys and values of all 6 heads to a latent, no window",
     "eigen/error_budget/32": "the paper's method, window 32",
     "eigen/uniform/32": "its basis, uniform ranks, window 32",
