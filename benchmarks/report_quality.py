@@ -25,6 +25,7 @@ METHODS = {
     "attention/uniform/32": "our basis, uniform ranks, window 32",
     "attention/sensitivity/32": "**the default**: our basis and ranks, window 32",
     "attention/sensitivity/48": "the same, window 48",
+    "attention:1kv/sensitivity/32": "the default, keys and values of a head to a latent",
     "attention:3/sensitivity/32": "the default, 3 heads to a latent",
     "attention:3kv/sensitivity/32": "the same, their keys and values together",
     "attention:6kv/sensitivity/32": "the default, keys and values of all 6 heads to a latent",
