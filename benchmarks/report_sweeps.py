@@ -188,9 +188,12 @@ def _command(kind: str, model: str, sweep: dict[str, Any]) -> str:
     found = sweep["cells"].values()
     rivals = [cell["method"] for cell in found if "calibration" not in cell]
     measured = [cell for cell in found if "calibration" in cell]
-    apart, joint = ([cell for cell in measured if bool(cell.get("joint")) == is_joint] for is_joint in (False, True))
-    commands = [_one_command(kind, model, sweep, apart, rivals)]
-    return "".join([*commands, _one_command(kind, model, sweep, joint, [])] if joint else commands)
+    groups = [[cell for cell in measured if bool(cell.get("joint")) == joint] for joint in (False, True)]
+    commands = [
+        _one_command(kind, model, sweep, cells, rivals if number == 0 else [])
+        for number, cells in enumerate(filter(None, groups))
+    ]
+    return "".join(commands)
 
 
 def _one_command(kind: str, model: str, sweep: dict[str, Any], cells: list[dict[str, Any]], rivals: list[str]) -> str:
@@ -206,8 +209,7 @@ def _one_command(kind: str, model: str, sweep: dict[str, Any], cells: list[dict[
     # Without a window decoders are refitted unless one says otherwise.
     refit = " --no-refit" if any(not (cell["window"] or cell.get("refit")) for cell in cells) else ""
     shrinkage = several("shrinkage", "shrinkage") if any(cell.get("shrinkage") for cell in cells) else ""
-    joint = " --joint" if cells[0].get("joint") else ""
-    shared = several("shared-heads", "shared_heads") + joint
+    shared = several("shared-heads", "shared_heads") + (" --joint" if cells[0].get("joint") else "")
     options = [
         sizes + choices + several("window", "window") + shared + refit + shrinkage,
         f"{' --each-text' if len(texts) > 1 else ''}{sources}{several('samples', 'samples')}",

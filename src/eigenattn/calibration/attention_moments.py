@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.reference import cap_and_mask, causal_mask
 from ..models.attention import EigenAttention
+from ..models.maps import joined
 from ..models.placement import execution_device, loaded
 from ..models.projections import Heads, weight_of
 from ..models.rotary import rotate
@@ -39,8 +40,8 @@ class AttentionMoments:
             dimensions.
         window: tokens kept exactly, W.
         key_prior, value_prior: covariances of keys and values [G/N, N * D, N * D] where hidden states are white noise,
-            that is, what the projections alone make of any text; None without shrinkage. Joint ones are both that of
-            keys and values side by side.
+            that is, what the projections alone make of any text; None without shrinkage. A joint one, of keys and
+            values side by side, stands in the place of the keys'.
         shrinkage: share of the covariances that is to be taken from them, in [0, 1).
         joint: whether keys and values share a latent.
     """
@@ -90,7 +91,7 @@ class AttentionMoments:
     def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
         """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
         q, k, v = heads
-        shared_k, shared_v = self._joined(k), self._joined(v)
+        shared_k, shared_v = joined(k, self.latents), joined(v, self.latents)
         t = q.shape[-2]
         mask = whole_mask(attention, q, kwargs)
         q_turned, k_turned = turned(attention, kwargs, q, k)
@@ -127,10 +128,6 @@ class AttentionMoments:
     @property
     def latents(self) -> int:
         return len(self.key_weight)
-
-    def _joined(self, x: Tensor) -> Tensor:
-        """Vectors [B, G, T, D] of the heads that share a latent side by side: [B, G/N, T, N * D]."""
-        return x.unflatten(1, (self.latents, -1)).transpose(2, 3).flatten(3)
 
     def _gram(self, x: Tensor, weight: Tensor) -> Tensor:
         """`sum weight x x^T` of vectors [B, H, n, D], per group of heads: [G, D, D] in float64.
@@ -197,17 +194,21 @@ class AttentionMoments:
 
 
 @torch.no_grad()
-def _priors(attention: EigenAttention, shared_heads: int, joint: bool) -> tuple[Tensor, Tensor]:
-    """Covariances of keys and of values of white hidden states, [G/N, N * D, N * D] in float64; always the same."""
+def _priors(attention: EigenAttention, shared_heads: int, joint: bool) -> tuple[Tensor, Tensor | None]:
+    """Covariances of keys and of values of white hidden states, [G/N, N * D, N * D] in float64; always the same.
+
+    With joint latents there is one of keys and values side by side, in the place of the keys'.
+    """
     output = attention.output_projection
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, PRIOR_STATES, attention.config.hidden_size, generator=generator)
     with loaded(attention):
         _, *sides = attention.project(states.to(execution_device(output), output.weight.dtype))
-    rows = [x[0].unflatten(0, (-1, shared_heads)).transpose(1, 2).flatten(2).double() for x in sides]  # [G/N, n, N * D]
-    rows = [torch.cat(rows, dim=-1)] * 2 if joint else rows
+    rows = [joined(x, x.shape[1] // shared_heads)[0].double() for x in sides]  # [G/N, n, N * D]
+    rows = [torch.cat(rows, dim=-1)] if joint else rows
     centred = [x - x.mean(1, keepdim=True) for x in rows]
-    return tuple(x.transpose(1, 2) @ x / PRIOR_STATES for x in centred)
+    priors = [x.transpose(1, 2) @ x / PRIOR_STATES for x in centred]
+    return (priors[0], None) if joint else tuple(priors)
 
 
 def _outer_products(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..models.attention import EigenAttention
+from ..models.maps import joined
 from ..models.projections import Heads
 from .attention_moments import QUERY_BLOCK, masked_scores, turned, whole_mask
 
@@ -118,15 +119,16 @@ class LatentHistograms:
         for side, z, weight in ((self.keys, latents_k, first), (self.values, latents_v, second)):
             if z.shape[-1]:
                 side.add(z, weight.unflatten(1, (z.shape[1], -1)).sum(2))
-        self.squares += second.unflatten(1, (latents_k.shape[1], -1)).sum((0, 2, 3))
+        if self.maps[0].joint:
+            self.squares += second.unflatten(1, (latents_k.shape[1], -1)).sum((0, 2, 3))
 
     def _latents(self, k: Tensor, v: Tensor) -> list[Tensor]:
         """Latents [B, G/N, T, R] of keys, or joint ones, and of values, in fp32."""
         found = []
         for x, (encoder, mean, joint) in zip((k, v), self.maps, strict=True):
-            parts = (k, v) if joint else (x,)
-            shared = [part.float().unflatten(1, (len(encoder), -1)).transpose(2, 3).flatten(3) for part in parts]
-            x = torch.cat(shared, dim=-1)  # [B, G/N, T, N * D]
+            x = joined(x.float(), len(encoder))  # [B, G/N, T, N * D]
+            if joint:
+                x = torch.cat([x, joined(v.float(), len(encoder))], dim=-1)
             x = x[..., : encoder.shape[-2]]  # none of the values, where they share the keys'
             x = x if mean is None else x - mean.float().unsqueeze(1)
             found.append(x @ encoder.float())

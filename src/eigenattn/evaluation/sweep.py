@@ -121,7 +121,8 @@ class Grid:
         for basis, window, shared, shrinkage in itertools.product(
             *map(dict.fromkeys, (self.bases, self.windows, self.shared_heads, self.shrinkage))
         ):
-            some = Cell(basis, "sensitivity", window, shared, None, None, self.refit, shrinkage, self.joint)
+            choices = {"refit": self.refit, "shrinkage": shrinkage, "joint": self.joint}
+            some = Cell(basis, "sensitivity", window, shared, None, **choices)
             rules = dict.fromkeys(self.ranks)
             cells += [some._replace(ranks=rule, kv_ratio=ratio) for rule in rules for ratio in ratios]
             if basis == "attention":

@@ -61,10 +61,6 @@ class LatentMaps(nn.Module):
         """A decoder as [G, R, D], or a mean as [G, 1, D]."""
         return self._by_latent(name).unflatten(-1, (self.shared_heads, -1)).transpose(1, 2).flatten(0, 1)
 
-    def _joined(self, x: Tensor) -> Tensor:
-        """Vectors [B, G, T, D] of the heads that share a latent side by side: [B, G/N, T, N * D]."""
-        return x.unflatten(1, (-1, self.shared_heads)).transpose(2, 3).flatten(3)
-
     def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, T, D] to latents [B, G/N, T, R]; what is latent already, or at full rank, passes.
 
@@ -79,7 +75,7 @@ class LatentMaps(nn.Module):
     def _encode(self, x: Tensor, side: str) -> Tensor:
         if getattr(self, f"{side}_encoder") is None:
             return x
-        x = self._joined(x)
+        x = joined(x, self.latent_heads)
         if getattr(self, f"{side}_mean") is not None:
             x = x - self._by_latent(f"{side}_mean")
         return x @ self._by_latent(f"{side}_encoder").transpose(-1, -2)
@@ -173,6 +169,11 @@ class LatentMaps(nn.Module):
             return None
         mean = self.by_head("key_mean")
         return (_by_group(q, mean.shape[0]) @ mean.transpose(-1, -2)).view(*q.shape[:-1], 1)
+
+
+def joined(x: Tensor, latents: int) -> Tensor:
+    """Vectors [B, G, T, D] of the heads that share a latent side by side: [B, G/N, T, N * D], of G/N latents."""
+    return x.unflatten(1, (latents, -1)).transpose(2, 3).flatten(3)
 
 
 def local_part(parameter: Tensor) -> Tensor:
