@@ -34,7 +34,8 @@ from eigenattn.version import versions
 def cells_of(names: list[str], ratios: list[float]) -> list[Cell]:
     """Cells from names like `attention/sensitivity/32`.
 
-    In `attention:3/sensitivity/32` 3 heads share a latent, in `attention:3kv/sensitivity/32` their keys and values do,
+    In `attention:3/sensitivity/32` 3 heads share a latent, in `attention:1-3/sensitivity/32` they share one of values
+    only, and in `attention:3kv/sensitivity/32` their keys and values share one,
     in `attention~0.3/sensitivity/32` moments are shrunk by 0.3, and in `attention+refit/sensitivity/0` decoders are
     refitted.
     """
@@ -44,16 +45,18 @@ def cells_of(names: list[str], ratios: list[float]) -> list[Cell]:
         kind, _, refit = kind.partition("+")
         kind, _, shrinkage = kind.partition("~")
         basis, _, shared = kind.partition(":")
+        keys, _, values = shared.removesuffix("kv").partition("-")
         cells += [
             Cell(
                 basis,
                 rule,
                 int(window),
-                int(shared.removesuffix("kv") or 1),
+                int(keys or 1),
                 ratio,
                 refit=refit == "refit",
                 shrinkage=float(shrinkage or 0),
                 joint=shared.endswith("kv"),
+                shared_values=int(values) if values else None,
             )
             for ratio in ratios
         ]
@@ -79,7 +82,8 @@ def main() -> None:
         "--cells",
         nargs="+",
         required=True,
-        help="basis/ranks/window; basis:N where N heads share a latent, basis:Nkv where keys and values do too, "
+        help="basis/ranks/window; basis:N where N heads share a latent, basis:N-M where M of them share one of values, "
+        "basis:Nkv where their keys and values share one, "
         "basis~S with shrinkage S, basis+refit",
     )
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.6, 0.5, 0.4])

@@ -5,13 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import EigenAttnError
 
 CONFIG_VERSION = 1
 DEFAULT_KV_RATIO = 0.6
 TARGETS = ("kv_ratio", "error_budget", "energy", "bits_per_element")
+
+
+class Sharing(NamedTuple):
+    """How many neighbouring KV heads share one latent, N: one of their keys, and one of their values."""
+
+    keys: int = 1
+    values: int = 1
+
+
+# Latents of single heads.
+ALONE = Sharing()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +48,8 @@ class EigenAttentionConfig:
         shared_heads: how many KV heads share one latent, N; it must divide their number. Bytes are those of the KV
             ratio whatever N is. What heads have in common is stored once, which loses less, and every head decodes from
             the whole latent, which takes N times the arithmetic.
+        shared_values: how many share one latent of their values, a multiple of `shared_heads`, which it is by default.
+            Values are decoded after attention has summed them, so that this takes hardly any arithmetic.
         joint: whether a token's keys and values share one latent, of each KV head or of all that share theirs. The same
             bytes lose less, and both are decoded from the whole latent, which takes twice the arithmetic. With
             `shared_heads` at the number of KV heads a layer caches one vector a token, as in multi-head latent
@@ -61,6 +74,7 @@ class EigenAttentionConfig:
     rank_multiple: int = 8
     window: int = 32
     shared_heads: int = 1
+    shared_values: int | None = None
     joint: bool = False
     shrinkage: float = 0.0
     refit: bool | None = None
@@ -97,10 +111,19 @@ class EigenAttentionConfig:
             raise EigenAttnError(f"window must be a whole number of tokens, 0 or more, not {self.window!r:.60}.")
         if type(self.shared_heads) is not int or self.shared_heads < 1:
             raise EigenAttnError(f"shared_heads must be a whole number of at least 1, not {self.shared_heads!r:.60}.")
-        if self.shared_heads > 1 and self.basis != "attention":
+        if self.shared_values is None:
+            object.__setattr__(self, "shared_values", self.shared_heads)
+        if type(self.shared_values) is not int or self.shared_values < 1 or self.shared_values % self.shared_heads:
+            raise EigenAttnError(
+                f"shared_values must be a multiple of shared_heads, {self.shared_heads}, not "
+                f"{self.shared_values!r:.60}."
+            )
+        if self.shared_values > 1 and self.basis != "attention":
             raise EigenAttnError(f'heads share latents of the basis "attention" only, not of {self.basis!r}.')
         if type(self.joint) is not bool:
             raise EigenAttnError(f"joint must be true or false, not {self.joint!r:.60}.")
+        if self.joint and self.shared_values != self.shared_heads:
+            raise EigenAttnError("keys and values share joint latents: leave out shared_values, or joint.")
         if self.joint and self.basis != "attention":
             raise EigenAttnError(f'joint latents go with the basis "attention" only, not with {self.basis!r}.')
         if self.version != CONFIG_VERSION:
@@ -125,6 +148,11 @@ class EigenAttentionConfig:
             object.__setattr__(self, "ranks", implied or "sensitivity")
         elif implied is not None and self.ranks != implied:
             raise EigenAttnError(f"{target}={targets[target]} goes with ranks={implied!r}, not {self.ranks!r}.")
+
+    @property
+    def sharing(self) -> Sharing:
+        """KV heads to a latent, of keys and of values."""
+        return Sharing(self.shared_heads, self.shared_values)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""

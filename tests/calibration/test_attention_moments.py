@@ -9,6 +9,7 @@ from tiny import tiny, tokens
 from eigenattn.calibration import attention_moments
 from eigenattn.calibration.attention_moments import AttentionMoments
 from eigenattn.calibration.statistics import Batch, collect_moments
+from eigenattn.config import ALONE, Sharing
 from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.models.rotary import rotate
 
@@ -25,50 +26,50 @@ def turned(attention, x, position, back=False):
 
 
 @torch.no_grad()
-def by_loops(attention, heads, weights, window, shared, joint):
+def by_loops(attention, heads, weights, window, sharing, joint):
     """Every sum of `AttentionMoments`, from the weights [B, H, T, T] of the model itself."""
-    expected = AttentionMoments.of(attention, window, shared, joint=joint)
+    expected = AttentionMoments.of(attention, window, sharing, joint=joint)
     b, h, t, _ = heads.query.shape
     for row in range(b):
         for head in range(h):
             g = head // attention.num_key_value_groups
-            latent = g // shared
-            mates = slice(latent * shared, (latent + 1) * shared)
+            latent_k, latent_v = (g // shared for shared in sharing)
+            mates = [slice(g // shared * shared, g // shared * shared + shared) for shared in sharing]
             for m in range(t):
                 far = range(max(m - window + 1, 0)) if window else range(m + 1)
-                p, o = 0.0, torch.zeros(shared * attention.head_dim, dtype=torch.float64)
+                p, o = 0.0, torch.zeros(sharing.values * attention.head_dim, dtype=torch.float64)
                 for n in far:
                     a = weights[row, head, m, n].double()
-                    key, value = (x[row, mates, n].flatten().double() for x in heads[1:])
+                    key, value = (x[row, own, n].flatten().double() for x, own in zip(heads[1:], mates, strict=True))
                     key = torch.cat([key, value]) if joint else key
                     query = turned(attention, turned(attention, heads.query[row, head, m], m), n, back=True).double()
                     expected.key_metric[g] += a * torch.outer(query, query) * attention.scaling**2
-                    expected.key_second[latent] += a * torch.outer(key, key)
-                    expected.key_first[latent] += a * key
-                    expected.key_weight[latent] += a
+                    expected.key_second[latent_k] += a * torch.outer(key, key)
+                    expected.key_first[latent_k] += a * key
+                    expected.key_weight[latent_k] += a
                     p, o = p + a, o + a * value
                 if joint:
                     continue
-                expected.output_second[latent] += torch.outer(o, o)
-                expected.output_first[latent] += p * o
-                expected.output_weight[latent] += p**2
+                expected.output_second[latent_v] += torch.outer(o, o)
+                expected.output_first[latent_v] += p * o
+                expected.output_weight[latent_v] += p**2
     return expected
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize(
-    ("name", "shared", "joint"),
+    ("name", "sharing", "joint"),
     [
-        *((name, 1, False) for name in NAMES),
-        ("llama", 2, False),
-        ("opt", 2, False),
-        ("opt", 4, False),
-        ("llama", 1, True),
-        ("opt", 2, True),
+        *((name, ALONE, False) for name in NAMES),
+        ("llama", Sharing(2, 2), False),
+        ("opt", Sharing(2, 4), False),
+        ("opt", Sharing(1, 4), False),
+        ("llama", ALONE, True),
+        ("opt", Sharing(2, 2), True),
     ],
 )
-def test_moments_are_their_definitions(name, shared, joint, window, monkeypatch):
+def test_moments_are_their_definitions(name, sharing, joint, window, monkeypatch):
     # With as many draws as make every key's share whole, sampling by mass is only nearly exact: see the next test.
     monkeypatch.setattr(attention_moments, "SAMPLED_KEYS", 4096)
     monkeypatch.setattr(attention_moments, "QUERY_BLOCK", 5)
@@ -90,10 +91,10 @@ def test_moments_are_their_definitions(name, shared, joint, window, monkeypatch)
             seen[attention.layer_idx] = (heads, scores.softmax(-1))
 
     collect_moments(model, layers, [Batch(ids)], lambda attention: Recorder())
-    empty = partial(AttentionMoments.of, window=window, shared_heads=shared, joint=joint)
+    empty = partial(AttentionMoments.of, window=window, sharing=sharing, joint=joint)
     moments = collect_moments(model, layers, [Batch(ids)], empty)
     for attention, found in zip(layers, moments, strict=True):
-        expected = by_loops(attention, *seen[attention.layer_idx], window, shared, joint)
+        expected = by_loops(attention, *seen[attention.layer_idx], window, sharing, joint)
         assert found.tokens == 2 * LENGTH
         for field in ("key_second", "key_first", "key_weight", "output_second", "output_first", "output_weight"):
             torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=1e-4, atol=3e-5)
@@ -138,7 +139,7 @@ def test_priors_are_what_the_projections_make_of_white_noise(name, shared):
     model = tiny(name)
     convert_attention(model)
     attention = eigen_layers(model)[0]
-    moments = AttentionMoments.of(attention, 0, shared, 0.1)
+    moments = AttentionMoments.of(attention, 0, Sharing(shared, shared), 0.1)
     units = torch.eye(model.config.hidden_size)[None]
     for prior, with_bias, bias in zip(
         (moments.key_prior, moments.value_prior),
@@ -157,7 +158,7 @@ def test_priors_are_what_the_projections_make_of_white_noise(name, shared):
 def test_priors_pass_norms_and_clips(name):
     model = tiny(name)
     convert_attention(model)
-    one, other = (AttentionMoments.of(eigen_layers(model)[0], 0, 1, 0.1) for _ in range(2))
+    one, other = (AttentionMoments.of(eigen_layers(model)[0], 0, ALONE, 0.1) for _ in range(2))
     assert torch.equal(one.key_prior, other.key_prior)
     assert (torch.linalg.eigvalsh(one.key_prior) > 0).all()
     assert (torch.linalg.eigvalsh(one.value_prior) > 0).all()

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 from types import SimpleNamespace
 
@@ -48,6 +49,21 @@ def test_uniform_is_within_one_multiple_everywhere():
     ranks = list(itertools.chain(*RANK_RULES["uniform"](case)))
     assert max(ranks) - min(ranks) <= 2
     assert case.ratio(RANK_RULES["uniform"](case)) > 0.6 - 2 / (DIM * LAYERS * 2)
+
+
+@pytest.mark.parametrize("rule", sorted(RANK_RULES))
+def test_sides_of_other_shapes_are_counted_as_they_are(rule):
+    """Values of two heads to a latent: half as many latents, of up to twice the rank."""
+    case = problem(kv_ratio=0.5, ranks=rule)
+    case = dataclasses.replace(
+        case, values=[spectrum.flatten().sort(descending=True).values[None] for spectrum in case.values]
+    )
+    ranks = RANK_RULES[rule](case)
+    kept = sum(len(k) * r_k + len(v) * r_v for k, v, (r_k, r_v) in zip(case.keys, case.values, ranks, strict=True))
+    assert case.ratio(ranks) == kept / sum(x.numel() for x in (*case.keys, *case.values))
+    assert 0.3 < case.ratio(ranks) <= 0.5 + 1e-9
+    if rule == "uniform":
+        assert all(abs(2 * rank_k - rank_v) <= 4 for rank_k, rank_v in ranks)
 
 
 def test_energy_keeps_what_was_asked_in_every_head():

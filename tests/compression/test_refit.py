@@ -12,6 +12,7 @@ from eigenattn.calibration.statistics import Batch
 from eigenattn.compression import refit as refitting
 from eigenattn.compression.folding import attach, detach
 from eigenattn.compression.refit import LeastSquares, refit
+from eigenattn.config import ALONE, Sharing
 from eigenattn.journal import Journal
 from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.progress import TokenProgress
@@ -27,13 +28,16 @@ def converted(name):
     return model, eigen_layers(model)
 
 
-def random_pairs(layers, shared_heads=1, quantised=False):
-    def basis(attention, seed):
+def random_pairs(layers, sharing=ALONE, quantised=False):
+    def basis(attention, seed, shared):
         if quantised:
-            return quantised_basis(attention, Widths(4, 4, 4), True, seed, shared_heads)
-        return random_basis(attention, RANK, True, seed, shared_heads)
+            return quantised_basis(attention, Widths(4, 4, 4), True, seed, shared)
+        return random_basis(attention, RANK, True, seed, shared)
 
-    return [(basis(attention, i), basis(attention, 50 + i)) for i, attention in enumerate(layers)]
+    return [
+        (basis(attention, i, sharing.keys), basis(attention, 50 + i, sharing.values))
+        for i, attention in enumerate(layers)
+    ]
 
 
 def outputs(model, attention, batch):
@@ -48,25 +52,29 @@ def outputs(model, attention, batch):
 @torch.no_grad()
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize(
-    ("name", "shared_heads", "quantised"),
+    ("name", "sharing", "quantised"),
     [
-        *((name, 1, False) for name in ("llama", "llama3", "opt", "mpt-clip", "qwen3", "gemma2", "bloom", "granite")),
-        *((name, 1, False) for name in ("falcon-grouped", "mistral-sliding", "phi3-partial")),
-        *((name, 2, False) for name in ("llama", "opt")),
-        *((name, 1, True) for name in ("llama", "mpt")),
-        ("llama", 2, True),
+        *(
+            (name, ALONE, False)
+            for name in ("llama", "llama3", "opt", "mpt-clip", "qwen3", "gemma2", "bloom", "granite")
+        ),
+        *((name, ALONE, False) for name in ("falcon-grouped", "mistral-sliding", "phi3-partial")),
+        *((name, Sharing(2, 2), False) for name in ("llama", "opt")),
+        *((name, ALONE, True) for name in ("llama", "mpt")),
+        ("llama", Sharing(2, 2), True),
+        ("llama", Sharing(1, 2), False),
     ],
 )
-def test_the_output_changes_as_sums_over_latents_foretell(name, shared_heads, quantised, window):
+def test_the_output_changes_as_sums_over_latents_foretell(name, sharing, quantised, window):
     model, (attention, *_) = converted(name)
-    keys, values = random_pairs([attention], shared_heads, quantised)[0]
+    keys, values = random_pairs([attention], sharing, quantised)[0]
     fit = LeastSquares(attention, values.rank)
-    attach(attention, keys, values, window, shared_heads)
+    attach(attention, keys, values, window, sharing)
     attention.observer = fit.observe
     before = outputs(model, attention, BATCHES[0])
     attention.observer = None
     change = torch.randn(attention.kv_heads, values.rank, attention.head_dim, dtype=torch.float64)
-    attach(attention, keys, refitting._changed(values, change, shared_heads), window, shared_heads)
+    attach(attention, keys, refitting._changed(values, change, sharing.values), window, sharing)
     after = outputs(model, attention, BATCHES[0])
     by_head = change.repeat_interleave(attention.num_key_value_groups, 0)
     foretold = torch.einsum("bhtr,hrd,hdc->btc", fit.sums.double(), by_head, fit.weight)
@@ -112,7 +120,7 @@ def test_no_decoder_near_the_refitted_one_has_a_lower_error(name, window, monkey
     monkeypatch.setattr(refitting, "RIDGE", 1e-9)
     model, layers = converted(name)
     chosen = random_pairs(layers)
-    found = refit(model, layers, chosen, window, 1, BATCHES, BARS)
+    found = refit(model, layers, chosen, window, ALONE, BATCHES, BARS)
     last = layers[-1]
     targets = [outputs(model, last, batch) for batch in BATCHES]
 
@@ -155,8 +163,8 @@ def test_padding_does_not_count():
     mask = torch.ones(2, 44, dtype=torch.int64)
     mask[0, :14] = 0
     padded = torch.cat([torch.cat([torch.zeros_like(short[:, :14]), short], dim=1), long])
-    one = refit(model, layers, chosen, 5, 1, [Batch(padded, mask)], BARS)
-    other = refit(model, layers, chosen, 5, 1, [Batch(short), Batch(long)], BARS)
+    one = refit(model, layers, chosen, 5, ALONE, [Batch(padded, mask)], BARS)
+    other = refit(model, layers, chosen, 5, ALONE, [Batch(short), Batch(long)], BARS)
     for (_, a), (_, b) in zip(one, other, strict=True):
         torch.testing.assert_close(a.decoder, b.decoder, rtol=1e-3, atol=1e-4)
 
@@ -165,7 +173,7 @@ def test_a_side_at_full_rank_is_left_alone():
     model, layers = converted("llama")
     keys, values = random_pairs(layers)[0]
     exact = model(BATCHES[0].input_ids).logits
-    found = refit(model, layers, [(None, None), (keys, None), (None, values)], 0, 1, BATCHES, BARS)
+    found = refit(model, layers, [(None, None), (keys, None), (None, values)], 0, ALONE, BATCHES, BARS)
     assert found[:2] == [(None, None), (keys, None)]
     assert found[2][0] is None
     assert not torch.equal(found[2][1].decoder, values.decoder)
@@ -176,7 +184,7 @@ def test_layers_that_were_refitted_are_taken_up(tmp_path, monkeypatch):
     model, layers = converted("llama")
     chosen = random_pairs(layers)
     monkeypatch.setattr(refitting.resuming, "SAVE_SECONDS", 0.0)
-    expected = refit(model, layers, chosen, 5, 1, BATCHES, BARS)
+    expected = refit(model, layers, chosen, 5, ALONE, BATCHES, BARS)
     solve = LeastSquares.solve
     solved = []
 
@@ -188,11 +196,11 @@ def test_layers_that_were_refitted_are_taken_up(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt), Journal(tmp_path / "out", {}) as journal:
         monkeypatch.setattr(LeastSquares, "solve", killed_at_the_third)
-        refit(model, layers, chosen, 5, 1, BATCHES, BARS, journal)
+        refit(model, layers, chosen, 5, ALONE, BATCHES, BARS, journal)
     monkeypatch.setattr(LeastSquares, "solve", lambda fit: (solved.append(fit), solve(fit))[1])
     model, layers = converted("llama")
     with Journal(tmp_path / "out", {}) as journal:
-        found = refit(model, layers, chosen, 5, 1, BATCHES, BARS, journal)
+        found = refit(model, layers, chosen, 5, ALONE, BATCHES, BARS, journal)
     assert len(solved) == 3
     for (_, a), (_, b) in zip(found, expected, strict=True):
         assert torch.equal(a.decoder, b.decoder)

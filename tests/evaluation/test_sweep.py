@@ -266,6 +266,9 @@ def test_heads_share_latents(base, tmp_path):
     assert single["texts"][0]["divergence"] != shared["texts"][0]["divergence"]
     with pytest.raises(EigenAttnError, match="choose 1, 2"):
         sweep(base, tmp_path / "other", Grid([0.5], windows=[8], shared_heads=[3]))
+    values = sweep(base, tmp_path / "values", Grid([0.5], windows=[8], shared_values=[2], rank_multiple=2))
+    cell = values["cells"]["fox/4/attention:1-2/sensitivity/8/0.5"]
+    assert cell["kv_ratio"] <= 0.5 and cell["texts"][0]["divergence"] > 0
 
 
 def test_files_hold_their_last_fifth_out(tmp_path):

@@ -14,6 +14,7 @@ from eigenattn.cache.evicting import EvictingLayer
 from eigenattn.cache.rules import SINKS
 from eigenattn.cache.size import allocated_bytes, cache_bytes
 from eigenattn.compression.folding import compress_layer
+from eigenattn.config import ALONE, Sharing
 from eigenattn.kernels.reference import causal_mask
 from eigenattn.models.conversion import convert_attention, eigen_layers
 
@@ -24,13 +25,13 @@ windows = pytest.mark.parametrize("window", [0, WINDOW])
 rules = pytest.mark.parametrize(("evict", "budget"), [("snapkv", 38), ("streaming", 20), ("snapkv", 0.8)])
 
 
-def small(name="llama", window=WINDOW, shared=1, backend=None, joint=False):
+def small(name="llama", window=WINDOW, sharing=ALONE, backend=None, joint=False):
     model = tiny(name, attn_implementation=backend)
     convert_attention(model)
     for index, attention in enumerate(eigen_layers(model)):
-        keys = random_basis(attention, 12, True, index, shared, joint)
-        values = None if joint else random_basis(attention, 8, True, 50, shared)
-        compress_layer(attention, keys, values, window, shared)
+        keys = random_basis(attention, 12, True, index, sharing.keys, joint)
+        values = None if joint else random_basis(attention, 8, True, 50, sharing.values)
+        compress_layer(attention, keys, values, window, sharing)
     return model
 
 
@@ -44,7 +45,7 @@ def evicted_reading(model, ids, cache, pieces=PIECES, **options):
         for attention, seen in zip(layers, visible, strict=True):
             layer = cache.layers[attention.layer_idx] if start else None
             if isinstance(layer, EvictingLayer) and layer.evicted:
-                heads = layer.columns.long().repeat_interleave(attention.heads // attention.latent_heads, 1)
+                heads = layer.columns.long().repeat_interleave(attention.heads // layer.columns.shape[1], 1)
                 left = heads.shape[-1] + layer.evicted
                 held = torch.zeros(*heads.shape[:2], left, dtype=torch.bool).scatter(-1, heads, True)
                 assert held.sum(-1).eq(heads.shape[-1]).all()
@@ -100,10 +101,10 @@ def test_quantised_latents(evict, budget, window):
 @torch.no_grad()
 @windows
 @rules
-@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize(("sharing", "joint"), [(Sharing(2, 2), False), (Sharing(2, 2), True), (Sharing(1, 2), False)])
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_shared_latents_are_evicted_together(name, joint, evict, budget, window):
-    model, ids = small(name, window, shared=2, joint=joint), tokens(2, LENGTH)
+def test_shared_latents_are_evicted_together(name, sharing, joint, evict, budget, window):
+    model, ids = small(name, window, sharing=sharing, joint=joint), tokens(2, LENGTH)
     cache = EigenCache(model.config, evict=evict, budget=budget)
     found, visible = evicted_reading(model, ids, cache)
     assert cache.layers[0].columns.shape[1] == eigen_layers(model)[0].kv_heads // 2
@@ -230,7 +231,7 @@ def test_streaming_holds_sinks_and_recent_tokens():
     ("evict", "budget", "kept"), [("snapkv", 38, 42), ("streaming", 20, 20), ("streaming", 99, 54)]
 )
 def test_bytes_are_those_planned(evict, budget, kept, bits, window):
-    model = quantised(window=window) if bits else small(window=window, shared=2)
+    model = quantised(window=window) if bits else small(window=window, sharing=Sharing(1, 2))
     cache = EigenCache(model.config, evict=evict, budget=budget)
     in_pieces(model, tokens(2, 54), cache, [50] + [1] * 4)
     assert cache.kept_tokens == kept

@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import eigenattn
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
-from eigenattn.cache.layers import check_quantised
+from eigenattn.cache.layers import prepare
 from eigenattn.cache.packing import Widths
 from eigenattn.cache.size import kv_ratio
 from eigenattn.compression.bases import Basis
 from eigenattn.compression.folding import attach, compress_layer
 from eigenattn.compression.ranks import RANK_RULES
+from eigenattn.config import Sharing
 from eigenattn.models.bases_file import save_bases
 from eigenattn.models.conversion import convert_attention, eigen_layers
 
@@ -32,7 +33,7 @@ def small(name, window, shared, rank=10, widths=None):
             basis = random_basis(attention, rank * shared, True, index, shared, joint=True)
         else:
             basis = quantised_basis(attention, widths, True, index, shared, joint=True)
-        compress_layer(attention, basis, None, window, shared)
+        compress_layer(attention, basis, None, window, Sharing(shared, shared))
     return model
 
 
@@ -57,8 +58,8 @@ def test_latents_side_by_side_are_those_apart(name, shared, window):
     together = copy.deepcopy(apart)
     for index, (one, two) in enumerate(zip(eigen_layers(apart), eigen_layers(together), strict=True)):
         pair = random_basis(one, 6, True, index, shared), random_basis(one, 9, True, 100 + index, shared)
-        attach(one, *pair, window, shared)
-        attach(two, side_by_side(*pair), None, window, shared)
+        attach(one, *pair, window, Sharing(shared, shared))
+        attach(two, side_by_side(*pair), None, window, Sharing(shared, shared))
     ids = tokens(2, LENGTH)
     exact = apart(ids).logits
     close(together(ids).logits, exact)
@@ -131,7 +132,7 @@ def test_save_and_load(target, name, shared, window, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", attn_implementation=backend)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert 0.2 < report.kv_ratio <= 0.5
-    assert all(attention.shared_heads == shared for attention in eigen_layers(loaded))
+    assert all(attention.sharing == (shared, shared) for attention in eigen_layers(loaded))
     assert any(attention.joint for attention in eigen_layers(loaded))  # a layer at full rank is not
 
 
@@ -196,6 +197,6 @@ def test_what_cannot_be_joint():
 def test_quantised_caches_of_transformers_refuse():
     layer = type("QuantizedLayer", (), {"q_group_size": 8})()  # the real ones need quanto or hqq
     latents = torch.zeros(1, 2, 3, 16)
-    check_quantised(SimpleNamespace(layers=[layer]), 0, (latents, latents))
+    prepare(SimpleNamespace(layers=[layer]), 0, (latents, latents))
     with pytest.raises(EigenAttnError, match="cannot hold latents that keys and values share"):
-        check_quantised(SimpleNamespace(layers=[layer]), 0, (latents, latents[..., :0]))
+        prepare(SimpleNamespace(layers=[layer]), 0, (latents, latents[..., :0]))

@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 from eigenattn import EigenAttnError, kernels
 from eigenattn.cache.packing import Widths
 from eigenattn.compression.folding import compress_layer
+from eigenattn.config import ALONE, Sharing
 from eigenattn.kernels import selection
 from eigenattn.models import decoding
 from eigenattn.models.conversion import convert_attention, eigen_layers
@@ -39,15 +40,17 @@ def triton(monkeypatch):
     kernels.use(before)
 
 
-def small(name, window, quantised=False, shared_heads=1, joint=False):
+def small(name, window, quantised=False, sharing=ALONE, joint=False):
     model = tiny(name, **(ONE if "layer_types" not in TINY[name][1] else TWO))
     convert_attention(model)
     for index, attention in enumerate(eigen_layers(model)):
         if quantised:
-            keys, values = (quantised_basis(attention, each, True, index, shared_heads, joint) for each in WIDTHS)
+            sides = zip(WIDTHS, sharing, strict=True)
+            keys, values = (quantised_basis(attention, each, True, index, n, joint) for each, n in sides)
         else:
-            keys, values = (random_basis(attention, rank, True, index, shared_heads, joint) for rank in (12, 8))
-        compress_layer(attention, keys, None if joint else values, window, shared_heads)
+            sides = zip((12, 8), sharing, strict=True)
+            keys, values = (random_basis(attention, rank, True, index, n, joint) for rank, n in sides)
+        compress_layer(attention, keys, None if joint else values, window, sharing)
     return model.to(DEVICE)
 
 
@@ -105,16 +108,17 @@ def test_quantised_latents_go_to_the_kernel_packed(name, window, triton, monkeyp
     assert len(unpacked) == 3  # the prompt once, and then all without the kernel
 
 
+@pytest.mark.parametrize("sharing", [Sharing(2, 2), Sharing(1, 2)])
 @pytest.mark.parametrize(("name", "window", "quantised"), [("llama", 6, True), ("llama", 0, False), ("opt", 6, False)])
-def test_heads_that_share_latents(name, window, quantised, triton):
-    model = small(name, window, quantised, shared_heads=2)
+def test_heads_that_share_latents(name, window, quantised, sharing, triton):
+    model = small(name, window, quantised, sharing)
     compare(model, triton, dynamic(model))
 
 
 @pytest.mark.parametrize("shared_heads", [1, 2])
 @pytest.mark.parametrize(("name", "window", "quantised"), [("llama", 6, True), ("llama", 0, False), ("opt", 6, False)])
 def test_keys_and_values_that_share_latents(name, window, quantised, shared_heads, triton):
-    model = small(name, window, quantised, shared_heads, joint=True)
+    model = small(name, window, quantised, Sharing(shared_heads, shared_heads), joint=True)
     compare(model, triton, dynamic(model))
 
 

@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from eigenattn.cache.packing import Widths
 from eigenattn.compression.folding import compress_layer
+from eigenattn.config import ALONE, Sharing
 from eigenattn.kernels import chunked
 from eigenattn.kernels.reference import attend, causal_mask
 from eigenattn.models.conversion import convert_attention, eigen_layers
@@ -21,16 +22,18 @@ CASES += [("bloom", 6), ("falcon-alibi", 6), ("stablelm", 6), ("phi3-partial", 6
 cases = pytest.mark.parametrize(("name", "window"), CASES)
 
 
-def small(name, window, quantised=False, shared_heads=1, joint=False, **overrides):
+def small(name, window, quantised=False, sharing=ALONE, joint=False, **overrides):
     model = tiny(name, **overrides)
     convert_attention(model)
     for index, attention in enumerate(eigen_layers(model)):
         if quantised:
             widths = Widths(3, 5, 3), Widths(2, 1, 6)
-            keys, values = (quantised_basis(attention, each, True, index, shared_heads, joint) for each in widths)
+            sides = zip(widths, sharing, strict=True)
+            keys, values = (quantised_basis(attention, each, True, index, n, joint) for each, n in sides)
         else:
-            keys, values = (random_basis(attention, rank, True, index, shared_heads, joint) for rank in (12, 8))
-        compress_layer(attention, keys, None if joint else values, window, shared_heads)
+            sides = zip((12, 8), sharing, strict=True)
+            keys, values = (random_basis(attention, rank, True, index, n, joint) for rank, n in sides)
+        compress_layer(attention, keys, None if joint else values, window, sharing)
     return model
 
 
@@ -92,10 +95,10 @@ def test_quantised_latents(name, window, joint, chunks):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize(("sharing", "joint"), [(Sharing(2, 2), False), (Sharing(2, 2), True), (Sharing(1, 2), False)])
 @pytest.mark.parametrize(("name", "window"), [("llama", 6), ("llama", 0), ("opt", 6)])
-def test_heads_that_share_latents(name, window, joint, chunks):
-    model, ids = small(name, window, shared_heads=2, joint=joint), tokens(2, 40)
+def test_heads_that_share_latents(name, window, sharing, joint, chunks):
+    model, ids = small(name, window, sharing=sharing, joint=joint), tokens(2, 40)
     whole = model(ids, use_cache=False).logits
     chunks()
     close(in_pieces(model, ids, DynamicCache(config=model.config), [3, 17, 1, 19]), whole)

@@ -26,10 +26,12 @@ CASES = {
     "llama-bits": ("llama", {**BITS, "window": 8}),
     "llama-bits-0": ("llama", {**BITS, "window": 0}),
     "opt-shared": ("opt", {**RATIO, "window": 8, "shared_heads": 2}),
+    "opt-values": ("opt", {**RATIO, "window": 8, "shared_values": 2}),
     "llama-joint": ("llama", {**RATIO, "window": 8, "joint": True}),
     "opt-joint": ("opt", {**BITS, "window": 0, "joint": True, "shared_heads": 2}),
 }
 REFUSED = {
+    "llama-values": ("llama", {**RATIO, "window": 8, "shared_values": 2}, "2 KV heads, 2 to a latent, cannot be split"),
     "llama-shared": ("llama", {**RATIO, "window": 8, "shared_heads": 2}, "2 KV heads, 2 to a latent, cannot be split"),
     "gpt2": ("gpt2", {**RATIO, "window": 8}, "no tensor-parallel plan for GPT-2"),
 }

@@ -11,6 +11,7 @@ from tiny import save_tiny
 from typer.testing import CliRunner
 
 from eigenattn.cli import app
+from eigenattn.config import EigenAttentionConfig
 from eigenattn.errors import EigenAttnError
 from eigenattn.report.inspection import Inspection
 from eigenattn.report.page import Material, build
@@ -107,6 +108,16 @@ def test_page_of_quantised_and_shared_latents():
     assert "rank 24 of 32" in page
     assert "<td>8, 8, 8</td><td>0, 16, 0</td><td>100</td>" in page
     assert "eigenattn compress base some/model --bits-per-element 3.0 --shared-heads 2 --text self" in page
+
+
+def test_page_of_latents_of_values_that_heads_share():
+    """Either side is drawn against its own full rank, and the command says what is not the default."""
+    method = EigenAttentionConfig(kv_ratio=0.6, shared_values=2).to_dict()
+    layers = [{"rank_k": 8, "rank_v": 24}, {"rank_k": 12, "rank_v": 32}]
+    found = Inspection("llama", True, 0.6, 100, 500, 16, 2, layers, [100, 250], 8, {1024: 0.6}, method, {})
+    page = build(Material("some/model", found))
+    assert "rank 8 of 16" in page and "rank 24 of 32" in page and "full rank, 16 and 32." in page
+    assert "eigenattn compress MODEL some/model --kv-ratio 0.6 --shared-values 2\n" in page.replace("</", "\n</")
 
 
 def test_page_of_joint_latents():

@@ -32,9 +32,7 @@ def _passes(model: nn.Module, batches: list[Batch], config: EigenAttentionConfig
 
     def statistics() -> None:
         originals = convert_attention(model)
-        collect_moments(
-            model, eigen_layers(model), batches, lambda attention: method.moments(attention, config.window, 1)
-        )
+        collect_moments(model, eigen_layers(model), batches, lambda attention: method.moments(attention, config.window))
         restore_attention(model, originals)
 
     return in_turns({"forward": plain, "statistics": statistics}, device, rounds, warm_up=1)

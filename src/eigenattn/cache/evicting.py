@@ -18,8 +18,9 @@ from .store import Store
 class EvictingLayer(WindowedLayer):
     """A `WindowedLayer` that evicts some of its latents, and so knows of each row which token it is.
 
-    From the first eviction on `columns` [B, G, F] holds the tokens of the rows of `keys` and `values`, ascending. The
-    model still counts all tokens, and its masks and positions have a column for each.
+    From the first eviction on `columns` [B, heads, F] holds the tokens of the rows of `keys` and `values`, ascending;
+    KV heads that share a latent, of keys or of values, keep the same tokens, and have one row of columns. The model
+    still counts all tokens, and its masks and positions have a column for each.
 
     Args:
         window: exact tokens, W, which are never evicted; 0 for latents alone.
@@ -46,15 +47,16 @@ class EvictingLayer(WindowedLayer):
 
     def _append(self, rows: tuple[Tensor, ...]) -> None:
         if self.evicted:
-            rows = (*rows, self._columns(self._left(), rows[0]))
+            rows = (*rows, self._columns(self._left(), rows))
         super()._append(rows)
 
     @staticmethod
-    def _columns(first: int, rows: Tensor) -> Tensor:
-        """Columns [B, G, n, 1] of neighbouring rows [B, G, n, width]."""
-        b, g, n, _ = rows.shape
-        columns = torch.arange(first, first + n, dtype=torch.int32, device=rows.device)
-        return columns.view(1, 1, n, 1).expand(b, g, n, 1)
+    def _columns(first: int, rows: tuple[Tensor, ...]) -> Tensor:
+        """Columns [B, heads, n, 1] of neighbouring rows of keys and values [B, G or fewer, n, width]."""
+        b, _, n, _ = rows[0].shape
+        heads = min(x.shape[1] for x in rows)
+        columns = torch.arange(first, first + n, dtype=torch.int32, device=rows[0].device)
+        return columns.view(1, 1, n, 1).expand(b, heads, n, 1)
 
     def _show(self) -> None:
         self.keys, self.values = (store.rows for store in self._stores[:2])
@@ -70,24 +72,20 @@ class EvictingLayer(WindowedLayer):
         Args:
             queries: of the pass.
             first: gives the first token of each row that is no padding, [B or 1].
-            votes: gives the mean attention [B, G, F] that so many last queries pay to each row.
+            votes: gives the mean attention [B, H, F] that so many last queries pay to each row.
         """
         rule, count = self.eviction.rule, self.rows_to_keep()
         over = self.keys.shape[-2] - count
         if over <= 0 or queries < rule.observes:
             return
         if not self.evicted:
-            # The rows are tokens 0 .. F - 1 still.
-            b, g, f, _ = self.keys.shape
-            store = Store(torch.empty(b, g, 0, 1, dtype=torch.int32, device=self.keys.device))
-            store.append(
-                torch.arange(f, dtype=torch.int32, device=self.keys.device).view(1, 1, f, 1).expand(b, g, f, 1)
-            )
+            columns = self._columns(0, (self.keys, self.values))  # the rows are tokens 0 .. F - 1 still
+            store = Store(columns[:, :, :0].contiguous())
+            store.append(columns)
             self._stores = (*self._stores, store)
         columns = self._stores[2].rows.squeeze(-1)
-        held = Held(
-            columns, first().view(-1, 1, 1), self.get_seq_length(), votes(rule.observes) if rule.observes else None
-        )
+        seen = votes(rule.observes).unflatten(1, (columns.shape[1], -1)).mean(2) if rule.observes else None
+        held = Held(columns, first().view(-1, 1, 1), self.get_seq_length(), seen)
         kept = self.eviction.choose(held, count)
         for store in self._stores:
             store.keep(kept)
@@ -109,8 +107,8 @@ class EvictingLayer(WindowedLayer):
 class EigenCache(DynamicCache):
     """A dynamic cache for compressed models, which may evict tokens: pass it as `past_key_values`.
 
-    Eviction, low rank and quantisation multiply: what is evicted are latents, of each head its own tokens (of each
-    latent, where heads share one). Kept tokens keep their positions. Exact tokens of the window are never evicted, nor
+    Eviction, low rank and quantisation multiply: what is evicted are latents, of each head its own tokens (of all
+    that share a latent the same). Kept tokens keep their positions. Exact tokens of the window are never evicted, nor
     are tokens of layers with sliding-window attention. A pass sees what was held before it and all of itself, and
     tokens are evicted after it: `streaming` after every pass, `snapkv` after passes of at least 32 tokens, which are
     prompts.

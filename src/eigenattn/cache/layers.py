@@ -206,7 +206,7 @@ class WindowedStaticLayer(StaticLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, encode: Encode, **kwargs: Any):
         """As `WindowedLayer.update`."""
         if not self.is_initialized:
-            super().lazy_initialization(*encode(key_states, value_states))
+            initialise_static(self, *encode(key_states, value_states))
             shape = (*key_states.shape[:2], self.window, key_states.shape[-1])
             self.window_keys, self.window_values = key_states.new_zeros(shape), value_states.new_zeros(shape)
             if not torch.compiler.is_compiling():
@@ -237,6 +237,18 @@ class WindowedStaticLayer(StaticLayer):
         if self.is_initialized:
             self.window_keys = self.window_keys.index_select(0, beam_idx.to(self.window_keys.device))
             self.window_values = self.window_values.index_select(0, beam_idx.to(self.window_values.device))
+
+
+def initialise_static(layer: StaticLayer, keys: Tensor, values: Tensor) -> None:
+    """Give a layer of a static cache its tensors.
+
+    transformers takes it that there are as many heads of values as of keys, [B, heads, n, width] of what is stored.
+    """
+    layer.lazy_initialization(keys, values)
+    if values.shape[1] != keys.shape[1]:
+        layer.values = layer.values.new_zeros(*values.shape[:2], *layer.values.shape[2:])
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(layer.values)
 
 
 def with_window(cache: Any, layer_idx: int, window: int, sliding_window: int | None) -> None:
@@ -275,16 +287,18 @@ def with_window(cache: Any, layer_idx: int, window: int, sliding_window: int | N
     cache.layers[layer_idx] = cache.evicting_layer(window) if evicts else WindowedLayer(window, sliding)
 
 
-def check_quantised(cache: Any, layer_idx: int, rows: tuple[Tensor, Tensor]) -> None:
-    """Look whether transformers' quantised caches can hold a layer's latents; other caches can.
+def prepare(cache: Any, layer_idx: int, rows: tuple[Tensor, Tensor]) -> None:
+    """Prepare a layer of transformers' caches for a layer's latents: they cannot all hold them by themselves.
 
     Args:
-        rows: what is to be stored of keys and values, [B, G, T, width] each.
+        rows: what is to be stored of keys and values, [B, G/N, T, width] each.
 
     Raises:
         EigenAttnError: if codes would be quantised again, or groups of a scale do not fit latents of any length.
     """
     layer = cache.layers[layer_idx] if layer_idx < len(getattr(cache, "layers", ())) else None
+    if isinstance(layer, StaticLayer) and not layer.is_initialized:
+        initialise_static(layer, *rows)
     name = type(layer).__name__
     if "Quantized" not in name:
         return

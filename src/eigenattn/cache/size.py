@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+from ..config import ALONE, Sharing
 from .packing import Widths
 from .store import room_for
 
@@ -18,7 +19,7 @@ class Layer(Protocol):
     rank_v: int
     widths_k: Widths | None
     widths_v: Widths | None
-    shared_heads: int
+    sharing: Sharing
 
 
 class Shape(NamedTuple):
@@ -30,7 +31,7 @@ class Shape(NamedTuple):
     rank_v: int
     widths_k: Widths | None = None
     widths_v: Widths | None = None
-    shared_heads: int = 1
+    sharing: Sharing = ALONE
 
 
 # Bytes of an element of the original cache, where sizes are compared.
@@ -41,9 +42,10 @@ COLUMN = 4
 
 def bytes_of_layer(layer: Layer, element_size: int) -> int:
     """Bytes of a token's latents in one layer, packed if quantised, or in elements of `element_size` bytes."""
+    latents_k, latents_v = (layer.kv_heads // heads for heads in layer.sharing)
     if layer.widths_k is None or layer.widths_v is None:
-        return layer.kv_heads // layer.shared_heads * (layer.rank_k + layer.rank_v) * element_size
-    return layer.kv_heads // layer.shared_heads * (layer.widths_k.bytes + layer.widths_v.bytes)
+        return (latents_k * layer.rank_k + latents_v * layer.rank_v) * element_size
+    return latents_k * layer.widths_k.bytes + latents_v * layer.widths_v.bytes
 
 
 def bytes_per_token(layers: Sequence[Layer], element_size: int) -> int:
@@ -72,7 +74,7 @@ def cache_bytes(layers: Sequence[Layer], element_size: int, length: int, window:
     full = sum(2 * layer.kv_heads * layer.head_dim for layer in layers)
     a_token = bytes_per_token(layers, element_size)
     if evicts and kept < length:
-        a_token += COLUMN * sum(layer.kv_heads // layer.shared_heads for layer in layers)
+        a_token += COLUMN * sum(layer.kv_heads // max(layer.sharing) for layer in layers)
     return latents * a_token + exact * full * element_size
 
 

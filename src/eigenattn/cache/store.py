@@ -61,8 +61,9 @@ class Store:
         self._length = min(length, self._length)
 
     def keep(self, index: Tensor) -> None:
-        """Forget all rows but those at an index [B, G, k], in its order, and their room."""
+        """Forget all rows but those at an index [B, G or fewer, k], in its order, and their room."""
         b, g, room, width = self._room.shape
+        index = index.repeat_interleave(g // index.shape[1], dim=1)
         places = index + self._first + room * torch.arange(b * g, device=index.device).view(b, g, 1)
         kept = self._room.flatten(0, 2).index_select(0, places.flatten()).view(b, g, index.shape[-1], width)
         self._room, self._first, self._length = kept[:, :, :0], 0, 0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import ALONE, Sharing
 from ..kernels.reference import cap_and_mask, causal_mask
 from ..models.attention import EigenAttention
 from ..models.maps import joined
@@ -28,7 +29,7 @@ class AttentionMoments:
     """Sums over calibration text for one layer, in float64, over query-key pairs outside the window.
 
     `a` is an attention weight, `p` the sum of a query's weights outside the window, `o` the sum of `a * v` there. Where
-    N KV heads share a latent, `k` and `v` are the vectors of all of them, N * D dimensions: a key's weights are summed
+    N KV heads share a latent, `k` or `v` are the vectors of all of them, N * D dimensions: a key's weights are summed
     over the heads, and each query head has an `o` of all values under its own attention. Where keys and values share a
     latent too, `k` is both of them side by side, twice as many dimensions, and there is no `o`.
 
@@ -66,13 +67,14 @@ class AttentionMoments:
         cls,
         attention: EigenAttention,
         window: int,
-        shared_heads: int = 1,
+        sharing: Sharing = ALONE,
         shrinkage: float = 0.0,
         joint: bool = False,
     ) -> AttentionMoments:
         """Empty moments for a layer."""
         g, d = attention.kv_heads, attention.head_dim
-        priors = _priors(attention, shared_heads, joint) if shrinkage else (None, None)
+        size_k, size_v = (heads * d for heads in sharing)
+        priors = _priors(attention, sharing, joint) if shrinkage else (None, None)
         with loaded(attention.output_projection):
             by_group = weight_of(attention.output_projection).detach().unflatten(1, (g, -1, d))  # [C, G, H/G, D]
             # A group at a time: a large model's whole weight takes much memory in float64.
@@ -81,17 +83,17 @@ class AttentionMoments:
         def zeros(*shape: int) -> Tensor:
             return value_metric.new_zeros(shape)
 
-        latents, size = g // shared_heads, shared_heads * d
         keys, outputs = (
-            (zeros(latents, n, n), zeros(latents, n), zeros(latents))
-            for n in ((2 * size, 0) if joint else (size, size))
+            (zeros(g // heads, n, n), zeros(g // heads, n), zeros(g // heads))
+            for heads, n in zip(sharing, (2 * size_k, 0) if joint else (size_k, size_v), strict=True)
         )
         return cls(zeros(g, d, d), *keys, value_metric, *outputs, window, *priors, shrinkage, joint)
 
     def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
         """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
         q, k, v = heads
-        shared_k, shared_v = joined(k, self.latents), joined(v, self.latents)
+        latents_k, latents_v = len(self.key_weight), len(self.output_weight)
+        shared_k, shared_v = joined(k, latents_k), joined(v, latents_v)
         t = q.shape[-2]
         mask = whole_mask(attention, q, kwargs)
         q_turned, k_turned = turned(attention, kwargs, q, k)
@@ -106,7 +108,7 @@ class AttentionMoments:
             weights = (scores - log_sums[-1]).exp().tril(start - self.window)  # n <= m - W
             if valid is not None:
                 weights = weights * valid[:, None, start:stop, None]
-            by_latent = weights.unflatten(1, (self.latents, -1))  # [B, G/N, H/G * N, block, stop]
+            by_latent = weights.unflatten(1, (latents_v, -1))  # [B, G/N, H/G * N, block, stop]
             weights = weights.unflatten(1, (self.groups, -1))  # [B, G, H/G, block, stop]
             column_weight[..., :stop] += weights.sum((2, 3))
             if not self.joint:
@@ -116,7 +118,7 @@ class AttentionMoments:
                 share = weights.sum(-1, keepdim=True)
                 self.key_metric += self._gram(q[:, :, start:stop], share) * attention.scaling**2
         kept = torch.cat([shared_k, shared_v], dim=-1) if self.joint else shared_k
-        self._add_keys(kept, column_weight.unflatten(1, (self.latents, -1)).sum(2))
+        self._add_keys(kept, column_weight.unflatten(1, (latents_k, -1)).sum(2))
         if attention.rotates:
             log_sum = torch.cat(log_sums, dim=-2)
             self._add_sampled_metric(attention, q_turned, k_turned, mask, column_weight, log_sum, kwargs, valid)
@@ -124,10 +126,6 @@ class AttentionMoments:
     @property
     def groups(self) -> int:
         return len(self.key_metric)
-
-    @property
-    def latents(self) -> int:
-        return len(self.key_weight)
 
     def _gram(self, x: Tensor, weight: Tensor) -> Tensor:
         """`sum weight x x^T` of vectors [B, H, n, D], per group of heads: [G, D, D] in float64.
@@ -194,7 +192,7 @@ class AttentionMoments:
 
 
 @torch.no_grad()
-def _priors(attention: EigenAttention, shared_heads: int, joint: bool) -> tuple[Tensor, Tensor | None]:
+def _priors(attention: EigenAttention, sharing: Sharing, joint: bool) -> tuple[Tensor, Tensor | None]:
     """Covariances of keys and of values of white hidden states, [G/N, N * D, N * D] in float64; always the same.
 
     With joint latents there is one of keys and values side by side, in the place of the keys'.
@@ -204,8 +202,8 @@ def _priors(attention: EigenAttention, shared_heads: int, joint: bool) -> tuple[
     states = torch.randn(1, PRIOR_STATES, attention.config.hidden_size, generator=generator)
     with loaded(attention):
         _, *sides = attention.project(states.to(execution_device(output), output.weight.dtype))
-    rows = [joined(x, x.shape[1] // shared_heads)[0].double() for x in sides]  # [G/N, n, N * D]
-    rows = [torch.cat(rows, dim=-1)] if joint else rows
+    rows = [joined(x, x.shape[1] // heads)[0].double() for x, heads in zip(sides, sharing, strict=True)]
+    rows = [torch.cat(rows, dim=-1)] if joint else rows  # [G/N, n, N * D] each
     centred = [x - x.mean(1, keepdim=True) for x in rows]
     priors = [x.transpose(1, 2) @ x / PRIOR_STATES for x in centred]
     return (priors[0], None) if joint else tuple(priors)

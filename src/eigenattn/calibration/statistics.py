@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..config import ALONE, Sharing
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from ..models.placement import execution_device
@@ -32,7 +33,7 @@ class LayerMoments:
         cls,
         attention: EigenAttention,
         window: int = 0,
-        shared_heads: int = 1,
+        sharing: Sharing = ALONE,
         shrinkage: float = 0.0,
         joint: bool = False,
     ) -> LayerMoments:

@@ -50,6 +50,10 @@ def compress(
     shared_heads: Annotated[
         int, typer.Option(help="KV heads that share one latent: the same bytes, less lost, more arithmetic.")
     ] = 1,
+    shared_values: Annotated[
+        int | None,
+        typer.Option(help="KV heads that share one latent of their values, by default --shared-heads: less lost."),
+    ] = None,
     joint: Annotated[
         bool, typer.Option("--joint", help="Keys and values share latents too: less lost still, more arithmetic.")
     ] = False,
@@ -98,6 +102,7 @@ def compress(
         rank_multiple=rank_multiple,
         window=window,
         shared_heads=shared_heads,
+        shared_values=shared_values,
         joint=joint,
         shrinkage=shrinkage,
         refit=refit,

@@ -12,7 +12,7 @@ from ..demo import run_demo
 from ..evaluation.generation import continue_prompt
 from ..models.loading import Source, load_model, load_tokenizer
 from ..report.inspection import inspect_checkpoint
-from ..report.tables import rank_titles
+from ..report.tables import full_rank, rank_titles
 from .common import Budget, Device, Dtype, Evict, Json, Model, app, at_lengths, budget_of, emit, examples
 
 
@@ -58,7 +58,7 @@ def inspect(model: Model, json_file: Json = None) -> None:
     found = inspect_checkpoint(model)
     console = emit(found.to_dict(), json_file)
     titles = rank_titles(found.layers)
-    title = f"{model} ({found.model_type}), of {found.full_rank}"
+    title = f"{model} ({found.model_type}), of {full_rank(found.full_ranks)}"
     table = Table("layer", *titles.values(), "bytes a token", title=title)
     for index, (layer, size) in enumerate(zip(found.layers, found.bytes_by_layer, strict=True)):
         ranks = [value if isinstance(value, list) else [value] for value in (layer[name] for name in titles)]

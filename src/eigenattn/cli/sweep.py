@@ -62,6 +62,13 @@ def sweep(
     ] = "sensitivity",
     window: Annotated[str, typer.Option(help="Exact tokens, with commas between them.")] = "32",
     shared_heads: Annotated[str, typer.Option(help="KV heads that share one latent, with commas between them.")] = "1",
+    shared_values: Annotated[
+        str,
+        typer.Option(
+            help="KV heads that share one latent of their values, with commas between them; by default --shared-heads.",
+            metavar="LIST",
+        ),
+    ] = "",
     joint: Annotated[bool, typer.Option("--joint", help="Keys and values share latents too.")] = False,
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
     shrinkage: Annotated[
@@ -116,6 +123,7 @@ def sweep(
         refit,
         _numbers("--shrinkage", shrinkage, float),
         joint,
+        _numbers("--shared-values", shared_values, int) or (None,),
     )
     sizes = _numbers("--samples", samples, int)
     if min(sizes, default=0) < 1:

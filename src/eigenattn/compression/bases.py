@@ -184,7 +184,7 @@ class BasisMethod:
     """A kind of basis: what makes its empty moments, and what it makes of moments.
 
     Args:
-        moments: `of(attention, window, shared_heads=1, shrinkage=0.0, joint=False)`.
+        moments: `of(attention, window, sharing=ALONE, shrinkage=0.0, joint=False)`.
     """
 
     moments: Callable[..., Moments]

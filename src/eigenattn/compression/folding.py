@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.packing import Widths
+from ..config import ALONE, Sharing
 from ..models.attention import EigenAttention
 from ..models.maps import MAPS, QUANTISERS
 from ..models.placement import execution_device
@@ -16,7 +17,11 @@ from .bases import Basis
 
 
 def attach(
-    attention: EigenAttention, keys: Basis | None, values: Basis | None, window: int = 0, shared_heads: int = 1
+    attention: EigenAttention,
+    keys: Basis | None,
+    values: Basis | None,
+    window: int = 0,
+    sharing: Sharing = ALONE,
 ) -> None:
     """Compress a layer with maps applied at run time; the projections stay as they are.
 
@@ -24,13 +29,16 @@ def attach(
         keys, values: bases, or None for a side that stays as the original has it. With a joint basis of `keys`, values
             have none.
         window: exact tokens, W.
-        shared_heads: KV heads that share a latent, N: the bases are of so many together.
+        sharing: KV heads that share a latent, N: the bases are of so many together.
     """
     detach(attention)
-    attention.window, attention.shared_heads = window, shared_heads
+    attention.window, attention.sharing = window, sharing
     output = attention.output_projection
     like = output.weight.requires_grad, {"device": execution_device(output), "dtype": output.weight.dtype}
-    ranks = [attention.latent_dim if basis is None else basis.rank for basis in (keys, values)]
+    ranks = [
+        attention.latent_dim(side) if basis is None else basis.rank
+        for side, basis in (("key", keys), ("value", values))
+    ]
     if keys is not None and keys.joint:
         ranks[1] = 0
         if keys.quantiser is not None:
@@ -62,7 +70,7 @@ def _set_maps(attention: EigenAttention, side: str, basis: Basis, like: tuple[bo
 def detach(attention: EigenAttention) -> None:
     """Undo `attach`: back to full rank."""
     attention.rank_k = attention.rank_v = attention.head_dim
-    attention.window, attention.shared_heads = 0, 1
+    attention.window, attention.sharing = 0, ALONE
     attention.widths_k = attention.widths_v = None
     for name in (*MAPS, *QUANTISERS):
         setattr(attention, name, None)
@@ -183,8 +191,12 @@ def _set_projections(attention: EigenAttention, weights: Heads, biases: Heads, h
 
 @torch.no_grad()
 def compress_layer(
-    attention: EigenAttention, keys: Basis | None, values: Basis | None, window: int, shared_heads: int = 1
+    attention: EigenAttention,
+    keys: Basis | None,
+    values: Basis | None,
+    window: int,
+    sharing: Sharing = ALONE,
 ) -> None:
     """Attach the bases of one layer and fold them."""
-    attach(attention, keys, values, window, shared_heads)
+    attach(attention, keys, values, window, sharing)
     fold(attention)

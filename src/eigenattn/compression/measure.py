@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.statistics import Batch, forward_hidden
+from ..config import Sharing
 from ..models.attention import EigenAttention
 from ..models.placement import is_spread, loaded
 from ..progress import TokenProgress
@@ -53,8 +54,8 @@ class Measurement:
 
     def _truncate(self, index: int, ranks: tuple[int, int]) -> None:
         attention, (keys, values), (rank_k, rank_v) = self.layers[index], self.bases[index], ranks
-        shared_heads = attention.kv_heads // len(keys.encoder)
-        attach(attention, keys.truncate(rank_k), values.truncate(rank_v), self.window, shared_heads)
+        sharing = Sharing(*(attention.kv_heads // len(basis.encoder) for basis in (keys, values)))
+        attach(attention, keys.truncate(rank_k), values.truncate(rank_v), self.window, sharing)
 
     def layer_errors(self, candidates: Sequence[Ranks]) -> list[list[float]]:
         """Relative error at each decoder layer's output when its keys and values are truncated.

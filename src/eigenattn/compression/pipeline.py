@@ -114,13 +114,13 @@ def compress(
     try:
         model.eval()
         layers = eigen_layers(model)
-        check_sharing(layers[0].kv_heads, config.shared_heads)
+        check_sharing(layers[0].kv_heads, *config.sharing)
         device = input_device(model)
         stream = _Stream(batches, model, device, twice=config.refit or config.bits_per_element is not None)
         with clock.stage("statistics"):
             total = len(batches) if hasattr(batches, "__len__") else None
             joint = config.joint and config.kv_ratio != 1
-            asked = config.window, config.shared_heads, config.shrinkage, joint
+            asked = config.window, config.sharing, config.shrinkage, joint
             kept = KeptMoments(lambda attention: method.moments(attention, *asked), journal)
             moments = collect_moments(
                 model, layers, bars.batches("Calibrating", kept.batches(stream), total), kept.empty
@@ -143,7 +143,7 @@ def compress(
         if config.refit and any(values is not None for _, values in chosen):
             with clock.stage("refit"):
                 chosen = refit(
-                    model, layers, chosen, config.window, config.shared_heads, list(stream.again()), bars, journal
+                    model, layers, chosen, config.window, config.sharing, list(stream.again()), bars, journal
                 )
         for attention, pair in zip(layers, chosen, strict=True):
             check_range(attention, pair)
@@ -155,11 +155,13 @@ def compress(
         model.train(was_training)
     del originals
     if all(basis is None for pair in chosen for basis in pair):
-        config = dataclasses.replace(config, window=0, shared_heads=1, joint=False)  # at full rank everything is exact
+        config = dataclasses.replace(
+            config, window=0, shared_heads=1, shared_values=1, joint=False
+        )  # at full rank everything is exact
     with clock.stage("folding"):
         for attention, (keys, values) in zip(layers, chosen, strict=True):
             with loaded(attention):
-                compress_layer(attention, keys, values, config.window, config.shared_heads)
+                compress_layer(attention, keys, values, config.window, config.sharing)
                 check_layer(attention)
     element_size = layers[0].output_projection.weight.element_size()
     report = CompressionReport(

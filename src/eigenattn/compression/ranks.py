@@ -70,7 +70,10 @@ class RankProblem:
 
     def ratio(self, ranks: Ranks) -> float:
         """The KV ratio of a choice."""
-        kept = sum(spectrum.shape[0] * sum(pair) for spectrum, pair in zip(self.keys, ranks, strict=True))
+        sides = zip(zip(self.keys, self.values, strict=True), ranks, strict=True)
+        kept = sum(
+            len(spectrum) * rank for spectra, pair in sides for spectrum, rank in zip(spectra, pair, strict=True)
+        )
         return kept / self.elements
 
     @property
@@ -103,18 +106,17 @@ def uniform(problem: RankProblem) -> Ranks:
     layers = len(problem.keys)
     order = [side for layer in range(layers) for side in (layer, layers + layer)]
 
-    def ranks_at(level: float) -> Ranks:
-        """`level` multiples a side; its fraction is spread evenly by error diffusion."""
-        ranks, carried = [0] * len(choices), 0.5
+    levels = len(choices) * max(len(choice) for choice in choices)
+
+    def ranks_at(level: int) -> Ranks:
+        """The share `level / levels` of each side's choices; parts of one are spread evenly by error diffusion."""
+        ranks, carried = [0] * len(choices), levels
         for side in order:
-            carried += level
-            step = int(carried)
-            carried -= step
+            step, carried = divmod(carried + 2 * level * len(choices[side]), 2 * levels)
             ranks[side] = choices[side][min(max(step, 1), len(choices[side])) - 1]
         return list(zip(ranks[:layers], ranks[layers:], strict=True))
 
-    sides, most = len(choices), max(len(choice) for choice in choices)
-    return _largest_within(problem, (ranks_at(total / sides) for total in range(sides * most, sides - 1, -1)))
+    return _largest_within(problem, map(ranks_at, range(levels, 0, -1)))
 
 
 def energy(problem: RankProblem) -> Ranks:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..calibration.attention_moments import turned
 from ..calibration.statistics import Batch
+from ..config import Sharing
 from ..journal import Journal
 from ..kernels import BACKENDS
 from ..kernels.windowed import attend
@@ -41,7 +42,7 @@ def refit(
     layers: Sequence[EigenAttention],
     chosen: Sequence[Pair],
     window: int,
-    shared_heads: int,
+    sharing: Sharing,
     batches: Sequence[Batch],
     bars: TokenProgress,
     journal: Journal | None = None,
@@ -54,7 +55,7 @@ def refit(
 
     Args:
         chosen: the bases of each layer, truncated or quantised; None for a side at full rank.
-        window, shared_heads: as in `attach`.
+        window, sharing: as in `attach`.
         batches: token ids to fit on.
         journal: keeps the layers that are done, and is asked for them.
 
@@ -83,7 +84,7 @@ def refit(
                     with _output_of(attention) as target:
                         following.append(run(exact[number], batch))
                     if fit is not None:
-                        attach(attention, *pair, window, shared_heads)
+                        attach(attention, *pair, window, sharing)
                         attention.observer = fit.observe
                         with _output_of(attention) as output:
                             run(changed[number], batch)
@@ -95,9 +96,9 @@ def refit(
                 if fit is not None:
                     tensors[name] = fit.solve()
                 if pair[1] is not None:
-                    pair = pair[0], _changed(pair[1], tensors[name].to(pair[1].decoder.device), shared_heads)
+                    pair = pair[0], _changed(pair[1], tensors[name].to(pair[1].decoder.device), sharing.values)
                 if index + 1 < len(layers):
-                    attach(attention, *pair, window, shared_heads)
+                    attach(attention, *pair, window, sharing)
                     changed = [run(before, batch) for before, batch in zip(changed, batches, strict=True)]
                     detach(attention)
             result.append(pair)

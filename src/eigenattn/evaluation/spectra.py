@@ -59,7 +59,7 @@ def spectra_of(
             model,
             layers,
             TokenProgress(progress).batches("Calibrating", batches, len(batches)),
-            lambda attention: BASES[basis].moments(attention, window, 1),
+            lambda attention: BASES[basis].moments(attention, window),
         )
         bases = [BASES[basis].build(sums) for sums in moments]
     finally:

@@ -25,7 +25,7 @@ from ..compression.quantise import Fitted, equivalent_ratio, fit_quantisers, qua
 from ..compression.ranks import RANK_RULES, RankProblem, sensitivities
 from ..compression.refit import refit
 from ..compression.shared_costs import SharedCosts
-from ..config import EigenAttentionConfig
+from ..config import ALONE, EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from ..models.conversion import convert_attention, eigen_layers
@@ -48,11 +48,18 @@ class Cell(NamedTuple):
     refit: bool | None = None
     shrinkage: float = 0.0
     joint: bool = False
+    shared_values: int | None = None
+
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing(self.shared_heads, self.shared_values or self.shared_heads)
 
     @property
     def kind(self) -> str:
-        joint = "kv" if self.joint else ""
-        shared = "" if self.shared_heads == 1 and not joint else f":{self.shared_heads}{joint}"
+        keys, values = self.sharing
+        shared = "" if self.sharing == ALONE else f":{keys}" if keys == values else f":{keys}-{values}"
+        if self.joint:
+            shared = f":{keys}kv"
         return f"{self.basis}{shared}{f'~{self.shrinkage:g}' if self.shrinkage else ''}"
 
     @property
@@ -95,12 +102,15 @@ class Grid:
     refit: bool | None = None
     shrinkage: Sequence[float] = (0.0,)
     joint: bool = False
+    shared_values: Sequence[int | None] = (None,)
 
     def __post_init__(self) -> None:
         sizes = (*self.kv_ratios, *self.bits_per_element)
-        if not all((sizes, self.bases, self.ranks, self.windows, self.shared_heads, self.shrinkage)):
+        varied = self.bases, self.ranks, self.windows, self.shared_heads, self.shared_values, self.shrinkage
+        if not all((sizes, *varied)):
             raise EigenAttnError(
-                "a sweep needs at least one KV ratio, basis, rank rule, window, shared_heads and shrinkage."
+                "a sweep needs at least one KV ratio, basis, rank rule, window, shared_heads, shared_values and "
+                "shrinkage."
             )
         for names, table in ((self.bases, BASES), (self.ranks, RANK_RULES)):
             for name in names:
@@ -118,10 +128,15 @@ class Grid:
         """
         ratios = sorted(set(self.kv_ratios), reverse=True)
         cells = []
-        for basis, window, shared, shrinkage in itertools.product(
-            *map(dict.fromkeys, (self.bases, self.windows, self.shared_heads, self.shrinkage))
+        for basis, window, shared, shared_values, shrinkage in itertools.product(
+            *map(dict.fromkeys, (self.bases, self.windows, self.shared_heads, self.shared_values, self.shrinkage))
         ):
-            choices = {"refit": self.refit, "shrinkage": shrinkage, "joint": self.joint}
+            choices = {
+                "refit": self.refit,
+                "shrinkage": shrinkage,
+                "joint": self.joint,
+                "shared_values": shared_values,
+            }
             some = Cell(basis, "sensitivity", window, shared, None, **choices)
             rules = dict.fromkeys(self.ranks)
             cells += [some._replace(ranks=rule, kv_ratio=ratio) for rule in rules for ratio in ratios]
@@ -182,7 +197,7 @@ class SweepModel:
         self.model, self.grid, self.bars, self.share_costs = model, grid, bars, share_costs
         convert_attention(model)
         self.layers: list[EigenAttention] = eigen_layers(model)
-        check_sharing(self.layers[0].kv_heads, *grid.shared_heads)
+        check_sharing(self.layers[0].kv_heads, *(heads for cell in grid.cells() for heads in cell.sharing))
         self.seconds = {} if seconds is None else seconds
         self.calibrate(batches)
 
@@ -211,11 +226,11 @@ class SweepModel:
                 chosen = quantise_bases(self.layers, made.bases, fitted, weights, cell.asked)
         if cell.refit:
             with added(self.seconds, "refit"):
-                chosen = refit(self.model, self.layers, chosen, cell.window, cell.shared_heads, self.batches, self.bars)
+                chosen = refit(self.model, self.layers, chosen, cell.window, cell.sharing, self.batches, self.bars)
         if made.shared.curves is not None:
             curves[cell.statistics] = made.shared.curves
         for attention, pair in zip(self.layers, chosen, strict=True):
-            attach(attention, *pair, cell.window, cell.shared_heads)
+            attach(attention, *pair, cell.window, cell.sharing)
 
     def restore(self) -> None:
         """Back to the original model."""
@@ -235,7 +250,7 @@ class SweepModel:
                 self.model,
                 self.layers,
                 self.bars.batches("Calibrating", self.batches, len(self.batches)),
-                lambda attention: method.moments(attention, cell.window, cell.shared_heads, cell.shrinkage, cell.joint),
+                lambda attention: method.moments(attention, cell.window, cell.sharing, cell.shrinkage, cell.joint),
             )
         count = math.ceil(COST_TOKENS / self.batches[0].tokens)
         middle = cell._replace(kv_ratio=self.grid.anchor, bits_per_element=None, ranks="sensitivity")
@@ -259,7 +274,9 @@ class SweepModel:
 
 def sizes(layers: Sequence[EigenAttention], length: int) -> dict[str, Any]:
     """Cache bytes at 16 bits an element: of a token outside the window, and of a sequence with its window."""
-    exact = all((a.rank_k, a.rank_v) == (a.latent_dim,) * 2 and a.widths_k is None for a in layers)
+    exact = all(
+        (a.rank_k, a.rank_v) == (a.latent_dim("key"), a.latent_dim("value")) and a.widths_k is None for a in layers
+    )
     return _sizes(
         bytes_per_token(layers, ELEMENT_BYTES),
         cache_bytes(layers, ELEMENT_BYTES, length, 0 if exact else layers[0].window),

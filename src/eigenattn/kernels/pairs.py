@@ -46,7 +46,7 @@ def attend_one_in_pairs(
 
     Args:
         q: [B, H, 1, D].
-        far_keys: latents [B, G, F, R_k], or keys without a decoder; far_values: [B, G, F, V].
+        far_keys: latents [B, G, F, R_k], or keys without a decoder; far_values: [B, G or fewer, F, V].
         near_keys, near_values: [B, G, N, D].
         decoder: [G, R_k, D] or None; mean: [G, 1, D] or None.
         turns: complex rotations of F + N keys, and H/G times that of the query, [B or 1, G or 1, F + N + H/G,
@@ -75,7 +75,8 @@ def attend_one_in_pairs(
     scores = torch.bmm(queries, keys.transpose(-1, -2)).view(b, h, 1, columns)
     weights = cap_and_mask(scores, seen, softcap).softmax(dim=-1)
     far_weights, near_weights = weights.view(b * g, h // g, columns).split([far, columns - far], dim=-1)
-    far_sum = torch.bmm(far_weights, far_values.flatten(0, 1))
+    latents = far_values.flatten(0, 1)
+    far_sum = torch.bmm(far_weights.reshape(len(latents), b * h // len(latents), far), latents)
     near_sum = torch.bmm(near_weights, near_values.flatten(0, 1))
     far_weight = far_weights.sum(-1, keepdim=True)
     return far_sum.view(b, h, 1, -1), far_weight.view(b, h, 1, 1), near_sum.view(b, h, 1, -1), weights

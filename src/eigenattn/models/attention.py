@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.packing import Widths
+from ..config import ALONE, Sharing
 from ..errors import EigenAttnError
 from ..kernels.reference import add_mask, causal_mask
 from .families import Family
@@ -34,8 +35,8 @@ class EigenAttention(LatentMaps):
 
     With a window W the last W tokens are kept exactly, and nothing is folded: see `eigenattn.models.windowed`.
 
-    N neighbouring KV heads may share one latent (`shared_heads`): it is made of all their vectors, and every head
-    decodes its own vectors from the whole of it. A token's keys and values may share one, too (`joint`). Nothing is
+    N neighbouring KV heads may share one latent (`sharing`): it is made of all their vectors, and every head decodes
+    its own vectors from the whole of it. A token's keys and values may share one, too (`joint`). Nothing is
     folded then either.
 
     Latents may be quantised, each channel by a static uniform quantiser of its own (`QUANTISERS`): the cache then holds
@@ -59,7 +60,7 @@ class EigenAttention(LatentMaps):
         self.kv_heads: int = family.kv_heads(config)
         self.head_dim: int = family.head_dim(config)
         self.rank_k = self.rank_v = self.head_dim
-        self.shared_heads = 1
+        self.sharing = ALONE
         self.part = (0, 1)  # which of how many processes this is, that share the heads
         self.projected = (self.head_dim,) * 3  # dimensions a head that the q, k and v projections give
         self.num_key_value_groups = self.heads // self.kv_heads  # transformers' attention functions read this name
@@ -107,7 +108,7 @@ class EigenAttention(LatentMaps):
     @property
     def keeps_projections(self) -> bool:
         """Whether all maps are applied at run time, and the projections stay the original's."""
-        return self.window > 0 or self.shared_heads > 1 or self.joint
+        return self.window > 0 or max(self.sharing) > 1 or self.joint
 
     @property
     def folds(self) -> Heads:
@@ -129,7 +130,7 @@ class EigenAttention(LatentMaps):
         window: int,
         widths_k: Widths | None = None,
         widths_v: Widths | None = None,
-        shared_heads: int = 1,
+        sharing: Sharing = ALONE,
     ) -> None:
         """Take the shapes that ranks ask for, folded, with values left empty: what a loader then fills.
 
@@ -139,14 +140,14 @@ class EigenAttention(LatentMaps):
             centred: whether the bases have means, which fold into biases.
             window: exact tokens, W; with a window the projections keep their shapes.
             widths_k, widths_v: of quantised latents; both or none.
-            shared_heads: KV heads that share a latent, N.
+            sharing: KV heads that share a latent, N.
         """
-        self.shared_heads = shared_heads
+        self.sharing = sharing
         self.rank_k, self.rank_v, self.window = rank_k, rank_v, window
         self.widths_k, self.widths_v = widths_k, widths_v
-        d, full, folds = self.head_dim, self.latent_dim, self.folds
-        small_k = rank_k < full or self.joint or widths_k is not None
-        small_v = rank_v < full or widths_v is not None
+        d, folds = self.head_dim, self.folds
+        small_k = rank_k < self.latent_dim("key") or self.joint or widths_k is not None
+        small_v = rank_v < self.latent_dim("value") or widths_v is not None
         self.projected = (
             rank_k if folds.query else d,
             rank_k if folds.key else d,
@@ -166,11 +167,12 @@ class EigenAttention(LatentMaps):
         output = self.output_projection
         factory = {"device": execution_device(output), "dtype": output.weight.dtype}
         for name in (name for name, keep in kept.items() if keep):
-            rank = self.rank_of(name.split("_")[0])
+            side = name.split("_")[0]
+            channels = self.latent_heads(side) * self.rank_of(side)
             if name in QUANTISERS:
-                shape = (self.latent_heads * rank,)
+                shape = (channels,)
             else:
-                shape = (self.kv_heads * d,) if name.endswith("mean") else (self.latent_heads * rank, full)
+                shape = (self.kv_heads * d,) if name.endswith("mean") else (channels, self.latent_dim(side))
             setattr(self, name, nn.Parameter(torch.empty(shape, **factory)))
 
     def take_part(self, rank: int, size: int) -> None:

@@ -9,7 +9,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..cache.packing import BITS, Widths
-from ..config import EigenAttentionConfig
+from ..config import EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
 from .attention import EigenAttention
 from .conversion import convert_attention, eigen_layers
@@ -30,8 +30,7 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
 
     Args:
         layers: `{"rank_k": R_k, "rank_v": R_v}` for each layer, R_v being 0 where keys and values share latents of rank
-            R_k; with quantised latents also `widths_k` and `widths_v`,
-            each the number of channels of 8, 4 and 2 bits.
+            R_k; with quantised latents also `widths_k` and `widths_v`, each the number of channels of 8, 4 and 2 bits.
         centred: whether the bases have means.
         method: the `EigenAttentionConfig` of the compression, as a dictionary.
         provenance: base model, calibration text and its hash, seed, tokens, versions.
@@ -74,6 +73,11 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         self.provenance = provenance or {}
         self.format_version = format_version
 
+    @property
+    def sharing(self) -> Sharing:
+        """KV heads to a latent, of keys and of values."""
+        return EigenAttentionConfig.from_dict(self.method).sharing
+
 
 def layer_entry(attention: EigenAttention) -> dict[str, Any]:
     """What the configuration says of a layer: its ranks, and its widths if it is quantised."""
@@ -107,25 +111,23 @@ def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) ->
         raise EigenAttnError(
             f"the checkpoint has ranks for {len(config.layers)} layers, and its model has {len(layers)}."
         )
-    shared = config.method["shared_heads"]
+    sharing = config.sharing
     for index, (attention, layer) in enumerate(zip(layers, config.layers, strict=True)):
         ranks = {name: layer[name] for name in RANKS}
-        if attention.kv_heads % shared:
+        if any(attention.kv_heads % shared for shared in sharing):
             raise EigenAttnError(
-                f"the checkpoint has {shared} KV heads share a latent, and the model has {attention.kv_heads}."
+                f"the checkpoint has {max(sharing)} KV heads share a latent, and the model has {attention.kv_heads}."
             )
-        full = attention.head_dim * shared * (1 if layer["rank_v"] else 2)
-        if max(ranks.values()) > full:
-            raise EigenAttnError(f"layer {index} of the checkpoint has ranks {ranks}, above full rank, {full}.")
+        full = [attention.head_dim * shared * (1 if layer["rank_v"] else 2) for shared in sharing]
+        if any(rank > most for rank, most in zip(ranks.values(), full, strict=True)):
+            raise EigenAttnError(f"layer {index} of the checkpoint has ranks {ranks}, above full rank, {max(full)}.")
         longest = getattr(attention.config, "max_position_embeddings", None) or MOST_WINDOW
         if config.method["window"] > longest:
             raise EigenAttnError(
                 f"the checkpoint has a window of {config.method['window']} tokens, and its model reads {longest}."
             )
         widths = {name: Widths(*layer[name]) for name in WIDTHS if name in layer}
-        attention.allocate(
-            **ranks, **widths, centred=config.centred, window=config.method["window"], shared_heads=shared
-        )
+        attention.allocate(**ranks, **widths, centred=config.centred, window=config.method["window"], sharing=sharing)
 
 
 @register_quantizer(METHOD)

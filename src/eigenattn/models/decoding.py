@@ -177,7 +177,7 @@ def _sides(attention: EigenAttention, decodes_keys: bool) -> tuple[Side, Side]:
         if attention.widths_k is None:
             return Side(decoder, mean)
         *affine, widths = attention.quantiser(name)
-        offset, step = (x.squeeze(1).repeat_interleave(attention.shared_heads, dim=0) for x in affine)  # [G, R]
+        offset, step = (x.squeeze(1).repeat_interleave(attention.shared_heads(name), dim=0) for x in affine)  # [G, R]
         return Side(decoder, mean, widths, offset, step)
 
     return _kept(

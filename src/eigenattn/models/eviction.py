@@ -32,7 +32,7 @@ def check_backend(attention: EigenAttention, kwargs: dict[str, Any]) -> None:
 
 
 def for_each_query_head(attention: EigenAttention, columns: Tensor | None) -> Tensor | None:
-    """Columns [B, G/N, F] of latents' rows once for every query head, [B, H, F], as indices."""
+    """Columns [B, heads, F] of the cache's rows once for every query head, [B, H, F], as indices."""
     if columns is None:
         return None
     return columns.long().repeat_interleave(attention.heads // columns.shape[1], dim=1)
@@ -66,8 +66,7 @@ def evict(
         return
 
     def votes(queries: int) -> Tensor:
-        """[B, G/N, F]: the mean over queries and over the query heads of a latent."""
-        return weights(queries).float().mean(-2).unflatten(1, (attention.latent_heads, -1)).mean(2)
+        return weights(queries).float().mean(-2)
 
     layer.evict(q.shape[-2], lambda: _first_token(attention, layer.get_seq_length(), q, kwargs), votes)
 

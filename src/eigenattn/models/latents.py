@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..cache.layers import Far, check_quantised, with_window
+from ..cache.layers import Far, prepare, with_window
 from ..kernels import BACKENDS
 from ..kernels.reference import attend as reference_attend
 from ..kernels.reference import causal_mask
@@ -76,7 +76,7 @@ def attend_to_latents(
 def _update(attention: EigenAttention, k: Tensor, v: Tensor, cache: Any, kwargs: dict[str, Any]) -> Far:
     """Put latents [B, G/N, T, width] into the cache, and give all that it holds then."""
     if getattr(cache, "eviction", None) is None:
-        check_quantised(cache, attention.layer_idx, (k, v))
+        prepare(cache, attention.layer_idx, (k, v))
         return Far(*cache.update(k, v, attention.layer_idx))
     check_backend(attention, kwargs)
     with_window(cache, attention.layer_idx, 0, attention.sliding_window)

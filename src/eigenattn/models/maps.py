@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.packing import Widths, dequantise, pack, quantise, unpack
+from ..config import Sharing
 
 # A side at full rank needs none of these. Maps are stored as [G * R, D] and means as [G * D], so that tensor
-# parallelism can split them by head. Where N KV heads share a latent, maps are [G/N * R, N * D]. Where keys and values
-# share one, both sides' maps are to and from it, and R is its rank.
+# parallelism can split them by head. Where N KV heads share a latent, maps are [G/N * R, N * D]; keys and values may
+# have an N of their own. Where a token's keys and values share one, both sides' maps are to and from it, and R is its
+# rank.
 MAPS = ("key_encoder", "key_decoder", "key_mean", "value_encoder", "value_decoder", "value_mean")
 # Value of code 0, and distance of codes, of each channel of a quantised latent: stored as [G * R]. A joint
 # latent's stand where the keys' do.
@@ -25,7 +27,7 @@ class LatentMaps(nn.Module):
     heads: int
     kv_heads: int
     head_dim: int
-    shared_heads: int
+    sharing: Sharing
     rank_k: int
     rank_v: int
     widths_k: Widths | None
@@ -40,26 +42,26 @@ class LatentMaps(nn.Module):
         """Size of the latents that keys, or values, are decoded from."""
         return self.rank_k if side == "key" or self.joint else self.rank_v
 
-    @property
-    def latent_heads(self) -> int:
-        """Latents of keys, and of values, that a token has: G/N."""
-        return self.kv_heads // self.shared_heads
+    def shared_heads(self, side: str) -> int:
+        """KV heads that share a latent of keys, or of values: N."""
+        return self.sharing.keys if side == "key" else self.sharing.values
 
-    @property
-    def latent_dim(self) -> int:
+    def latent_heads(self, side: str) -> int:
+        """Latents of keys, or of values, that a token has: G/N."""
+        return self.kv_heads // self.shared_heads(side)
+
+    def latent_dim(self, side: str) -> int:
         """What a latent is made of, and its full rank: N * D."""
-        return self.shared_heads * self.head_dim
+        return self.shared_heads(side) * self.head_dim
 
     def _by_latent(self, name: str) -> Tensor:
         """A run-time map as [G/N, R, N * D], or a mean as [G/N, 1, N * D]."""
-        stored = local_part(getattr(self, name))
-        if stored.dim() == 1:
-            return stored.view(-1, 1, self.latent_dim)
-        return stored.view(-1, self.rank_of(name.split("_")[0]), self.latent_dim)
+        stored, side = local_part(getattr(self, name)), _side(name)
+        return stored.view(-1, 1 if stored.dim() == 1 else self.rank_of(side), self.latent_dim(side))
 
     def by_head(self, name: str) -> Tensor:
         """A decoder as [G, R, D], or a mean as [G, 1, D]."""
-        return self._by_latent(name).unflatten(-1, (self.shared_heads, -1)).transpose(1, 2).flatten(0, 1)
+        return self._by_latent(name).unflatten(-1, (self.shared_heads(_side(name)), -1)).transpose(1, 2).flatten(0, 1)
 
     def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, T, D] to latents [B, G/N, T, R]; what is latent already, or at full rank, passes.
@@ -75,7 +77,7 @@ class LatentMaps(nn.Module):
     def _encode(self, x: Tensor, side: str) -> Tensor:
         if getattr(self, f"{side}_encoder") is None:
             return x
-        x = joined(x, self.latent_heads)
+        x = joined(x, self.latent_heads(side))
         if getattr(self, f"{side}_mean") is not None:
             x = x - self._by_latent(f"{side}_mean")
         return x @ self._by_latent(f"{side}_encoder").transpose(-1, -2)
@@ -84,7 +86,8 @@ class LatentMaps(nn.Module):
         """Offset and step [G/N, 1, R], and widths."""
         side = "key" if self.joint else side
         offset, step = (
-            local_part(getattr(self, f"{side}_{name}")).view(self.latent_heads, 1, -1) for name in ("offset", "step")
+            local_part(getattr(self, f"{side}_{name}")).view(self.latent_heads(side), 1, -1)
+            for name in ("offset", "step")
         )
         return offset, step, self.widths_k if side == "key" else self.widths_v
 
@@ -137,7 +140,7 @@ class LatentMaps(nn.Module):
         x = latents @ self._by_latent(f"{side}_decoder")
         if getattr(self, f"{side}_mean") is not None:
             x = x + self._by_latent(f"{side}_mean")
-        return x.unflatten(-1, (self.shared_heads, -1)).transpose(2, 3).flatten(1, 2)
+        return x.unflatten(-1, (self.shared_heads(side), -1)).transpose(2, 3).flatten(1, 2)
 
     def decode_output(self, sums: Tensor, weight: Tensor | None = None) -> Tensor:
         """Attention's sums of value latents [B, H, T, R] to sums of values [B, H, T, D].
@@ -169,6 +172,11 @@ class LatentMaps(nn.Module):
             return None
         mean = self.by_head("key_mean")
         return (_by_group(q, mean.shape[0]) @ mean.transpose(-1, -2)).view(*q.shape[:-1], 1)
+
+
+def _side(name: str) -> str:
+    """Whose a map is: the key's or the value's."""
+    return name.split("_")[0]
 
 
 def joined(x: Tensor, latents: int) -> Tensor:

@@ -46,8 +46,9 @@ def plan(model: nn.Module, layers: list[EigenAttention]) -> None:
     if size == 1:
         return
     first, family = layers[0], layers[0].family
-    if first.latent_heads % size or first.heads % size:
-        shared = f", {first.shared_heads} to a latent," if first.shared_heads > 1 else ""
+    shared_heads = max(first.sharing)
+    if first.kv_heads // shared_heads % size or first.heads % size:
+        shared = f", {shared_heads} to a latent," if shared_heads > 1 else ""
         raise EigenAttnError(
             f"{first.kv_heads} KV heads{shared} cannot be split evenly over {size} processes: choose another tp_size."
         )

@@ -129,7 +129,7 @@ def _decode_step(
         seen_near = seen[..., border:].expand(*far.columns.shape[:2], -1, -1)
         seen = torch.cat([take_columns(seen, far.columns), seen_near], dim=-1)
     options = {"seen": seen, "scale": attention.scaling, "softcap": attention.softcap}
-    on_cpu = q.dtype == torch.float32 and q.device.type == "cpu" and attention.shared_heads == 1
+    on_cpu = q.dtype == torch.float32 and q.device.type == "cpu" and attention.sharing.keys == 1
     if attention.rotates and on_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         found = _attend_in_pairs(attention, q, far, near_keys, near_values, columns, kwargs, options)
     else:

@@ -81,8 +81,12 @@ This is {facts["base_model"]} with Eigen Attention (arXiv 2408.05646): it caches
 
 def _sharing(method: Mapping[str, Any]) -> str:
     """What latents are made of."""
-    heads = f"{method['shared_heads']} KV heads" if method["shared_heads"] > 1 else "one KV head"
-    return f"keys and values of {heads} in one latent" if method["joint"] else f"latents of {heads}"
+    keys, values = (
+        f"{method[name]} KV heads" if method[name] > 1 else "one KV head" for name in ("shared_heads", "shared_values")
+    )
+    if method["joint"]:
+        return f"keys and values of {keys} in one latent"
+    return f"latents of {keys}" if keys == values else f"latents of keys of {keys} and of values of {values}"
 
 
 def _row(*cells: Any) -> str:

@@ -94,24 +94,24 @@ def code(lines: Sequence[str]) -> str:
     return "<pre>" + escape("\n".join(lines)) + "</pre>"
 
 
-def rank_map(layers: Sequence[dict[str, int]], head_dim: int) -> str:
-    """Ranks by layer as SVG: keys upwards, values downwards, a frame at full rank."""
+def rank_map(layers: Sequence[dict[str, int]], full: Sequence[int]) -> str:
+    """Ranks by layer as SVG: keys upwards, values downwards, a frame at the full rank of each."""
     step, half, left = 20, 100, 34
     width = left + step * len(layers) + 6
     parts = [
         f'<svg role="img" aria-label="ranks by layer" viewBox="0 0 {width} {2 * half + 44}" '
         f'style="min-width: {width // 2}px; max-width: {2 * width}px" font-size="10" fill="currentColor">'
     ]
-    for label, y in ((str(head_dim), 20), ("0", 16 + half + 4), (str(head_dim), 16 + 2 * half)):
+    for label, y in ((str(full[0]), 20), ("0", 16 + half + 4), (str(full[1]), 16 + 2 * half)):
         parts.append(f'<text x="{left - 6}" y="{y}" text-anchor="end">{label}</text>')
     for index, layer in enumerate(layers):
         x = left + step * index
-        for side, rank in (("keys", layer["rank_k"]), ("values", layer["rank_v"])):
-            size = half * rank / head_dim
+        for side, rank, most in zip(("keys", "values"), (layer["rank_k"], layer["rank_v"]), full, strict=True):
+            size = half * rank / most
             top = 16 + half - size if side == "keys" else 16 + half
             parts.append(
                 f'<rect class="{side}" x="{x + 2}" y="{top:.1f}" width="{step - 4}" height="{size:.1f}">'
-                f"<title>layer {index}, {side}: rank {rank} of {head_dim}</title></rect>"
+                f"<title>layer {index}, {side}: rank {rank} of {most}</title></rect>"
             )
         if index % 5 == 0:
             parts.append(f'<text x="{x + step / 2}" y="{2 * half + 30}" text-anchor="middle">{index}</text>')

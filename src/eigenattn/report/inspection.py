@@ -37,9 +37,11 @@ class Inspection:
     provenance: dict[str, Any]
 
     @property
-    def full_rank(self) -> int:
-        """Dimensions of what a latent is made of: of all heads that share it together, and of keys and values."""
-        return self.head_dim * self.method.get("shared_heads", 1) * (2 if self.method.get("joint") else 1)
+    def full_ranks(self) -> tuple[int, int]:
+        """Dimensions of what a latent of keys, and of values, is made of: of all heads, or both, that share it."""
+        heads = [self.method.get(name, 1) for name in ("shared_heads", "shared_values")]
+        keys, values = (self.head_dim * shared * (2 if self.method.get("joint") else 1) for shared in heads)
+        return keys, values
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,7 +72,7 @@ def shapes(config: Any, compression: EigenAttnCheckpointConfig | None) -> list[S
             kv_heads,
             head_dim,
             **{name: Widths(*x) if name in WIDTHS else x for name, x in layer.items()},
-            shared_heads=compression.method["shared_heads"],
+            sharing=compression.sharing,
         )
         for layer in compression.layers
     ]

@@ -21,7 +21,7 @@ from . import html
 from .card import EVALUATION
 from .figures import decay, effective_ranks, energy, frontier, inline_svg
 from .inspection import Inspection, inspect_checkpoint
-from .tables import TextTable, calibrations, evaluation_tables, notes, rank_titles, sweep_table
+from .tables import TextTable, calibrations, evaluation_tables, full_rank, notes, rank_titles, sweep_table
 
 PROMPTS = ("The history of the city begins with", "To make a good soup, first", "def fibonacci(n):\n")
 NEW_TOKENS = 48
@@ -159,9 +159,10 @@ def _size(found: Inspection) -> list[str]:
 
 
 def _ranks(found: Inspection) -> list[str]:
-    caption = f"Rank of keys (up) and of values (down) in each layer; the frame is full rank, {found.full_rank}."
+    full = found.full_ranks
+    caption = f"Rank of keys (up) and of values (down) in each layer; the frame is full rank, {full_rank(full)}."
     if found.method.get("joint"):
-        caption = f"Rank of the latents that keys and values share (up) in each layer; full rank is {found.full_rank}."
+        caption = f"Rank of the latents that keys and values share (up) in each layer; full rank is {full[0]}."
     titles = rank_titles(found.layers)
     rows = [
         [str(index), *(_cell(layer[name]) for name in titles), f"{size:,}"]
@@ -170,7 +171,7 @@ def _ranks(found: Inspection) -> list[str]:
     numbers = html.table(TextTable(["layer", *titles.values(), "bytes a token"], rows))
     return [
         html.heading("Ranks by layer"),
-        html.figure(html.rank_map(found.layers, found.full_rank), caption),
+        html.figure(html.rank_map(found.layers, full), caption),
         f"<details><summary>In numbers</summary>{numbers}</details>",
     ]
 
@@ -252,7 +253,8 @@ def commands(material: Material) -> list[str]:
     facts, method = material.inspection.provenance, material.inspection.method
     base = str(facts.get("base_model", "MODEL"))
     texts = [part for each in facts.get("text", []) for part in ("--text", each["source"])]
-    defaults = EigenAttentionConfig().to_dict()
+    # How many heads share values follows from how many share anything.
+    defaults = EigenAttentionConfig(shared_heads=method.get("shared_heads", 1)).to_dict() | {"shared_heads": 1}
     choices = [
         part
         for name, value in method.items()

@@ -109,6 +109,12 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> Text
     return TextTable(["method", *varied, "asked", "KV ratio", "whole cache", *texts, *extra], shown)
 
 
+def full_rank(of: Sequence[int]) -> str:
+    """The full ranks of keys and of values, in words."""
+    keys, values = of
+    return str(keys) if keys == values else f"{keys} and {values}"
+
+
 def rank_titles(layers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What ranks, and widths if there are any, are called over their columns, by name."""
     joint = any(not layer["rank_v"] for layer in layers)
