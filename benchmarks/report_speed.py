@@ -123,6 +123,10 @@ def kernel(result: dict) -> list[str]:
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
     if result.get("bits"):
         options += f" --bits {result['bits']:g}"
+    if result.get("shared_values", 1) > 1:
+        options += f" --shared-values {result['shared_values']}"
+    if result.get("joint"):
+        options += " --joint"
     command = f"    eigenattn benchmark kernel {options} \\\n        --dtype {result['shape']['dtype']} --rounds "
     command += (
         f"{result['rounds']}{''.join(f' --ranks {k},{v}' for k, v in result['ranks'])} --results benchmarks/results"

@@ -38,6 +38,18 @@ def test_kernel_rows():
     assert found["shape"]["dtype"] == "float32"
 
 
+def test_kernel_rows_of_shared_latents():
+    options = {"dtype": "float32", "device": "cpu", "rounds": 1}
+    found = benchmark_kernel(**SHAPE, ranks=[(8, 4)], shared_values=2, joint=True, **options)
+    rows = {row["name"]: row["bytes"] for row in found["rows"] if "rotary" in row["name"]}
+    assert list(rows) == [
+        "torch, rotary, (8, 4)",
+        "torch, rotary, (8, 4), values of 2 heads together",
+        "torch, rotary, (8, 4), keys and values together",
+    ]
+    assert len(set(rows.values())) == 1
+
+
 def test_baselines_are_attention():
     q, k = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 5, 8)
     grouped = k.repeat_interleave(2, dim=1)
@@ -151,6 +163,7 @@ def test_mistakes_are_told():
         benchmark_kernel(**SHAPE, ranks=[], bits=8, device="cpu")
     for arguments, message in (
         (["kernel", "--ranks", "8"], "R_k,R_v"),
+        (["kernel", "--shared-values", "3"], "3 KV heads cannot share"),
         (["kernel", "--shape", "z"], "unknown shape 'z'"),
         (["decode"], "--against"),
         (["prefill", "x", "--shape", "llama-3-8b"], "give no others"),

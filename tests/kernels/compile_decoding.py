@@ -39,7 +39,7 @@ class Compile:
 
 def main() -> None:
     triton.runtime.driver.set_active(TargetOnly())
-    fused._tuned = Compile(fused.decode_splits, BLOCK=32, num_warps=4, num_stages=2)
+    fused._tuned = Compile(fused.decode_splits, BLOCK=32, TOGETHER=True, num_warps=4, num_stages=2)
     fused.combine = Compile(fused.combine)
     b, h, g, s, d, n = 2, 8, 2, 64, 64, 33
 
@@ -49,7 +49,13 @@ def main() -> None:
     length = torch.full((b,), s, dtype=torch.int32)
     near = Near(normal(b, g, n, d), normal(b, g, n, d), length, length + n)
     rotary = Rotary(1e4 ** -(torch.arange(0, d, 2) / d))
-    for rank, positions, widths in ((32, rotary, None), (24, None, Widths(16, 8, 0))):
+    cases = (
+        (32, rotary, None, 1, 1),
+        (24, None, Widths(16, 8, 0), 1, 1),
+        (32, rotary, None, 1, 2),
+        (24, None, None, 2, 2),
+    )
+    for rank, positions, widths, shared_k, shared_v in cases:
         if widths is None:
             z, quantiser = normal(b, g, s, rank), {}
         else:
@@ -60,8 +66,8 @@ def main() -> None:
         capped = {} if widths is None else {"softcap": 30.0, "mask": torch.ones(b, h, s + n, dtype=torch.bool)}
         decode(
             q,
-            z,
-            z,
+            z[:, ::shared_k],
+            z[:, ::shared_v],
             keys=side,
             values=side,
             scale=0.1,

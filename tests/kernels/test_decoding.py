@@ -33,6 +33,8 @@ CASES = {
     "rotary-interleaved": (2, 4, 4, 18, 16, 8, 8, 4, "interleaved", torch.float32),
     "bf16": (2, 6, 2, 35, 32, 24, 16, 6, "rotary", torch.bfloat16),
     "fp16": (2, 6, 2, 35, 32, 24, 16, 6, "none", torch.float16),
+    "many-rotary": (2, 8, 4, 35, 40, 24, 56, 5, "partial", torch.float32),
+    "many-alibi": (2, 4, 4, 35, 16, 24, 40, 5, "alibi", torch.float32),
 }
 
 
@@ -217,19 +219,67 @@ def test_masks_and_soft_caps(name, kind, backend):
     assert (decode(**arguments, softcap=1.5, backend=backend) - everything).norm() > 0.05 * everything.norm()
 
 
+def apart(monkeypatch) -> None:
+    """Let the kernel's programs be of single heads, as it may find to be faster."""
+    import triton
+
+    from eigenattn.kernels.decoding import fused
+
+    chosen = [
+        triton.Config({**each.kwargs, "TOGETHER": False}, num_warps=each.num_warps, num_stages=each.num_stages)
+        for each in fused._tuned.configs
+        if each.kwargs["TOGETHER"]
+    ]
+    monkeypatch.setattr(fused._tuned, "configs", chosen)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("widths", [None, Widths(4, 8, 4)], ids=["plain", "packed"])
-def test_heads_share_latents(widths, backend):
-    arguments = problem("rotary-window", widths)
-    for name in ("keys", "values"):
-        latents, side = f"far_{name}", arguments[name]
-        arguments[latents] = arguments[latents][:, :1]
+@pytest.mark.parametrize("sharing", [(4, 4), (1, 4), (2, 4), (1, 2), (2, 1)], ids=str)
+@pytest.mark.parametrize("name", ["many-rotary", "many-alibi"])
+def test_heads_share_latents(name, sharing, widths, backend, monkeypatch):
+    arguments, repeated = problem(name, widths), {}
+    if name == "many-rotary":
+        arguments["mask"] = torch.randn(2, 8, 60, device=DEVICE)
+    for side, shared in zip(("keys", "values"), sharing, strict=True):
+        latents, quantiser = arguments[f"far_{side}"][:, ::shared], arguments[side]
+        arguments[f"far_{side}"] = latents
+        repeated[f"far_{side}"] = latents.repeat_interleave(shared, dim=1)
         if widths is not None:
-            arguments[name] = replace(side, offset=side.offset[:1].expand(2, -1), step=side.step[:1].expand(2, -1))
-    repeated = arguments | {name: arguments[name].expand(-1, 2, -1, -1) for name in ("far_keys", "far_values")}
+            affine = {
+                part: getattr(quantiser, part)[::shared].repeat_interleave(shared, dim=0) for part in ("offset", "step")
+            }
+            arguments[side] = replace(quantiser, **affine)
     found = decode(**arguments, backend=backend)
     assert_same(found, arguments)
-    assert_same(found, repeated)
+    assert_same(found, arguments | repeated)
+    if backend == "triton":
+        apart(monkeypatch)
+        assert_same(decode(**arguments, backend=backend), arguments)
+
+
+@without_triton
+def test_programs_of_several_heads_are_tried_where_heads_share():
+    import triton
+
+    from eigenattn.kernels.decoding.fused import _worth_trying
+
+    choices = [triton.Config({"BLOCK": 32, "TOGETHER": together}) for together in (False, True)]
+    assert _worth_trying(choices, {}, SHARED_V=1, SHARED_K=1) == choices[:1]
+    assert _worth_trying(choices, {}, SHARED_V=2, SHARED_K=1) == choices
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shared", [1, 4])
+@pytest.mark.parametrize("name", ["many-rotary", "many-alibi"])
+def test_keys_and_values_share_latents(name, shared, backend):
+    arguments = problem(name)
+    latents = arguments["far_keys"][:, ::shared]
+    decoder = torch.randn(4, 24, arguments["q"].shape[-1], device=DEVICE)
+    arguments |= {"far_keys": latents, "far_values": latents, "values": replace(arguments["values"], decoder=decoder)}
+    found = decode(**arguments, backend=backend)
+    assert_same(found, arguments)
+    assert_same(found, arguments | {"far_values": latents.clone()})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -247,7 +297,7 @@ def test_kernels_compile_for_a_gpu():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["decode_splits", "combine"] * 2
+    assert done.stdout.split() == ["decode_splits", "combine"] * 4
 
 
 def test_mistakes_are_told():

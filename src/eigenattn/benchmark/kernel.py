@@ -76,6 +76,8 @@ def benchmark_kernel(
     device: str | None = None,
     rounds: int = 50,
     bits: float | None = None,
+    shared_values: int = 1,
+    joint: bool = False,
     label: str | None = None,
 ) -> dict[str, Any]:
     """Time one step of decoding, with rotary positions and without, at some ranks.
@@ -86,6 +88,8 @@ def benchmark_kernel(
         window: exact tokens, of the S; 0 for none.
         rounds: timings of each, of which the median counts.
         bits: of an original element; adds rows for quantised latents, in 8, 4 and 2 bits.
+        shared_values: adds rows in which so many KV heads share a latent of values, of the same bytes.
+        joint: adds rows in which keys and values of a head share one.
         label: names what was measured, in the file of results.
 
     Returns:
@@ -101,6 +105,8 @@ def benchmark_kernel(
         raise EigenAttnError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}.")
     if heads % kv_heads or not 0 <= window < length:
         raise EigenAttnError("KV heads must divide the heads, and the window must be shorter than the text.")
+    if kv_heads % shared_values:
+        raise EigenAttnError(f"{shared_values} KV heads cannot share a latent where there are {kv_heads}.")
     if any(not 0 < rank <= head_dim for pair in ranks for rank in pair):
         raise EigenAttnError(f"ranks must lie between 1 and the head dimension, {head_dim}.")
     torch.manual_seed(0)
@@ -122,7 +128,7 @@ def benchmark_kernel(
     # PyTorch decodes all keys at once, which must fit.
     kernels = [*(["torch"] if not fused or batch * length <= 2**18 else []), *(["triton"] if fused else [])]
 
-    def latents(rank: int | Widths) -> tuple[Tensor, Side]:
+    def latents(rank: int | Widths, shared: int = 1) -> tuple[Tensor, Side]:
         extra, channels = {}, rank
         if isinstance(rank, Widths):
             channels = rank.channels
@@ -130,14 +136,21 @@ def benchmark_kernel(
             extra = {"widths": rank, "offset": -scale, "step": scale / 128}
             stored = torch.randint(256, (batch, kv_heads, far, rank.bytes), device=where, dtype=torch.uint8)
         else:
-            stored = normal(batch, kv_heads, far, rank)
+            stored = normal(batch, kv_heads // shared, far, rank)
         return stored, Side(normal(kv_heads, channels, head_dim), normal(kv_heads, head_dim), **extra)
 
-    cases: list[tuple[str, int | Widths, int | Widths]] = [(f"({k}, {v})", k, v) for k, v in ranks]
+    cases = {f"({k}, {v})": (latents(k), latents(v)) for k, v in ranks}
     if bits is not None:
-        cases.append((f"{bits:g} bits", widths_of(bits, head_dim), widths_of(bits, head_dim)))
-    for case, rank_k, rank_v in cases:
-        (z_k, side_k), (z_v, side_v) = latents(rank_k), latents(rank_v)
+        cases[f"{bits:g} bits"] = tuple(latents(widths_of(bits, head_dim)) for _ in range(2))
+    if shared_values > 1:
+        for k, v in ranks:
+            together = latents(shared_values * v, shared_values)
+            cases[f"({k}, {v}), values of {shared_values} heads together"] = latents(k), together
+    if joint:
+        for k, v in ranks:
+            z, side = latents(k + v)
+            cases[f"({k}, {v}), keys and values together"] = (z, side), (z, latents(k + v)[1])
+    for case, ((z_k, side_k), (z_v, side_v)) in cases.items():
         sides = [side_k, side_v]
         for positions, rotary in (("none", None), ("rotary", Rotary(10000.0**-exponents))):
             for kernel in kernels:
@@ -154,8 +167,8 @@ def benchmark_kernel(
                     near=near,
                     backend=kernel,
                 )
-                latent = far * sum(z.shape[-1] * z.element_size() for z in (z_k, z_v))
-                bytes_of[row] = batch * kv_heads * (latent + window * 2 * head_dim * element)
+                latent = sum(z.nbytes for z in ((z_k,) if z_v is z_k else (z_k, z_v)))
+                bytes_of[row] = latent + batch * kv_heads * window * 2 * head_dim * element
     with torch.no_grad():
         bandwidth = copy_bandwidth(where, rounds)
         taken = in_turns({name: recorded(function, where) for name, function in functions.items()}, where, rounds)
@@ -175,6 +188,8 @@ def benchmark_kernel(
         },
         "ranks": [list(pair) for pair in ranks],
         "bits": bits,
+        "shared_values": shared_values,
+        "joint": joint,
         "rounds": rounds,
         "copy_bandwidth": bandwidth,
         "best_baseline": best,

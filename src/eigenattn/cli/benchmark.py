@@ -76,6 +76,10 @@ def kernel(
     bits: Annotated[
         float | None, typer.Option(help="Also latents quantised to so many bits an original element.")
     ] = None,
+    shared_values: Annotated[
+        int, typer.Option(min=1, help="Also so many KV heads that share a latent of values, of the same bytes.")
+    ] = 1,
+    joint: Annotated[bool, typer.Option("--joint", help="Also keys and values of a head in one latent.")] = False,
     window: Annotated[int, typer.Option(min=0, help="Exact tokens among them.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Timings of each; medians count.")] = 50,
     results: Results = None,
@@ -101,6 +105,8 @@ def kernel(
         device=device,
         rounds=rounds,
         bits=bits,
+        shared_values=shared_values,
+        joint=joint,
         label=label,
     )
     table = Table("kernel, positions, ranks", "ms", "of copy bandwidth", "speed against the best")

@@ -1,14 +1,18 @@
 """Decoding as one Triton kernel over splits of the sequence, and one that combines them.
 
-A program takes one row's KV head, all its query heads, and one stretch of the sequence; the last program of each KV
-head takes the exact window. For a block of tokens it loads latents once; with rotary positions it decodes keys, rotates
-them and scores them in registers; values are summed as latents, and decoded once by the second kernel. The layout:
+A program takes one row's KV head, or all that share a latent of values, with all query heads, and one stretch of the
+sequence; the last program of each takes the exact window. For a block of tokens it loads latents once; with rotary
+positions it decodes keys, rotates them and scores them in registers; values are summed as latents, and decoded once by
+the second kernel. The layout:
 
 - `R_(n0 + i) = R_n0 R_i`: a table of `R_i`, the same for every block, turns keys. The query is turned back by `n0`,
   once a program from cosines, then from block to block by `R_BLOCK`, some dozens of roundings in fp32. The cosines of a
   key's own position would be D numbers to read or to compute, more than its latent holds.
 - Scores are `[BLOCK, heads]` and sums of values `[R_v, heads]`: decoded keys, and latents transposed, are the first
   operand of their products, which tensor cores take from registers, and heads the second, padded to 16.
+- Where heads that share a latent of values are one program's, it is loaded once, and their query heads stand side by
+  side, so that fewer of the padding's 16 columns are left empty. That takes registers, of which large ranks leave few:
+  whether it pays is tried (`TOGETHER`). A latent that keys and values share is loaded once in any case.
 - Ranks are cut in pieces of powers of two (80 = 64 + 16), at least 16, for tensor cores want no less.
 - Packed codes enter the products as small integers; `Side.folded` has the quantiser in decoder and mean.
 - Strides are passed in units of the widest vector they allow: the compiler cannot see by itself that 72 is a multiple
@@ -79,9 +83,10 @@ def pieces(channels: int, widths: Widths | None = None) -> tuple[Piece, ...]:
 def _configurations() -> list[triton.Config]:
     """What is tried, once for each shape; the interpreter has nothing to choose."""
     if INTERPRETED:
-        return [triton.Config({"BLOCK": LARGEST_BLOCK})]
+        return [triton.Config({"BLOCK": LARGEST_BLOCK, "TOGETHER": True})]
     return [
-        triton.Config({"BLOCK": block}, num_warps=warps, num_stages=stages)
+        triton.Config({"BLOCK": block, "TOGETHER": together}, num_warps=warps, num_stages=stages)
+        for together in (False, True)
         for block, warps, stages in (
             (32, 4, 3),
             (64, 4, 2),
@@ -94,8 +99,18 @@ def _configurations() -> list[triton.Config]:
     ]
 
 
-SHAPE = ["H", "G", "D", "KEY_PLAN", "VALUE_PLAN", "PAIRS", "INTERLEAVED", "MASK", "bucket"]
-_tuned = triton.autotune(_configurations(), key=SHAPE, cache_results=not INTERPRETED)(decode_splits)
+def _worth_trying(configurations: list[triton.Config], arguments: Any, **shape: Any) -> list[triton.Config]:
+    """Where no heads share, all programs are of single heads."""
+    return [each for each in configurations if shape["SHARED_V"] > 1 or not each.kwargs["TOGETHER"]]
+
+
+SHAPE = ["H", "G", "SHARED_K", "SHARED_V", "D", "KEY_PLAN", "VALUE_PLAN", "PAIRS", "INTERLEAVED", "MASK", "bucket"]
+_tuned = triton.autotune(
+    _configurations(),
+    key=SHAPE,
+    prune_configs_by={"early_config_prune": _worth_trying},
+    cache_results=not INTERPRETED,
+)(decode_splits)
 
 
 def _layout(x: Tensor) -> tuple[int, int, int, int]:
@@ -204,8 +219,11 @@ def _launch(
     rank_k = q_small.shape[-1]
     if rotates:
         rank_k = d if key_decoder is None else key_decoder.shape[1]
+    # Then what is of one token lies in one place, and the same strides lead to it.
+    joint = far_keys.data_ptr() == far_values.data_ptr() and far_keys.stride() == far_values.stride()
     far_keys, far_values, near_keys, near_values = map(_rows, (far_keys, far_values, near_keys, near_values))
-    splits = split_sequence(far, b * g, _processors(q.device))
+    shared_k, shared_v = g // far_keys.shape[1], g // far_values.shape[1]
+    splits = split_sequence(far, b * g // shared_v, _processors(q.device))
     partial = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     far_sums, near_sums = partial(b, h, splits, rank_v), partial(b, h, d if windowed else 0)
     tops, masses = partial(b, h, splits + 1), partial(b, h, splits + 1)
@@ -216,7 +234,7 @@ def _launch(
         mask_strides = tuple(mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 1))
         mask_kind = (1 if mask.dtype == torch.bool else 2) + (2 if mask.shape[1] > 1 else 0)
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    _tuned[(b * g, splits + windowed)](
+    _tuned[lambda choice: (b * g // (shared_v if choice["TOGETHER"] else 1), splits + windowed)](
         q,
         q_small,
         offset,
@@ -245,9 +263,8 @@ def _launch(
         *(layout[3] for layout in layouts),
         H=h,
         G=g,
-        SHARED_K=g // far_keys.shape[1],
-        SHARED_V=g // far_values.shape[1],
-        M=max(triton.next_power_of_2(h // g), 16),
+        SHARED_K=shared_k,
+        SHARED_V=shared_v,
         D=d,
         SIZE_Q=q_small.shape[-1],
         RANK=rank_k,
@@ -259,6 +276,7 @@ def _launch(
         INTERLEAVED=interleaved,
         MASK=mask_kind,
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
+        JOINT=joint,
     )
     out = torch.empty(b, h, size_out, dtype=q.dtype, device=q.device)
     combine[(b * h,)](

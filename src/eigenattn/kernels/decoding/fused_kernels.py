@@ -34,9 +34,10 @@ def _piece(tokens, seen, PLAN: tl.constexpr, i: tl.constexpr, dtype: tl.constexp
 
 @triton.jit
 def _decoded(
-    tokens, seen, decoder, mean, dims, known, PLAN: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr, dtype
-):
-    """Some dimensions of keys [BLOCK, len(dims)] in fp32: decoded, or loaded where there is no decoder."""
+    tokens, seen, decoder, mean, h: tl.constexpr, dims, known,
+    PLAN: tl.constexpr, RANK: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr, dtype,
+):  # fmt: skip
+    """Some dimensions of head h's keys [BLOCK, len(dims)] in fp32: decoded, or loaded where there is no decoder."""
     if decoder is None:
         x = tl.load(tokens[:, None] + dims[None, :], mask=seen[:, None] & known[None, :], other=0.0).to(tl.float32)
     else:
@@ -45,23 +46,22 @@ def _decoded(
             z = _piece(tokens, seen, PLAN, i, dtype)
             channels = tl.arange(0, PLAN[i][2])
             u = tl.load(
-                decoder + (PLAN[i][1] + channels)[:, None] * D + dims[None, :],
+                decoder + (h * RANK + PLAN[i][1] + channels)[:, None] * D + dims[None, :],
                 mask=(channels < PLAN[i][4])[:, None] & known[None, :],
                 other=0.0,
             )
             x = _dot(z, u, x, UPCAST)
     if mean is not None:
-        x += tl.load(mean + dims, mask=known, other=0.0).to(tl.float32)[None, :]
+        x += tl.load(mean + h * D + dims, mask=known, other=0.0).to(tl.float32)[None, :]
     return x
 
 
 @triton.jit
-def _scores_in_small_space(tokens, seen, q, PLAN: tl.constexpr, UPCAST: tl.constexpr):
-    """`q . z` [BLOCK, heads] from queries in pieces [size, heads]."""
-    scores = tl.zeros([tokens.shape[0], q[0].shape[1]], tl.float32)
-    for i in tl.static_range(len(PLAN)):
-        scores = _dot(_piece(tokens, seen, PLAN, i, q[0].dtype), q[i], scores, UPCAST)
-    return scores
+def _own(q, h: tl.constexpr, OF: tl.constexpr, COUNT: tl.constexpr):
+    """Queries [n, heads] with zeros for all but the h-th `OF` heads of `COUNT` times so many."""
+    if COUNT == 1:
+        return q
+    return tl.where((tl.arange(0, q.shape[1]) // OF == h)[None, :], q, tl.zeros_like(q))
 
 
 @triton.jit
@@ -104,13 +104,17 @@ def _masked(scores, mask, mask_h, n, seen, of_group, MASK: tl.constexpr):
 def _attend(
     q, q_small, offset, slope, keys, values, decoder, mean, inverse, cosines, sines,
     low, high, start, position, distance, scale, scaling, softcap, mask, mask_h, heads, of_group,
-    sums_out, sums_stride, top_out, mass_out,
+    sums_out, sums_stride, top_out, mass_out, next_keys,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr,
     D: tl.constexpr, SIZE_Q: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
-    MASK: tl.constexpr, UPCAST: tl.constexpr,
+    MASK: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr,
+    SHARED_K: tl.constexpr, JOINT: tl.constexpr,
 ):  # fmt: skip
     """Attention over tokens low .. high - 1 of one list: writes sums of values, top score and mass by head.
 
+    The list is of `SHARED` KV heads, each of `GROUP` query heads, that have one latent of values, and one of keys for
+    every `SHARED_K` of them, the next one `next_keys` elements further on; with `JOINT`, values come from that of keys.
+    A score is of one KV head, so what heads have scores of is the sum of products in which the others' queries are 0.
     Blocks begin at `start`, not behind `low`. Token n stands at position n + `position`, and n + `distance` from where
     ALiBi counts. `mask` points at what token 0 finds, if it is not None.
     """
@@ -147,23 +151,30 @@ def _attend(
     for n0 in range(start, high, BLOCK):
         n = n0 + tl.arange(0, BLOCK)
         seen = (n >= low) & (n < high)
-        tokens = keys + n.to(tl.int64) * KEY_STRIDE
+        scores = tl.zeros([BLOCK, M], tl.float32)
         if PAIRS:
             turned = tl.load(cosines + table, mask=paired[None, :], other=0.0)
             sideways = tl.load(sines + table, mask=paired[None, :], other=0.0)
-            a = _decoded(tokens, seen, decoder, mean, first, paired, KEY_PLAN, D, UPCAST, dtype)
-            b = _decoded(tokens, seen, decoder, mean, second, paired, KEY_PLAN, D, UPCAST, dtype)
-            scores = tl.zeros([BLOCK, M], tl.float32)
-            scores = _dot((a * turned - b * sideways).to(dtype), q_first.to(dtype), scores, UPCAST)
-            scores = _dot((b * turned + a * sideways).to(dtype), q_second.to(dtype), scores, UPCAST)
-            if REST:
-                a = _decoded(tokens, seen, decoder, mean, rest, rest < D, KEY_PLAN, D, UPCAST, dtype)
-                scores = _dot(a.to(dtype), q_rest, scores, UPCAST)
+            for h in tl.static_range(SHARED):
+                tokens = keys + h // SHARED_K * next_keys + n.to(tl.int64) * KEY_STRIDE
+                a = _decoded(tokens, seen, decoder, mean, h, first, paired, KEY_PLAN, RANK, D, UPCAST, dtype)
+                b = _decoded(tokens, seen, decoder, mean, h, second, paired, KEY_PLAN, RANK, D, UPCAST, dtype)
+                x, y = (a * turned - b * sideways).to(dtype), (b * turned + a * sideways).to(dtype)
+                scores = _dot(x, _own(q_first, h, GROUP, SHARED).to(dtype), scores, UPCAST)
+                scores = _dot(y, _own(q_second, h, GROUP, SHARED).to(dtype), scores, UPCAST)
+                if REST:
+                    a = _decoded(tokens, seen, decoder, mean, h, rest, rest < D, KEY_PLAN, RANK, D, UPCAST, dtype)
+                    scores = _dot(a.to(dtype), _own(q_rest, h, GROUP, SHARED), scores, UPCAST)
             ahead = q_first * step_cos + q_second * step_sin
             q_second = q_second * step_cos - q_first * step_sin
             q_first = ahead
         else:
-            scores = _scores_in_small_space(tokens, seen, pieces, KEY_PLAN, UPCAST)
+            LATENTS: tl.constexpr = (SHARED + SHARED_K - 1) // SHARED_K
+            for j in tl.static_range(LATENTS):
+                tokens = keys + j * next_keys + n.to(tl.int64) * KEY_STRIDE
+                for i in tl.static_range(len(KEY_PLAN)):
+                    z = _piece(tokens, seen, KEY_PLAN, i, dtype)
+                    scores = _dot(z, _own(pieces[i], j, GROUP * SHARED_K, LATENTS), scores, UPCAST)
         if offset is not None:
             scores += offset[None, :]
         if softcap is not None:
@@ -183,7 +194,7 @@ def _attend(
         fade = tl.exp2(top - against)
         mass = mass * fade + tl.sum(weights, 0)
         top = risen
-        tokens = values + n.to(tl.int64) * VALUE_STRIDE
+        tokens = (keys if JOINT else values) + n.to(tl.int64) * VALUE_STRIDE
         grown = ()
         for i in tl.static_range(len(VALUE_PLAN)):
             z = _piece(tokens, seen, VALUE_PLAN, i, dtype)
@@ -212,15 +223,19 @@ def decode_splits(
     FK_VEC: tl.constexpr, FV_VEC: tl.constexpr, NK_VEC: tl.constexpr, NV_VEC: tl.constexpr,
     FK_STRIDE: tl.constexpr, FV_STRIDE: tl.constexpr, NK_STRIDE: tl.constexpr, NV_STRIDE: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, SHARED_K: tl.constexpr, SHARED_V: tl.constexpr,
-    M: tl.constexpr, D: tl.constexpr, SIZE_Q: tl.constexpr, RANK: tl.constexpr,
+    D: tl.constexpr, SIZE_Q: tl.constexpr, RANK: tl.constexpr,
     RANK_V: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr, NEAR_PLAN: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr,
+    JOINT: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    row, g = tl.program_id(0) // G, tl.program_id(0) % G
+    SHARED: tl.constexpr = SHARED_V if TOGETHER else 1
+    LISTS: tl.constexpr = G // SHARED
+    row, g = tl.program_id(0) // LISTS, tl.program_id(0) % LISTS * SHARED
     split = tl.program_id(1)
     GROUP: tl.constexpr = H // G
+    M: tl.constexpr = triton.next_power_of_2(GROUP * SHARED) if GROUP * SHARED > 16 else 16
     member = tl.arange(0, M)
-    of_group = member < GROUP
+    of_group = member < GROUP * SHARED
     heads = row * H + g * GROUP + member
     first, length, position = tl.load(firsts + row), tl.load(lengths + row), tl.load(positions + row)
     slope = None
@@ -249,26 +264,34 @@ def decode_splits(
             decoder_of_head, mean_of_head, inverse, cosines, sines,
             tl.maximum(first, start), tl.minimum(length, start + each), start,
             position, -length, scale, scaling, softcap, mask, mask_h, heads, of_group,
-            far_sums + split * RANK_V, splits * RANK_V, top_out, mass_out,
+            far_sums + split * RANK_V, splits * RANK_V, top_out, mass_out, fk_g.to(tl.int64) * FK_VEC,
             FK_STRIDE, FV_STRIDE, KEY_PLAN, VALUE_PLAN, D, SIZE_Q, PAIRS, INTERLEAVED, BLOCK,
-            MASK, UPCAST,
+            MASK, UPCAST, GROUP, RANK, SHARED, SHARED_K, JOINT,
         )  # fmt: skip
     elif near_keys is not None:
         column = tl.load(near_columns + row)
         low = tl.maximum(tl.maximum(first, length) - column, 0)
         if MASK:
             mask += column
-        _attend(
-            q, q, None, slope,
-            near_keys + (row.to(tl.int64) * nk_b + g * nk_g) * NK_VEC,
-            near_values + (row.to(tl.int64) * nv_b + g * nv_g) * NV_VEC,
-            None, None, inverse, cosines, sines,
-            low, tl.minimum(tl.load(near_stops + row) - column, near_tokens), low // BLOCK * BLOCK,
-            column + position, column - length, scale, scaling, softcap, mask, mask_h, heads, of_group,
-            near_sums, D, top_out, mass_out,
-            NK_STRIDE, NV_STRIDE, NEAR_PLAN, NEAR_PLAN, D, D, PAIRS, INTERLEAVED, BLOCK,
-            MASK, UPCAST,
-        )  # fmt: skip
+        stop = tl.minimum(tl.load(near_stops + row) - column, near_tokens)
+        of_one = member < GROUP
+        for h in range(SHARED):  # exact values are of each KV head by itself
+            of_head, own_mask = None, None
+            if slopes is not None:
+                of_head = tl.load(slopes + (g + h) * GROUP + member, mask=of_one, other=0.0)
+            if MASK:
+                own_mask = mask + h * GROUP * mask_h
+            first_head = h * GROUP
+            _attend(
+                q, q, None, of_head,
+                near_keys + (row.to(tl.int64) * nk_b + (g + h) * nk_g) * NK_VEC,
+                near_values + (row.to(tl.int64) * nv_b + (g + h) * nv_g) * NV_VEC,
+                None, None, inverse, cosines, sines, low, stop, low // BLOCK * BLOCK,
+                column + position, column - length, scale, scaling, softcap, own_mask, mask_h, heads + first_head,
+                of_one, near_sums, D, top_out + first_head * (splits + 1), mass_out + first_head * (splits + 1), 0,
+                NK_STRIDE, NV_STRIDE, NEAR_PLAN, NEAR_PLAN, D, D, PAIRS, INTERLEAVED, BLOCK,
+                MASK, UPCAST, GROUP, D, 1, 1, False,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["splits"])
