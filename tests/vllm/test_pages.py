@@ -1,5 +1,7 @@
 """Attention over pages: what vLLM calls, without vLLM."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,12 +21,24 @@ def a_head(window: int, positions: str) -> Head:
     return Head(
         keys=side(R_K),
         values=side(R_V) if window else Side(),
-        rank_k=R_K,
+        size_k=R_K,
         scale=0.3,
         window=window,
         rotary=Rotary(torch.tensor([1.0, 0.3, 0.1, 0.03])) if positions == "rotary" else None,
         slopes=torch.tensor([0.5, 0.25, 0.1, 0.0]) if positions == "alibi" else None,
     )
+
+
+def test_pages_hold_latents_of_several_heads():
+    """Beside a latent of values those of its heads' keys, or vectors of a side at full rank, or none of values."""
+    head, held = a_head(4, "none"), torch.arange(2.0 * 3 * 20).view(1, 2, 3, 20)
+    keys, values = replace(head, size_k=12, in_page=(2, 1)).split(held)
+    assert keys.shape == (1, 4, 3, 6) and values.shape == (1, 2, 3, 8)
+    assert torch.equal(keys[0, 3, 1], held[0, 1, 1, 6:12]) and torch.equal(values[0, 1, 2], held[0, 1, 2, 12:])
+    keys, values = replace(head, size_k=4, in_page=(1, 2)).split(held)
+    assert values.shape == (1, 4, 3, 8) and torch.equal(values[0, 2, 0], held[0, 1, 0, 4:12])
+    keys, values = replace(head, size_k=20).split(held)
+    assert torch.equal(keys, held) and torch.equal(values, held)
 
 
 def filled(channels: int, seed: int) -> Pages:

@@ -33,7 +33,7 @@ SMALL = {"max_model_len": 256, "max_num_seqs": 8}
 # Attention heads of 32 dimensions, the smallest that vLLM's own attention has.
 WIDE = {"hidden_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 4096}
 
-# name -> (tiny model, window, rank rule, options of the engine)
+# name -> (tiny model, window, rank rule, options of the engine, and of compressing if any)
 SERVED = {
     "llama-folded": ("llama", 0, "uniform", {}),
     "llama": ("llama3", 32, "sensitivity", {}),
@@ -49,18 +49,25 @@ SERVED = {
     "mpt-folded": ("mpt", 0, "uniform", {}),
     "mpt": ("mpt", 8, "uniform", {"max_num_batched_tokens": 32}),
     "mpt-clip-folded": ("mpt-clip", 0, "uniform", {}),
+    "llama-shared": ("llama", 8, "sensitivity", {}, {"shared_heads": 2}),
+    "opt-shared-0": ("opt", 0, "uniform", {}, {"shared_heads": 2, "shared_values": 4}),
+    "llama-values": ("llama3", 32, "sensitivity", {}, {"shared_values": 2}),
+    "opt-values": ("opt", 8, "uniform", {"max_num_batched_tokens": 32}, {"shared_values": 2}),
+    "qwen3-joint": ("qwen3", 8, "sensitivity", {}, {"joint": True}),
+    "mpt-joint-0": ("mpt", 0, "uniform", {}, {"shared_heads": 4, "joint": True}),
 }
 PARALLEL = {
     "tensor": ("llama", 8, "uniform", {"tensor_parallel_size": 2}),
+    "tensor-values": ("opt", 8, "uniform", {"tensor_parallel_size": 2}, {"shared_values": 2}),
     # With enforce_eager vLLM 0.32 fails here for its own models too.
     "pipeline": ("opt", 8, "uniform", {"pipeline_parallel_size": 2, "enforce_eager": False}),
 }
 
 
-def save(folder: Path, name: str, window: int, ranks: str, joint: bool = False, **overrides) -> float:
+def save(folder: Path, name: str, window: int, ranks: str, sharing: dict | None = None, **overrides) -> float:
     """Write a compressed tiny model, and give its KV ratio."""
     model = tiny(name, **overrides)
-    method = EigenAttentionConfig(kv_ratio=0.6, rank_multiple=2, window=window, ranks=ranks, joint=joint)
+    method = EigenAttentionConfig(kv_ratio=0.6, rank_multiple=2, window=window, ranks=ranks, **sharing or {})
     report = compress(model, [tokens(4, 96)], method)
     model.save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
@@ -95,8 +102,8 @@ def job(model: Path | str, prompts: list | None = None, **options) -> dict:
 def serve(root: Path, served: dict) -> dict[str, dict]:
     """Results by name, with what `generate` gives as `expected`."""
     expected, jobs = {}, []
-    for name, (model, window, ranks, options) in served.items():
-        save(root / name, model, window, ranks)
+    for name, (model, window, ranks, options, *sharing) in served.items():
+        save(root / name, model, window, ranks, *sharing)
         expected[name] = generated(root / name)
         jobs.append(job(root / name, PROMPTS, **SMALL | options))
     results = run_engines(root, jobs)
@@ -156,8 +163,6 @@ def engines(tmp_path_factory) -> dict[str, dict]:
     jobs["family"] = job(root / "family", **SMALL)
     save_quantised(root / "quantised")
     jobs["quantised"] = job(root / "quantised", **SMALL)
-    save(root / "joint", "llama", 8, "uniform", joint=True)
-    jobs["joint"] = job(root / "joint", **SMALL)
     truncate(root / "window-32", root / "truncated")
     jobs["truncated"] = job(root / "truncated", **SMALL)
     results = run_engines(root, list(jobs.values()))
@@ -205,7 +210,6 @@ class TestEngines:
             ("sliding", "sliding window of their own"),
             ("family", "compressed GraniteForCausalLM is not served"),
             ("quantised", "quantised latents are not served"),
-            ("joint", "latents that keys and values share are not served"),
             ("truncated", r"lacks model.layers.1.self_attn.key_mean"),
         ],
     )

@@ -1,8 +1,9 @@
 """Attention over pages of latents: plain PyTorch, which knows nothing of vLLM.
 
-A cache is a view [blocks, G, N, C] of N tokens a block: of latents, keys' and values' side by side (C = R_k + R_v), or
-of the exact window, keys before rotation and values (C = 2 D). Rows of a batch are decoded together by
-`eigenattn.kernels.decoding`, and prompts attend one by one.
+A cache is a view [blocks, P, N, C] of N tokens a block: of the exact window, keys before rotation and values side by
+side (P = G, C = 2 D), or of latents. Then P counts the latents of values, and beside each stand those of the same KV
+heads' keys (C = M R_k + R_v; M = 1 but where heads share values and not keys). Keys and values that share a latent have
+one (C = R_k). Rows of a batch are decoded together by `eigenattn.kernels.decoding`, and prompts attend one by one.
 """
 
 from __future__ import annotations
@@ -26,24 +27,34 @@ class Head:
 
     Args:
         keys, values: how latents become vectors; values have no decoder where it is folded into the output projection.
-        rank_k: R_k, where keys end in a token's latents.
         scale: multiplies the scores.
         window: exact tokens, W.
         rotary: rotates queries and keys, or None.
         slopes: ALiBi's slope of each query head [H] in fp32, or None.
+        size_k: elements of a page's keys, which its values follow.
+        in_page: how many vectors of keys, and of values, they are: M and 1, or more at full rank.
     """
 
     keys: Side
     values: Side
-    rank_k: int
+    size_k: int
     scale: float
     window: int = 0
     rotary: Rotary | None = None
     slopes: Tensor | None = None
+    in_page: tuple[int, int] = (1, 1)
 
     def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
         """Vectors [..., n, D] at positions [..., n]; untouched without rotary positions."""
         return x if self.rotary is None else rotate_to(x.float(), positions, self.rotary).to(x.dtype)
+
+    def split(self, held: Tensor) -> tuple[Tensor, Tensor]:
+        """Pages [b, P, S, C] as latents of keys [b, P * M, S, R_k] and of values [b, P, S, R_v]."""
+        keys, values = (
+            part if count == 1 else part.unflatten(-1, (count, -1)).transpose(2, 3).flatten(1, 2)
+            for part, count in zip((held[..., : self.size_k], held[..., self.size_k :]), self.in_page, strict=True)
+        )
+        return keys, values if values.shape[-1] else keys
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Pages:
     """A cache and whose tokens lie where.
 
     Args:
-        cache: [blocks, G, N, C].
+        cache: [blocks, P, N, C].
         table: blocks of each row in order, int64 [B, n]; entries past a row's length are never read.
     """
 
@@ -63,19 +74,19 @@ class Pages:
         return self.cache.shape[2]
 
     def first(self, rows: Tensor, columns: int) -> Tensor:
-        """At least the first `columns` tokens of some rows, [b, G, S, C]."""
+        """At least the first `columns` tokens of some rows, [b, P, S, C]."""
         used = max(-(-columns // self.block_size), 1)
-        found = self.cache[self.table[rows, :used]]  # [b, used, G, N, C]
+        found = self.cache[self.table[rows, :used]]  # [b, used, P, N, C]
         return found.transpose(1, 2).flatten(2, 3)
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Tokens [b, n] of some rows, [b, G, n, C]."""
+        """Tokens [b, n] of some rows, [b, P, n, C]."""
         blocks = self.table[rows].gather(1, columns // self.block_size)
         return self.cache.transpose(1, 2)[blocks, columns % self.block_size].transpose(1, 2)
 
 
 def write(cache: Tensor, slots: Tensor, tokens: Tensor) -> None:
-    """Put tokens [T, G, C] into a cache [blocks, G, N, C] at slots [T], int64, `block * N + place`."""
+    """Put tokens [T, P, C] into a cache [blocks, P, N, C] at slots [T], int64, `block * N + place`."""
     size = cache.shape[2]
     cache.transpose(1, 2)[slots // size, slots % size] = tokens
 
@@ -104,7 +115,7 @@ def decode_rows(
         k, v = held.chunk(2, dim=-1)
         window = Near(k, v, column.to(torch.int32), lengths)
     seen = (lengths - head.window).clamp_min(0) if near is not None else lengths
-    z_k, z_v = _split(far.first(rows, max(longest - head.window, 0)), head.rank_k)
+    z_k, z_v = head.split(far.first(rows, max(longest - head.window, 0)))
     return decode(
         q,
         z_k,
@@ -135,11 +146,11 @@ def attend_prompt(head: Head, q: Tensor, row: Tensor, length: int, far: Pages, n
     columns = torch.arange(length, device=q.device)
     q = head.rotated(q.transpose(0, 1), columns[first:]).unsqueeze(0)  # [1, H, T, D]
     seen = max(length - head.window, 0)
-    z_k, z_v = _split(far.first(row, seen)[:, :, :seen], head.rank_k)
+    z_k, z_v = head.split(far.first(row, seen)[:, :, :seen])
     k = head.rotated(_vectors(z_k, head.keys), columns[:seen])
     bias = None if head.slopes is None else head.slopes.view(1, -1, 1, 1) * (columns - length)  # [1, H, 1, S]
     if near is None:
-        return _in_blocks(q, k, z_v, first, bias, head.scale)[0].transpose(0, 1)
+        return _in_blocks(q, k, _vectors(z_v, head.values), first, bias, head.scale)[0].transpose(0, 1)
     nearest = max(first - head.window + 1, 0)
     near_k, near_v = near.at(row, columns[nearest:].unsqueeze(0)).chunk(2, dim=-1)
     out, _ = attend_with_window(
@@ -174,12 +185,9 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, first: int, bias: Tensor | None,
     return torch.cat(outputs, dim=2)
 
 
-def _split(held: Tensor, rank_k: int) -> tuple[Tensor, Tensor]:
-    """Latents of keys and of values."""
-    return held[..., :rank_k], held[..., rank_k:]
-
-
 def _vectors(latents: Tensor, side: Side) -> Tensor:
-    """Latents [b, G, S, R] decoded."""
-    x = latents if side.decoder is None else latents @ side.decoder
+    """Latents [b, G or fewer, S, R] decoded, [b, G, S, D]."""
+    x = latents
+    if side.decoder is not None:
+        x = latents.repeat_interleave(len(side.decoder) // latents.shape[1], dim=1) @ side.decoder
     return x if side.mean is None else x + side.mean.unsqueeze(1)

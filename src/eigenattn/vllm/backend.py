@@ -168,9 +168,8 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
 
         Args:
             query: before rotation [tokens, H, D or R_k].
-            key, value: latents [tokens, G, R_k] and [tokens, G, R_v]; with a window what is exact, [tokens, G, D],
-                before them.
-            kv_cache: [blocks, G, N, R_k + R_v].
+            key, value: latents of all heads side by side, [tokens, n]; with a window what is exact, G * D, before them.
+            kv_cache: [blocks, P, N, C], see `attend`.
             attn_metadata: None while memory is profiled.
             output: [tokens, H, D or R_v].
         """
@@ -180,12 +179,15 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         query, key, value = (x[: batch.tokens] for x in (query, key, value))
         if self.window_layer is not None:
             context = get_forward_context()
-            window, d = context.attn_metadata[self.window_layer], self.head_size
-            cache = context.no_compile_layers[self.window_layer].kv_cache
-            write(cache, window.slots, torch.cat([key[..., :d], value[..., :d]], dim=-1))
+            window, cache = (
+                context.attn_metadata[self.window_layer],
+                context.no_compile_layers[self.window_layer].kv_cache,
+            )
+            exact = cache.shape[1] * self.head_size
+            _write_pages(cache, window.slots, key[:, :exact], value[:, :exact])
             near = Pages(cache, window.table)
-            key, value = key[..., d:], value[..., d:]
-        write(kv_cache, batch.slots, torch.cat([key, value], dim=-1))
+            key, value = key[:, exact:], value[:, exact:]
+        _write_pages(kv_cache, batch.slots, key, value)
         far = Pages(kv_cache, batch.table)
         for row in batch.prompts:
             q = query[row.start : row.stop]
@@ -194,3 +196,9 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
             q = query[found.tokens]
             output[found.tokens] = decode_rows(self.head, q, found.rows, found.lengths, found.longest, far, near)
         return output
+
+
+def _write_pages(cache: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Put keys and values, or their latents, of all heads side by side [tokens, n] into a cache [blocks, P, N, C]."""
+    pages = cache.shape[1]
+    write(cache, slots, torch.cat([x.unflatten(-1, (pages, -1)) for x in (keys, values) if x.shape[-1]], dim=-1))

@@ -19,6 +19,7 @@ from vllm.utils.torch_utils import _encode_layer_name, kv_cache_dtype_str_to_dty
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
+from ..cache.size import bytes_of_layer
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from .backend import LatentBackend, LatentImpl
@@ -56,10 +57,10 @@ class Plan:
         if not window:
             return cls(0)
         block = cache_config.block_size if cache_config.user_specified_block_size else BLOCK_WITH_WINDOW
-        ranks = [layer.rank_k + layer.rank_v for layer in layers]
-        exact, room = sum(2 * layer.head_dim for layer in layers), block * sum(ranks)
+        sizes = [bytes_of_layer(layer, 1) for layer in layers]  # elements, of all heads
+        exact, room = sum(2 * layer.kv_heads * layer.head_dim for layer in layers), block * sum(sizes)
         fitting = [size for size in range(1, block + 1) if block % size == 0 and size * exact <= room]
-        return cls(block, window, max(fitting, default=1), spacers_for(ranks))
+        return cls(block, window, max(fitting, default=1), spacers_for(sizes))
 
     def window_blocks(self, in_flight: int, longest: int) -> int:
         """Blocks that hold a sequence's window while so many of its tokens are computed."""
@@ -163,8 +164,8 @@ class LatentAttention(_CachingLayer):
 
     Args:
         name: of the layer, among all of the model.
-        kv_heads, heads: G and H of this device.
-        rank_k, rank_v: R_k and R_v.
+        heads: H of this device.
+        pages: heads of the cache, P, and `size_k`, `size_v` what each holds of keys and of values (see `attend`).
         size: of an output head.
         block_size: tokens of a page; 0 takes the engine's.
         impl: what it computes.
@@ -176,15 +177,15 @@ class LatentAttention(_CachingLayer):
         name: str,
         *,
         heads: int,
-        kv_heads: int,
-        rank_k: int,
-        rank_v: int,
+        pages: int,
+        size_k: int,
+        size_v: int,
         size: int,
         block_size: int,
         impl: LatentImpl,
     ) -> None:
-        super().__init__(vllm_config, name, heads, kv_heads)
-        self.rank_k, self.rank_v, self.size = rank_k, rank_v, size
+        super().__init__(vllm_config, name, heads, pages)
+        self.size_k, self.size_v, self.size = size_k, size_v, size
         self.block_size = block_size
         self.impl = impl
 
@@ -192,8 +193,8 @@ class LatentAttention(_CachingLayer):
         return FullAttentionSpec(
             block_size=self.block_size or vllm_config.cache_config.block_size,
             num_kv_heads=self.num_kv_heads,
-            head_size=self.rank_k,
-            head_size_v=self.rank_v,
+            head_size=self.size_k,
+            head_size_v=self.size_v,
             dtype=self.dtype,
         )
 

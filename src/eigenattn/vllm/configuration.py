@@ -64,12 +64,6 @@ def check_served(config: Any, checkpoint: EigenAttnCheckpointConfig) -> None:
         raise EigenAttnError(
             "quantised latents are not served by vLLM: compress with --kv-ratio instead of --bits-per-element."
         )
-    if max(checkpoint.sharing) > 1:
-        raise EigenAttnError(
-            "latents that heads share are not served by vLLM: compress without --shared-heads and --shared-values."
-        )
-    if checkpoint.method["joint"]:
-        raise EigenAttnError("latents that keys and values share are not served by vLLM: compress without --joint.")
     if _slides(config):
         raise EigenAttnError("models with a sliding window of their own are not served by vLLM once compressed.")
     rope = getattr(config, "rope_parameters", None) or {}

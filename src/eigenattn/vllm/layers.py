@@ -15,7 +15,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from ..errors import EigenAttnError
 from ..kernels.decoding import Rotary, Side
 from ..models.attention import EigenAttention
-from ..models.maps import MAPS
+from ..models.maps import MAPS, LatentMaps
 from .attend import Head
 from .backend import LatentImpl
 from .cache import LatentAttention, Plan, Spacer, WindowCache
@@ -25,21 +25,30 @@ from .configuration import EigenAttnConfig, blueprints
 class Shards:
     """Which heads this device has: queries' are divided, and KV heads too, or repeated where there are fewer of them.
 
+    Args:
+        shared: KV heads that share a latent, which are on one device.
+
     Raises:
         EigenAttnError: if they cannot be shared out evenly.
     """
 
-    def __init__(self, heads: int, kv_heads: int) -> None:
+    def __init__(self, heads: int, kv_heads: int, shared: int = 1) -> None:
         self.count, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         if heads % self.count or max(kv_heads, self.count) % min(kv_heads, self.count):
             raise EigenAttnError(f"{heads} heads and {kv_heads} KV heads do not share out over {self.count} devices.")
         self.heads, self.kv_heads = heads // self.count, max(kv_heads // self.count, 1)
+        if self.kv_heads % shared:
+            raise EigenAttnError(
+                f"{kv_heads} KV heads, {shared} to a latent, do not share out over {self.count} devices."
+            )
         self.first_head = rank * self.heads
-        self.first_kv_head = rank * kv_heads // self.count
+        self.first_kv_head, self.all_kv_heads = rank * kv_heads // self.count, kv_heads
 
-    def of_kv(self, stored: Tensor, size: int) -> Tensor:
-        """This device's rows of what has `size` rows a KV head."""
-        return stored.narrow(0, self.first_kv_head * size, self.kv_heads * size)
+    def of_kv(self, stored: Tensor) -> Tensor:
+        """This device's rows of what has as many for each KV head, or for those that share a latent."""
+        rows = len(stored)
+        first, count = (rows * heads // self.all_kv_heads for heads in (self.first_kv_head, self.kv_heads))
+        return stored.narrow(0, first, count)
 
     def of_queries(self, stored: Tensor, size: int) -> Tensor:
         """This device's rows of what has `size` rows a query head."""
@@ -80,8 +89,8 @@ class HeadsProjection(ColumnParallelLinear):
             into = getattr(self, name).data.split(list(self.parts.values()))
             for part, piece in pieces.items():
                 place = "qkv".index(part)
-                take = self.shards.of_queries if part == "q" else self.shards.of_kv
-                _copy(into[place], take(piece, sizes[place]), f"{self.prefix}.{name}")
+                own = self.shards.of_queries(piece, sizes[place]) if part == "q" else self.shards.of_kv(piece)
+                _copy(into[place], own, f"{self.prefix}.{name}")
             yield name
 
     def missing(self) -> list[str]:
@@ -89,7 +98,7 @@ class HeadsProjection(ColumnParallelLinear):
         return [f"{part}_proj.{name}" for name, part in sorted(self.expected)]
 
 
-class ServedAttention(nn.Module):
+class ServedAttention(LatentMaps):
     """`EigenAttention` as vLLM runs it: the same projections and maps under the same names, and a paged cache.
 
     Args:
@@ -112,16 +121,19 @@ class ServedAttention(nn.Module):
     ) -> None:
         super().__init__()
         family = original.family
-        shards = self.shards = Shards(original.heads, original.kv_heads)
-        self.head_dim, self.window, self.clip = original.head_dim, original.window, original.clip
-        self.rank_k, self.scaling = original.rank_k, original.scaling
+        sharing = self.sharing = original.sharing
+        shards = self.shards = Shards(original.heads, original.kv_heads, max(sharing))
+        self.heads, self.kv_heads, self.head_dim = shards.heads, shards.kv_heads, original.head_dim
+        self.rank_k, self.rank_v, self.widths_k, self.widths_v = original.rank_k, original.rank_v, None, None
+        self.size_k = self.latent_heads("key") // self.latent_heads("value") * self.rank_k  # of a page
+        self.window, self.clip, self.scaling = original.window, original.clip, original.scaling
         self.rotary, self.slopes = (rotary,), slopes
         self.qkv_name = family.qkv[0] if family.fused else "qkv_proj"
         self.output_name = family.output
         qkv = HeadsProjection(original, shards, f"{prefix}.{self.qkv_name}")
         setattr(self, self.qkv_name, qkv)
         output = original.output_projection
-        self.size = self.head_dim if self.window else original.rank_v
+        self.size = self.head_dim if original.keeps_projections else original.rank_v
         projection = RowParallelLinear(
             original.heads * self.size,
             output.out_features,
@@ -134,7 +146,7 @@ class ServedAttention(nn.Module):
             setattr(self, name, RMSNorm(self.head_dim, eps=original.config.rms_norm_eps))
         for name in MAPS:
             stored = getattr(original, name)
-            self.register_parameter(name, None if stored is None else self._map(stored, original.kv_heads))
+            self.register_parameter(name, None if stored is None else self._map(stored))
         layer, window_layer = f"{prefix}.attn", f"{prefix}.window" if self.window else None
         if self.window:
             self.window_cache = WindowCache(
@@ -144,51 +156,45 @@ class ServedAttention(nn.Module):
             vllm_config,
             layer,
             heads=shards.heads,
-            kv_heads=shards.kv_heads,
-            rank_k=original.rank_k,
-            rank_v=original.rank_v,
+            pages=self.latent_heads("value"),
+            size_k=self.size_k,
+            size_v=self.rank_v,
             size=self.size,
             block_size=plan.block_size,
             impl=LatentImpl(self.head, shards.heads, self.head_dim, self.scaling, window_layer),
         )
 
-    def _map(self, stored: Tensor, kv_heads: int) -> nn.Parameter:
-        """An empty parameter for this device's heads of a map [G * R, D] or a mean [G * D]."""
-        rows = stored.shape[0] // kv_heads
-        shape = (self.shards.kv_heads * rows, *stored.shape[1:])
-        parameter = nn.Parameter(torch.empty(shape), requires_grad=False)
-        parameter.weight_loader = lambda into, loaded: _copy(into.data, self.shards.of_kv(loaded, rows), "a map")
-        return parameter
+    def _in_page(self, side: str) -> int:
+        """Vectors of keys, or of values, in a page: latents, or those of all its heads at full rank."""
+        whole = self.rank_of(side) == self.latent_dim(side) and not self.joint
+        return (self.kv_heads if whole else self.latent_heads(side)) // self.latent_heads("value")
 
-    def _by_head(self, name: str) -> Tensor | None:
-        """A map as [G, R, D], a mean as [G, D], of this device's heads."""
-        stored = getattr(self, name)
-        if stored is None:
-            return None
-        return stored.view(self.shards.kv_heads, *((-1,) if stored.dim() == 2 else ()), self.head_dim)
+    def _map(self, stored: Tensor) -> nn.Parameter:
+        """An empty parameter for this device's heads of a map [G/N * R, N * D] or a mean [G * D]."""
+        parameter = nn.Parameter(torch.empty(self.shards.of_kv(stored).shape), requires_grad=False)
+        parameter.weight_loader = lambda into, loaded: _copy(into.data, self.shards.of_kv(loaded), "a map")
+        return parameter
 
     def head(self) -> Head:
         """How it attends, with the maps as they were loaded."""
         slopes = None if self.slopes is None else self.shards.of_queries(self.slopes, 1)
-        values = Side(self._by_head("value_decoder"), self._by_head("value_mean") if self.window else None)
+
+        def side(name: str) -> Side:
+            if getattr(self, f"{name}_decoder") is None:
+                return Side()
+            mean = None if getattr(self, f"{name}_mean") is None else self.by_head(f"{name}_mean").squeeze(1)
+            return Side(self.by_head(f"{name}_decoder"), mean)
+
         return Head(
-            keys=Side(self._by_head("key_decoder"), self._by_head("key_mean")),
-            values=values,
-            rank_k=self.rank_k,
+            keys=side("key"),
+            values=side("value"),
+            size_k=self.size_k,
+            in_page=(self._in_page("key"), self._in_page("value")),
             scale=self.scaling,
             window=self.window,
             rotary=self.rotary[0],
             slopes=slopes,
         )
-
-    def _encoded(self, x: Tensor, side: str) -> Tensor:
-        """Keys or values [tokens, G, *] as latents [tokens, G, R]; what is latent already, or at full rank, passes."""
-        encoder, mean = self._by_head(f"{side}_encoder"), self._by_head(f"{side}_mean")
-        if encoder is None:
-            return x
-        if mean is not None:
-            x = x - mean
-        return torch.einsum("tgd,grd->tgr", x, encoder)
 
     def forward(self, hidden_states: Tensor, positions: Tensor | None = None) -> Tensor:
         """[tokens, C] to [tokens, C]. Positions are counted by the backend, which needs those of cached keys too."""
@@ -202,9 +208,10 @@ class ServedAttention(nn.Module):
         k, v = (x.view(tokens, self.shards.kv_heads, -1) for x in (k, v))
         if self.norms is not None:
             q, k = (getattr(self, name)(x.contiguous()) for name, x in zip(self.norms, (q, k), strict=True))
-        key, value = self._encoded(k, "key"), self._encoded(v, "value")
+        latents = self.encode(*(x.transpose(0, 1).unsqueeze(0) for x in (k, v)))  # [1, G/N, tokens, R] each
+        key, value = (z[0].transpose(0, 1).flatten(1) for z in latents)
         if self.window:
-            key, value = torch.cat([k, key], dim=-1), torch.cat([v, value], dim=-1)
+            key, value = torch.cat([k.flatten(1), key], dim=-1), torch.cat([v.flatten(1), value], dim=-1)
         out, _ = getattr(self, self.output_name)(self.attn(q, key, value))
         return out
 
