@@ -19,6 +19,7 @@ METHODS = {
     "eigen/sensitivity/0": "its basis, our ranks",
     "attention/sensitivity/0": "our basis and ranks, no window",
     "attention+refit/sensitivity/0": "our basis and ranks, no window, decoders refitted (the default without one)",
+    "attention:3kv/sensitivity/0": "ours, keys and values of all 3 heads to a latent, no window",
     "attention:6kv/sensitivity/0": "ours, keys and values of all 6 heads to a latent, no window",
     "eigen/error_budget/32": "the paper's method, window 32",
     "eigen/uniform/32": "its basis, uniform ranks, window 32",
@@ -26,10 +27,12 @@ METHODS = {
     "attention/sensitivity/32": "**the default**: our basis and ranks, window 32",
     "attention/sensitivity/48": "the same, window 48",
     "attention:1kv/sensitivity/32": "the default, keys and values of a head to a latent",
+    "attention:1-3/sensitivity/32": "the default, values of 3 heads to a latent",
     "attention:3/sensitivity/32": "the default, 3 heads to a latent",
-    "attention:3kv/sensitivity/32": "the same, their keys and values together",
+    "attention:3kv/sensitivity/32": "the default, keys and values of 3 heads to a latent",
     "attention:6kv/sensitivity/32": "the default, keys and values of all 6 heads to a latent",
 }
+USUAL_MULTIPLE = 8
 INTRODUCTION = """\
 <!-- Written by benchmarks/report_quality.py from benchmarks/results/: edit there. -->
 # Results
@@ -60,7 +63,10 @@ def cells_of(result: dict) -> dict[str, list[dict]]:
         found.setdefault(f"{basis}/{rule}/{window}", []).append(
             {**cell, "ratio": float(ratio), "multiple": int(multiple)}
         )
-    return {name: sorted(rows, key=lambda row: -row["ratio"]) for name, rows in found.items()}
+    return {
+        name: sorted(rows, key=lambda row: (row["multiple"] != USUAL_MULTIPLE, -row["ratio"]))
+        for name, rows in found.items()
+    }
 
 
 def section(name: str, result: dict) -> str:
@@ -70,8 +76,9 @@ def section(name: str, result: dict) -> str:
         f"## {report_sweeps.MODELS.get(name, name)}",
         "",
         f"Calibrated on {result['calibration']}, evaluated on {result['evaluation']}. Uncompressed: perplexity "
-        f"{base['perplexity']:.2f}, copying {base['copying']:.1%}. Ranks in multiples of 8. Measured on "
-        f"{result['machine']}, torch {result['versions']['torch']}, transformers {result['versions']['transformers']}.",
+        f"{base['perplexity']:.2f}, copying {base['copying']:.1%}. Ranks in multiples of 8, unless said otherwise. "
+        f"Measured on {result['machine']}, torch {result['versions']['torch']}, "
+        f"transformers {result['versions']['transformers']}.",
         "",
         "| method | asked | reached | perplexity | copying |",
         "| --- | --- | --- | --- | --- |",
@@ -79,20 +86,24 @@ def section(name: str, result: dict) -> str:
     cells = cells_of(result)
     for method, title in METHODS.items():
         for row in cells.get(method, []):
+            other = "" if row["multiple"] == USUAL_MULTIPLE else f", ranks in multiples of {row['multiple']}"
             lines.append(
-                f"| {title} | {row['ratio']} | {row['kv_ratio']:.3f} | {row['relative_increase']:+.2%} "
+                f"| {title}{other} | {row['ratio']} | {row['kv_ratio']:.3f} | {row['relative_increase']:+.2%} "
                 f"± {row['standard_error']:.2%} | {row['copying']:.1%} |"
             )
-    ratios = sorted({row["ratio"] for rows in cells.values() for row in rows}, reverse=True)
-    lines += [
-        "",
-        f"    python benchmarks/quality.py {result['model']} --calibration sotu-calibration.txt \\",
-        f"        --evaluation sotu-evaluation.txt --out benchmarks/results/quality-{name}.json \\",
-        f"        --cells {' '.join(method for method in METHODS if method in cells)} \\",
-        f"        --ratios {' '.join(map(str, ratios))}",
-        "",
-    ]
-    return "\n".join(lines)
+    multiples = {row["multiple"] for rows in cells.values() for row in rows}
+    for multiple in sorted(multiples, reverse=True):
+        held = {method: [row for row in rows if row["multiple"] == multiple] for method, rows in cells.items()}
+        ratios = sorted({row["ratio"] for rows in held.values() for row in rows}, reverse=True)
+        lines += [
+            "",
+            f"    python benchmarks/quality.py {result['model']} --calibration sotu-calibration.txt \\",
+            f"        --evaluation sotu-evaluation.txt --out benchmarks/results/quality-{name}.json \\",
+            f"        --cells {' '.join(method for method in METHODS if held.get(method))} \\",
+            f"        --ratios {' '.join(map(str, ratios))}"
+            + ("" if multiple == USUAL_MULTIPLE else f" --rank-multiple {multiple}"),
+        ]
+    return "\n".join([*lines, ""])
 
 
 def page(results: dict[str, dict]) -> str:
@@ -107,7 +118,7 @@ def plot(results: dict[str, dict]) -> None:
     for panel, (name, result) in zip(panels, results.items(), strict=True):
         cells = cells_of(result)
         for method, title in METHODS.items():
-            rows = cells.get(method, [])
+            rows = [row for row in cells.get(method, []) if row["multiple"] == USUAL_MULTIPLE]
             x, y = [row["kv_ratio"] for row in rows], [max(100 * row["relative_increase"], 0.005) for row in rows]
             panel.plot(x, y, marker="o", label=title.replace("**", ""))
         panel.set(title=report_sweeps.MODELS.get(name, name), xlabel="KV ratio of the latents", yscale="log")

@@ -132,6 +132,9 @@ def _latents(cell: dict[str, Any]) -> str:
     shared = cell.get("shared_heads", 1)
     if cell.get("joint"):
         return f"latents that keys and values of {shared} heads share" if shared > 1 else "latents of keys and values"
+    values = cell.get("shared_values") or shared
+    if values != shared:
+        return f"latents, of values of {values} heads"
     return "**latents**" if shared == 1 else f"latents that {shared} heads share"
 
 
@@ -210,6 +213,8 @@ def _one_command(kind: str, model: str, sweep: dict[str, Any], cells: list[dict[
     refit = " --no-refit" if any(not (cell["window"] or cell.get("refit")) for cell in cells) else ""
     shrinkage = several("shrinkage", "shrinkage") if any(cell.get("shrinkage") for cell in cells) else ""
     shared = several("shared-heads", "shared_heads") + (" --joint" if cells[0].get("joint") else "")
+    if any((cell.get("shared_values") or cell["shared_heads"]) != cell["shared_heads"] for cell in cells):
+        shared += several("shared-values", "shared_values")
     options = [
         sizes + choices + several("window", "window") + shared + refit + shrinkage,
         f"{' --each-text' if len(texts) > 1 else ''}{sources}{several('samples', 'samples')}",
