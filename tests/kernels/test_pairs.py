@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from eigenattn.kernels.pairs import attend_one_in_pairs
+from eigenattn.kernels.pairs import attend_one_in_pairs, paired
 from eigenattn.kernels.windowed import attend_one
 from eigenattn.models.rotary import rotate, turns_of
 
@@ -44,8 +44,8 @@ def test_pairs_equal_rotating_as_models_do(interleaved, width, decoded):
         far_values,
         near_keys,
         near_values,
-        decoder=decoder,
-        mean=mean,
+        decoder=paired(decoder, width, interleaved),
+        mean=paired(mean, width, interleaved),
         turns=torch.cat([turns, turns[:, :, -1:].expand(-1, -1, H // G, -1)], dim=2),
         room=torch.full((B, G, FAR + NEAR + H // G, D), float("nan")),
         interleaved=interleaved,

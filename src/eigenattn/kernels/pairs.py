@@ -26,6 +26,15 @@ def _put(into: Tensor, x: Tensor, width: int, interleaved: bool, scale: float = 
         torch.mul(x[..., width:], scale, out=into[..., width:])
 
 
+def paired(x: Tensor | None, width: int, interleaved: bool) -> Tensor | None:
+    """x [..., D] with its leading `width` dimensions pair by pair."""
+    if x is None:
+        return None
+    found = torch.empty_like(x)
+    _put(found, x, width, interleaved)
+    return found
+
+
 def attend_one_in_pairs(
     q: Tensor,
     far_keys: Tensor,
@@ -48,7 +57,7 @@ def attend_one_in_pairs(
         q: [B, H, 1, D].
         far_keys: latents [B, G, F, R_k], or keys without a decoder; far_values: [B, G or fewer, F, V].
         near_keys, near_values: [B, G, N, D].
-        decoder: [G, R_k, D] or None; mean: [G, 1, D] or None.
+        decoder: [G, R_k, D] or None; mean: [G, 1, D] or None; both in pairs (`paired`).
         turns: complex rotations of F + N keys, and H/G times that of the query, [B or 1, G or 1, F + N + H/G,
             width / 2].
         room: [B, G, F + N + H/G, D], written over.
@@ -59,15 +68,12 @@ def attend_one_in_pairs(
     if decoder is None:
         _put(room[:, :, :far], far_keys, width, interleaved)
     else:
-        paired = torch.empty_like(decoder)
-        _put(paired, decoder, width, interleaved)
-        paired, rows = paired.repeat(b, 1, 1), room.flatten(0, 1)[:, :far]
+        rows = room.flatten(0, 1)[:, :far]
+        decoder, mean = (x if x is None or b == 1 else x.repeat(b, 1, 1) for x in (decoder, mean))
         if mean is None:
-            torch.bmm(far_keys.flatten(0, 1), paired, out=rows)
+            torch.bmm(far_keys.flatten(0, 1), decoder, out=rows)
         else:
-            middle = torch.empty_like(mean)
-            _put(middle, mean, width, interleaved)
-            torch.baddbmm(middle.repeat(b, 1, 1), far_keys.flatten(0, 1), paired, out=rows)
+            torch.baddbmm(mean, far_keys.flatten(0, 1), decoder, out=rows)
     _put(room[:, :, far:columns], near_keys, width, interleaved)
     _put(room[:, :, columns:], q.reshape(b, g, h // g, d), width, interleaved, scale)
     torch.view_as_complex(room[..., :width].unflatten(-1, (-1, 2))).mul_(turns)

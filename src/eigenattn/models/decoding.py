@@ -11,6 +11,7 @@ from torch import Tensor
 from ..cache import layers
 from ..kernels.decoding import Near, Rotary, Side, decode
 from ..kernels.selection import takes_triton
+from .kept import kept
 from .rotary import once_a_pass, rotate
 
 if TYPE_CHECKING:
@@ -146,24 +147,6 @@ def _decode(
     return out.unsqueeze(2)
 
 
-def _identity(x: Any) -> Any:
-    """Tells whether a tensor is the same, and holds the same, as before; anything else stands for itself."""
-    if not isinstance(x, Tensor):
-        return x
-    local = x.to_local() if hasattr(x, "to_local") else x
-    return local.data_ptr(), 0 if x.is_inference() else x._version, x.dtype
-
-
-def _kept(attention: EigenAttention, name: str, source: list[Any], compute: Callable[[], Any]) -> Any:
-    """What follows from weights alone, kept until they change; a compiled graph computes it."""
-    if torch.compiler.is_compiling():
-        return compute()
-    kept, now = attention.__dict__.get(name), [_identity(x) for x in source]
-    if kept is None or kept[0] != now:
-        kept = attention.__dict__[name] = (now, compute())
-    return kept[1]
-
-
 def _sides(attention: EigenAttention, decodes_keys: bool) -> tuple[Side, Side]:
     """How the kernel decodes keys, which it need not where queries meet latents, and values, if not folded."""
     names = [f"{side}_{name}" for side in ("key", "value") for name in ("decoder", "mean", "offset", "step")]
@@ -180,7 +163,7 @@ def _sides(attention: EigenAttention, decodes_keys: bool) -> tuple[Side, Side]:
         offset, step = (x.squeeze(1).repeat_interleave(attention.shared_heads(name), dim=0) for x in affine)  # [G, R]
         return Side(decoder, mean, widths, offset, step)
 
-    return _kept(
+    return kept(
         attention,
         "_kernel_sides",
         [*(getattr(attention, name) for name in names), attention.widths_k, attention.widths_v, decodes_keys],
@@ -198,7 +181,7 @@ def _rotary(attention: EigenAttention, device: torch.device) -> Rotary:
     prefix = f"{attention.layer_type}_" if attention.family.rotary_by_layer_type else ""
     scaling = float(getattr(attention._rotary[0], f"{prefix}attention_scaling", 1.0))
     frequencies = _frequencies(attention)
-    return _kept(
+    return kept(
         attention,
         "_kernel_rotary",
         [frequencies, scaling, device],

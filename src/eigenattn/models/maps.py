@@ -61,7 +61,10 @@ class LatentMaps(nn.Module):
 
     def by_head(self, name: str) -> Tensor:
         """A decoder as [G, R, D], or a mean as [G, 1, D]."""
-        return self._by_latent(name).unflatten(-1, (self.shared_heads(_side(name)), -1)).transpose(1, 2).flatten(0, 1)
+        shared, of_latents = self.shared_heads(_side(name)), self._by_latent(name)
+        if shared == 1:
+            return of_latents
+        return of_latents.unflatten(-1, (shared, -1)).transpose(1, 2).flatten(0, 1)
 
     def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, T, D] to latents [B, G/N, T, R]; what is latent already, or at full rank, passes.
@@ -181,7 +184,7 @@ def _side(name: str) -> str:
 
 def joined(x: Tensor, latents: int) -> Tensor:
     """Vectors [B, G, T, D] of the heads that share a latent side by side: [B, G/N, T, N * D], of G/N latents."""
-    return x.unflatten(1, (latents, -1)).transpose(2, 3).flatten(3)
+    return x if x.shape[1] == latents else x.unflatten(1, (latents, -1)).transpose(2, 3).flatten(3)
 
 
 def local_part(parameter: Tensor) -> Tensor:

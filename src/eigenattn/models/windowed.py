@@ -11,11 +11,12 @@ from torch import Tensor
 from ..cache.layers import Far, Near, with_window
 from ..errors import EigenAttnError
 from ..kernels import BACKENDS
-from ..kernels.pairs import attend_one_in_pairs
+from ..kernels.pairs import attend_one_in_pairs, paired
 from ..kernels.reference import attend as reference_attend
 from ..kernels.windowed import attend, attend_one, by_column, split_masks, take_columns
 from .decoding import decode_with_window, has_kernel
 from .eviction import evict, for_each_kv_head, for_each_query_head
+from .kept import kept
 from .prefill import is_long, read_with_window
 from .projections import Heads
 from .rotary import at_columns, once_a_pass, rotate, turns_of
@@ -176,6 +177,14 @@ def _attend_in_pairs(
     if far.columns is not None:
         rest = torch.arange(columns - near_keys.shape[-2], columns + h // g, device=q.device).expand(b, g, -1)
         all_turns = at_columns(all_turns[:, 0], torch.cat([for_each_kv_head(attention, far.columns), rest], dim=-1))
+    width = 2 * all_turns.shape[-1]
+
+    def maps() -> list[Tensor | None]:
+        held = attention.key_decoder, attention.key_mean
+        names = (None if x is None else name for name, x in zip(("key_decoder", "key_mean"), held, strict=True))
+        return [paired(name and attention.by_head(name), width, interleaved) for name in names]
+
+    decoder, mean = kept(attention, "_maps_in_pairs", [attention.key_decoder, attention.key_mean, width], maps)
     shape = (b, g, far.keys.shape[-2] + near_keys.shape[-2] + h // g, d)
     return attend_one_in_pairs(
         q,
@@ -183,8 +192,8 @@ def _attend_in_pairs(
         far.values,
         near_keys,
         near_values,
-        decoder=None if attention.key_decoder is None else attention.by_head("key_decoder"),
-        mean=None if attention.key_mean is None else attention.by_head("key_mean"),
+        decoder=decoder,
+        mean=mean,
         turns=all_turns,
         room=shared(("room", *shape), lambda: q.new_empty(shape)),
         interleaved=interleaved,
