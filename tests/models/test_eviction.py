@@ -240,6 +240,22 @@ def test_bytes_are_those_planned(evict, budget, kept, bits, window):
 
 @torch.no_grad()
 @windows
+@pytest.mark.parametrize("full", ["keys", "values"])
+def test_a_side_at_full_rank_beside_shared_latents(full, window):
+    model, ids = tiny("llama"), tokens(2, LENGTH)
+    convert_attention(model)
+    for attention in eigen_layers(model):
+        basis = random_basis(attention, 12, True, 1, 2)
+        compress_layer(attention, *((None, basis) if full == "keys" else (basis, None)), window, Sharing(2, 2))
+    cache = EigenCache(model.config, evict="snapkv", budget=38)
+    found, visible = evicted_reading(model, ids, cache)
+    close(found, masked_reading(model, ids, visible))
+    kept = cache.kept_tokens
+    assert allocated_bytes(cache) == 2 * cache_bytes(eigen_layers(model), 4, LENGTH, window, kept)
+
+
+@torch.no_grad()
+@windows
 def test_batches_of_a_cache_change_and_move(window):
     model, ids = small(window=window), tokens(2, 60)
 

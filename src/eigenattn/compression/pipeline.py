@@ -155,9 +155,8 @@ def compress(
         model.train(was_training)
     del originals
     if all(basis is None for pair in chosen for basis in pair):
-        config = dataclasses.replace(
-            config, window=0, shared_heads=1, shared_values=1, joint=False
-        )  # at full rank everything is exact
+        # At full rank everything is exact.
+        config = dataclasses.replace(config, window=0, shared_heads=1, shared_values=1, joint=False)
     with clock.stage("folding"):
         for attention, (keys, values) in zip(layers, chosen, strict=True):
             with loaded(attention):
