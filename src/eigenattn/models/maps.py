@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..cache.packing import Widths, dequantise, pack, quantise, unpack
 from ..config import Sharing
+from .kept import kept
 
 # A side at full rank needs none of these. Maps are stored as [G * R, D] and means as [G * D], so that tensor
 # parallelism can split them by head. Where N KV heads share a latent, maps are [G/N * R, N * D]; keys and values may
@@ -61,10 +62,15 @@ class LatentMaps(nn.Module):
 
     def by_head(self, name: str) -> Tensor:
         """A decoder as [G, R, D], or a mean as [G, 1, D]."""
-        shared, of_latents = self.shared_heads(_side(name)), self._by_latent(name)
+        shared, stored = self.shared_heads(_side(name)), getattr(self, name)
         if shared == 1:
-            return of_latents
-        return of_latents.unflatten(-1, (shared, -1)).transpose(1, 2).flatten(0, 1)
+            return self._by_latent(name)
+
+        def apart() -> Tensor:
+            return self._by_latent(name).unflatten(-1, (shared, -1)).transpose(1, 2).flatten(0, 1)
+
+        trains = stored.requires_grad and torch.is_grad_enabled()
+        return apart() if trains else kept(self, f"_{name}_by_head", [stored], apart)
 
     def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, T, D] to latents [B, G/N, T, R]; what is latent already, or at full rank, passes.
