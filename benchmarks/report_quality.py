@@ -25,7 +25,7 @@ METHODS = {
     "eigen/uniform/32": "its basis, uniform ranks, window 32",
     "attention/uniform/32": "our basis, uniform ranks, window 32",
     "attention/sensitivity/32": "**the default**: our basis and ranks, window 32",
-    "attention/sensitivity/48": "the same, window 48",
+    "attention/sensitivity/48": "the default, window 48",
     "attention:1kv/sensitivity/32": "the default, keys and values of a head to a latent",
     "attention:1-3/sensitivity/32": "the default, values of 3 heads to a latent",
     "attention:3/sensitivity/32": "the default, 3 heads to a latent",
@@ -112,19 +112,25 @@ def page(results: dict[str, dict]) -> str:
 
 
 def plot(results: dict[str, dict]) -> None:
+    """One panel a model; dashed lines are of methods without a window."""
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(results), figsize=(5 * len(results), 4.2), constrained_layout=True)
+    figure, panels = pyplot.subplots(1, len(results), figsize=(5 * len(results), 6), layout="constrained")
+    measured = [method for method in METHODS if any(method in cells_of(result) for result in results.values())]
+    colours = {method: pyplot.get_cmap("tab20")(number % 20) for number, method in enumerate(measured)}
+    lines = {}
     for panel, (name, result) in zip(panels, results.items(), strict=True):
         cells = cells_of(result)
-        for method, title in METHODS.items():
+        for method, colour in colours.items():
             rows = [row for row in cells.get(method, []) if row["multiple"] == USUAL_MULTIPLE]
             x, y = [row["kv_ratio"] for row in rows], [max(100 * row["relative_increase"], 0.005) for row in rows]
-            panel.plot(x, y, marker="o", label=title.replace("**", ""))
+            style = "--" if method.endswith("/0") else "-"
+            (lines[method],) = panel.plot(x, y, style, color=colour, marker="o", markersize=4)
         panel.set(title=report_sweeps.MODELS.get(name, name), xlabel="KV ratio of the latents", yscale="log")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("increase of perplexity, %")
-    panels[0].legend(fontsize=7)
+    titles = [METHODS[method].replace("**", "") for method in lines]
+    figure.legend(lines.values(), titles, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(PLOT, dpi=110)
 
 
