@@ -1,6 +1,6 @@
 """The sections of docs/results.md that come from `eigenattn sweep`, and their plots.
 
-They are read from benchmarks/results/{bits,texts,limits}-MODEL.json, which are the `sweep.json` of the commands
+They are read from benchmarks/results/{bits,long,texts,limits}-MODEL.json, which are the `sweep.json` of the commands
 that every section states.
 """
 
@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 # Share of a copied text guessed right from which on copying says something about retrieval (chosen).
 RETRIEVES = 0.5
-KINDS = ("bits", "texts", "limits")
+USUAL_LENGTH = 1024
+KINDS = ("bits", "long", "texts", "limits")
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "opt-13m": "OPT, 13M", "mpt-12m": "MPT, 12M"}
 INTRODUCTIONS = {
     "bits": """\
@@ -29,6 +30,12 @@ element of the original cache, which has 16. "Whole cache" is all that is alloca
 against the original's. KL is the divergence of predictions from the original's, in thousandths of a nat a token.
 
 ![Increase of perplexity against bits an element](bits.png)
+""",
+    "long": """\
+## Longer contexts
+
+Windows of 4,096 tokens, for calibration and evaluation alike. Copying is the share of tokens guessed right in the
+second copy of 2,048 tokens repeated, of which the exact window is a small part; behind it the paired difference.
 """,
     "texts": """\
 ## Which text, and how much of it
@@ -83,7 +90,7 @@ def load() -> dict[str, dict[str, dict[str, Any]]]:
 
 def page(sweeps: dict[str, dict[str, dict[str, Any]]]) -> str:
     """All sections."""
-    tables = {"bits": _bits, "texts": _calibration, "limits": _limits}
+    tables = {"bits": _bits, "long": _long, "texts": _calibration, "limits": _limits}
     parts = []
     for kind, by_model in sweeps.items():
         if by_model:
@@ -124,6 +131,19 @@ def _bits(sweep: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {name} | {_bits_of(cell):.2f} | {cell['cache_ratio']:.3f} | {_change(text)} "
             f"| {1e3 * text['divergence']:.2f} | {cell['copying']['accuracy']:.1%} |"
+        )
+    return lines
+
+
+def _long(sweep: dict[str, Any]) -> list[str]:
+    heading = ["latents", "KV ratio", "whole cache", "perplexity", "KL", "copying", "difference"]
+    lines = [f"| {' | '.join(heading)} |", "| --- " * len(heading) + "|"]
+    for cell in _cells(sweep):
+        text, copying = cell["texts"][0], cell["copying"]
+        lines.append(
+            f"| {_latents(cell)} | {cell['kv_ratio']:.3f} | {cell['cache_ratio']:.3f} | {_change(text)} "
+            f"| {1e3 * text['divergence']:.2f} | {copying['accuracy']:.1%} "
+            f"| {100 * copying['difference']:+.2f} ± {100 * copying['difference_error']:.2f} points |"
         )
     return lines
 
@@ -215,9 +235,10 @@ def _one_command(kind: str, model: str, sweep: dict[str, Any], cells: list[dict[
     shared = several("shared-heads", "shared_heads") + (" --joint" if cells[0].get("joint") else "")
     if any((cell.get("shared_values") or cell["shared_heads"]) != cell["shared_heads"] for cell in cells):
         shared += several("shared-values", "shared_values")
+    length = "" if settings["length"] == USUAL_LENGTH else f" --length {settings['length']}"
     options = [
         sizes + choices + several("window", "window") + shared + refit + shrinkage,
-        f"{' --each-text' if len(texts) > 1 else ''}{sources}{several('samples', 'samples')}",
+        f"{' --each-text' if len(texts) > 1 else ''}{sources}{several('samples', 'samples')}{length}",
         f"{f' --rivals {chr(44).join(rivals)}' if rivals else ''}"
         + "".join(f" --evaluation-text {row['source']}" for row in settings["evaluation"] if kind != "texts"),
         f" --tokens {settings['protocol']['tokens_read']} --copies {copies} --dtype {settings['protocol']['dtype']}",
@@ -233,7 +254,7 @@ def plot(sweeps: dict[str, dict[str, dict[str, Any]]]) -> None:
     curves = {"bits": _bits_curves, "texts": _calibration_curves, "limits": _limit_curves}
     labels = {"bits": "bits an element", "texts": "tokens calibrated on", "limits": "KV ratio of the latents"}
     for kind, by_model in sweeps.items():
-        if not by_model:
+        if not by_model or kind not in curves:
             continue
         figure, panels = pyplot.subplots(
             1, len(by_model), figsize=(max(5 * len(by_model), 8), 5), constrained_layout=True, squeeze=False
