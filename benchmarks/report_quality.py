@@ -116,11 +116,11 @@ def plot(results: dict[str, dict]) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(results), figsize=(5 * len(results), 6), layout="constrained")
-    measured = [method for method in METHODS if any(method in cells_of(result) for result in results.values())]
+    found = {name: cells_of(result) for name, result in results.items()}
+    measured = [method for method in METHODS if any(method in cells for cells in found.values())]
     colours = {method: pyplot.get_cmap("tab20")(number % 20) for number, method in enumerate(measured)}
     lines = {}
-    for panel, (name, result) in zip(panels, results.items(), strict=True):
-        cells = cells_of(result)
+    for panel, (name, cells) in zip(panels, found.items(), strict=True):
         for method, colour in colours.items():
             rows = [row for row in cells.get(method, []) if row["multiple"] == USUAL_MULTIPLE]
             x, y = [row["kv_ratio"] for row in rows], [max(100 * row["relative_increase"], 0.005) for row in rows]

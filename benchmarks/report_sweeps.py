@@ -148,13 +148,17 @@ def _long(sweep: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _shares_values(cell: dict[str, Any]) -> bool:
+    """Whether more heads share values than share keys."""
+    return cell.get("shared_values") not in (None, cell.get("shared_heads", 1))
+
+
 def _latents(cell: dict[str, Any]) -> str:
     shared = cell.get("shared_heads", 1)
     if cell.get("joint"):
         return f"latents that keys and values of {shared} heads share" if shared > 1 else "latents of keys and values"
-    values = cell.get("shared_values") or shared
-    if values != shared:
-        return f"latents, of values of {values} heads"
+    if _shares_values(cell):
+        return f"latents, of values of {cell['shared_values']} heads"
     return "**latents**" if shared == 1 else f"latents that {shared} heads share"
 
 
@@ -233,7 +237,7 @@ def _one_command(kind: str, model: str, sweep: dict[str, Any], cells: list[dict[
     refit = " --no-refit" if any(not (cell["window"] or cell.get("refit")) for cell in cells) else ""
     shrinkage = several("shrinkage", "shrinkage") if any(cell.get("shrinkage") for cell in cells) else ""
     shared = several("shared-heads", "shared_heads") + (" --joint" if cells[0].get("joint") else "")
-    if any((cell.get("shared_values") or cell["shared_heads"]) != cell["shared_heads"] for cell in cells):
+    if any(map(_shares_values, cells)):
         shared += several("shared-values", "shared_values")
     length = "" if settings["length"] == USUAL_LENGTH else f" --length {settings['length']}"
     options = [

@@ -20,6 +20,15 @@ class Sharing(NamedTuple):
     keys: int = 1
     values: int = 1
 
+    @property
+    def together(self) -> int:
+        """KV heads that cannot be told apart: they stay on one device, and evict the same tokens."""
+        return max(self)
+
+    def told(self, kv_heads: int) -> str:
+        """So many KV heads, as a message begins: `8 KV heads, 4 to a latent,`."""
+        return f"{kv_heads} KV heads" + (f", {self.together} to a latent," if self.together > 1 else "")
+
 
 # Latents of single heads.
 ALONE = Sharing()

@@ -74,14 +74,19 @@ def cache_bytes(layers: Sequence[Layer], element_size: int, length: int, window:
     full = sum(2 * layer.kv_heads * layer.head_dim for layer in layers)
     a_token = bytes_per_token(layers, element_size)
     if evicts and kept < length:
-        a_token += COLUMN * sum(map(_rows_of_columns, layers))
+        a_token += COLUMN * sum(min(heads_held(layer)) for layer in layers)
     return latents * a_token + exact * full * element_size
 
 
-def _rows_of_columns(layer: Layer) -> int:
-    """Heads that tell which tokens their rows are, where tokens were evicted; at full rank nothing is shared."""
-    plain, sides = layer.widths_k is None, zip((layer.rank_k, layer.rank_v), layer.sharing, strict=True)
-    return min(layer.kv_heads // (1 if plain and rank == shared * layer.head_dim else shared) for rank, shared in sides)
+def heads_held(layer: Layer) -> tuple[int, int]:
+    """Heads of what the cache holds of keys, and of values: latents, or KV heads, for at full rank none share."""
+    apart = layer.widths_k is None and layer.rank_v > 0  # without a latent of both, or codes
+    sides = zip((layer.rank_k, layer.rank_v), layer.sharing, strict=True)
+    keys, values = (
+        layer.kv_heads if apart and rank == shared * layer.head_dim else layer.kv_heads // shared
+        for rank, shared in sides
+    )
+    return keys, values
 
 
 def kv_ratio(layers: Sequence[Layer]) -> float:

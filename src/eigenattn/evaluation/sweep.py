@@ -25,7 +25,7 @@ from ..compression.quantise import Fitted, equivalent_ratio, fit_quantisers, qua
 from ..compression.ranks import RANK_RULES, RankProblem, sensitivities
 from ..compression.refit import refit
 from ..compression.shared_costs import SharedCosts
-from ..config import ALONE, EigenAttentionConfig, Sharing
+from ..config import EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from ..models.conversion import convert_attention, eigen_layers
@@ -57,9 +57,12 @@ class Cell(NamedTuple):
     @property
     def kind(self) -> str:
         keys, values = self.sharing
-        shared = "" if self.sharing == ALONE else f":{keys}" if keys == values else f":{keys}-{values}"
         if self.joint:
             shared = f":{keys}kv"
+        elif keys != values:
+            shared = f":{keys}-{values}"
+        else:
+            shared = f":{keys}" if keys > 1 else ""
         return f"{self.basis}{shared}{f'~{self.shrinkage:g}' if self.shrinkage else ''}"
 
     @property

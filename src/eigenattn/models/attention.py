@@ -15,7 +15,7 @@ from ..errors import EigenAttnError
 from ..kernels.reference import add_mask, causal_mask
 from .families import Family
 from .latents import attend_to_latents
-from .maps import MAPS, QUANTISERS, LatentMaps
+from .maps import MAPS, QUANTISERS, LatentMaps, side_of
 from .placement import execution_device
 from .projections import Heads, like, split_heads
 from .rotary import key_positions, once_a_pass
@@ -108,7 +108,7 @@ class EigenAttention(LatentMaps):
     @property
     def keeps_projections(self) -> bool:
         """Whether all maps are applied at run time, and the projections stay the original's."""
-        return self.window > 0 or max(self.sharing) > 1 or self.joint
+        return self.window > 0 or self.sharing.together > 1 or self.joint
 
     @property
     def folds(self) -> Heads:
@@ -167,7 +167,7 @@ class EigenAttention(LatentMaps):
         output = self.output_projection
         factory = {"device": execution_device(output), "dtype": output.weight.dtype}
         for name in (name for name, keep in kept.items() if keep):
-            side = name.split("_")[0]
+            side = side_of(name)
             channels = self.latent_heads(side) * self.rank_of(side)
             if name in QUANTISERS:
                 shape = (channels,)

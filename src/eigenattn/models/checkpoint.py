@@ -76,7 +76,7 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
     @property
     def sharing(self) -> Sharing:
         """KV heads to a latent, of keys and of values."""
-        return EigenAttentionConfig.from_dict(self.method).sharing
+        return Sharing(self.method["shared_heads"], self.method["shared_values"])
 
 
 def layer_entry(attention: EigenAttention) -> dict[str, Any]:
@@ -116,7 +116,8 @@ def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) ->
         ranks = {name: layer[name] for name in RANKS}
         if any(attention.kv_heads % shared for shared in sharing):
             raise EigenAttnError(
-                f"the checkpoint has {max(sharing)} KV heads share a latent, and the model has {attention.kv_heads}."
+                f"the checkpoint has {sharing.together} KV heads share a latent, and the model has "
+                f"{attention.kv_heads}."
             )
         full = [attention.head_dim * shared * (1 if layer["rank_v"] else 2) for shared in sharing]
         if any(rank > most for rank, most in zip(ranks.values(), full, strict=True)):

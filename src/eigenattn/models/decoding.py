@@ -152,11 +152,9 @@ def _sides(attention: EigenAttention, decodes_keys: bool) -> tuple[Side, Side]:
     names = [f"{side}_{name}" for side in ("key", "value") for name in ("decoder", "mean", "offset", "step")]
 
     def side(name: str, decodes: bool) -> Side:
-        decoder = mean = None
-        if decodes and getattr(attention, f"{name}_decoder") is not None:
-            decoder = attention.by_head(f"{name}_decoder")
-            if getattr(attention, f"{name}_mean") is not None:
-                mean = attention.by_head(f"{name}_mean").flatten(1)
+        decoder = attention.by_head(f"{name}_decoder") if decodes else None
+        mean = None if decoder is None else attention.by_head(f"{name}_mean")
+        mean = None if mean is None else mean.flatten(1)
         if attention.widths_k is None:
             return Side(decoder, mean)
         *affine, widths = attention.quantiser(name)

@@ -57,14 +57,14 @@ class LatentMaps(nn.Module):
 
     def _by_latent(self, name: str) -> Tensor:
         """A run-time map as [G/N, R, N * D], or a mean as [G/N, 1, N * D]."""
-        stored, side = local_part(getattr(self, name)), _side(name)
+        stored, side = local_part(getattr(self, name)), side_of(name)
         return stored.view(-1, 1 if stored.dim() == 1 else self.rank_of(side), self.latent_dim(side))
 
-    def by_head(self, name: str) -> Tensor:
-        """A decoder as [G, R, D], or a mean as [G, 1, D]."""
-        shared, stored = self.shared_heads(_side(name)), getattr(self, name)
-        if shared == 1:
-            return self._by_latent(name)
+    def by_head(self, name: str) -> Tensor | None:
+        """A decoder as [G, R, D], or a mean as [G, 1, D]; None where the side has none."""
+        shared, stored = self.shared_heads(side_of(name)), getattr(self, name)
+        if stored is None or shared == 1:
+            return None if stored is None else self._by_latent(name)
 
         def apart() -> Tensor:
             return self._by_latent(name).unflatten(-1, (shared, -1)).transpose(1, 2).flatten(0, 1)
@@ -183,7 +183,7 @@ class LatentMaps(nn.Module):
         return (_by_group(q, mean.shape[0]) @ mean.transpose(-1, -2)).view(*q.shape[:-1], 1)
 
 
-def _side(name: str) -> str:
+def side_of(name: str) -> str:
     """Whose a map is: the key's or the value's."""
     return name.split("_")[0]
 

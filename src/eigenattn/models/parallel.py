@@ -46,12 +46,9 @@ def plan(model: nn.Module, layers: list[EigenAttention]) -> None:
     if size == 1:
         return
     first, family = layers[0], layers[0].family
-    shared_heads = max(first.sharing)
-    if first.kv_heads // shared_heads % size or first.heads % size:
-        shared = f", {shared_heads} to a latent," if shared_heads > 1 else ""
-        raise EigenAttnError(
-            f"{first.kv_heads} KV heads{shared} cannot be split evenly over {size} processes: choose another tp_size."
-        )
+    if first.kv_heads // first.sharing.together % size or first.heads % size:
+        heads = first.sharing.told(first.kv_heads)
+        raise EigenAttnError(f"{heads} cannot be split evenly over {size} processes: choose another tp_size.")
     rules = dict(model._tp_plan or {})
     for name, module in model.named_modules():
         if not isinstance(module, EigenAttention):

@@ -180,9 +180,7 @@ def _attend_in_pairs(
     width = 2 * all_turns.shape[-1]
 
     def maps() -> list[Tensor | None]:
-        held = attention.key_decoder, attention.key_mean
-        names = (None if x is None else name for name, x in zip(("key_decoder", "key_mean"), held, strict=True))
-        return [paired(name and attention.by_head(name), width, interleaved) for name in names]
+        return [paired(attention.by_head(name), width, interleaved) for name in ("key_decoder", "key_mean")]
 
     decoder, mean = kept(attention, "_maps_in_pairs", [attention.key_decoder, attention.key_mean, width], maps)
     shape = (b, g, far.keys.shape[-2] + near_keys.shape[-2] + h // g, d)

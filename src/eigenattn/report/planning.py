@@ -114,10 +114,9 @@ def plan_capacity(
         compression = _supposed(config or EigenAttentionConfig(), original)
     compressed = shapes(model_config, compression)
     for layer in (original[0], compressed[0]):
-        shared_heads = max(layer.sharing)
-        if layer.kv_heads // shared_heads % size:
-            shared = f", {shared_heads} to a latent," if shared_heads > 1 else ""
-            raise EigenAttnError(f"{layer.kv_heads} KV heads{shared} cannot be split evenly over {size} GPUs.")
+        if layer.kv_heads // layer.sharing.together % size:
+            heads = layer.sharing.told(layer.kv_heads)
+            raise EigenAttnError(f"{heads} cannot be split evenly over {size} GPUs.")
     text = model_config.get_text_config(decoder=True)
     stored = DTYPES[dtype] if dtype else (text.dtype or torch.float32)
     budget = int(gpu_memory * GIB * gpu_memory_utilization)

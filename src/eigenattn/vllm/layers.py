@@ -12,6 +12,8 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.models.utils import extract_layer_index
 
+from ..cache.size import heads_held
+from ..config import Sharing
 from ..errors import EigenAttnError
 from ..kernels.decoding import Rotary, Side
 from ..models.attention import EigenAttention
@@ -26,21 +28,19 @@ class Shards:
     """Which heads this device has: queries' are divided, and KV heads too, or repeated where there are fewer of them.
 
     Args:
-        shared: KV heads that share a latent, which are on one device.
+        sharing: KV heads that share a latent are on one device.
 
     Raises:
         EigenAttnError: if they cannot be shared out evenly.
     """
 
-    def __init__(self, heads: int, kv_heads: int, shared: int = 1) -> None:
+    def __init__(self, heads: int, kv_heads: int, sharing: Sharing) -> None:
         self.count, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         if heads % self.count or max(kv_heads, self.count) % min(kv_heads, self.count):
             raise EigenAttnError(f"{heads} heads and {kv_heads} KV heads do not share out over {self.count} devices.")
         self.heads, self.kv_heads = heads // self.count, max(kv_heads // self.count, 1)
-        if self.kv_heads % shared:
-            raise EigenAttnError(
-                f"{kv_heads} KV heads, {shared} to a latent, do not share out over {self.count} devices."
-            )
+        if self.kv_heads % sharing.together:
+            raise EigenAttnError(f"{sharing.told(kv_heads)} do not share out over {self.count} devices.")
         self.first_head = rank * self.heads
         self.first_kv_head, self.all_kv_heads = rank * kv_heads // self.count, kv_heads
 
@@ -122,7 +122,7 @@ class ServedAttention(LatentMaps):
         super().__init__()
         family = original.family
         sharing = self.sharing = original.sharing
-        shards = self.shards = Shards(original.heads, original.kv_heads, max(sharing))
+        shards = self.shards = Shards(original.heads, original.kv_heads, sharing)
         self.heads, self.kv_heads, self.head_dim = shards.heads, shards.kv_heads, original.head_dim
         self.rank_k, self.rank_v, self.widths_k, self.widths_v = original.rank_k, original.rank_v, None, None
         self.size_k = self.latent_heads("key") // self.latent_heads("value") * self.rank_k  # of a page
@@ -164,11 +164,6 @@ class ServedAttention(LatentMaps):
             impl=LatentImpl(self.head, shards.heads, self.head_dim, self.scaling, window_layer),
         )
 
-    def _in_page(self, side: str) -> int:
-        """Vectors of keys, or of values, in a page: latents, or those of all its heads at full rank."""
-        whole = self.rank_of(side) == self.latent_dim(side) and not self.joint
-        return (self.kv_heads if whole else self.latent_heads(side)) // self.latent_heads("value")
-
     def _map(self, stored: Tensor) -> nn.Parameter:
         """An empty parameter for this device's heads of a map [G/N * R, N * D] or a mean [G * D]."""
         parameter = nn.Parameter(torch.empty(self.shards.of_kv(stored).shape), requires_grad=False)
@@ -180,16 +175,17 @@ class ServedAttention(LatentMaps):
         slopes = None if self.slopes is None else self.shards.of_queries(self.slopes, 1)
 
         def side(name: str) -> Side:
-            if getattr(self, f"{name}_decoder") is None:
+            decoder, mean = self.by_head(f"{name}_decoder"), self.by_head(f"{name}_mean")
+            if decoder is None:
                 return Side()
-            mean = None if getattr(self, f"{name}_mean") is None else self.by_head(f"{name}_mean").squeeze(1)
-            return Side(self.by_head(f"{name}_decoder"), mean)
+            return Side(decoder, None if mean is None else mean.flatten(1))
 
+        keys, values = (heads // self.latent_heads("value") for heads in heads_held(self))
         return Head(
             keys=side("key"),
             values=side("value"),
             size_k=self.size_k,
-            in_page=(self._in_page("key"), self._in_page("value")),
+            in_page=(keys, values),
             scale=self.scaling,
             window=self.window,
             rotary=self.rotary[0],
