@@ -71,6 +71,44 @@ def test_an_output_that_exists(tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("steps", range(6))
+def test_killed_while_the_journal_goes(steps, tmp_path, monkeypatch):
+    """After any number of files of a finished command's journal are gone, the next call removes the rest."""
+    left = [steps]
+
+    def killed_after(remove):
+        def step(*arguments, **options):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            remove(*arguments, **options)
+
+        return step
+
+    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt), Journal(tmp_path / "out", COMMAND) as kept:
+        for stage in ("statistics", "ranks"):
+            kept.write(stage, {})
+        (kept.folder / "offload").mkdir()
+        (kept.folder / "offload" / "weights").touch()
+        (tmp_path / "out").mkdir()
+        for name in ("unlink", "rmdir"):
+            patches.setattr(os, name, killed_after(getattr(os, name)))
+        kept.discard()
+    assert (tmp_path / "out.partial").exists()
+    with pytest.raises(EigenAttnError, match="exists already"):
+        Journal(tmp_path / "out", COMMAND)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_another_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes").write_text("mine")
+    with pytest.raises(EigenAttnError, match="exists already"):
+        Journal(tmp_path / "out", COMMAND)
+    assert (tmp_path / "out.partial" / "notes").exists()
+
+
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 40])
 def test_damage_is_named(tmp_path, damage):
     with Journal(tmp_path / "out", COMMAND) as kept:

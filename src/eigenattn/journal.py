@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ class Journal:
         self.folder = out.with_name(f"{out.name}.partial")
         # As JSON gives it back: tuples are lists, keys are strings.
         self.command: dict[str, Any] = json.loads(json.dumps(command))
-        if out.exists() and self._stored_command() == self.command:
-            shutil.rmtree(self.folder, ignore_errors=True)  # killed between the last two steps
+        if out.exists() and self._is_spent():
+            self.discard()  # killed after the result was whole, before the journal was gone
         check_new(out)
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +62,11 @@ class Journal:
                 f"{self.folder} was left by a command that differs in {', '.join(names)}: repeat that command to go on "
                 "with it, remove the folder, or choose another output."
             )
+
+    def _is_spent(self) -> bool:
+        """Whether what is left is of this command, or of one that was killed when all but the folder was gone."""
+        stored = self._stored_command()
+        return stored == self.command if stored else self.folder.is_dir() and not any(self.folder.iterdir())
 
     def _stored_command(self) -> dict[str, Any] | None:
         try:
@@ -130,7 +135,13 @@ class Journal:
         self.discard()
 
     def discard(self) -> None:
-        """Forget all stages."""
+        """Forget all stages. The command goes last, so that the rest is known as its own when this is killed."""
+        with suppress(OSError):
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != COMMAND_FILE:
+                    path.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Journal:
