@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from eigenattn.cache.packing import BITS, Widths
+from eigenattn.cache.packing import Widths
 from eigenattn.compression.bases import Basis, Quantiser
 from eigenattn.models.attention import EigenAttention
 
@@ -191,9 +191,16 @@ def quantised_basis(
     """An arbitrary basis of quantised latents; ranges are about as wide as the tiny models' latents."""
     basis = random_basis(attention, widths.channels, centred, seed, shared_heads, joint)
     generator = torch.Generator().manual_seed(seed + 1)
-    top = torch.tensor([2**bits - 1 for bits, count in zip(BITS, widths, strict=True) for _ in range(count)])
-    low, high = (3 + 2 * torch.rand(2, len(basis.encoder), len(top), generator=generator)).unbind()
-    return dataclasses.replace(basis, quantiser=Quantiser(-low, (low + high) / top, widths))
+    low, high = (3 + 2 * torch.rand(2, len(basis.encoder), widths.channels, generator=generator)).unbind()
+    return dataclasses.replace(basis, quantiser=Quantiser(levels_between(-low, high, widths), widths))
+
+
+def levels_between(low: torch.Tensor, high: torch.Tensor, widths: Widths) -> torch.Tensor:
+    """Levels [..., R, 4] from about low to about high [..., R], closer to each other in the middle than at the ends."""
+    middle = torch.tensor([2 ** (bits - 1) for bits in widths.each()])
+    reach = (high - low) / 2
+    shape = [(low + high) / 2, 0.6 * reach / middle, 0.1 * reach / middle**2, 0.4 * reach / middle**3]
+    return torch.stack(shape, dim=-1)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

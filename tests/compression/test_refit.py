@@ -31,7 +31,7 @@ def converted(name):
 def random_pairs(layers, sharing=ALONE, quantised=False):
     def basis(attention, seed, shared):
         if quantised:
-            return quantised_basis(attention, Widths(4, 4, 4), True, seed, shared)
+            return quantised_basis(attention, Widths(4, 0, 4, 4), True, seed, shared)
         return random_basis(attention, RANK, True, seed, shared)
 
     return [

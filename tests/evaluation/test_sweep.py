@@ -196,7 +196,7 @@ def test_bits_stand_beside_ratios(base, tmp_path):
     values = sweep(base, tmp_path / "sweep", grid)
     four, two = (values["cells"][f"fox/4/attention/bits/8/{bits}"] for bits in (4, 2))
     assert two["kv_ratio"] <= 2 / 16 < four["kv_ratio"] <= 4 / 16
-    assert len(two["layers"][0]["widths_k"]) == 3
+    assert len(two["layers"][0]["widths_k"]) == 4
     assert 0 < four["texts"][0]["divergence"] < two["texts"][0]["divergence"]
     assert values["seconds"]["quantisers"] > 0
     with pytest.raises(EigenAttnError, match='the basis "attention"'):

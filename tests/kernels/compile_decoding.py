@@ -51,7 +51,7 @@ def main() -> None:
     rotary = Rotary(1e4 ** -(torch.arange(0, d, 2) / d))
     cases = (
         (32, rotary, None, 1, 1),
-        (24, None, Widths(16, 8, 0), 1, 1),
+        (24, None, Widths(8, 8, 8, 0), 1, 1),
         (32, rotary, None, 1, 2),
         (24, None, None, 2, 2),
     )
@@ -60,7 +60,7 @@ def main() -> None:
             z, quantiser = normal(b, g, s, rank), {}
         else:
             z = torch.zeros(b, g, s, widths.bytes, dtype=torch.uint8)
-            quantiser = {"widths": widths, "offset": torch.zeros(g, rank), "step": torch.ones(g, rank)}
+            quantiser = {"widths": widths, "levels": torch.ones(g, rank, 4)}
         side = Side(normal(g, rank, d), normal(g, d), **quantiser)
         q = normal(b, h, d)
         capped = {} if widths is None else {"softcap": 30.0, "mask": torch.ones(b, h, s + n, dtype=torch.bool)}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import levels_between
 
 from eigenattn import EigenAttnError
 from eigenattn.cache.packing import Widths, pack
@@ -74,11 +75,12 @@ def problem(name: str, widths: Widths | None = None) -> dict:
             z[0, :, :3] = NAN  # before the first column
     else:
         rank_k = rank_v = widths.channels
-        top = torch.tensor([255] * widths.eight + [15] * widths.four + [3] * widths.two)
-        codes = [(torch.rand(b, g, s, rank_k) * (top + 1)).to(torch.uint8) for _ in range(2)]
+        numbers = 2 ** torch.tensor(widths.each())
+        codes = [(torch.rand(b, g, s, rank_k) * numbers).to(torch.uint8) for _ in range(2)]
         latents = [pack(code, widths).to(DEVICE) for code in codes]
-        step = ((0.5 + torch.rand(g, rank_k)) * 4 / top).to(DEVICE)
-        extra = {"widths": widths, "offset": torch.randn(g, rank_k, device=DEVICE) - 2, "step": step}
+        low = torch.randn(g, rank_k) - 2
+        levels = levels_between(low, low + 2 + 4 * torch.rand(g, rank_k), widths).to(DEVICE)
+        extra = {"widths": widths, "levels": levels}
     near = None
     if slots:
         # The window begins some columns before what is latent ends, and has a free slot in front and one behind.
@@ -115,7 +117,7 @@ def test_backends_equal_the_reference(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("widths", [(3, 10, 7), (0, 21, 0)], ids=str)
+@pytest.mark.parametrize("widths", [(3, 0, 10, 7), (2, 7, 5, 3), (0, 0, 21, 0), (0, 20, 0, 0)], ids=str)
 @pytest.mark.parametrize("name", ["small-space-window", "rotary"])
 def test_packed_codes(name, widths, backend):
     arguments = problem(name, Widths(*widths))
@@ -186,8 +188,8 @@ def test_ranks_are_cut_with_little_waste():
     ]  # fmt: skip
     for size in range(8, 257, 8):
         assert size <= sum(cut(size)) < size + 16
-    for widths in (Widths(3, 10, 7), Widths(24, 40, 16), Widths(0, 1, 2), Widths(128, 0, 0)):
-        channels = sorted(channel for piece in pieces(0, widths) for channel in range(piece[1], piece[1] + piece[4]))
+    for widths in (Widths(3, 5, 10, 7), Widths(24, 8, 40, 16), Widths(0, 13, 1, 2), Widths(128, 0, 0, 0)):
+        channels = sorted(channel for piece in pieces(0, widths) for channel in range(piece[0], piece[0] + piece[2]))
         assert channels == list(range(widths.channels))
 
 
@@ -234,7 +236,7 @@ def apart(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("widths", [None, Widths(4, 8, 4)], ids=["plain", "packed"])
+@pytest.mark.parametrize("widths", [None, Widths(4, 0, 8, 4)], ids=["plain", "packed"])
 @pytest.mark.parametrize("sharing", [(4, 4), (1, 4), (2, 4), (1, 2), (2, 1)], ids=str)
 @pytest.mark.parametrize("name", ["many-rotary", "many-alibi"])
 def test_heads_share_latents(name, sharing, widths, backend, monkeypatch):
@@ -246,10 +248,8 @@ def test_heads_share_latents(name, sharing, widths, backend, monkeypatch):
         arguments[f"far_{side}"] = latents
         repeated[f"far_{side}"] = latents.repeat_interleave(shared, dim=1)
         if widths is not None:
-            affine = {
-                part: getattr(quantiser, part)[::shared].repeat_interleave(shared, dim=0) for part in ("offset", "step")
-            }
-            arguments[side] = replace(quantiser, **affine)
+            together = quantiser.levels[::shared].repeat_interleave(shared, dim=0)
+            arguments[side] = replace(quantiser, levels=together)
     found = decode(**arguments, backend=backend)
     assert_same(found, arguments)
     assert_same(found, arguments | repeated)
@@ -285,7 +285,7 @@ def test_keys_and_values_share_latents(name, shared, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_codes_without_decoders(backend):
     """What folded projections leave: queries in the keys' small space, and outputs in that of the values."""
-    arguments = problem("small-space", Widths(4, 8, 4))
+    arguments = problem("small-space", Widths(4, 0, 8, 4))
     arguments |= {name: replace(arguments[name], decoder=None, mean=None) for name in ("keys", "values")}
     assert_same(decode(**arguments, backend=backend), arguments)
 
@@ -311,4 +311,4 @@ def test_mistakes_are_told():
     with pytest.raises(EigenAttnError, match="query heads"):
         decode(**arguments | {"q": arguments["q"][:, :5]})
     with pytest.raises(EigenAttnError, match="widths"):
-        decode(**problem("rotary", Widths(1, 2, 3)) | {"far_values": torch.zeros(2, 2, 35, 9, dtype=torch.uint8)})
+        decode(**problem("rotary", Widths(1, 0, 2, 3)) | {"far_values": torch.zeros(2, 2, 35, 9, dtype=torch.uint8)})

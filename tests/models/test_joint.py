@@ -106,7 +106,7 @@ def test_tokens_taken_back(name, window):
 @windows
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_quantised(name, window):
-    model, ids = small(name, window, 2, widths=Widths(5, 9, 6)).double(), tokens(2, LENGTH)
+    model, ids = small(name, window, 2, widths=Widths(5, 0, 9, 6)).double(), tokens(2, LENGTH)
     exact = model(ids, use_cache=False).logits
     close(in_pieces(model, ids, DynamicCache(config=model.config), [13] + [1] * 17), exact)
     # Two KV heads of keys and of values in one latent of 5 + 5 + 2 bytes.

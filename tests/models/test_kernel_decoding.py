@@ -20,7 +20,7 @@ from eigenattn.models.conversion import convert_attention, eigen_layers
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WIDTHS = Widths(3, 5, 3), Widths(2, 1, 6)
+WIDTHS = Widths(3, 0, 5, 3), Widths(2, 0, 1, 6)
 ONE, TWO = {"num_hidden_layers": 1}, {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 # Rotary positions of every kind, ALiBi as families pass it, none, norms, soft caps, and layers that slide: interpreting
 # takes time, so each meets what it may not get along with.
@@ -157,7 +157,7 @@ def test_changed_weights_are_seen(triton):
     model = small("llama", 6, quantised=True)
     before = decoded(model, dynamic(model)())
     with torch.no_grad():
-        eigen_layers(model)[0].value_step.mul_(1.5)
+        eigen_layers(model)[0].value_levels.mul_(1.5)
     after = decoded(model, dynamic(model)())
     kernels.use("torch")
     torch.testing.assert_close(after, decoded(model, dynamic(model)()), rtol=0, atol=2e-4)

@@ -27,7 +27,7 @@ def small(name, window, quantised=False, sharing=ALONE, joint=False, **overrides
     convert_attention(model)
     for index, attention in enumerate(eigen_layers(model)):
         if quantised:
-            widths = Widths(3, 5, 3), Widths(2, 1, 6)
+            widths = Widths(3, 0, 5, 3), Widths(2, 0, 1, 6)
             sides = zip(widths, sharing, strict=True)
             keys, values = (quantised_basis(attention, each, True, index, n, joint) for each, n in sides)
         else:

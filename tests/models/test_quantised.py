@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import eigenattn
 from eigenattn import EigenAttnError
-from eigenattn.cache.packing import Widths, dequantise, quantise, unpack
+from eigenattn.cache.codebook import Codebook
+from eigenattn.cache.packing import Widths, unpack
 from eigenattn.cache.size import allocated_bytes, bytes_per_token, cache_bytes
 from eigenattn.compression.folding import compress_layer, detach
 from eigenattn.models.bases_file import save_bases
@@ -21,7 +22,7 @@ from eigenattn.models.maps import QUANTISERS
 
 NAMES = [name for name in TINY if name not in ("mixtral", "qwen3_moe")]  # their experts know no float64
 WINDOW, LENGTH = 6, 30
-WIDTHS_K, WIDTHS_V = Widths(3, 5, 3), Widths(2, 1, 6)
+WIDTHS_K, WIDTHS_V = Widths(3, 3, 2, 3), Widths(2, 0, 1, 6)
 windows = pytest.mark.parametrize("window", [0, WINDOW])
 
 
@@ -72,10 +73,10 @@ def test_the_cache_holds_codes_of_the_latents(name, window):
         far = LENGTH - window
         assert rows.dtype == torch.uint8
         assert rows.shape == (2, attention.kv_heads, far, widths.bytes)
-        offset, step = (getattr(attention, f"{side}_{n}").view(attention.kv_heads, 1, -1) for n in ("offset", "step"))
-        assert torch.equal(unpack(rows, widths), quantise(z[:, :, :far], offset, step, widths))
+        codebook = Codebook(getattr(attention, f"{side}_levels").view(attention.kv_heads, -1, 4), widths)
+        assert torch.equal(unpack(rows, widths), codebook.quantise(z[:, :, :far]))
         found = attention.restored(held.keys, held.values, torch.float64)[side == "value"]
-        assert torch.equal(found, dequantise(unpack(rows, widths), offset, step).double())
+        assert torch.equal(found, codebook.dequantise(unpack(rows, widths)).double())
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def test_bytes_are_those_planned(window, length):
             model(piece, past_key_values=cache)
     layers = eigen_layers(model)
     assert allocated_bytes(cache) == 2 * cache_bytes(layers, 8, length, window)
-    assert bytes_per_token(layers, 8) == 3 * 2 * (3 + 3 + 1 + 2 + 1 + 2)
+    assert bytes_per_token(layers, 8) == 3 * 2 * (3 + (2 + 1) + 1 + 1 + 2 + 1 + 2)
 
 
 @torch.no_grad()
@@ -167,7 +168,7 @@ def test_one_graph_with_a_static_cache(window):
 def test_many_bits_at_full_rank_are_nearly_the_original():
     ids, errors = tokens(2, LENGTH), []
     exact = tiny("llama")(ids).logits
-    for full in (Widths(16, 0, 0), Widths(0, 16, 0), Widths(0, 0, 16)):
+    for full in (Widths(16, 0, 0, 0), Widths(0, 16, 0, 0), Widths(0, 0, 16, 0), Widths(0, 0, 0, 16)):
         model = small(widths_k=full, widths_v=full)
         for attention in eigen_layers(model):
             for name in QUANTISERS:
@@ -215,11 +216,11 @@ def test_bases_alone(tmp_path):
 @pytest.mark.parametrize(
     "layer",
     [
-        {"rank_k": 4, "rank_v": 4, "widths_k": [1, 1, 1], "widths_v": [4, 0, 0]},
-        {"rank_k": 4, "rank_v": 4, "widths_k": [4, 0], "widths_v": [4, 0, 0]},
-        {"rank_k": 4, "rank_v": 4, "widths_k": [5, -1, 0], "widths_v": [4, 0, 0]},
-        {"rank_k": 4, "rank_v": 4, "widths_k": [4, 0, 0]},
-        {"rank_k": 4, "rank_v": 4, "widths_k": "400", "widths_v": [4, 0, 0]},
+        {"rank_k": 4, "rank_v": 4, "widths_k": [1, 1, 1, 0], "widths_v": [4, 0, 0, 0]},
+        {"rank_k": 4, "rank_v": 4, "widths_k": [4, 0], "widths_v": [4, 0, 0, 0]},
+        {"rank_k": 4, "rank_v": 4, "widths_k": [5, -1, 0, 0], "widths_v": [4, 0, 0, 0]},
+        {"rank_k": 4, "rank_v": 4, "widths_k": [4, 0, 0, 0]},
+        {"rank_k": 4, "rank_v": 4, "widths_k": "4000", "widths_v": [4, 0, 0, 0]},
     ],
 )
 def test_malformed_widths_are_refused(layer):

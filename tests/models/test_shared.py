@@ -124,7 +124,7 @@ def test_left_padding_and_generation(name, window, sharing):
 @sharings
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_quantised(name, sharing):
-    model, ids, widths = tiny(name), tokens(2, LENGTH), {1: Widths(3, 6, 6), 2: Widths(5, 9, 6)}
+    model, ids, widths = tiny(name), tokens(2, LENGTH), {1: Widths(3, 0, 6, 6), 2: Widths(5, 0, 9, 6)}
     convert_attention(model)
     for index, attention in enumerate(eigen_layers(model)):
         seeds = zip((index, 100 + index), sharing, strict=True)

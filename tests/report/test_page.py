@@ -100,7 +100,7 @@ def test_page_loads_nothing(made):
 
 def test_page_of_quantised_and_shared_latents():
     """Widths are listed, ranks are drawn against all heads that share a latent, and the target comes back."""
-    layer = {"rank_k": 24, "rank_v": 16, "widths_k": [8, 8, 8], "widths_v": [0, 16, 0]}
+    layer = {"rank_k": 24, "rank_v": 16, "widths_k": [8, 0, 8, 8], "widths_v": [0, 0, 16, 0]}
     method = {"kv_ratio": None, "bits_per_element": 3.0, "shared_heads": 2, "basis": "attention", "version": 1}
     facts = {"base_model": "base", "text": [{"source": "self", "sha256": None}]}
     found = Inspection("llama", True, 0.2, 100, 500, 16, 2, [layer], [100], 8, {1024: 0.25}, method, facts)

@@ -175,7 +175,7 @@ def save_quantised(folder: Path) -> None:
     convert_attention(model)
     layers = eigen_layers(model)
     for attention in layers:
-        attach(attention, *(quantised_basis(attention, Widths(4, 4, 0), centred=True) for _ in range(2)), window=4)
+        attach(attention, *(quantised_basis(attention, Widths(4, 0, 4, 0), centred=True) for _ in range(2)), window=4)
     method = EigenAttentionConfig(bits_per_element=4, window=4).to_dict()
     mark_compressed(model, EigenAttnCheckpointConfig([layer_entry(x) for x in layers], True, method))
     model.save_pretrained(folder)

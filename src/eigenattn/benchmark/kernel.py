@@ -51,16 +51,16 @@ def baselines(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]
 
 
 def widths_of(bits: float, head_dim: int) -> Widths:
-    """Channels of 8, 4 and 2 bits as transform coding shares out so many an original element, about.
+    """Channels of 6, 4 and 2 bits as transform coding shares out so many an original element, about.
 
     Raises:
         EigenAttnError: if they are too few, or more than codes can use.
     """
-    eight, two = head_dim // 16, head_dim // 4
-    four = int((bits * head_dim - 8 * eight - 2 * two) // 4)
-    if not 0 <= four <= head_dim - eight - two:
-        raise EigenAttnError(f"{bits:g} bits an element are not measured: choose between 1 and 3.75.")
-    return Widths(eight, four, two)
+    six, two = head_dim // 64 * 4, head_dim // 4
+    four = int((bits * head_dim - 6 * six - 2 * two) // 4)
+    if not 0 <= four <= head_dim - six - two:
+        raise EigenAttnError(f"{bits:g} bits an element are not measured: choose between 1 and 3.5.")
+    return Widths(0, six, four, two)
 
 
 def benchmark_kernel(
@@ -133,7 +133,8 @@ def benchmark_kernel(
         if isinstance(rank, Widths):
             channels = rank.channels
             scale = torch.rand(kv_heads, channels, device=where)
-            extra = {"widths": rank, "offset": -scale, "step": scale / 128}
+            # A little further apart at the ends than in the middle.
+            extra = {"widths": rank, "levels": scale.unsqueeze(-1) * torch.tensor([0, 1, 0, 1e-4], device=where)}
             stored = torch.randint(256, (batch, kv_heads, far, rank.bytes), device=where, dtype=torch.uint8)
         else:
             stored = normal(batch, kv_heads // shared, far, rank)

@@ -17,15 +17,14 @@ from ..calibration.statistics import LayerMoments, Moments
 
 @dataclass(frozen=True)
 class Quantiser:
-    """Static uniform quantisers of the channels of one layer's latents, for keys or for values.
+    """Static quantisers of the channels of one layer's latents, for keys or for values.
 
     Args:
-        offset, step: [G, R], the value of code 0 and the distance of codes.
-        widths: how many channels have codes of 8, 4 and 2 bits, the same for all heads; channels lie in this order.
+        levels: [G, R, 4], what codes stand for (`eigenattn.cache.codebook.Codebook`).
+        widths: how many channels have codes of 8, 6, 4 and 2 bits, the same for all heads; channels lie in this order.
     """
 
-    offset: Tensor
-    step: Tensor
+    levels: Tensor
     widths: Widths
 
 

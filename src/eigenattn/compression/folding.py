@@ -42,7 +42,7 @@ def attach(
     if keys is not None and keys.joint:
         ranks[1] = 0
         if keys.quantiser is not None:
-            attention.widths_v = Widths(0, 0, 0)
+            attention.widths_v = Widths(0, 0, 0, 0)
     attention.rank_k, attention.rank_v = ranks
     for side, basis in (("key", keys), ("value", values)):
         if basis is None:
@@ -50,8 +50,7 @@ def attach(
         _set_maps(attention, side, basis, like)
         if basis.quantiser is not None:
             setattr(attention, "widths_k" if side == "key" else "widths_v", basis.quantiser.widths)
-            _set(attention, f"{side}_offset", basis.quantiser.offset.flatten(), like)
-            _set(attention, f"{side}_step", basis.quantiser.step.flatten(), like)
+            _set(attention, f"{side}_levels", basis.quantiser.levels.flatten(0, 1), like)
 
 
 def _set_maps(attention: EigenAttention, side: str, basis: Basis, like: tuple[bool, dict[str, Any]]) -> None:

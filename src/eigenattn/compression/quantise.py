@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..cache.packing import BITS, Widths
-from ..calibration.latent_histograms import Histograms, LatentHistograms, Map
+from ..calibration.latent_histograms import LatentHistograms, Map
 from ..calibration.statistics import Batch, collect_moments
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from .bases import Basis, Quantiser
+from .codebooks import Fit, fit
 from .joint import WEIGHED_AT
 from .ranks import TIE
 
@@ -24,88 +24,7 @@ from .ranks import TIE
 CHOICES = (0, *reversed(BITS))
 # Channels that share a width: planes of whole bytes, and hardly coarser than single channels (see docs/decisions.md).
 GROUP = 4
-# Ranges tried first, in standard deviations to either side of the mean; 2 bits end near 1.5, and outliers need many.
-SPREADS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 16.0, 32.0)
-# Then either end is moved by these shares of the range, in turn.
-MOVES = (-0.3, -0.15, -0.07, -0.03, -0.01, 0.01, 0.03, 0.07, 0.15, 0.3)
-ROUNDS = 4
-# A bin's latents lie within this many deviations at least (chosen: far below a step of 8 bits).
-POINT = 1e-4
 TINY = torch.finfo(torch.float64).tiny
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The best uniform quantisers of one side's channels at each width that stores something.
-
-    Args:
-        offset, step: for each width of `BITS`, [G, R].
-        error: the weighted sum of squared errors they leave, for each width of `BITS`, [G, R].
-        energy: the weighted sum of squares of the latents, [G, R].
-    """
-
-    offset: dict[int, Tensor]
-    step: dict[int, Tensor]
-    error: dict[int, Tensor]
-    energy: Tensor
-
-
-def fit(histograms: Histograms) -> Fit:
-    """Fit offset and step of each channel at each width to a histogram, by least weighted squared error.
-
-    The latents of a bin are taken as spread evenly about their mean, as widely as their variance says, and the error is
-    integrated in closed form: with `u` in steps from the offset and `c` the code nearest to it, the integral of
-    `(u - c)^2` from 0 to `u` is `c / 12 + (u - c)^3 / 3`.
-    """
-    weight, first, second = histograms.sums  # [G, R, BINS]
-    total = weight.sum(-1).clamp_min(TINY)
-    energy = second.sum(-1)
-    mean = first.sum(-1) / total
-    deviation = (energy / total - mean.square()).clamp_min(0).sqrt()
-    deviation = torch.where(deviation > 0, deviation, 1.0)
-    centre = first / weight.clamp_min(TINY)
-    half = (3 * (second / weight.clamp_min(TINY) - centre.square()).clamp_min(0)).sqrt()
-    half = half.maximum(POINT * deviation.unsqueeze(-1))
-    occupied = weight > 0
-    lowest = centre.where(occupied, torch.inf).amin(-1).where(occupied.any(-1), -1.0)
-    highest = centre.where(occupied, -torch.inf).amax(-1).where(occupied.any(-1), 1.0)
-    below, above, density = centre - half, centre + half, weight / (2 * half)
-
-    def error(low: Tensor, high: Tensor, top: int) -> Tensor:
-        low, step = low.unsqueeze(-1), ((high - low) / top).unsqueeze(-1)
-
-        def integral(x: Tensor) -> Tensor:
-            u = (x - low) / step
-            code = u.round().clamp_(0, top)
-            return code / 12 + (u - code) ** 3 / 3
-
-        return ((integral(above) - integral(below)) * density * step**3).sum(-1)
-
-    offset, steps, errors = {}, {}, {}
-    for bits in BITS:
-        top = 2**bits - 1
-        low, high = mean - deviation, mean + deviation
-        best = error(low, high, top)
-
-        def better(new_low: Tensor, new_high: Tensor, top: int = top) -> None:
-            nonlocal low, high, best
-            found = error(new_low, new_high, top)
-            wins = (found < best) & (new_low < new_high)
-            low, high = torch.where(wins, new_low, low), torch.where(wins, new_high, high)
-            best = torch.where(wins, found, best)
-
-        for spread in SPREADS:
-            better(mean - spread * deviation, mean + spread * deviation)
-        for _ in range(ROUNDS):
-            # A sink is often the outermost of all, and a level should meet it.
-            better(lowest, high)
-            better(low, highest)
-            for move in MOVES:
-                better(low + move * (high - low), high)
-            for move in MOVES:
-                better(low, high + move * (high - low))
-        offset[bits], steps[bits], errors[bits] = low, (high - low) / top, best.clamp_min(0)
-    return Fit(offset, steps, errors, energy)
 
 
 def key_costs(fitted: Fit, basis: Basis, weight: Tensor) -> Tensor:
@@ -236,11 +155,10 @@ def quantised(basis: Basis, fitted: Fit, widths: Tensor) -> Basis:
     """
     order = torch.argsort(widths, descending=True, stable=True)[: int((widths > 0).sum())]
     stored = widths[order].tolist()
-    offset, step = (
-        torch.stack([table[bits][:, channel] for channel, bits in zip(order.tolist(), stored, strict=True)], dim=-1)
-        for table in (fitted.offset, fitted.step)
+    levels = torch.stack(
+        [fitted.levels[bits][:, channel] for channel, bits in zip(order.tolist(), stored, strict=True)], dim=1
     )
-    quantiser = Quantiser(offset, step, Widths(*(stored.count(bits) for bits in BITS)))
+    quantiser = Quantiser(levels, Widths(*(stored.count(bits) for bits in BITS)))
     order = order.to(basis.encoder.device)
     encoder, decoder = basis.encoder[..., order], basis.decoder[:, order]
     return dataclasses.replace(basis, encoder=encoder, decoder=decoder, quantiser=quantiser)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache.codebook import DEGREE
 from ..cache.packing import Widths
 from ..config import ALONE, Sharing
 from ..errors import EigenAttnError
@@ -39,7 +40,7 @@ class EigenAttention(LatentMaps):
     its own vectors from the whole of it. A token's keys and values may share one, too (`joint`). Nothing is
     folded then either.
 
-    Latents may be quantised, each channel by a static uniform quantiser of its own (`QUANTISERS`): the cache then holds
+    Latents may be quantised, each channel by a static quantiser of its own (`QUANTISERS`): the cache then holds
     packed codes, and attention the latents that codes stand for, with a cache or without.
 
     Args:
@@ -170,7 +171,7 @@ class EigenAttention(LatentMaps):
             side = side_of(name)
             channels = self.latent_heads(side) * self.rank_of(side)
             if name in QUANTISERS:
-                shape = (channels,)
+                shape: tuple[int, ...] = (channels, DEGREE + 1)
             else:
                 shape = (self.kv_heads * d,) if name.endswith("mean") else (channels, self.latent_dim(side))
             setattr(self, name, nn.Parameter(torch.empty(shape, **factory)))

@@ -30,7 +30,8 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
 
     Args:
         layers: `{"rank_k": R_k, "rank_v": R_v}` for each layer, R_v being 0 where keys and values share latents of rank
-            R_k; with quantised latents also `widths_k` and `widths_v`, each the number of channels of 8, 4 and 2 bits.
+            R_k; with quantised latents also `widths_k` and `widths_v`, each the numbers of channels of 8, 6, 4 and 2
+            bits.
         centred: whether the bases have means.
         method: the `EigenAttentionConfig` of the compression, as a dictionary.
         provenance: base model, calibration text and its hash, seed, tokens, versions.

@@ -149,7 +149,7 @@ def _decode(
 
 def _sides(attention: EigenAttention, decodes_keys: bool) -> tuple[Side, Side]:
     """How the kernel decodes keys, which it need not where queries meet latents, and values, if not folded."""
-    names = [f"{side}_{name}" for side in ("key", "value") for name in ("decoder", "mean", "offset", "step")]
+    names = [f"{side}_{name}" for side in ("key", "value") for name in ("decoder", "mean", "levels")]
 
     def side(name: str, decodes: bool) -> Side:
         decoder = attention.by_head(f"{name}_decoder") if decodes else None
@@ -157,9 +157,9 @@ def _sides(attention: EigenAttention, decodes_keys: bool) -> tuple[Side, Side]:
         mean = None if mean is None else mean.flatten(1)
         if attention.widths_k is None:
             return Side(decoder, mean)
-        *affine, widths = attention.quantiser(name)
-        offset, step = (x.squeeze(1).repeat_interleave(attention.shared_heads(name), dim=0) for x in affine)  # [G, R]
-        return Side(decoder, mean, widths, offset, step)
+        codebook = attention.codebook(name)
+        shared = attention.kv_heads // codebook.levels.shape[0]
+        return Side(decoder, mean, codebook.widths, codebook.levels.repeat_interleave(shared, dim=0))
 
     return kept(
         attention,

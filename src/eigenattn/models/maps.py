@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..cache.packing import Widths, dequantise, pack, quantise, unpack
+from ..cache.codebook import DEGREE, Codebook
+from ..cache.packing import Widths, pack, unpack
 from ..config import Sharing
 from .kept import kept
 
@@ -14,9 +15,9 @@ from .kept import kept
 # have an N of their own. Where a token's keys and values share one, both sides' maps are to and from it, and R is its
 # rank.
 MAPS = ("key_encoder", "key_decoder", "key_mean", "value_encoder", "value_decoder", "value_mean")
-# Value of code 0, and distance of codes, of each channel of a quantised latent: stored as [G * R]. A joint
+# What codes of each channel of a quantised latent stand for (`eigenattn.cache.codebook`): stored as [G * R, 4]. A joint
 # latent's stand where the keys' do.
-QUANTISERS = ("key_offset", "key_step", "value_offset", "value_step")
+QUANTISERS = ("key_levels", "value_levels")
 
 
 class LatentMaps(nn.Module):
@@ -91,14 +92,15 @@ class LatentMaps(nn.Module):
             x = x - self._by_latent(f"{side}_mean")
         return x @ self._by_latent(f"{side}_encoder").transpose(-1, -2)
 
-    def quantiser(self, side: str) -> tuple[Tensor, Tensor, Widths]:
-        """Offset and step [G/N, 1, R], and widths."""
+    def codebook(self, side: str) -> Codebook:
+        """The quantisers of latents that keys, or values, are decoded from."""
         side = "key" if self.joint else side
-        offset, step = (
-            local_part(getattr(self, f"{side}_{name}")).view(self.latent_heads(side), 1, -1)
-            for name in ("offset", "step")
-        )
-        return offset, step, self.widths_k if side == "key" else self.widths_v
+        stored, widths = getattr(self, f"{side}_levels"), self.widths_k if side == "key" else self.widths_v
+
+        def made() -> Codebook:
+            return Codebook(local_part(stored).detach().view(self.latent_heads(side), -1, DEGREE + 1), widths)
+
+        return kept(self, f"_{side}_codebook", [stored, widths], made)
 
     def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What the cache holds of keys and values [B, G, T, D]: latents [B, G/N, T, R], or bytes of packed codes.
@@ -112,8 +114,8 @@ class LatentMaps(nn.Module):
         return packed, packed[..., :0] if self.joint else self._packed(latents_v, "value")
 
     def _packed(self, latents: Tensor, side: str) -> Tensor:
-        offset, step, widths = self.quantiser(side)
-        return pack(quantise(latents, offset, step, widths), widths)
+        codebook = self.codebook(side)
+        return pack(codebook.quantise(latents), codebook.widths)
 
     def restored(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Latents [B, G/N, S, R] to decode keys and values from, of what the cache holds; packed ones in `dtype`."""
@@ -123,8 +125,8 @@ class LatentMaps(nn.Module):
         return keys, keys if self.joint else values
 
     def _unpacked(self, packed: Tensor, side: str, dtype: torch.dtype) -> Tensor:
-        offset, step, widths = self.quantiser(side)
-        return dequantise(unpack(packed, widths), offset, step).to(dtype)
+        codebook = self.codebook(side)
+        return codebook.dequantise(unpack(packed, codebook.widths)).to(dtype)
 
     def rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, G/N, T, R] of keys and values [B, G, T, D] as they come back from the cache, without one.
@@ -138,8 +140,8 @@ class LatentMaps(nn.Module):
         return latents_k, latents_k if self.joint else latents_v
 
     def _rounded(self, latents: Tensor, side: str) -> Tensor:
-        offset, step, widths = self.quantiser(side)
-        found = dequantise(quantise(latents, offset, step, widths), offset, step).to(latents.dtype)
+        codebook = self.codebook(side)
+        found = codebook.dequantise(codebook.quantise(latents.detach())).to(latents.dtype)
         return latents + (found - latents).detach() if latents.requires_grad else found
 
     def decode(self, latents: Tensor, side: str) -> Tensor:

@@ -19,7 +19,7 @@ from ..models.loading import Source, load_config
 class Inspection:
     """Ranks and widths by layer, cache bytes a token in the checkpoint's dtype, and provenance.
 
-    Originals are at full rank. `widths_k` and `widths_v` count the channels of 8, 4 and 2 bits of quantised latents.
+    Originals are at full rank. `widths_k` and `widths_v` count the channels of 8, 6, 4 and 2 bits of quantised latents.
     """
 
     model_type: str

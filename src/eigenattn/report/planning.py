@@ -220,9 +220,9 @@ def _supposed(config: EigenAttentionConfig, original: Sequence[Shape]) -> EigenA
 
 def _widths(bits: float, channels: int) -> Widths:
     """Channels of two neighbouring widths that take `bits` a channel on average."""
-    lower, upper = next(pair for pair in ((0, 2), (2, 4), (4, 8)) if bits <= pair[1])
+    lower, upper = next(pair for pair in ((0, 2), (2, 4), (4, 6), (6, 8)) if bits <= pair[1])
     groups = channels // GROUP
     wide = int(groups * (bits - lower) / (upper - lower))
     counts = {upper: wide * GROUP, lower: (groups - wide) * GROUP}
     found = Widths(*(counts.get(width, 0) for width in BITS))
-    return found if found.channels else Widths(0, 0, GROUP)
+    return found if found.channels else Widths(0, 0, 0, GROUP)

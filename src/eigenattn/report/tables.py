@@ -121,7 +121,7 @@ def rank_titles(layers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     titles = {"rank_k": "rank of keys, or of both" if joint else "rank of keys", "rank_v": "rank of values"}
     if any("widths_k" in layer for layer in layers):
         titles |= {
-            "widths_k": "both in 8, 4, 2 bits" if joint else "keys of 8, 4, 2 bits",
-            "widths_v": "values of 8, 4, 2 bits",
+            "widths_k": "both in 8, 6, 4, 2 bits" if joint else "keys of 8, 6, 4, 2 bits",
+            "widths_v": "values of 8, 6, 4, 2 bits",
         }
     return titles

@@ -120,8 +120,8 @@ def _check(problem: Problem) -> None:
         ("values", problem.values, problem.far_values),
     ):
         stored = latents.shape[-1]
-        if side.widths is not None and (side.offset is None or side.step is None):
-            raise EigenAttnError(f"packed {name} need offsets and steps.")
+        if side.widths is not None and side.levels is None:
+            raise EigenAttnError(f"packed {name} need levels.")
         if side.widths is not None and stored != side.widths.bytes:
             raise EigenAttnError(f"packed {name} of {stored} bytes do not have the widths {tuple(side.widths)}.")
         rank = stored if side.widths is None else side.widths.channels

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ...cache.codebook import Codebook, level_table
 from ...cache.packing import BITS, Widths
 
 
@@ -19,39 +20,47 @@ class Side:
         decoder: `U` [G, R, D]; None where latents are vectors already, at full rank or folded. Where N neighbouring
             heads share a latent, each has a decoder of its own, and latents have G/N heads.
         mean: [G, D], or None for a basis through the origin.
-        widths: channels of 8, 4 and 2 bits, if latents are packed codes (`eigenattn.cache.packing`).
-        offset, step: [G, R], a latent is `offset + code * step`; the same for all heads that share a latent.
+        widths: channels of 8, 6, 4 and 2 bits, if latents are packed codes (`eigenattn.cache.packing`).
+        levels: [G, R, 4], what codes stand for (`eigenattn.cache.codebook`); the same for heads that share a latent.
     """
 
     decoder: Tensor | None = None
     mean: Tensor | None = None
     widths: Widths | None = None
-    offset: Tensor | None = None
-    step: Tensor | None = None
+    levels: Tensor | None = None
 
     @cached_property
-    def folded(self) -> tuple[Tensor | None, Tensor | None]:
+    def codebook(self) -> Codebook:
+        """What codes stand for."""
+        return Codebook(self.levels, self.widths)
+
+    @cached_property
+    def folded(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What `fold` gives, kept."""
         return self.fold()
 
-    def fold(self) -> tuple[Tensor | None, Tensor | None]:
-        """Decoder [G, R, D] and mean [G, D] that take codes, not latents: `x_hat = mean' + (code - middle) @ U'`.
+    def fold(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Decoder [G, R, D], mean [G, D] and shape [G, 3, R] that take codes u, counted from the middle of their range.
 
-        A static quantiser is affine, so it costs the kernel nothing: `U' = step * U`, and the rest joins the mean.
-        Codes are taken from the middle of their range, `2^(bits - 1)`, for sums of small numbers round less.
+        `x_hat = mean' + y @ U'` with `y = u (shape_0 + u (shape_1 + u shape_2))`. The mean distance of levels, s, has
+        gone into the decoder, `U' = s U`, so that y is about as large as u, and the level of u = 0 into the mean.
         """
         if self.widths is None:
-            return self.decoder, self.mean
-        middles = [2.0 ** (bits - 1) for bits, count in zip(BITS, self.widths, strict=True) for _ in range(count)]
-        step = self.step.float()
-        centre = self.offset.float() + step * torch.tensor(middles, device=step.device)  # [G, R]
+            return self.decoder, self.mean, None
+        levels = self.levels.float()
+        planes = zip(BITS, levels.split(self.widths, dim=1), strict=True)
+        reach = torch.cat([level_table(plane, bits)[..., :: 2**bits - 1].diff(dim=-1) for bits, plane in planes], dim=1)
+        number = torch.tensor([2.0**bits - 1 for bits in self.widths.each()], device=levels.device)
+        step = reach.squeeze(-1) / number  # [G, R]
+        step = torch.where(step > 0, step, 1.0)
+        shape, centre = (levels[..., 1:] / step.unsqueeze(-1)).transpose(1, 2).contiguous(), levels[..., 0]
         if self.decoder is None:
-            return torch.diag_embed(self.step), centre
+            return torch.diag_embed(step), centre, shape
         decoder = self.decoder.float()
         mean = (centre.unsqueeze(1) @ decoder).squeeze(1)
         if self.mean is not None:
             mean = mean + self.mean.float()
-        return (step.unsqueeze(-1) * decoder).to(self.decoder.dtype), mean
+        return (step.unsqueeze(-1) * decoder).to(self.decoder.dtype), mean, shape
 
 
 @dataclass(frozen=True)

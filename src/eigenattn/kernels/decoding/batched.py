@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...cache.packing import dequantise, unpack
+from ...cache.packing import unpack
 from ..pairs import in_pairs
 from .arguments import Problem, Rotary, Side
 from .reference import rotate_to
@@ -19,7 +19,7 @@ def _latents(stored: Tensor, side: Side, g: int, dtype: torch.dtype) -> Tensor:
         stored = stored.repeat_interleave(g // stored.shape[1], dim=1)
     if side.widths is None:
         return stored
-    return dequantise(unpack(stored, side.widths), side.offset.unsqueeze(1), side.step.unsqueeze(1)).to(dtype)
+    return side.codebook.dequantise(unpack(stored, side.widths)).to(dtype)
 
 
 def _rotation(dtype: torch.dtype, rotary: Rotary) -> tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]:

@@ -14,7 +14,8 @@ the second kernel. The layout:
   side, so that fewer of the padding's 16 columns are left empty. That takes registers, of which large ranks leave few:
   whether it pays is tried (`TOGETHER`). A latent that keys and values share is loaded once in any case.
 - Ranks are cut in pieces of powers of two (80 = 64 + 16), at least 16, for tensor cores want no less.
-- Packed codes enter the products as small integers; `Side.folded` has the quantiser in decoder and mean.
+- Packed codes become numbers about as large by a polynomial of their channel, three products an element; the rest of
+  the quantiser is in decoder and mean (`Side.fold`).
 - Strides are passed in units of the widest vector they allow: the compiler cannot see by itself that 72 is a multiple
   of 8.
 """
@@ -23,13 +24,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ...cache.packing import BITS, Widths
+from ...cache.packing import Widths, plane_bytes
 from .arguments import Problem
 from .fused_kernels import combine, decode_splits
 
@@ -37,9 +39,10 @@ INTERPRETED = triton.knobs.runtime.interpret
 LARGEST_BLOCK = 16 if INTERPRETED else 128
 MOST_SPLITS = 128  # combined in one tile
 
-# A piece of a latent as a kernel sees it: (first stored element, first channel, size, stored elements, channels, bits,
-# shift). `size` is a power of two, what lies past the stored elements is not read, and 16 bits are no codes.
-Piece = tuple[int, int, int, int, int, int, int]
+# A piece of a latent as a kernel sees it: (first channel, size, channels, bits, then of each part of a code, upper bits
+# first: first stored element, shift, bits). `size` is a power of two, what lies past the channels is not read, and 16
+# bits are no codes.
+Piece = tuple[int, ...]
 
 
 @functools.cache
@@ -58,26 +61,33 @@ def pieces(channels: int, widths: Widths | None = None) -> tuple[Piece, ...]:
     """How a latent of so many channels, or with codes of these widths, is read."""
     found: list[Piece] = []
     if widths is None:
-        start = 0
-        for size in cut(channels):
-            used = min(size, channels - start)
-            found.append((start, start, size, used, used, 16, 0))
-            start += used
-        return tuple(found)
+        return tuple(
+            (start, size, min(size, channels - start), 16, start, 0, 16) for start, size in _starts(0, channels)
+        )
     stored = channel = 0
-    for bits, count in zip(BITS, widths, strict=True):
-        plane = -(-count * bits // 8)
-        for share in range(8 // bits):
-            held, start = min(plane, count - share * plane), 0
-            for size in cut(plane) if held > 0 else ():
-                used = min(size, plane - start)
-                if held > start:
-                    known = min(used, held - start)
-                    found.append((stored + start, channel + start, size, used, known, bits, bits * share))
-                start += used
-            channel += max(held, 0)
-        stored += plane
+    for count, parts in widths.planes():
+        # Each part's plane holds a share of the channels at each shift: pieces end where a share of any part does.
+        sizes = [plane_bytes(count, bits) for bits in parts]
+        starts = [stored + sum(sizes[:i]) for i in range(len(parts))]
+        ends = {min(size * (i + 1), count) for size, bits in zip(sizes, parts, strict=True) for i in range(8 // bits)}
+        begin = 0
+        for end in sorted(ends - {0}):
+            for start, size in _starts(begin, end):
+                where: list[int] = []
+                for first, plane, bits in zip(starts, sizes, parts, strict=True):
+                    where += [first + start % plane, start // plane * bits, bits]
+                found.append((channel + start, size, min(size, end - start), sum(parts), *where))
+            begin = end
+        channel += count
+        stored += sum(sizes)
     return tuple(found)
+
+
+def _starts(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Where pieces of these channels start, and their sizes."""
+    for size in cut(end - begin):
+        yield begin, size
+        begin += size
 
 
 def _configurations() -> list[triton.Config]:
@@ -140,7 +150,7 @@ def decode(problem: Problem) -> Tensor:
     g = problem.kv_heads
     compiling = torch.compiler.is_compiling()
     folded = [side.fold() if compiling else side.folded for side in (problem.keys, problem.values)]
-    (key_decoder, key_mean), (value_decoder, value_mean) = folded
+    (key_decoder, key_mean, key_shape), (value_decoder, value_mean, value_shape) = folded
     q_small, offset = None, None
     if rotary is None:
         grouped = q.view(b, g, h // g, d)
@@ -158,6 +168,8 @@ def decode(problem: Problem) -> Tensor:
         None if rotary is None else key_mean,
         value_decoder,
         value_mean,
+        key_shape,
+        value_shape,
         None if problem.keys.widths is None else list(problem.keys.widths),
         None if problem.values.widths is None else list(problem.values.widths),
         *(x.to(torch.int32) for x in (problem.first, problem.length, problem.position)),
@@ -188,6 +200,8 @@ def _launch(
     key_mean: Tensor | None,
     value_decoder: Tensor | None,
     value_mean: Tensor | None,
+    key_shape: Tensor | None,
+    value_shape: Tensor | None,
     key_widths: list[int] | None,
     value_widths: list[int] | None,
     first: Tensor,
@@ -243,6 +257,8 @@ def _launch(
         far_values,
         _contiguous(key_decoder),
         _contiguous(key_mean),
+        _contiguous(key_shape),
+        _contiguous(value_shape),
         near_keys,
         near_values,
         *map(_contiguous, (first, length, position, near_column, near_stop, inverse_frequencies, cosines, sines)),

@@ -21,20 +21,39 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _piece(tokens, seen, PLAN: tl.constexpr, i: tl.constexpr, dtype: tl.constexpr):
-    """One piece of latents [BLOCK, size], codes counted from the middle of their range."""
-    places = tl.arange(0, PLAN[i][2])
-    found = tl.load(
-        tokens[:, None] + PLAN[i][0] + places[None, :], mask=seen[:, None] & (places < PLAN[i][3])[None, :], other=0
+def _part(tokens, seen, PLAN: tl.constexpr, i: tl.constexpr, part: tl.constexpr):
+    """What is stored of a piece, or of one part of its codes [BLOCK, size]."""
+    places = tl.arange(0, PLAN[i][1])
+    return tl.load(
+        tokens[:, None] + PLAN[i][4 + 3 * part] + places[None, :],
+        mask=seen[:, None] & (places < PLAN[i][2])[None, :],
+        other=0,
     )
-    if PLAN[i][5] < 16:
-        found = ((found.to(tl.int32) >> PLAN[i][6]) & (2 ** PLAN[i][5] - 1)) - 2 ** (PLAN[i][5] - 1)
+
+
+@triton.jit
+def _piece(tokens, seen, shape, PLAN: tl.constexpr, i: tl.constexpr, RANK: tl.constexpr, dtype: tl.constexpr):
+    """One piece of latents [BLOCK, size], or what a decoder that is folded takes of codes (`Side.fold`)."""
+    found = _part(tokens, seen, PLAN, i, 0)
+    if PLAN[i][3] < 16:
+        code = (found.to(tl.int32) >> PLAN[i][5]) & (2 ** PLAN[i][6] - 1)
+        if len(PLAN[i]) > 7:
+            lower = (_part(tokens, seen, PLAN, i, 1).to(tl.int32) >> PLAN[i][8]) & (2 ** PLAN[i][9] - 1)
+            code = (code << PLAN[i][9]) | lower
+        u = (code - 2 ** (PLAN[i][3] - 1)).to(tl.float32)
+        places = tl.arange(0, PLAN[i][1])
+        known = places < PLAN[i][2]
+        of_piece = shape + PLAN[i][0] + places
+        a = tl.load(of_piece, mask=known, other=0.0)[None, :]
+        b = tl.load(of_piece + RANK, mask=known, other=0.0)[None, :]
+        c = tl.load(of_piece + 2 * RANK, mask=known, other=0.0)[None, :]
+        found = u * (a + u * (b + u * c))
     return found.to(dtype)
 
 
 @triton.jit
 def _decoded(
-    tokens, seen, decoder, mean, h: tl.constexpr, dims, known,
+    tokens, seen, shape, decoder, mean, h: tl.constexpr, dims, known,
     PLAN: tl.constexpr, RANK: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr, dtype,
 ):  # fmt: skip
     """Some dimensions of head h's keys [BLOCK, len(dims)] in fp32: decoded, or loaded where there is no decoder."""
@@ -43,11 +62,11 @@ def _decoded(
     else:
         x = tl.zeros([tokens.shape[0], dims.shape[0]], tl.float32)
         for i in tl.static_range(len(PLAN)):
-            z = _piece(tokens, seen, PLAN, i, dtype)
-            channels = tl.arange(0, PLAN[i][2])
+            z = _piece(tokens, seen, shape, PLAN, i, RANK, dtype)
+            channels = tl.arange(0, PLAN[i][1])
             u = tl.load(
-                decoder + (h * RANK + PLAN[i][1] + channels)[:, None] * D + dims[None, :],
-                mask=(channels < PLAN[i][4])[:, None] & known[None, :],
+                decoder + (h * RANK + PLAN[i][0] + channels)[:, None] * D + dims[None, :],
+                mask=(channels < PLAN[i][2])[:, None] & known[None, :],
                 other=0.0,
             )
             x = _dot(z, u, x, UPCAST)
@@ -69,11 +88,11 @@ def _queries(q, heads, of_group, PLAN: tl.constexpr, SIZE: tl.constexpr):
     """Queries of a group, transposed, in pieces [size, heads]."""
     found = ()
     for i in tl.static_range(len(PLAN)):
-        channels = tl.arange(0, PLAN[i][2])
+        channels = tl.arange(0, PLAN[i][1])
         found += (
             tl.load(
-                q + heads[None, :] * SIZE + (PLAN[i][1] + channels)[:, None],
-                mask=of_group[None, :] & (channels < PLAN[i][4])[:, None],
+                q + heads[None, :] * SIZE + (PLAN[i][0] + channels)[:, None],
+                mask=of_group[None, :] & (channels < PLAN[i][2])[:, None],
                 other=0.0,
             ),
         )
@@ -102,13 +121,13 @@ def _masked(scores, mask, mask_h, n, seen, of_group, MASK: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, q_small, offset, slope, keys, values, decoder, mean, inverse, cosines, sines,
+    q, q_small, offset, slope, keys, values, decoder, mean, shape_k, shape_v, inverse, cosines, sines,
     low, high, start, position, distance, scale, scaling, softcap, mask, mask_h, heads, of_group,
     sums_out, sums_stride, top_out, mass_out, next_keys,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr,
     D: tl.constexpr, SIZE_Q: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
-    MASK: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, SHARED: tl.constexpr,
-    SHARED_K: tl.constexpr, JOINT: tl.constexpr,
+    MASK: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, RANK_V: tl.constexpr,
+    SHARED: tl.constexpr, SHARED_K: tl.constexpr, JOINT: tl.constexpr,
 ):  # fmt: skip
     """Attention over tokens low .. high - 1 of one list: writes sums of values, top score and mass by head.
 
@@ -147,7 +166,7 @@ def _attend(
     mass = tl.zeros([M], tl.float32)
     sums = ()
     for i in tl.static_range(len(VALUE_PLAN)):
-        sums += (tl.full([VALUE_PLAN[i][2], M], 0.0, tl.float32),)
+        sums += (tl.full([VALUE_PLAN[i][1], M], 0.0, tl.float32),)
     for n0 in range(start, high, BLOCK):
         n = n0 + tl.arange(0, BLOCK)
         seen = (n >= low) & (n < high)
@@ -157,13 +176,15 @@ def _attend(
             sideways = tl.load(sines + table, mask=paired[None, :], other=0.0)
             for h in tl.static_range(SHARED):
                 tokens = keys + h // SHARED_K * next_keys + n.to(tl.int64) * KEY_STRIDE
-                a = _decoded(tokens, seen, decoder, mean, h, first, paired, KEY_PLAN, RANK, D, UPCAST, dtype)
-                b = _decoded(tokens, seen, decoder, mean, h, second, paired, KEY_PLAN, RANK, D, UPCAST, dtype)
+                a = _decoded(tokens, seen, shape_k, decoder, mean, h, first, paired, KEY_PLAN, RANK, D, UPCAST, dtype)
+                b = _decoded(tokens, seen, shape_k, decoder, mean, h, second, paired, KEY_PLAN, RANK, D, UPCAST, dtype)
                 x, y = (a * turned - b * sideways).to(dtype), (b * turned + a * sideways).to(dtype)
                 scores = _dot(x, _own(q_first, h, GROUP, SHARED).to(dtype), scores, UPCAST)
                 scores = _dot(y, _own(q_second, h, GROUP, SHARED).to(dtype), scores, UPCAST)
                 if REST:
-                    a = _decoded(tokens, seen, decoder, mean, h, rest, rest < D, KEY_PLAN, RANK, D, UPCAST, dtype)
+                    a = _decoded(
+                        tokens, seen, shape_k, decoder, mean, h, rest, rest < D, KEY_PLAN, RANK, D, UPCAST, dtype
+                    )
                     scores = _dot(a.to(dtype), _own(q_rest, h, GROUP, SHARED), scores, UPCAST)
             ahead = q_first * step_cos + q_second * step_sin
             q_second = q_second * step_cos - q_first * step_sin
@@ -173,7 +194,8 @@ def _attend(
             for j in tl.static_range(LATENTS):
                 tokens = keys + j * next_keys + n.to(tl.int64) * KEY_STRIDE
                 for i in tl.static_range(len(KEY_PLAN)):
-                    z = _piece(tokens, seen, KEY_PLAN, i, dtype)
+                    of_latent = None if shape_k is None else shape_k + j * SHARED_K * 3 * RANK
+                    z = _piece(tokens, seen, of_latent, KEY_PLAN, i, RANK, dtype)
                     scores = _dot(z, _own(pieces[i], j, GROUP * SHARED_K, LATENTS), scores, UPCAST)
         if offset is not None:
             scores += offset[None, :]
@@ -197,14 +219,14 @@ def _attend(
         tokens = (keys if JOINT else values) + n.to(tl.int64) * VALUE_STRIDE
         grown = ()
         for i in tl.static_range(len(VALUE_PLAN)):
-            z = _piece(tokens, seen, VALUE_PLAN, i, dtype)
+            z = _piece(tokens, seen, shape_v, VALUE_PLAN, i, RANK_V, dtype)
             grown += (_dot(tl.trans(z), weights.to(dtype), sums[i] * fade[None, :], UPCAST),)
         sums = grown
     for i in tl.static_range(len(VALUE_PLAN)):
-        channels = tl.arange(0, VALUE_PLAN[i][2])
-        written = of_group[None, :] & (channels < VALUE_PLAN[i][4])[:, None]
+        channels = tl.arange(0, VALUE_PLAN[i][1])
+        written = of_group[None, :] & (channels < VALUE_PLAN[i][2])[:, None]
         tl.store(
-            sums_out + heads[None, :] * sums_stride + (VALUE_PLAN[i][1] + channels)[:, None], sums[i], mask=written
+            sums_out + heads[None, :] * sums_stride + (VALUE_PLAN[i][0] + channels)[:, None], sums[i], mask=written
         )
     tl.store(top_out, top, mask=of_group)
     tl.store(mass_out, mass, mask=of_group)
@@ -215,7 +237,7 @@ def _attend(
     + [f"{x}_{y}" for x in ("fk", "fv", "nk", "nv") for y in "bg"]
 )
 def decode_splits(
-    q, q_small, offset, slopes, far_keys, far_values, decoder, mean, near_keys, near_values,
+    q, q_small, offset, slopes, far_keys, far_values, decoder, mean, key_shape, value_shape, near_keys, near_values,
     firsts, lengths, positions, near_columns, near_stops, inverse, cosines, sines,
     mask, far_sums, near_sums, tops, masses,
     scale, scaling, softcap, splits, near_tokens, bucket, mask_b, mask_h,
@@ -246,6 +268,11 @@ def decode_splits(
     top_out, mass_out = tops + heads * (splits + 1) + split, masses + heads * (splits + 1) + split
     if split < splits:
         mean_of_head, decoder_of_head, offset_of_head = None, None, None
+        shape_k, shape_v = None, None
+        if key_shape is not None:
+            shape_k = key_shape + g * 3 * RANK
+        if value_shape is not None:
+            shape_v = value_shape + g * 3 * RANK_V
         if PAIRS:
             if mean is not None:
                 mean_of_head = mean + g * D
@@ -261,12 +288,12 @@ def decode_splits(
             q, q_small, offset_of_head, slope,
             far_keys + (row.to(tl.int64) * fk_b + g // SHARED_K * fk_g) * FK_VEC,
             far_values + (row.to(tl.int64) * fv_b + g // SHARED_V * fv_g) * FV_VEC,
-            decoder_of_head, mean_of_head, inverse, cosines, sines,
+            decoder_of_head, mean_of_head, shape_k, shape_v, inverse, cosines, sines,
             tl.maximum(first, start), tl.minimum(length, start + each), start,
             position, -length, scale, scaling, softcap, mask, mask_h, heads, of_group,
             far_sums + split * RANK_V, splits * RANK_V, top_out, mass_out, fk_g.to(tl.int64) * FK_VEC,
             FK_STRIDE, FV_STRIDE, KEY_PLAN, VALUE_PLAN, D, SIZE_Q, PAIRS, INTERLEAVED, BLOCK,
-            MASK, UPCAST, GROUP, RANK, SHARED, SHARED_K, JOINT,
+            MASK, UPCAST, GROUP, RANK, RANK_V, SHARED, SHARED_K, JOINT,
         )  # fmt: skip
     elif near_keys is not None:
         column = tl.load(near_columns + row)
@@ -286,11 +313,11 @@ def decode_splits(
                 q, q, None, of_head,
                 near_keys + (row.to(tl.int64) * nk_b + (g + h) * nk_g) * NK_VEC,
                 near_values + (row.to(tl.int64) * nv_b + (g + h) * nv_g) * NV_VEC,
-                None, None, inverse, cosines, sines, low, stop, low // BLOCK * BLOCK,
+                None, None, None, None, inverse, cosines, sines, low, stop, low // BLOCK * BLOCK,
                 column + position, column - length, scale, scaling, softcap, own_mask, mask_h, heads + first_head,
                 of_one, near_sums, D, top_out + first_head * (splits + 1), mass_out + first_head * (splits + 1), 0,
                 NK_STRIDE, NV_STRIDE, NEAR_PLAN, NEAR_PLAN, D, D, PAIRS, INTERLEAVED, BLOCK,
-                MASK, UPCAST, GROUP, D, 1, 1, False,
+                MASK, UPCAST, GROUP, D, D, 1, 1, False,
             )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...cache.packing import dequantise, unpack
+from ...cache.codebook import level_table
+from ...cache.packing import BITS, unpack
 from .arguments import Problem, Rotary, Side
 
 
@@ -23,7 +24,10 @@ def _vectors(stored: Tensor, side: Side, g: int) -> Tensor:
     """Latents [n, R] or packed codes [n, bytes] of KV head g, decoded [n, D]."""
     z = stored.float()
     if side.widths is not None:
-        z = dequantise(unpack(stored, side.widths), side.offset[g], side.step[g])
+        planes = zip(
+            BITS, unpack(stored, side.widths).split(side.widths, dim=-1), side.levels[g].split(side.widths), strict=True
+        )
+        z = torch.cat([level_table(of.float(), bits).T.gather(0, codes.long()) for bits, codes, of in planes], dim=-1)
     x = z if side.decoder is None else z @ side.decoder[g].float()
     return x if side.mean is None else x + side.mean[g].float()
 

@@ -1,0 +1,73 @@
+"""Static quantisers: from latents to codes, and back to the levels that codes stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .packing import BITS, Widths
+
+# Levels are a polynomial of the code of this degree: even steps would serve a few large latents badly or the many small
+# ones, and four levels may lie anywhere.
+DEGREE = 3
+
+
+def middle(bits: int) -> int:
+    """The code that levels are counted from."""
+    return 2 ** (bits - 1)
+
+
+def level_table(levels: Tensor, bits: int) -> Tensor:
+    """The levels of all codes of so many bits, of quantisers [..., 4]: [..., 2^bits]."""
+    codes = torch.arange(2**bits, device=levels.device, dtype=levels.dtype) - middle(bits)
+    return levels @ torch.stack([codes**power for power in range(DEGREE + 1)])
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """What codes of a layer's channels stand for: the level of a code is `sum_i levels_i (code - 2^(bits - 1))^i`.
+
+    Arithmetic is in fp32, whatever the dtype of levels and latents.
+
+    Args:
+        levels: [G, R, 4], channels sorted by width; levels rise with the code.
+        widths: how many channels have which.
+    """
+
+    levels: Tensor
+    widths: Widths
+
+    @cached_property
+    def thresholds(self) -> list[Tensor]:
+        """Halfway between neighbouring levels, [G, channels, 2^bits - 1] of each width."""
+        tables = [
+            level_table(plane.float(), bits)
+            for bits, plane in zip(BITS, self.levels.split(self.widths, dim=1), strict=True)
+        ]
+        # What rounding in the dtype of levels may have put out of order is in no code's way.
+        return [((table[..., 1:] + table[..., :-1]) / 2).cummax(-1).values for table in tables]
+
+    @cached_property
+    def of_codes(self) -> Tensor:
+        """Coefficients of the polynomial in the code itself, [4, G, 1, R]."""
+        at = torch.tensor([middle(bits) for bits in self.widths.each()], device=self.levels.device)
+        a, b, c, d = self.levels.double().unbind(-1)  # as cancels in fp32
+        raw = a - at * (b - at * (c - at * d)), b - at * (2 * c - 3 * at * d), c - 3 * at * d, d
+        return torch.stack(raw).float().unsqueeze(2)
+
+    def quantise(self, z: Tensor) -> Tensor:
+        """The codes of the levels nearest to latents [B, G, T, R], in uint8."""
+        rows = z.float().permute(1, 3, 0, 2).flatten(2)  # [G, R, B * T]
+        planes = zip(self.thresholds, rows.split(self.widths, dim=1), strict=True)
+        found = [torch.searchsorted(at, plane.contiguous(), out_int32=True) for at, plane in planes]
+        codes = torch.cat(found, dim=1).to(torch.uint8)
+        return codes.unflatten(2, (z.shape[0], z.shape[2])).permute(2, 0, 3, 1)
+
+    def dequantise(self, codes: Tensor) -> Tensor:
+        """Latents [B, G, T, R] of codes, in fp32."""
+        a, b, c, d = self.of_codes
+        codes = codes.float()
+        return torch.addcmul(a, codes, torch.addcmul(b, codes, torch.addcmul(c, codes, d)))
