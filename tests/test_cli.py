@@ -197,7 +197,7 @@ def test_quantised_latents(base, text, tmp_path):
         assert 2.5 < found["kv_ratio"] * 16 <= 3
         assert sum(found["bytes_by_layer"]) == found["bytes_per_token"]
         assert all(sum(layer["widths_k"]) == layer["rank_k"] for layer in found["layers"])
-        assert "keys of 8, 4, 2 bits" in (folder / "README.md").read_text()
+        assert "keys of 8, 6, 4, 2 bits" in (folder / "README.md").read_text()
     assert "bits" in run("inspect", tmp_path / "out")
     whole, attached = (run("generate", tmp_path / name, "The quick brown") for name in ("out", "bases"))
     assert whole == attached

@@ -16,7 +16,7 @@ def some(widths, dtype=torch.float32):
         torch.randn(2, widths.channels, generator=generator),
         torch.rand(2, widths.channels, generator=generator),
     )
-    return Codebook(levels_between(low, low + 0.1 + width, widths).to(dtype), widths)
+    return Codebook.of(levels_between(low, low + 0.1 + width, widths).to(dtype), widths)
 
 
 def all_levels(codebook):
@@ -54,13 +54,13 @@ def test_levels_come_back_as_their_codes(widths):
 def test_half_precision_latents_are_quantised_in_fp32():
     """From -1 up in steps of 1/128, and about 100, where bf16 has steps of 1/2."""
     levels = torch.tensor([[[0.0, 1 / 128, 0, 0], [101.0, 1 / 128, 0, 0]]])
-    codebook = Codebook(levels, Widths(2, 0, 0, 0))
+    codebook = Codebook.of(levels, Widths(2, 0, 0, 0))
     z = torch.tensor([0.5625, 100 + 3 / 128]).bfloat16()
     assert codebook.quantise(z.view(1, 1, 1, 2)).flatten().tolist() == [200, 0]
 
 
 def test_levels_that_rounding_put_out_of_order_are_in_no_way():
-    codebook = Codebook(torch.tensor([[[0.0, 0.2, 0.0, -0.04]]]), Widths(0, 0, 0, 1))
+    codebook = Codebook.of(torch.tensor([[[0.0, 0.2, 0.0, -0.04]]]), Widths(0, 0, 0, 1))
     found = level_table(codebook.levels[0, 0], 2)
     assert (found.diff() < 0).any()
     z = torch.linspace(-1, 1, 21).view(1, 1, -1, 1)

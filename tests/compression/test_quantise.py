@@ -35,7 +35,7 @@ def fitted(z, weight):
 
 
 def error(z, weight, levels, bits):
-    codebook = Codebook(levels.view(1, 1, 4), Widths(*(int(bits == b) for b in BITS)))
+    codebook = Codebook.of(levels.view(1, 1, 4), Widths(*(int(bits == b) for b in BITS)))
     restored = codebook.dequantise(codebook.quantise(z))
     return float(((z - restored).double().square().squeeze(-1) * weight).sum())
 

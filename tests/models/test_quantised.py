@@ -73,7 +73,7 @@ def test_the_cache_holds_codes_of_the_latents(name, window):
         far = LENGTH - window
         assert rows.dtype == torch.uint8
         assert rows.shape == (2, attention.kv_heads, far, widths.bytes)
-        codebook = Codebook(getattr(attention, f"{side}_levels").view(attention.kv_heads, -1, 4), widths)
+        codebook = Codebook.of(getattr(attention, f"{side}_levels").view(attention.kv_heads, -1, 4), widths)
         assert torch.equal(unpack(rows, widths), codebook.quantise(z[:, :, :far]))
         found = attention.restored(held.keys, held.values, torch.float64)[side == "value"]
         assert torch.equal(found, codebook.dequantise(unpack(rows, widths)).double())
@@ -175,7 +175,7 @@ def test_many_bits_at_full_rank_are_nearly_the_original():
                 getattr(attention, name).mul_(2)  # wide enough to clip hardly anything
         errors.append(float((model(ids).logits - exact).abs().mean() / exact.std()))
     assert errors[0] < 0.1
-    assert errors[0] < errors[1] / 3 < errors[2] / 3
+    assert errors[0] < errors[1] / 2 < errors[2] / 4 < errors[3] / 8, errors
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ def test_page_of_quantised_and_shared_latents():
     found = Inspection("llama", True, 0.2, 100, 500, 16, 2, [layer], [100], 8, {1024: 0.25}, method, facts)
     page = build(Material("some/model", found))
     assert "rank 24 of 32" in page
-    assert "<td>8, 8, 8</td><td>0, 16, 0</td><td>100</td>" in page
+    assert "<td>8, 0, 8, 8</td><td>0, 0, 16, 0</td><td>100</td>" in page
     assert "eigenattn compress base some/model --bits-per-element 3.0 --shared-heads 2 --text self" in page
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,28 +34,26 @@ class Codebook:
     Args:
         levels: [G, R, 4], channels sorted by width; levels rise with the code.
         widths: how many channels have which.
+        thresholds: halfway between neighbouring levels, [G, channels, 2^bits - 1] of each width.
+        of_codes: coefficients of the polynomial in the code itself, [4, G, 1, R].
     """
 
     levels: Tensor
     widths: Widths
+    thresholds: list[Tensor]
+    of_codes: Tensor
 
-    @cached_property
-    def thresholds(self) -> list[Tensor]:
-        """Halfway between neighbouring levels, [G, channels, 2^bits - 1] of each width."""
-        tables = [
-            level_table(plane.float(), bits)
-            for bits, plane in zip(BITS, self.levels.split(self.widths, dim=1), strict=True)
-        ]
+    @classmethod
+    def of(cls, levels: Tensor, widths: Widths) -> Codebook:
+        """The codebook of levels [G, R, 4]."""
+        planes = zip(BITS, levels.split(widths, dim=1), strict=True)
+        tables = [level_table(plane.float(), bits) for bits, plane in planes]
         # What rounding in the dtype of levels may have put out of order is in no code's way.
-        return [((table[..., 1:] + table[..., :-1]) / 2).cummax(-1).values for table in tables]
-
-    @cached_property
-    def of_codes(self) -> Tensor:
-        """Coefficients of the polynomial in the code itself, [4, G, 1, R]."""
-        at = torch.tensor([middle(bits) for bits in self.widths.each()], device=self.levels.device)
-        a, b, c, d = self.levels.double().unbind(-1)  # as cancels in fp32
-        raw = a - at * (b - at * (c - at * d)), b - at * (2 * c - 3 * at * d), c - 3 * at * d, d
-        return torch.stack(raw).float().unsqueeze(2)
+        thresholds = [((table[..., 1:] + table[..., :-1]) / 2).cummax(-1).values for table in tables]
+        at = torch.tensor([middle(bits) for bits in widths.each()], device=levels.device)
+        a, b, c, d = levels.double().unbind(-1)  # what follows nearly cancels
+        of_codes = torch.stack([a - at * (b - at * (c - at * d)), b - at * (2 * c - 3 * at * d), c - 3 * at * d, d])
+        return cls(levels, widths, thresholds, of_codes.float().unsqueeze(2))
 
     def quantise(self, z: Tensor) -> Tensor:
         """The codes of the levels nearest to latents [B, G, T, R], in uint8."""

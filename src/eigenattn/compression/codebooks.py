@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,12 +133,13 @@ def _spread(samples: _Samples, powers: Tensor, curve: float) -> Tensor:
     best, error = lowest, torch.full_like(samples.total, torch.inf)
     inverse = torch.linalg.pinv(powers)
     # A sink is often the outermost of all, and a level should meet it.
+    ranges: list[tuple[Any, Any]] = [(lowest, highest)]
     for spread in SPREADS:
-        for low, high in ((-spread, spread), (lowest, spread), (-spread, highest), (lowest, highest)):
-            low, high = torch.as_tensor(low).expand_as(lowest), torch.as_tensor(high).expand_as(lowest)
-            levels = (low + high) / 2 + (high - low) / 2 * place
-            levels = levels.where(high > low, place)
-            best, error = _better(best, error, levels @ inverse, samples.error(levels))
+        ranges += [(-spread, spread), (lowest, spread), (-spread, highest)]
+    for low, high in ranges:
+        levels = (0 * lowest + low + high) / 2 + (high - low) / 2 * place
+        levels = levels.where(levels[:, -1:] > levels[:, :1], place)
+        best, error = _better(best, error, levels @ inverse, samples.error(levels))
     return best
 
 

@@ -98,7 +98,7 @@ class LatentMaps(nn.Module):
         stored, widths = getattr(self, f"{side}_levels"), self.widths_k if side == "key" else self.widths_v
 
         def made() -> Codebook:
-            return Codebook(local_part(stored).detach().view(self.latent_heads(side), -1, DEGREE + 1), widths)
+            return Codebook.of(local_part(stored).detach().view(self.latent_heads(side), -1, DEGREE + 1), widths)
 
         return kept(self, f"_{side}_codebook", [stored, widths], made)
 

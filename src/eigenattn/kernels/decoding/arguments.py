@@ -32,7 +32,7 @@ class Side:
     @cached_property
     def codebook(self) -> Codebook:
         """What codes stand for."""
-        return Codebook(self.levels, self.widths)
+        return Codebook.of(self.levels, self.widths)
 
     @cached_property
     def folded(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -52,6 +52,15 @@ def _piece(tokens, seen, shape, PLAN: tl.constexpr, i: tl.constexpr, RANK: tl.co
 
 
 @triton.jit
+def _here(shape, n0):
+    """The same pointer, as far as the compiler knows another in every block of tokens.
+
+    Else it keeps the numbers of all pieces in registers from block to block, and spills thousands of bytes a thread.
+    """
+    return None if shape is None else shape + (n0 >> 30)
+
+
+@triton.jit
 def _decoded(
     tokens, seen, shape, decoder, mean, h: tl.constexpr, dims, known,
     PLAN: tl.constexpr, RANK: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr, dtype,
@@ -171,19 +180,20 @@ def _attend(
         n = n0 + tl.arange(0, BLOCK)
         seen = (n >= low) & (n < high)
         scores = tl.zeros([BLOCK, M], tl.float32)
+        here_k, here_v = _here(shape_k, n0), _here(shape_v, n0)
         if PAIRS:
             turned = tl.load(cosines + table, mask=paired[None, :], other=0.0)
             sideways = tl.load(sines + table, mask=paired[None, :], other=0.0)
             for h in tl.static_range(SHARED):
                 tokens = keys + h // SHARED_K * next_keys + n.to(tl.int64) * KEY_STRIDE
-                a = _decoded(tokens, seen, shape_k, decoder, mean, h, first, paired, KEY_PLAN, RANK, D, UPCAST, dtype)
-                b = _decoded(tokens, seen, shape_k, decoder, mean, h, second, paired, KEY_PLAN, RANK, D, UPCAST, dtype)
+                a = _decoded(tokens, seen, here_k, decoder, mean, h, first, paired, KEY_PLAN, RANK, D, UPCAST, dtype)
+                b = _decoded(tokens, seen, here_k, decoder, mean, h, second, paired, KEY_PLAN, RANK, D, UPCAST, dtype)
                 x, y = (a * turned - b * sideways).to(dtype), (b * turned + a * sideways).to(dtype)
                 scores = _dot(x, _own(q_first, h, GROUP, SHARED).to(dtype), scores, UPCAST)
                 scores = _dot(y, _own(q_second, h, GROUP, SHARED).to(dtype), scores, UPCAST)
                 if REST:
                     a = _decoded(
-                        tokens, seen, shape_k, decoder, mean, h, rest, rest < D, KEY_PLAN, RANK, D, UPCAST, dtype
+                        tokens, seen, here_k, decoder, mean, h, rest, rest < D, KEY_PLAN, RANK, D, UPCAST, dtype
                     )
                     scores = _dot(a.to(dtype), _own(q_rest, h, GROUP, SHARED), scores, UPCAST)
             ahead = q_first * step_cos + q_second * step_sin
@@ -194,7 +204,7 @@ def _attend(
             for j in tl.static_range(LATENTS):
                 tokens = keys + j * next_keys + n.to(tl.int64) * KEY_STRIDE
                 for i in tl.static_range(len(KEY_PLAN)):
-                    of_latent = None if shape_k is None else shape_k + j * SHARED_K * 3 * RANK
+                    of_latent = None if here_k is None else here_k + j * SHARED_K * 3 * RANK
                     z = _piece(tokens, seen, of_latent, KEY_PLAN, i, RANK, dtype)
                     scores = _dot(z, _own(pieces[i], j, GROUP * SHARED_K, LATENTS), scores, UPCAST)
         if offset is not None:
@@ -219,7 +229,7 @@ def _attend(
         tokens = (keys if JOINT else values) + n.to(tl.int64) * VALUE_STRIDE
         grown = ()
         for i in tl.static_range(len(VALUE_PLAN)):
-            z = _piece(tokens, seen, shape_v, VALUE_PLAN, i, RANK_V, dtype)
+            z = _piece(tokens, seen, here_v, VALUE_PLAN, i, RANK_V, dtype)
             grown += (_dot(tl.trans(z), weights.to(dtype), sums[i] * fade[None, :], UPCAST),)
         sums = grown
     for i in tl.static_range(len(VALUE_PLAN)):
