@@ -1,6 +1,6 @@
 """The sections of docs/results.md that come from `eigenattn sweep`, and their plots.
 
-They are read from benchmarks/results/{bits,long,texts,limits}-MODEL.json, which are the `sweep.json` of the commands
+They are read from benchmarks/results/{bits,long,longest,texts,limits}-MODEL.json, which are the `sweep.json` of the commands
 that every section states.
 """
 
@@ -18,7 +18,7 @@ RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 # Share of a copied text guessed right from which on copying says something about retrieval (chosen).
 RETRIEVES = 0.5
 USUAL_LENGTH = 1024
-KINDS = ("bits", "long", "texts", "limits")
+KINDS = ("bits", "long", "longest", "texts", "limits")
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "opt-13m": "OPT, 13M", "mpt-12m": "MPT, 12M"}
 INTRODUCTIONS = {
     "bits": """\
@@ -34,8 +34,9 @@ against the original's. KL is the divergence of predictions from the original's,
     "long": """\
 ## Longer contexts
 
-Windows of 4,096 tokens, for calibration and evaluation alike. Copying is the share of tokens guessed right in the
-second copy of 2,048 tokens repeated, of which the exact window is a small part; behind it the paired difference.
+Windows of 4,096 and of 8,192 tokens, for calibration and evaluation alike. Copying is the share of tokens guessed right
+in the second copy of half as many tokens repeated, of which the exact window is a small part; behind it the paired
+difference.
 """,
     "texts": """\
 ## Which text, and how much of it
@@ -90,15 +91,20 @@ def load() -> dict[str, dict[str, dict[str, Any]]]:
 
 def page(sweeps: dict[str, dict[str, dict[str, Any]]]) -> str:
     """All sections."""
-    tables = {"bits": _bits, "long": _long, "texts": _calibration, "limits": _limits}
+    tables = {"bits": _bits, "long": _long, "longest": _long, "texts": _calibration, "limits": _limits}
     parts = []
     for kind, by_model in sweeps.items():
-        if by_model:
+        if by_model and kind in INTRODUCTIONS:
             parts.append(INTRODUCTIONS[kind])
         for model, sweep in by_model.items():
-            parts.append("\n".join([f"### {MODELS[model]}", "", _facts(sweep), "", *tables[kind](sweep), ""]))
+            parts.append("\n".join([f"### {_title(model, sweep)}", "", _facts(sweep), "", *tables[kind](sweep), ""]))
             parts.append(_command(kind, model, sweep))
     return "\n".join(parts)
+
+
+def _title(model: str, sweep: dict[str, Any]) -> str:
+    length = sweep["settings"]["length"]
+    return MODELS[model] if length == USUAL_LENGTH else f"{MODELS[model]}, {length:,} tokens"
 
 
 def _facts(sweep: dict[str, Any]) -> str:
