@@ -1,7 +1,7 @@
 """The sections of docs/results.md that come from `eigenattn sweep`, and their plots.
 
-They are read from benchmarks/results/{bits,long,longest,texts,limits}-MODEL.json, which are the `sweep.json` of the commands
-that every section states.
+They are read from benchmarks/results/{bits,long,longest,texts,limits}-MODEL.json, which are the `sweep.json` of the
+commands that every section states.
 """
 
 from __future__ import annotations

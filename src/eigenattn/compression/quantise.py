@@ -208,8 +208,8 @@ def fit_quantisers(
 def equivalent_ratio(bits_per_element: float) -> float:
     """The KV ratio at which truncation costs about as much as quantised latents of so many bits an element.
 
-    Sensitivities are measured there. A line through two pairs measured on SmolLM2, with evenly spaced levels: 0.76 cost it
-    what 4.5 bits did, 0.51 what 2.5 did.
+    Sensitivities are measured there. A line through two pairs measured on SmolLM2, with evenly spaced levels: 0.76 cost
+    it what 4.5 bits did, 0.51 what 2.5 did.
     """
     return min(0.2 + 0.125 * bits_per_element, 0.9)
 
