@@ -19,6 +19,11 @@ def middle(bits: int) -> int:
     return 2 ** (bits - 1)
 
 
+def middles(widths: Widths, device: torch.device) -> Tensor:
+    """That code of each channel [R]."""
+    return torch.tensor([middle(bits) for bits in widths.each()], device=device)
+
+
 def level_table(levels: Tensor, bits: int) -> Tensor:
     """The levels of all codes of so many bits, of quantisers [..., 4]: [..., 2^bits]."""
     codes = torch.arange(2**bits, device=levels.device, dtype=levels.dtype) - middle(bits)
@@ -50,7 +55,7 @@ class Codebook:
         tables = [level_table(plane.float(), bits) for bits, plane in planes]
         # What rounding in the dtype of levels may have put out of order is in no code's way.
         thresholds = [((table[..., 1:] + table[..., :-1]) / 2).cummax(-1).values for table in tables]
-        at = torch.tensor([middle(bits) for bits in widths.each()], device=levels.device)
+        at = middles(widths, levels.device)
         a, b, c, d = levels.double().unbind(-1)  # what follows nearly cancels
         of_codes = torch.stack([a - at * (b - at * (c - at * d)), b - at * (2 * c - 3 * at * d), c - 3 * at * d, d])
         return cls(levels, widths, thresholds, of_codes.float().unsqueeze(2))

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BITS = (8, 6, 4, 2)
-# What codes are stored as, upper bits first: those that fill bytes evenly.
+# What codes of each width are stored as, upper bits first: parts that fill bytes evenly.
 PARTS = {8: (8,), 6: (4, 2), 4: (4,), 2: (2,)}
+BITS = tuple(PARTS)
 
 
 class Widths(NamedTuple):
@@ -54,7 +54,7 @@ def pack(codes: Tensor, widths: Widths) -> Tensor:
     of their upper 4 bits, and one of their lower 2 behind it.
     """
     packed = []
-    for (_, parts), plane in zip(widths.planes(), codes.split(widths, dim=-1), strict=True):
+    for parts, plane in zip(PARTS.values(), codes.split(widths, dim=-1), strict=True):
         below = sum(parts)
         for bits in parts:
             below -= bits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..cache.codebook import DEGREE, level_table, middle
 from ..cache.packing import BITS
 from ..calibration.latent_histograms import Histograms
+from .bases import TINY
 
 # A bin's latents are taken as points spread evenly over so many deviations as its variance says (chosen).
 POINTS = 8
@@ -25,7 +25,6 @@ ROUNDS = 16
 # Neighbouring levels keep this share of their mean distance, so that rounding leaves them in order.
 LEAST_GAP = 0.02
 RIDGE = 1e-10
-TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,11 @@ class _Samples:
         ends = F.pad(F.pad(torch.searchsorted(self.points, between), (1, 0)), (0, 1), value=self.points.shape[1])
         return self.sums.gather(-1, ends.expand(3, -1, -1)).diff(dim=-1)
 
-    def error(self, levels: Tensor) -> Tensor:
-        """The weighted squared error [C] of levels [C, n]."""
-        weight, first, second = self.given_to(levels)
-        return (second - 2 * levels * first + levels.square() * weight).sum(-1)
+
+def _error(levels: Tensor, given: Tensor) -> Tensor:
+    """The weighted squared error [C] of levels [C, n], to which `_Samples.given_to` gave what is nearest."""
+    weight, first, second = given
+    return (second - 2 * levels * first + levels.square() * weight).sum(-1)
 
 
 def _best(samples: _Samples, bits: int) -> tuple[Tensor, Tensor]:
@@ -130,16 +130,17 @@ def _spread(samples: _Samples, powers: Tensor, curve: float) -> Tensor:
     place = place / place.amax()
     place = (place + curve * place**3) / (1 + curve)  # in -1 .. 1
     lowest, highest = samples.points[:, :1], samples.points[:, -1:]
-    best, error = lowest, torch.full_like(samples.total, torch.inf)
+    best, error = lowest.expand(-1, len(powers)), torch.full_like(samples.total, torch.inf)
     inverse = torch.linalg.pinv(powers)
     # A sink is often the outermost of all, and a level should meet it.
-    ranges: list[tuple[Any, Any]] = [(lowest, highest)]
+    ranges = [(lowest, highest)]
     for spread in SPREADS:
-        ranges += [(-spread, spread), (lowest, spread), (-spread, highest)]
+        reach = torch.full_like(lowest, spread)
+        ranges += [(-reach, reach), (lowest, reach), (-reach, highest)]
     for low, high in ranges:
-        levels = (0 * lowest + low + high) / 2 + (high - low) / 2 * place
-        levels = levels.where(levels[:, -1:] > levels[:, :1], place)
-        best, error = _better(best, error, levels @ inverse, samples.error(levels))
+        levels = (low + high) / 2 + (high - low) / 2 * place
+        levels = levels.where(high > low, place)
+        best, error = _better(best, error, levels @ inverse, _error(levels, samples.given_to(levels)))
     return best
 
 
@@ -164,15 +165,18 @@ def _refined(samples: _Samples, powers: Tensor, start: Tensor, given: Tensor | N
     Args:
         given: what is given to each level at first, as `_Samples.given_to` has it, if not what is nearest.
     """
-    best = found = start
-    error = samples.error(start @ powers)
+    levels = start @ powers
+    nearest = samples.given_to(levels)
+    best, error = start, _error(levels, nearest)
+    given = nearest if given is None else given
     ridge = RIDGE * torch.eye(DEGREE + 1, device=powers.device, dtype=powers.dtype)
     for _ in range(ROUNDS):
-        weight, first, _ = samples.given_to(found @ powers) if given is None else given
-        given = None
+        weight, first, _ = given
         normal = torch.einsum("cn,in,jn->cij", weight, powers, powers) + ridge
         found = _in_order(torch.linalg.solve(normal, first @ powers.T), best, powers)
-        best, error = _better(best, error, found, samples.error(found @ powers))
+        levels = found @ powers
+        given = samples.given_to(levels)
+        best, error = _better(best, error, found, _error(levels, given))
     return best, error
 
 

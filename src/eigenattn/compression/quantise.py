@@ -15,7 +15,7 @@ from ..calibration.latent_histograms import LatentHistograms, Map
 from ..calibration.statistics import Batch, collect_moments
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
-from .bases import Basis, Quantiser
+from .bases import TINY, Basis, Quantiser
 from .codebooks import Fit, fit
 from .joint import WEIGHED_AT
 from .ranks import TIE
@@ -24,7 +24,6 @@ from .ranks import TIE
 CHOICES = (0, *reversed(BITS))
 # Channels that share a width: planes of whole bytes, and hardly coarser than single channels (see docs/decisions.md).
 GROUP = 4
-TINY = torch.finfo(torch.float64).tiny
 
 
 def key_costs(fitted: Fit, basis: Basis, weight: Tensor) -> Tensor:

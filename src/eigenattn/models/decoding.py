@@ -158,8 +158,8 @@ def _sides(attention: EigenAttention, decodes_keys: bool) -> tuple[Side, Side]:
         if attention.widths_k is None:
             return Side(decoder, mean)
         codebook = attention.codebook(name)
-        shared = attention.kv_heads // codebook.levels.shape[0]
-        return Side(decoder, mean, codebook.widths, codebook.levels.repeat_interleave(shared, dim=0))
+        levels = codebook.levels.repeat_interleave(attention.shared_heads(name), dim=0)  # [G, R, 4]
+        return Side(decoder, mean, codebook.widths, levels)
 
     return kept(
         attention,

@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...cache.codebook import Codebook, level_table
-from ...cache.packing import BITS, Widths
+from ...cache.codebook import Codebook, middles
+from ...cache.packing import Widths
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,9 @@ class Side:
         if self.widths is None:
             return self.decoder, self.mean, None
         levels = self.levels.float()
-        planes = zip(BITS, levels.split(self.widths, dim=1), strict=True)
-        reach = torch.cat([level_table(plane, bits)[..., :: 2**bits - 1].diff(dim=-1) for bits, plane in planes], dim=1)
-        number = torch.tensor([2.0**bits - 1 for bits in self.widths.each()], device=levels.device)
-        step = reach.squeeze(-1) / number  # [G, R]
+        _, a, b, c = levels.unbind(-1)
+        at = middles(self.widths, levels.device)
+        step = a - b + c * (at * at - at + 1)  # [G, R]: of the levels at both ends, -at and at - 1
         step = torch.where(step > 0, step, 1.0)
         shape, centre = (levels[..., 1:] / step.unsqueeze(-1)).transpose(1, 2).contiguous(), levels[..., 0]
         if self.decoder is None:
