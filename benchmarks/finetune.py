@@ -43,12 +43,15 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--training-length", type=int, help="of windows trained on; by default --length")
+    parser.add_argument("--training-dtype", default="float32")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--map-learning-rate", type=float, default=FinetuneConfig.map_learning_rate)
     parser.add_argument("--learning-rate", type=float, default=FinetuneConfig.learning_rate)
     parser.add_argument("--evaluation-windows", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    length, dtype = args.training_length or args.length, args.training_dtype
 
     args.work.mkdir(parents=True, exist_ok=True)
     stem = f"{Path(args.model).name}-{args.kv_ratio}-w{args.window}"
@@ -76,29 +79,31 @@ def main() -> None:
         "map_learning_rate": args.map_learning_rate,
         "seed": args.seed,
     }
-    plan = args.work / f"{tuned.name}.steps"
+    plan, trained = (args.work / f"{tuned.name}.{end}" for end in ("steps", "json"))
     if not plan.exists():
-        training, validation = split_windows(tokenizer, [load_text(args.calibration)], args.length, VALIDATION_WINDOWS)
+        training, validation = split_windows(tokenizer, [load_text(args.calibration)], length, VALIDATION_WINDOWS)
         trial = FinetuneConfig(steps=TIMED_STEPS, validate_every=TIMED_STEPS, **options)
-        baseline = load_model(original, "float32")
-        _, timed = finetune(load_model(source, "float32"), training, validation[:1], trial, baseline=baseline)
+        baseline = load_model(original, dtype)
+        _, timed = finetune(load_model(source, dtype), training, validation[:1], trial, baseline=baseline)
         plan.write_text(str(max(VALIDATIONS, round(args.minutes * 60 * TIMED_STEPS / timed.seconds))))
         del baseline
     steps = int(plan.read_text())
-    print(f"{steps} steps of {args.batch_size} x {args.length} tokens", flush=True)
+    trained_on = f"{steps} steps of {args.batch_size} x {length} tokens"
+    print(trained_on, flush=True)
     if not tuned.exists():
         config = FinetuneConfig(steps=steps, validate_every=max(1, steps // VALIDATIONS), **options)
-        finetune_checkpoint(
+        report = finetune_checkpoint(
             str(compressed),
             tuned,
             config,
             texts=[args.calibration],
-            length=args.length,
+            length=length,
             validation_windows=VALIDATION_WINDOWS,
             distil=args.model,
-            dtype="float32",
+            dtype=dtype,
             progress=True,
         )
+        trained.write_text(json.dumps(report.to_dict()))
     measured = {}
     for name, path in (("original", original), ("compressed", source), ("tuned", Source.of(str(tuned)))):
         measured[name] = perplexity(load_model(path, "float32"), windows)
@@ -108,7 +113,9 @@ def main() -> None:
         "model": Path(args.model).name,
         "kv_ratio": args.kv_ratio,
         "window": args.window,
-        "training": f"{steps} steps of {args.batch_size} x {args.length} tokens of {Path(args.calibration).name}",
+        "training": f"{trained_on} of {Path(args.calibration).name}",
+        "training_dtype": dtype,
+        "training_seconds": json.loads(trained.read_text())["seconds"],
         "evaluation": f"{len(windows)} x {args.length} tokens of {Path(args.evaluation).name}",
         **options,
         "perplexity": {name: each.value for name, each in measured.items()},
