@@ -25,7 +25,8 @@ INTRODUCTIONS = {
 ## Bits an element
 
 Latents quantised channel by channel, and what plain quantisation costs beside the same exact window: keys per channel
-and before rotation, values per token, scales and zero points counted (`plain`). Bits are those of the latents for each
+and before rotation, values per token, scales and zero points counted (`plain`); and transformers' own quantised caches
+(`quanto`, `hqq`), which read in pieces of 32 tokens. Bits are those of the latents for each
 element of the original cache, which has 16. "Whole cache" is all that is allocated at 1,024 tokens, window included,
 against the original's. KL is the divergence of predictions from the original's, in thousandths of a nat a token.
 
@@ -34,7 +35,8 @@ against the original's. KL is the divergence of predictions from the original's,
     "long": """\
 ## Longer contexts
 
-Windows of 4,096 and of 8,192 tokens, for calibration and evaluation alike. Copying is the share of tokens guessed right
+Windows of 4,096 and of 8,192 tokens, for calibration and evaluation alike: calibrated on windows of 1,024, copying at
+4,096 loses three times as much (see [decisions](decisions.md)). Copying is the share of tokens guessed right
 in the second copy of half as many tokens repeated, of which the exact window is a small part; behind it the paired
 difference.
 """,
@@ -121,6 +123,10 @@ def _change(row: dict[str, Any]) -> str:
     return f"{row['relative_increase']:+.2%} ± {row['relative_increase_error']:.2%}"
 
 
+def _is_rival(cell: dict[str, Any]) -> bool:
+    return "calibration" not in cell
+
+
 def _bits_of(cell: dict[str, Any]) -> float:
     return 16 * cell["kv_ratio"]
 
@@ -133,7 +139,7 @@ def _bits(sweep: dict[str, Any]) -> list[str]:
     lines = ["| cache | bits an element | whole cache | perplexity | KL | copying |", "| --- " * 6 + "|"]
     for cell in _cells(sweep):
         text = cell["texts"][0]
-        name = cell["method"] if cell["method"].startswith("plain") else _latents(cell)
+        name = cell["method"] if _is_rival(cell) else _latents(cell)
         lines.append(
             f"| {name} | {_bits_of(cell):.2f} | {cell['cache_ratio']:.3f} | {_change(text)} "
             f"| {1e3 * text['divergence']:.2f} | {cell['copying']['accuracy']:.1%} |"
@@ -145,9 +151,10 @@ def _long(sweep: dict[str, Any]) -> list[str]:
     heading = ["latents", "KV ratio", "whole cache", "perplexity", "KL", "copying", "difference"]
     lines = [f"| {' | '.join(heading)} |", "| --- " * len(heading) + "|"]
     for cell in _cells(sweep):
-        text, copying = cell["texts"][0], cell["copying"]
+        text, copying, bits = cell["texts"][0], cell["copying"], cell.get("bits_per_element")
+        name = _latents(cell) + (f", {bits:g} bits an element" if bits else "")
         lines.append(
-            f"| {_latents(cell)} | {cell['kv_ratio']:.3f} | {cell['cache_ratio']:.3f} | {_change(text)} "
+            f"| {name} | {cell['kv_ratio']:.3f} | {cell['cache_ratio']:.3f} | {_change(text)} "
             f"| {1e3 * text['divergence']:.2f} | {copying['accuracy']:.1%} "
             f"| {100 * copying['difference']:+.2f} ± {100 * copying['difference_error']:.2f} points |"
         )
@@ -219,8 +226,8 @@ def _curves(sweep: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 def _command(kind: str, model: str, sweep: dict[str, Any]) -> str:
     """The command that a sweep came from, out of its own cells; joint latents go with one of their own."""
     found = sweep["cells"].values()
-    rivals = [cell["method"] for cell in found if "calibration" not in cell]
-    measured = [cell for cell in found if "calibration" in cell]
+    rivals = [cell["method"] for cell in found if _is_rival(cell)]
+    measured = [cell for cell in found if not _is_rival(cell)]
     groups = [[cell for cell in measured if bool(cell.get("joint")) == joint] for joint in (False, True)]
     commands = [
         _one_command(kind, model, sweep, cells, rivals if number == 0 else [])
@@ -230,14 +237,16 @@ def _command(kind: str, model: str, sweep: dict[str, Any]) -> str:
 
 
 def _one_command(kind: str, model: str, sweep: dict[str, Any], cells: list[dict[str, Any]], rivals: list[str]) -> str:
-    def several(name: str, of: str) -> str:
-        values = list(dict.fromkeys(cell[of] for cell in cells if cell.get(of) is not None))
+    def several(name: str, of: str, among: list[dict[str, Any]] = cells) -> str:
+        values = list(dict.fromkeys(cell[of] for cell in among if cell.get(of) is not None))
         return f" --{name} {','.join(map(str, values))}" if values else ""
 
     texts = list(dict.fromkeys(cell["calibration"] for cell in cells))
     sources = "".join(f" --text {text.removesuffix(', first part')}" for text in texts)
     settings, copies = sweep["settings"], sweep["baseline"]["copying"]["items"]
-    sizes = several("kv-ratio", "asked") if kind != "bits" else several("bits-per-element", "asked")
+    quantised = [cell for cell in cells if cell.get("bits_per_element")]
+    sizes = several("kv-ratio", "asked", [cell for cell in cells if cell not in quantised])
+    sizes += several("bits-per-element", "asked", quantised)
     choices = several("basis", "basis") + several("ranks", "ranks") if kind == "limits" else ""
     # Without a window decoders are refitted unless one says otherwise.
     refit = " --no-refit" if any(not (cell["window"] or cell.get("refit")) for cell in cells) else ""
@@ -297,7 +306,7 @@ def _mean_increase(cell: dict[str, Any]) -> float:
 def _bits_curves(sweep: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     found: dict[str, list[tuple[float, float]]] = {}
     for cell in _cells(sweep):
-        name = "plain" if cell["method"].startswith("plain") else _latents(cell).strip("*")
+        name = cell["method"].split("-")[0] if _is_rival(cell) else _latents(cell).strip("*")
         found.setdefault(name, []).append((_bits_of(cell), _increase(cell)))
     return found
 
