@@ -278,11 +278,14 @@ def plot(sweeps: dict[str, dict[str, dict[str, Any]]]) -> None:
         figure, panels = pyplot.subplots(
             1, len(by_model), figsize=(max(5 * len(by_model), 8), 5), constrained_layout=True, squeeze=False
         )
-        for panel, (model, sweep) in zip(panels[0], by_model.items(), strict=True):
-            for name, points in curves[kind](sweep).items():
+        drawn = {model: curves[kind](sweep) for model, sweep in by_model.items()}
+        names = list(dict.fromkeys(name for found in drawn.values() for name in found))
+        for panel, (model, found) in zip(panels[0], drawn.items(), strict=True):
+            for name, points in found.items():
                 x, y = zip(*sorted(points), strict=True)
                 # A model may predict better by chance: on a logarithmic axis such points lie at its lower end.
-                style = _limit_style(name) if kind == "limits" else {"marker": "o"}
+                of_name = {"color": f"C{names.index(name)}", "marker": "o"}
+                style = _limit_style(name) if kind == "limits" else of_name
                 panel.plot(x, [max(100 * each, 0.005) for each in y], markersize=4, label=name, **style)
             panel.set(title=MODELS[model], xlabel=labels[kind], yscale="log")
             panel.grid(alpha=0.3)
