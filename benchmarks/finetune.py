@@ -115,7 +115,8 @@ def main() -> None:
         "window": args.window,
         "training": f"{trained_on} of {Path(args.calibration).name}",
         "training_dtype": dtype,
-        "training_seconds": json.loads(trained.read_text())["seconds"],
+        # Unknown if this was killed between the checkpoint and its report.
+        "training_seconds": json.loads(trained.read_text())["seconds"] if trained.exists() else None,
         "evaluation": f"{len(windows)} x {args.length} tokens of {Path(args.evaluation).name}",
         **options,
         "perplexity": {name: each.value for name, each in measured.items()},

@@ -244,9 +244,8 @@ def _one_command(kind: str, model: str, sweep: dict[str, Any], cells: list[dict[
     texts = list(dict.fromkeys(cell["calibration"] for cell in cells))
     sources = "".join(f" --text {text.removesuffix(', first part')}" for text in texts)
     settings, copies = sweep["settings"], sweep["baseline"]["copying"]["items"]
-    quantised = [cell for cell in cells if cell.get("bits_per_element")]
-    sizes = several("kv-ratio", "asked", [cell for cell in cells if cell not in quantised])
-    sizes += several("bits-per-element", "asked", quantised)
+    sizes = several("kv-ratio", "asked", [cell for cell in cells if not cell.get("bits_per_element")])
+    sizes += several("bits-per-element", "bits_per_element")
     choices = several("basis", "basis") + several("ranks", "ranks") if kind == "limits" else ""
     # Without a window decoders are refitted unless one says otherwise.
     refit = " --no-refit" if any(not (cell["window"] or cell.get("refit")) for cell in cells) else ""

@@ -24,12 +24,16 @@ GROUP = 64
 # backend -> the package that it needs, the widths it has, and arguments of its own. HQQ quantises along axis 1 only in
 # a form that is as good as along axis 0, and works on every device; so its codes of 3 bits come back for matrices only.
 BACKENDS: dict[str, tuple[str | None, tuple[int, ...], dict[str, Any]]] = {
-    "quanto": ("optimum.quanto", (2, 4), {}),
-    "hqq": ("hqq", (1, 2, 4, 8), {"axis_key": 1, "axis_value": 1}),
+    "plain": (None, (8, 4, 3, 2), {}),
+    "quanto": ("optimum.quanto", (4, 2), {}),
+    "hqq": ("hqq", (8, 4, 2, 1), {"axis_key": 1, "axis_value": 1}),
     "fp8": (None, (8,), {}),
-    "plain": (None, (2, 3, 4, 8), {}),
 }
-NAMES = "plain-8, plain-4, plain-3, plain-2, quanto-4, quanto-2, hqq-8, hqq-4, hqq-2, hqq-1, fp8"
+NAMES = ", ".join(
+    f"{backend}-{bits}" if len(widths) > 1 else backend
+    for backend, (_, widths, _) in BACKENDS.items()
+    for bits in widths
+)
 
 
 def _installed(package: str) -> bool:
