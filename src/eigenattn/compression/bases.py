@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache.layout import Latent
 from ..cache.packing import Widths
 from ..calibration.attention_moments import AttentionMoments
 from ..calibration.statistics import LayerMoments, Moments
@@ -32,8 +33,8 @@ class Quantiser:
 class Basis:
     """Encoder, decoder, mean and spectrum of each KV head of one layer, for keys or for values.
 
-    Where N KV heads share a latent, they count as one of G/N heads of N * D dimensions. A joint basis is of keys and
-    values side by side, twice as many, and there is an empty one in the place of the values'.
+    Where N KV heads share a latent, they count as one of G/N heads of N * D dimensions. A basis of both sides is of keys
+    and values side by side, twice as many. Below G counts latents, and D what each is made of.
 
     Args:
         encoder: [G, D, R]; `z = (x - mean) @ encoder`.
@@ -42,7 +43,10 @@ class Basis:
             singular values). Not shortened by `truncate`.
         mean: [G, D], or None for a basis through the origin.
         quantiser: of the latents, or None for latents in the model's dtype.
-        key_share: of a joint basis the part of each direction's cost that is due to keys, [G, D]; None for others.
+        sides: whose vectors it is of: `("key",)`, `("value",)` or both.
+        heads: KV heads that share a latent, N.
+        key_share: of a basis of both sides the part of each direction's cost that is due to keys, [G, D]; None for
+            others.
     """
 
     encoder: Tensor
@@ -50,16 +54,25 @@ class Basis:
     spectrum: Tensor
     mean: Tensor | None = None
     quantiser: Quantiser | None = None
+    sides: tuple[str, ...] = ("key",)
+    heads: int = 1
     key_share: Tensor | None = None
 
     @property
-    def joint(self) -> bool:
-        """Whether it is of keys and values together."""
-        return self.key_share is not None
+    def rank(self) -> int:
+        """Directions that it has, R."""
+        return self.encoder.shape[-1]
 
     @property
-    def rank(self) -> int:
-        return self.encoder.shape[-1]
+    def full_rank(self) -> int:
+        """Dimensions of what it is a basis of."""
+        return self.encoder.shape[-2]
+
+    @property
+    def latent(self) -> Latent:
+        """What the cache then holds."""
+        widths = None if self.quantiser is None else self.quantiser.widths
+        return Latent(self.sides, self.heads, self.rank, self.full_rank // (len(self.sides) * self.heads), widths)
 
     def truncate(self, rank: int) -> Basis | None:
         """The basis of the first `rank` directions; None at full rank, where there is nothing to gain from a basis."""
