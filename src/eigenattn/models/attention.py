@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.codebook import DEGREE
-from ..cache.packing import Widths
-from ..config import ALONE, Sharing
-from ..errors import EigenAttnError
-from ..kernels.reference import add_mask, causal_mask
+from ..cache.layers import Far, Near, Sight, adopt, is_quantised, update_quantised
+from ..cache.layout import SIDES, Layout
+from .attend import attend
+from .eviction import evict
 from .families import Family
-from .latents import attend_to_latents
+from .forward_pass import ForwardPass
 from .maps import MAPS, QUANTISERS, LatentMaps, side_of
 from .placement import execution_device
 from .projections import Heads, like, split_heads
-from .rotary import key_positions, once_a_pass
-from .windowed import attend_with_window
 
 
 class EigenAttention(LatentMaps):
@@ -34,14 +32,15 @@ class EigenAttention(LatentMaps):
       every key, is dropped by the softmax.
     - values: `z = (v - mean) @ E` is cached; attention sums latents, and its output is `mean + sum @ U`.
 
-    With a window W the last W tokens are kept exactly, and nothing is folded: see `eigenattn.models.windowed`.
+    With a window W the last W tokens are kept exactly, and nothing is folded. N neighbouring KV heads may share one
+    latent: it is made of all their vectors, and every head decodes its own vectors from the whole of it. A token's keys
+    and values may share one, too. Nothing is folded then either.
 
-    N neighbouring KV heads may share one latent (`sharing`): it is made of all their vectors, and every head decodes
-    its own vectors from the whole of it. A token's keys and values may share one, too (`joint`). Nothing is
-    folded then either.
+    Latents may be coded, each channel by a static quantiser of its own (`QUANTISERS`): the cache then holds packed
+    codes, and attention sees the latents that codes stand for, with a cache or without.
 
-    Latents may be quantised, each channel by a static quantiser of its own (`QUANTISERS`): the cache then holds
-    packed codes, and attention the latents that codes stand for, with a cache or without.
+    What a layer's cache consists of is its `layout`. The way of a token is: `forward` here, what the cache makes of it
+    (`eigenattn.cache.layers`), `eigenattn.models.attend`, and in decoding `eigenattn.kernels.decoding`.
 
     Args:
         original: the attention module of a transformers model, whose projections and norms are taken over.
@@ -60,8 +59,7 @@ class EigenAttention(LatentMaps):
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = family.kv_heads(config)
         self.head_dim: int = family.head_dim(config)
-        self.rank_k = self.rank_v = self.head_dim
-        self.sharing = ALONE
+        self.layout = Layout.full(self.kv_heads, self.head_dim)
         self.part = (0, 1)  # which of how many processes this is, that share the heads
         self.projected = (self.head_dim,) * 3  # dimensions a head that the q, k and v projections give
         self.num_key_value_groups = self.heads // self.kv_heads  # transformers' attention functions read this name
@@ -81,20 +79,17 @@ class EigenAttention(LatentMaps):
                 setattr(self, name, getattr(original, name))
         for name in (*MAPS, *QUANTISERS):
             self.register_parameter(name, None)
-        self.window = 0
-        self.widths_k: Widths | None = None  # of quantised latents
-        self.widths_v: Widths | None = None
-        self.observer: Callable[[EigenAttention, Heads, dict[str, Any]], None] | None = None
+        self.observer: Callable[[EigenAttention, Heads[Tensor], ForwardPass], None] | None = None
         self.train(original.training)
 
     def extra_repr(self) -> str:
-        text = (
-            f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, "
-            f"rank_k={self.rank_k}, rank_v={self.rank_v}, window={self.window}"
+        latents = "; ".join(
+            f"{' and '.join(latent.sides)} of {latent.heads}: rank {latent.rank}"
+            + (f" ({latent.widths} bits)" if latent.widths else "")
+            for latent in self.layout.latents
         )
-        if self.widths_k is not None:
-            text += f", widths_k={tuple(self.widths_k)}, widths_v={tuple(self.widths_v)}"
-        return text
+        sizes = f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"
+        return f"{sizes}, latents: {latents}, window={self.layout.window}"
 
     @property
     def rotates(self) -> bool:
@@ -107,14 +102,19 @@ class EigenAttention(LatentMaps):
         return self.family.norms is not None and hasattr(self, self.family.norms[1])
 
     @property
-    def keeps_projections(self) -> bool:
-        """Whether all maps are applied at run time, and the projections stay the original's."""
-        return self.window > 0 or self.sharing.together > 1 or self.joint
+    def rotary_module(self) -> nn.Module:
+        """The model's own rotary module, of a layer that rotates."""
+        return self._rotary[0]
 
     @property
-    def folds(self) -> Heads:
+    def rotates_far(self) -> bool:
+        """Whether keys are rotated when they are attended to: what is cached of them comes before rotation."""
+        return self.rotates and (self.layout.window > 0 or self.key_decoder is not None)
+
+    @property
+    def folds(self) -> Heads[bool]:
         """Whether the maps of queries, keys and values can be folded into their projections."""
-        free = not self.clip and not self.keeps_projections
+        free = not self.clip and not self.layout.at_run_time
         plain = free and not self.normalises
         return Heads(query=plain and not self.rotates, key=plain, value=free)
 
@@ -123,65 +123,51 @@ class EigenAttention(LatentMaps):
         """The projection that follows attention."""
         return getattr(self, self.family.output)
 
-    def allocate(
-        self,
-        rank_k: int,
-        rank_v: int,
-        centred: bool,
-        window: int,
-        widths_k: Widths | None = None,
-        widths_v: Widths | None = None,
-        sharing: Sharing = ALONE,
-    ) -> None:
-        """Take the shapes that ranks ask for, folded, with values left empty: what a loader then fills.
+    def allocate(self, layout: Layout, centred: bool) -> None:
+        """Take the shapes that a layout asks for, folded, with values left empty: what a loader then fills.
 
         Args:
-            rank_k, rank_v: ranks of keys and of values; full rank means untouched, unless it is quantised. Where
-                `rank_v` is 0, keys and values share latents of rank `rank_k`.
+            layout: what the cache is to hold; a side that is stored as it is stays untouched.
             centred: whether the bases have means, which fold into biases.
-            window: exact tokens, W; with a window the projections keep their shapes.
-            widths_k, widths_v: of quantised latents; both or none.
-            sharing: KV heads that share a latent, N.
         """
-        self.sharing = sharing
-        self.rank_k, self.rank_v, self.window = rank_k, rank_v, window
-        self.widths_k, self.widths_v = widths_k, widths_v
+        self.layout = layout
         d, folds = self.head_dim, self.folds
-        small_k = rank_k < self.latent_dim("key") or self.joint or widths_k is not None
-        small_v = rank_v < self.latent_dim("value") or widths_v is not None
+        small = {side: not layout.of(side).verbatim for side in SIDES}
+        rank_k, rank_v = (layout.of(side).rank for side in SIDES)
         self.projected = (
             rank_k if folds.query else d,
             rank_k if folds.key else d,
             rank_v if folds.value else d,
         )
-        if not self.keeps_projections:
-            self._resize_projections(centred and small_k, centred and small_v)
-        kept = {
-            "key_encoder": small_k and not folds.key,
-            "key_decoder": small_k and not folds.query,
-            "key_mean": small_k and centred and (self.rotates or not folds.key),
-            "value_encoder": small_v and not folds.value,
-            "value_decoder": small_v and self.keeps_projections,
-            "value_mean": small_v and centred and not folds.value,
-            **{name: widths_k is not None and (name.startswith("key") or not self.joint) for name in QUANTISERS},
+        if not layout.at_run_time:
+            self._resize_projections(centred and small["key"], centred and small["value"])
+        needed = {
+            "key_encoder": small["key"] and not folds.key,
+            "key_decoder": small["key"] and not folds.query,
+            "key_mean": small["key"] and centred and (self.rotates or not folds.key),
+            "value_encoder": small["value"] and not folds.value,
+            "value_decoder": small["value"] and layout.at_run_time,
+            "value_mean": small["value"] and centred and not folds.value,
+            **{f"{latent.sides[0]}_levels": latent.widths is not None for latent in layout.latents},
         }
         output = self.output_projection
         factory = {"device": execution_device(output), "dtype": output.weight.dtype}
-        for name in (name for name, keep in kept.items() if keep):
-            side = side_of(name)
-            channels = self.latent_heads(side) * self.rank_of(side)
+        for name in (name for name, need in needed.items() if need):
+            latent = layout.of(side_of(name))
+            channels = layout.count(latent) * latent.rank
             if name in QUANTISERS:
                 shape: tuple[int, ...] = (channels, DEGREE + 1)
             else:
-                shape = (self.kv_heads * d,) if name.endswith("mean") else (channels, self.latent_dim(side))
+                shape = (self.kv_heads * d,) if name.endswith("mean") else (channels, latent.heads * d)
             setattr(self, name, nn.Parameter(torch.empty(shape, **factory)))
 
     def take_part(self, rank: int, size: int) -> None:
         """Compute with the heads of one of `size` processes only, whose maps and projections are split so."""
         self.part = (rank, size)
         self.heads, self.kv_heads = self.heads // size, self.kv_heads // size
+        self.layout = self.layout.split(size)
 
-    def _own(self, x: Tensor, heads: int) -> Tensor:
+    def own_heads(self, x: Tensor, heads: int) -> Tensor:
         """This process's share of something a head [B, heads, ...], where it was given for the heads of all."""
         return x if x.shape[1] == heads else x.narrow(1, self.part[0] * heads, heads)
 
@@ -192,14 +178,16 @@ class EigenAttention(LatentMaps):
         offsets = [False, offset_k and self.folds.key, offset_v and self.folds.value]
         if family.fused:
             rows, offsets = [sum(rows)], [any(offsets)]
-        shapes = [(out_features, hidden) for out_features in rows] + [(hidden, self.heads * self.rank_v)]
+        shapes = [(out_features, hidden) for out_features in rows] + [
+            (hidden, self.heads * self.layout.of("value").rank)
+        ]
         names = [*family.qkv, family.output]
         for name, (out_features, in_features), offset in zip(names, shapes, [*offsets, offset_v], strict=True):
             old = getattr(self, name)
             factory = {"device": old.weight.device, "dtype": old.weight.dtype}
             setattr(self, name, like(old, out_features, in_features, old.bias is not None or offset, **factory))
 
-    def project(self, hidden_states: Tensor) -> Heads:
+    def project(self, hidden_states: Tensor) -> Heads[Tensor]:
         """Queries [B, H, T, *], keys and values [B, G, T, *], after norms and clipping, before rotation."""
         family = self.family
         lead = hidden_states.shape[:-1]
@@ -220,7 +208,7 @@ class EigenAttention(LatentMaps):
         if self.normalises and family.norm_on == "heads_first":
             parts = Heads(*self._normalised(*parts[:2]), parts.value)
         counts = self.heads, self.kv_heads, self.kv_heads
-        return Heads(*(self._own(x, count) for x, count in zip(parts, counts, strict=True)))
+        return Heads(*(self.own_heads(x, count) for x, count in zip(parts, counts, strict=True)))
 
     def _normalised(self, query: Tensor, key: Tensor) -> list[Tensor]:
         return [getattr(self, name)(x) for name, x in zip(self.family.norms, (query, key), strict=True)]
@@ -231,68 +219,44 @@ class EigenAttention(LatentMaps):
         cos, sin = self._rotary[0](x, positions, *arguments)
         return cos.to(x.device), sin.to(x.device)  # the module may be on another device
 
-    def key_angles(self, x: Tensor, position_ids: Tensor, cached: int, length: int | Tensor) -> tuple[Tensor, Tensor]:
-        """`angles` of cached keys [B or 1, S, width], shared by the layers of a pass; arguments as `key_positions`."""
-
-        def compute() -> tuple[Tensor, Tensor]:
-            return self.angles(x, key_positions(position_ids, cached, length))
-
-        return once_a_pass(position_ids, self.layer_idx, ("angles", cached, self.layer_type), compute)
-
     def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the original's: the output [B, T, C] and the attention weights, where the backend gives them."""
-        family = self.family
-        if kwargs.get("cache") is not None:
-            raise EigenAttnError("continuous batching has a paged cache for full-rank heads only: use `generate`.")
-        cache = kwargs.get(family.cache_argument)
+        this = ForwardPass(self, kwargs)
         heads = self.project(hidden_states)  # [B, H, T, *], [B, G, T, *] twice
         if self.observer is not None:
-            self.observer(self, heads, kwargs)
-        if self.window:
-            out, weights = attend_with_window(self, heads, cache, kwargs)
-        else:
-            out, weights = attend_to_latents(self, heads, cache, kwargs)
+            self.observer(self, heads, this)
+        q, k, v = this.rotated(heads.query), heads.key, heads.value
+        sight = self._remember(this, k if self.rotates_far else this.rotated(k), v)
+        out, weights = attend(self, this, q, sight)  # [B, H, T, *]
+        evict(self, this, q, sight)
         out = self.output_projection(out.transpose(1, 2).flatten(2))
-        if family.output_dropout is not None:
-            out = getattr(self, family.output_dropout)(out)
-        if family.adds_residual:
+        if self.family.output_dropout is not None:
+            out = getattr(self, self.family.output_dropout)(out)
+        if self.family.adds_residual:
             out = args[0] + nn.functional.dropout(out, self.config.hidden_dropout, self.training)
         return out, weights
 
-    def implementation_for(self, kwargs: dict[str, Any]) -> str:
-        """Name of the attention backend to use."""
-        # Falcon asks its attention for weights whatever the backend; the others have transformers collect them.
-        return "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
-
-    def mask_for(self, q: Tensor, keys: int, kwargs: dict[str, Any]) -> Any:
-        """The mask over `keys` keys as the backends take it, with the family's bias on the scores added.
-
-        Returns:
-            [B or 1, H or 1, T, keys], boolean (True is visible) or additive, or None for causal attention. A mask only
-            the backend asked for understands (FlexAttention's block mask) passes.
-        """
-        mask, bias = self.mask_and_bias(keys, kwargs)
-        if bias is None:
-            return mask
-        bias = bias.to(q.dtype)
-        if mask is None:
-            mask = causal_mask(q.shape[-2], keys, q.device) if q.shape[-2] > 1 else bias.new_zeros(())
-        return add_mask(bias, mask)
-
-    def mask_and_bias(self, keys: int, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
-        """The mask over `keys` keys, True visible if it is boolean, and the family's bias [B or 1, H, 1, keys]."""
-        mask = kwargs.get("attention_mask")
-        bias = kwargs.get(self.family.bias_argument) if self.family.bias_argument else None
-        if isinstance(mask, Tensor) and mask.dim() == 4:
-            mask = mask[..., :keys]
-            mask = ~mask if mask.dtype == torch.bool and self.family.mask_true_is_masked else mask
-        elif bias is None or mask is not None:
-            return mask, None
-        # MPT gives [H, 1, longest] for all rows, BLOOM [B * H, 1, keys].
-        if bias is None:
-            return mask, None
-        bias = bias.view(-1, self.heads * self.part[1], 1, bias.shape[-1])
-        return mask, self._own(bias, self.heads)[..., -keys:]
+    def _remember(self, this: ForwardPass, k: Tensor, v: Tensor) -> Sight:
+        """Put keys and values [B, G, T, D] into the cache, if there is one, and give what queries may look at."""
+        window, index = self.layout.window, self.layer_idx
+        if window or this.evicts:
+            this.backend  # noqa: B018 (refuses what cannot attend so)
+        if this.cache is None:
+            t = k.shape[-2]
+            left = max(t - window, 0)
+            far = Far(self.rounded(k[:, :, :left], v[:, :, :left]))
+            return Sight(far, Near(k, v, 0) if window else None, 0, t, this.position_ids)
+        adopt(this.cache, index, window, self.sliding_window)
+        if is_quantised(this.cache.layers[index]):
+            return update_quantised(this.cache, index, self.stored(k, v), this.position_ids)
+        sight, _ = this.cache.update(k, v, index, encode=self.stored, position_ids=this.position_ids)
+        room = this.mask_columns
+        if isinstance(sight.query, Tensor) and room is not None and room < sight.columns:
+            # The mask of the first pass was made for the layer that stood here before, with room for what slides only.
+            rows = tuple(row[:, :, :room] for row in sight.far.rows)
+            positions = None if sight.positions is None else sight.positions[:, :room]
+            sight = sight._replace(far=Far(rows), columns=room, positions=positions)
+        return sight
 
 
 @functools.cache

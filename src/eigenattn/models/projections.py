@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-class Heads(NamedTuple):
-    """What queries, keys and values have in common: something a head, along dimension -2 or 0."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
+T = TypeVar("T")
 
 
-def split_heads(x: Tensor, sizes: tuple[int, int, int], heads: int, kv_heads: int, fused: str) -> Heads:
+class Heads(NamedTuple, Generic[T]):
+    """Something of queries, of keys and of values."""
+
+    query: T
+    key: T
+    value: T
+
+
+def split_heads(x: Tensor, sizes: tuple[int, int, int], heads: int, kv_heads: int, fused: str) -> Heads[Tensor]:
     """Take a fused projection apart.
 
     Args:
@@ -40,7 +43,7 @@ def split_heads(x: Tensor, sizes: tuple[int, int, int], heads: int, kv_heads: in
     return Heads(query.reshape(*lead, heads, q), key.reshape(*lead, kv_heads, k), value.reshape(*lead, kv_heads, v))
 
 
-def join_heads(parts: Heads, fused: str) -> Tensor:
+def join_heads(parts: Heads[Tensor], fused: str) -> Tensor:
     """The inverse of `split_heads`: [..., H, Q], [..., G, K], [..., G, V] to one last dimension."""
     kv_heads = parts.key.shape[-2]
     lead = parts.key.shape[:-2]

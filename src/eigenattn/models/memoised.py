@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 
-def kept(module: nn.Module, name: str, source: list[Any], compute: Callable[[], Any]) -> Any:
-    """What follows from weights alone, kept until they change; a compiled graph computes it.
+def memoised(module: nn.Module, name: str, source: list[Any], compute: Callable[[], Any]) -> Any:
+    """What follows from weights alone, computed again only when they change; a compiled graph computes it each time.
 
     Args:
         source: parameters, None and numbers, of which it is made. They are held with the result: another tensor may
