@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import run
 from tiny import save_tiny
 from typer.testing import CliRunner
 
@@ -33,12 +34,6 @@ def compressed(base, text, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("out") / "compressed"
     run("compress", base, out, "--text", text, *COMPRESS)
     return out
-
-
-def run(*arguments) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def run_json(*arguments) -> dict:

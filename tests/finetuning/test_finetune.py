@@ -4,13 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Killed, run, same, state
 from tiny import save_tiny, tiny, tokens
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import eigenattn
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
-from eigenattn.cli import app
 from eigenattn.finetuning import FinetuneConfig, finetune, trainable, training
 from eigenattn.finetuning.trainable import Trainable
 from eigenattn.journal import Journal
@@ -30,10 +29,6 @@ def small(name="llama", window=4, **overrides):
     config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=window, ranks="uniform")
     compress(model, [tokens(4, 40, seed=3)], config, provenance={"base_model": "base"})
     return model
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +138,7 @@ def test_nothing_better_than_the_start_changes_nothing(window):
     model, report = finetune(model, TRAINING, VALIDATION, config, baseline=tiny("llama"))
     assert report.best_step == 0
     assert report.after == report.before
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert same(model.state_dict(), before)
 
 
 def test_half_precision_trains_in_full():
@@ -168,10 +163,6 @@ def test_maps_are_trained_in_units_of_their_size():
     assert torch.equal(attention.key_encoder, before)
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize(("window", "steps_done"), [(0, 1), (4, 3), (0, 5)])
 def test_going_on_gives_the_bits_of_an_uninterrupted_run(window, steps_done, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
@@ -193,7 +184,7 @@ def test_going_on_gives_the_bits_of_an_uninterrupted_run(window, steps_done, tmp
             small(window=window), TRAINING, VALIDATION, QUICK, baseline=tiny("llama"), journal=journal
         )
     assert report.curve == full.curve
-    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert same(model.state_dict(), expected.state_dict())
 
 
 def test_adapters_need_peft(monkeypatch):
@@ -260,12 +251,6 @@ def workshop(tmp_path_factory) -> Path:
     run("compress", folder / "base", folder / "folded", *options, "--window", "0")
     run("compress", folder / "base", folder / "bases", *options, "--window", "8", "--bases-only")
     return folder
-
-
-def run(*arguments) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.mark.parametrize("kind", ["windowed", "folded", "bases"])

@@ -4,8 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
-from test_quantised import small as quantised
-from tiny import random_basis, tiny, tokens
+from tiny import quantised_model, random_basis, tiny, tokens
 from transformers import QuantizedCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
@@ -89,6 +88,6 @@ def test_beside_a_window_ours_is_named():
 
 
 def test_codes_are_not_quantised_again():
-    model = quantised(window=0, dtype=torch.float32)
+    model = quantised_model(window=0, dtype=torch.float32)
     with pytest.raises(EigenAttnError, match="quantised already"):
         relative_error(model, stand_in(model, 1))

@@ -7,10 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import run
 from tiny import save_tiny
-from typer.testing import CliRunner
 
-from eigenattn.cli import app
 from eigenattn.config import EigenAttentionConfig
 from eigenattn.errors import EigenAttnError
 from eigenattn.report.inspection import Inspection
@@ -34,12 +33,6 @@ document.body.innerHTML = JSON.stringify({
   width: window.innerWidth, back: colours.backgroundColor, ink: colours.color,
 });
 </script>"""
-
-
-def run(*arguments) -> str:
-    result = CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.fixture(scope="module")

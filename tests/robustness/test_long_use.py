@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from helpers import windows
 from tiny import HEAD_DIM, random_basis, tiny, tokens
 from transformers import DynamicCache
 
@@ -17,9 +18,6 @@ from eigenattn.models.conversion import convert_attention, eigen_layers
 # `make long` raises both.
 LENGTH = int(os.environ.get("EIGENATTN_LONG", "300"))
 TURNS = max(LENGTH // 20, 20)
-WINDOW = 6
-
-windows = pytest.mark.parametrize("window", [0, WINDOW])
 
 
 def small(name, window):
