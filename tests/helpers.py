@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import transformers
 from packaging.version import Version
 from tiny import tiny, tokens
 from torch import nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, cache_utils
 from transformers.cache_utils import Cache
 from typer.testing import CliRunner
 
@@ -35,6 +36,21 @@ NO_STATIC_WINDOW = {"mistral-sliding"}
 
 class Killed(BaseException):
     """What no handler of errors stops, as a signal that ends the process."""
+
+
+def skip_without(backend: str) -> None:
+    """Skip where the package of a quantised cache is absent, or this transformers has no such cache.
+
+    It asks nothing of ours: whatever fails then is a fault.
+    """
+    package = {"quanto": "optimum-quanto", "hqq": "hqq"}.get(backend)
+    if package is not None:
+        try:
+            version(package)
+        except PackageNotFoundError:
+            pytest.skip(f"{package} is not installed")
+    if backend == "fp8" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("this transformers has no fp8 cache")
 
 
 def has_static(name: str, window: int, masked: bool = False) -> bool:

@@ -20,7 +20,10 @@ cases = pytest.mark.parametrize(("name", "window"), CASES)
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """A function that makes chunks small, which counts them; before it is called all fits in one."""
+    """A function that makes chunks small, which counts them; before it is called all fits in one.
+
+    Every test that has it reads some in the end.
+    """
     calls = []
     plain = chunked.attend_far
 
@@ -30,7 +33,8 @@ def chunks(monkeypatch):
         monkeypatch.setattr(chunked, "attend_far", lambda *a, **k: calls.append(1) or plain(*a, **k))
         return calls
 
-    return begin
+    yield begin
+    assert calls
 
 
 @torch.no_grad()

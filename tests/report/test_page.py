@@ -86,9 +86,8 @@ def test_page_loads_nothing(made):
     assert "<script" not in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
-    assert {
-        target for target in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page) for target in target if target
-    } <= set(ids)
+    targets = {each for pair in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page) for each in pair if each}
+    assert targets and targets <= set(ids)
 
 
 def test_page_of_quantised_and_shared_latents():
