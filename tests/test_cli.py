@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import run
 from tiny import save_tiny
 from typer.testing import CliRunner
 
@@ -35,12 +36,6 @@ def compressed(base, text, tmp_path_factory) -> Path:
     return out
 
 
-def run(*arguments) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
 def run_json(*arguments) -> dict:
     return json.loads(run(*arguments, "--json", "-"))
 
@@ -64,10 +59,12 @@ def test_compress_json(base, text, tmp_path):
     assert {"seconds", "forward_seconds", "peak_memory_bytes"} <= set(report)
 
 
-@pytest.mark.parametrize("target", [("--energy", "0.9"), ("--error-budget", "0.05"), ("--kv-ratio", "1.0")])
-def test_every_target(base, text, tmp_path, target):
-    report = run_json("compress", base, tmp_path / "out", "--text", text, *target, *COMPRESS)
-    assert 0 < report["kv_ratio"] <= 1
+@pytest.mark.parametrize(("target", "value"), [("energy", 0.9), ("error_budget", 0.05), ("kv_ratio", 1.0)])
+def test_every_target(base, text, tmp_path, target, value):
+    option = f"--{target.replace('_', '-')}"
+    report = run_json("compress", base, tmp_path / "out", "--text", text, option, value, *COMPRESS)
+    assert report["kv_ratio"] == 1 if target == "kv_ratio" else 0.3 < report["kv_ratio"] < 1
+    assert run_json("inspect", tmp_path / "out")["method"][target] == value
 
 
 def test_texts_mix_and_the_model_writes_its_own(base, text, tmp_path):

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from helpers import generate
 from tiny import tiny, tokens
 
 from eigenattn import EigenAttentionConfig, EigenCache, compress
@@ -41,16 +42,7 @@ def test_generates(name, window, bits, finetuned, evict):
     model = (tuned if finetuned else compressed)(name, bits, window)
     cache = EigenCache(model.config, **EVICTION[evict])
     with torch.no_grad():
-        ids = model.generate(
-            PROMPT,
-            attention_mask=torch.ones_like(PROMPT),
-            past_key_values=cache,
-            use_cache=True,
-            do_sample=False,
-            max_new_tokens=6,
-            min_new_tokens=6,
-            pad_token_id=0,
-        )
+        ids = generate(model, PROMPT, length=6, past_key_values=cache, use_cache=True)
     assert ids.shape == (2, 54)
     assert cache.get_seq_length() == 53
     assert cache.kept_tokens == {None: 53, "streaming": 16, "snapkv": 45}[evict]

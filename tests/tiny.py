@@ -14,7 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from eigenattn.cache.packing import Widths
 from eigenattn.compression.bases import Basis, Quantiser
+from eigenattn.compression.folding import compress_layer
+from eigenattn.config import ALONE, Sharing
 from eigenattn.models.attention import EigenAttention
+from eigenattn.models.conversion import convert_attention, eigen_layers
 
 VOCABULARY = 128
 HEAD_DIM = 16
@@ -40,6 +43,11 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+# Channels of each width, or plain ones, of the latents of keys and of values.
+WIDTHS = Widths(3, 0, 5, 3), Widths(2, 0, 1, 6)
+RANKS = 12, 8
+# For models whose sides have every width between them.
+WIDTHS_K, WIDTHS_V = Widths(3, 3, 2, 3), Widths(2, 0, 1, 6)
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 # name -> (model type, configuration)
@@ -164,6 +172,61 @@ def tiny(name: str, attn_implementation: str | None = None, **overrides) -> torc
 def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
     """Token ids [B, T], none of them special."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def converted(name: str = "llama", **overrides) -> tuple[torch.nn.Module, list[EigenAttention]]:
+    """A tiny model whose attention is ours, at full rank, and its layers."""
+    model = tiny(name, **overrides)
+    convert_attention(model)
+    return model, eigen_layers(model)
+
+
+def compressed(
+    name: str,
+    window: int,
+    quantised: bool = False,
+    sharing: Sharing = ALONE,
+    joint: bool = False,
+    **overrides,
+) -> torch.nn.Module:
+    """A tiny model compressed by arbitrary bases.
+
+    Args:
+        name: of the tiny model.
+        window: tokens of the exact window; 0 for none.
+        quantised: whether latents are codes, of `WIDTHS`, and not plain, of `RANKS`.
+        sharing: KV heads that share a latent of keys, and of values.
+        joint: whether a token's keys and values share a latent, which is as keys' alone would be.
+        overrides: of the tiny model's configuration.
+    """
+    model, layers = converted(name, **overrides)
+    for index, attention in enumerate(layers):
+        if quantised:
+            sides = zip(WIDTHS, sharing, strict=True)
+            keys, values = (quantised_basis(attention, each, True, index, n, joint) for each, n in sides)
+        else:
+            sides = zip(RANKS, sharing, strict=True)
+            keys, values = (random_basis(attention, rank, True, index, n, joint) for rank, n in sides)
+        compress_layer(attention, keys, None if joint else values, window, sharing)
+    return model
+
+
+def quantised_model(
+    name: str = "llama",
+    window: int = 6,
+    widths_k: Widths = WIDTHS_K,
+    widths_v: Widths = WIDTHS_V,
+    dtype: torch.dtype = torch.float64,
+) -> torch.nn.Module:
+    """A tiny model of quantised latents, of keys and of values apart and in every width.
+
+    In float64 rounding noise of shapes and orders stays far from the edges between codes.
+    """
+    model, layers = converted(name)
+    for index, attention in enumerate(layers):
+        keys = quantised_basis(attention, widths_k, True, seed=index)
+        compress_layer(attention, keys, quantised_basis(attention, widths_v, True, seed=50 + index), window)
+    return model.to(dtype)
 
 
 def random_basis(

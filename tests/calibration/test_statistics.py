@@ -1,16 +1,9 @@
 import pytest
 import torch
-from tiny import tiny, tokens
+from tiny import converted, tokens
 
 from eigenattn import EigenAttnError
 from eigenattn.calibration.statistics import Batch, LayerMoments, collect_moments, second_moment
-from eigenattn.models.conversion import convert_attention, eigen_layers
-
-
-def converted(name="llama"):
-    model = tiny(name)
-    convert_attention(model)
-    return model, eigen_layers(model)
 
 
 def test_second_moment_against_a_loop():

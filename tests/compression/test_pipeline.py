@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from helpers import same, state
 from tiny import tiny, tokens
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
@@ -14,10 +15,6 @@ from eigenattn.compression.ranks import RANK_RULES
 from eigenattn.models.conversion import eigen_layers
 
 SMALL = {"rank_multiple": 2, "window": 4}
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 @torch.no_grad()
@@ -93,7 +90,7 @@ def test_compression_is_deterministic():
         model = tiny("llama")
         compress(model, [tokens(2, 40)], EigenAttentionConfig(kv_ratio=0.6, **SMALL))
         results.append(state(model))
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert same(*results)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +112,7 @@ def test_bad_input_leaves_the_model_as_it_was(batches, config):
     assert "\n" not in str(error.value)
     assert [type(m) for m in model.modules()] == classes
     assert model.training
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert same(model.state_dict(), before)
     compress(model, [ids], EigenAttentionConfig(kv_ratio=0.6, **SMALL))  # and it can be tried again
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import random_basis, tiny, tokens
+from tiny import converted, random_basis, tiny, tokens
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.codebook import Codebook, level_table
@@ -14,7 +14,7 @@ from eigenattn.calibration.latent_histograms import Histograms
 from eigenattn.compression.bases import Basis
 from eigenattn.compression.codebooks import Fit, fit
 from eigenattn.compression.quantise import CHOICES, allocate, joint_costs, key_costs, quantised, value_costs
-from eigenattn.models.conversion import convert_attention, eigen_layers
+from eigenattn.models.conversion import eigen_layers
 
 
 def samples(kind, n=4000):
@@ -103,7 +103,7 @@ def test_a_head_without_attention_still_has_a_quantiser():
 
 def test_costs_start_at_the_spectrum_and_fall():
     z, weight = samples("normal")
-    attention = converted()
+    _, (attention, *_) = converted()
     basis = random_basis(attention, 1, True)
     spectrum = float((z.double().square().squeeze(-1) * weight).sum() / weight.sum())
     basis = type(basis)(basis.encoder[:1], basis.decoder[:1], torch.full((1, 1), spectrum), basis.mean)
@@ -141,12 +141,6 @@ def test_joint_costs():
     assert float(values[1]) == pytest.approx((error**2 * 0.5 + (1 - error) * error * 0.1) / 0.5, rel=0.05)
     torch.testing.assert_close(both, 0.25 * keys + 0.75 * values)
     assert (both.diff() < 0).all()
-
-
-def converted():
-    model = tiny("llama")
-    convert_attention(model)
-    return eigen_layers(model)[0]
 
 
 def tables(seed, sides=3, channels=4):
@@ -207,7 +201,7 @@ def test_budgets_that_cannot_be_met_say_what_is_possible():
 
 
 def test_a_quantised_basis_is_sorted_by_width():
-    attention = converted()
+    _, (attention, *_) = converted()
     basis, widths = random_basis(attention, 6, True), torch.tensor([8, 2, 0, 8, 4, 2])
     error = {bits: torch.full((2, 6), float(bits)) + torch.arange(6) / 10 for bits in BITS}
     levels = {bits: each.unsqueeze(-1) * torch.arange(1, 5) for bits, each in error.items()}

@@ -94,7 +94,7 @@ def test_error_budget_stops_at_the_first_excess():
 def test_error_budget_gives_touchy_layers_more():
     ranks = RANK_RULES["error_budget"](problem(kv_ratio=0.5, ranks="error_budget"))
     sizes = [sum(pair) for pair in ranks]
-    assert sizes[1] == max(sizes)
+    assert sizes[1] > max(sizes[0], sizes[2])
 
 
 def test_a_larger_budget_never_keeps_more():

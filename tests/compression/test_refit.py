@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import quantised_basis, random_basis, tiny, tokens
+from tiny import converted, quantised_basis, random_basis, tiny, tokens
 
 from eigenattn import EigenAttentionConfig, compress
 from eigenattn.cache.packing import Widths
@@ -14,18 +14,11 @@ from eigenattn.compression.folding import attach, detach
 from eigenattn.compression.refit import LeastSquares, refit
 from eigenattn.config import ALONE, Sharing
 from eigenattn.journal import Journal
-from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.progress import TokenProgress
 
 BARS = TokenProgress(False)
 RANK = 6
 BATCHES = [Batch(tokens(2, 40)), Batch(tokens(1, 50, seed=7))]
-
-
-def converted(name):
-    model = tiny(name)
-    convert_attention(model)
-    return model, eigen_layers(model)
 
 
 def random_pairs(layers, sharing=ALONE, quantised=False):

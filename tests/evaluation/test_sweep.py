@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import skip_without
 from tiny import save_tiny, tiny, tokens
-from transformers import cache_utils
 
 from eigenattn import EigenAttentionConfig, compress
 from eigenattn.cache.store import room_for
@@ -150,8 +150,8 @@ def test_figures_of_a_sweep(base, tmp_path):
     assert float(rows[1]["divergence (held out)"]) == small["texts"][0]["divergence"]
 
 
-@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8 cache")
 def test_a_rival_reads_through_a_quantised_cache(base, tmp_path):
+    skip_without("fp8")
     grid = Grid([1.0], windows=[8], ranks=["uniform"])
     sweep(base, tmp_path / "sweep", grid)
     rival = sweep(base, tmp_path / "sweep", grid, rivals=[Rival.of("fp8")])["cells"]["fp8/8"]

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from test_families import close, in_pieces, padded
-from test_quantised import small as quantised
-from tiny import random_basis, tiny, tokens
+from helpers import WINDOW, close, generate, in_pieces, padded, windows
+from tiny import quantised_model, random_basis, tiny, tokens
 from transformers import DynamicCache
 
 from eigenattn import EigenAttnError, EigenCache
@@ -18,10 +17,9 @@ from eigenattn.config import ALONE, Sharing
 from eigenattn.kernels.reference import causal_mask
 from eigenattn.models.conversion import convert_attention, eigen_layers
 
-WINDOW, LENGTH = 6, 104
+LENGTH = 104
 # A prompt, some tokens, a short turn, and a second prompt.
 PIECES = [45, 1, 1, 9, 1, 36, *[1] * 11]
-windows = pytest.mark.parametrize("window", [0, WINDOW])
 rules = pytest.mark.parametrize(("evict", "budget"), [("snapkv", 38), ("streaming", 20), ("snapkv", 0.8)])
 
 
@@ -93,7 +91,7 @@ def test_against_masks_in_a_pass_without_a_cache(name, evict, budget, window):
 @windows
 @rules
 def test_quantised_latents(evict, budget, window):
-    model, ids = quantised(window=window), tokens(2, LENGTH)
+    model, ids = quantised_model(window=window), tokens(2, LENGTH)
     found, visible = evicted_reading(model, ids, EigenCache(model.config, evict=evict, budget=budget))
     close(found, masked_reading(model, ids, visible))
 
@@ -139,26 +137,16 @@ def test_padded_batches_generate_what_single_prompts_do(name, evict, budget, win
     mask = torch.ones_like(ids)
     mask[1, :15] = 0
 
-    def generate(ids, mask, **options):
+    def written(ids, mask=None, **options):
         cache = EigenCache(model.config, evict=evict, budget=budget)
-        found = model.generate(
-            ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            do_sample=False,
-            max_new_tokens=16,
-            min_new_tokens=16,
-            pad_token_id=0,
-            **options,
-        )
-        return found[:, ids.shape[1] :]
+        return generate(model, ids, mask, 16, past_key_values=cache, **options)[:, ids.shape[1] :]
 
-    both = generate(ids, mask)
-    assert torch.equal(both[:1], generate(long, torch.ones_like(long)))
-    assert torch.equal(both[1:], generate(short, torch.ones_like(short)))
-    beams = generate(ids, mask, num_beams=3)
-    assert torch.equal(beams[:1], generate(long, torch.ones_like(long), num_beams=3))
-    assert torch.equal(beams[1:], generate(short, torch.ones_like(short), num_beams=3))
+    both = written(ids, mask)
+    assert torch.equal(both[:1], written(long))
+    assert torch.equal(both[1:], written(short))
+    beams = written(ids, mask, num_beams=3)
+    assert torch.equal(beams[:1], written(long, num_beams=3))
+    assert torch.equal(beams[1:], written(short, num_beams=3))
 
 
 @torch.no_grad()
@@ -231,7 +219,7 @@ def test_streaming_holds_sinks_and_recent_tokens():
     ("evict", "budget", "kept"), [("snapkv", 38, 42), ("streaming", 20, 20), ("streaming", 99, 54)]
 )
 def test_bytes_are_those_planned(evict, budget, kept, bits, window):
-    model = quantised(window=window) if bits else small(window=window, sharing=Sharing(1, 2))
+    model = quantised_model(window=window) if bits else small(window=window, sharing=Sharing(1, 2))
     cache = EigenCache(model.config, evict=evict, budget=budget)
     in_pieces(model, tokens(2, 54), cache, [50] + [1] * 4)
     assert cache.kept_tokens == kept
@@ -285,21 +273,12 @@ def test_batches_of_a_cache_change_and_move(window):
 def test_assistants_are_refused(evict):
     model, ids = small(), tokens(1, 50)
 
-    def generate(cache):
-        return model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            prompt_lookup_num_tokens=3,
-            do_sample=False,
-            max_new_tokens=20,
-            min_new_tokens=20,
-            pad_token_id=0,
-        )
+    def drafted(cache):
+        return generate(model, ids, length=20, past_key_values=cache, prompt_lookup_num_tokens=3)
 
     with pytest.raises(EigenAttnError, match="assistant's drafts"):
-        generate(EigenCache(model.config, evict=evict, budget=38))
-    assert torch.equal(generate(EigenCache(model.config)), generate(None))
+        drafted(EigenCache(model.config, evict=evict, budget=38))
+    assert torch.equal(drafted(EigenCache(model.config)), drafted(None))
 
 
 @torch.no_grad()

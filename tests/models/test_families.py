@@ -7,8 +7,17 @@ import inspect
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
+from helpers import (
+    LENGTH,
+    NO_STATIC_CACHE_WITHOUT_MASK,
+    WINDOW,
+    close,
+    generate,
+    has_static,
+    in_pieces,
+    padded,
+    windows,
+)
 from tiny import HEAD_DIM, TINY, random_basis, tiny, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
@@ -21,22 +30,6 @@ from eigenattn.models.families import FAMILIES
 
 NAMES = list(TINY)
 RANK_K, RANK_V = 12, 8
-TOLERANCE = 1e-4
-LENGTH = 30
-WINDOW = 6
-# Where the original itself fails: Falcon's ALiBi does not fit a static cache's mask.
-NO_STATIC_CACHE = {"falcon-alibi"}
-# Nor did BLOOM's before transformers 5.21, unless the mask was as long as the cache: `generate` makes it so.
-OLD_BLOOM = {"bloom"} if Version(transformers.__version__) < Version("5.21") else set()
-NO_STATIC_CACHE_WITHOUT_MASK = NO_STATIC_CACHE | OLD_BLOOM
-# A window beside nothing but sliding layers: refused with a static cache (see test_window.py).
-NO_STATIC_WINDOW = {"mistral-sliding"}
-
-
-def has_static(name: str, window: int, masked: bool = False) -> bool:
-    fails = NO_STATIC_CACHE if masked else NO_STATIC_CACHE_WITHOUT_MASK
-    return name not in fails and not (window and name in NO_STATIC_WINDOW)
-
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
 
@@ -57,28 +50,6 @@ def with_bases(
         if folded:
             fold(attention)
     return model
-
-
-def padded(ids: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left padding in front of each row, and the attention mask."""
-    pad = torch.zeros(ids.shape[0], room, dtype=ids.dtype)
-    return torch.cat([pad, ids], 1), torch.cat([pad, torch.ones_like(ids)], 1)
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
-
-
-@torch.no_grad()
-def in_pieces(model: nn.Module, ids: torch.Tensor, cache, sizes: list[int]) -> torch.Tensor:
-    """Logits of a text that goes through a cache in pieces."""
-    logits, start = [], 0
-    for size in sizes:
-        end = start + size
-        out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
-        logits.append(out.logits)
-        start = end
-    return torch.cat(logits, dim=1)
 
 
 @torch.no_grad()
@@ -143,12 +114,6 @@ def test_left_padding_equals_single(name, folded, window):
     close(batched[1:, 8:], small(short).logits)
 
 
-def generate(model, ids, mask=None, **options):
-    mask = torch.ones_like(ids) if mask is None else mask
-    settings = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0, **options}
-    return model.generate(ids, attention_mask=mask, **settings)
-
-
 @torch.no_grad()
 @ways
 def test_generate(name, folded, window):
@@ -169,7 +134,7 @@ def test_generate(name, folded, window):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("window", [0, WINDOW])
+@windows
 def test_save_and_load(name, window, tmp_path):
     small, ids = tiny(name), tokens(2, LENGTH)
     compress(small, [ids], EigenAttentionConfig(kv_ratio=0.6, ranks="uniform", rank_multiple=2, window=window))

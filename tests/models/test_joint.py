@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_families import close, in_pieces
-from test_shared import LENGTH, WINDOW, check_caches, check_generation, names, windows
+from helpers import LENGTH, WINDOW, check_caches, check_generation, close, in_pieces, names, windows
 from tiny import HEAD_DIM, quantised_basis, random_basis, tiny, tokens
 from transformers import AutoModelForCausalLM, DynamicCache
 

@@ -5,13 +5,12 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from tiny import TINY, quantised_basis, random_basis, tiny, tokens
+from helpers import windows
+from tiny import TINY, compressed, tiny, tokens
 from torch._dynamo.backends.debugging import aot_eager
 from transformers import DynamicCache, StaticCache
 
 from eigenattn import EigenAttnError, kernels
-from eigenattn.cache.packing import Widths
-from eigenattn.compression.folding import compress_layer
 from eigenattn.config import ALONE, Sharing
 from eigenattn.kernels import selection
 from eigenattn.models import decoding
@@ -20,7 +19,6 @@ from eigenattn.models.conversion import convert_attention, eigen_layers
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WIDTHS = Widths(3, 0, 5, 3), Widths(2, 0, 1, 6)
 ONE, TWO = {"num_hidden_layers": 1}, {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 # Rotary positions of every kind, ALiBi as families pass it, none, norms, soft caps, and layers that slide: interpreting
 # takes time, so each meets what it may not get along with.
@@ -41,17 +39,8 @@ def triton(monkeypatch):
 
 
 def small(name, window, quantised=False, sharing=ALONE, joint=False):
-    model = tiny(name, **(ONE if "layer_types" not in TINY[name][1] else TWO))
-    convert_attention(model)
-    for index, attention in enumerate(eigen_layers(model)):
-        if quantised:
-            sides = zip(WIDTHS, sharing, strict=True)
-            keys, values = (quantised_basis(attention, each, True, index, n, joint) for each, n in sides)
-        else:
-            sides = zip((12, 8), sharing, strict=True)
-            keys, values = (random_basis(attention, rank, True, index, n, joint) for rank, n in sides)
-        compress_layer(attention, keys, None if joint else values, window, sharing)
-    return model.to(DEVICE)
+    layers = ONE if "layer_types" not in TINY[name][1] else TWO
+    return compressed(name, window, quantised, sharing, joint, **layers).to(DEVICE)
 
 
 @torch.no_grad()
@@ -97,7 +86,7 @@ def test_static_caches(name, window, triton):
     compare(model, triton, static(model))
 
 
-@pytest.mark.parametrize("window", [0, 6])
+@windows
 @pytest.mark.parametrize("name", ["llama", "mpt"])
 def test_quantised_latents_go_to_the_kernel_packed(name, window, triton, monkeypatch):
     model = small(name, window, quantised=True)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers import Killed, same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny, tokens
@@ -59,10 +60,6 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def same(one, other) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize(
     "name, config",
     [
@@ -114,9 +111,6 @@ def test_goes_on_where_it_was(tmp_path, monkeypatch):
     config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=0)
     whole, spread = made("llama", tmp_path / "base")
     compress(whole, BATCHES, config)
-
-    class Killed(BaseException):
-        pass
 
     def interrupted():
         yield from BATCHES[:3]

@@ -3,10 +3,13 @@
 Models are in float64: rounding noise of shapes and orders then stays far from the edges between codes.
 """
 
+from functools import partial
+
+import helpers
 import pytest
 import torch
-from test_families import NO_STATIC_CACHE_WITHOUT_MASK, NO_STATIC_WINDOW, in_pieces
-from tiny import TINY, quantised_basis, tiny, tokens
+from helpers import LENGTH, WINDOW, generate, has_static, in_pieces, windows
+from tiny import TINY, WIDTHS_K, WIDTHS_V, quantised_basis, quantised_model, tiny, tokens
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import eigenattn
@@ -21,22 +24,7 @@ from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.models.maps import QUANTISERS
 
 NAMES = [name for name in TINY if name not in ("mixtral", "qwen3_moe")]  # their experts know no float64
-WINDOW, LENGTH = 6, 30
-WIDTHS_K, WIDTHS_V = Widths(3, 3, 2, 3), Widths(2, 0, 1, 6)
-windows = pytest.mark.parametrize("window", [0, WINDOW])
-
-
-def small(name="llama", window=WINDOW, widths_k=WIDTHS_K, widths_v=WIDTHS_V, dtype=torch.float64):
-    model = tiny(name)
-    convert_attention(model)
-    for index, attention in enumerate(eigen_layers(model)):
-        keys = quantised_basis(attention, widths_k, True, seed=index)
-        compress_layer(attention, keys, quantised_basis(attention, widths_v, True, seed=50 + index), window)
-    return model.to(dtype)
-
-
-def close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+close, write = partial(helpers.close, tolerance=1e-5), partial(generate, length=16)
 
 
 @torch.no_grad()
@@ -44,11 +32,11 @@ def close(a, b, tolerance=1e-5):
     ("name", "window"), [*((name, WINDOW) for name in NAMES), ("llama", 0), ("opt", 0), ("mpt", 0)]
 )
 def test_cached_equals_uncached(name, window):
-    model, ids = small(name, window), tokens(2, LENGTH)
+    model, ids = quantised_model(name, window), tokens(2, LENGTH)
     exact = model(ids, use_cache=False).logits
     close(in_pieces(model, ids, DynamicCache(config=model.config), [1] * LENGTH), exact)
     close(in_pieces(model, ids, DynamicCache(config=model.config), [13, 1, 16]), exact)
-    if name not in NO_STATIC_CACHE_WITHOUT_MASK | NO_STATIC_WINDOW:
+    if has_static(name, window):
         close(in_pieces(model, ids, StaticCache(config=model.config, max_cache_len=48), [20] + [1] * 10), exact)
     for attention in eigen_layers(model):
         attention.widths_k = attention.widths_v = None
@@ -59,7 +47,7 @@ def test_cached_equals_uncached(name, window):
 @windows
 @pytest.mark.parametrize("name", ["llama", "mpt"])
 def test_the_cache_holds_codes_of_the_latents(name, window):
-    model, ids = small(name, window), tokens(2, LENGTH)
+    model, ids = quantised_model(name, window), tokens(2, LENGTH)
     attention, seen = eigen_layers(model)[0], []
     attention.observer = lambda layer, heads, kwargs: seen.append(heads)
     cache = DynamicCache(config=model.config)
@@ -83,7 +71,7 @@ def test_the_cache_holds_codes_of_the_latents(name, window):
 @windows
 @pytest.mark.parametrize("length", [1, 6, 7, 71, 72])
 def test_bytes_are_those_planned(window, length):
-    model = small(window=window)
+    model = quantised_model(window=window)
     cache = DynamicCache(config=model.config)
     for piece in tokens(2, length).tensor_split([length - 1], dim=1):
         if piece.shape[1]:
@@ -97,31 +85,26 @@ def test_bytes_are_those_planned(window, length):
 @windows
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_generate(name, window):
-    model, long, short = small(name, window), tokens(1, 20), tokens(1, 9, seed=4)
-    options = {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16, "pad_token_id": 0}
-
-    def generate(ids, mask=None, **more):
-        return model.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **options, **more)
-
-    alone = generate(long)
-    assert torch.equal(alone, generate(long, use_cache=False))
-    assert torch.equal(alone, generate(long, prefill_chunk_size=4))
-    assert torch.equal(alone, generate(long, prompt_lookup_num_tokens=3))
-    assert torch.equal(alone, generate(long, cache_implementation="static", disable_compile=True))
-    assert torch.equal(generate(long, num_beams=3), generate(long, num_beams=3, use_cache=False))
+    model, long, short = quantised_model(name, window), tokens(1, 20), tokens(1, 9, seed=4)
+    alone = write(model, long)
+    assert torch.equal(alone, write(model, long, use_cache=False))
+    assert torch.equal(alone, write(model, long, prefill_chunk_size=4))
+    assert torch.equal(alone, write(model, long, prompt_lookup_num_tokens=3))
+    assert torch.equal(alone, write(model, long, cache_implementation="static", disable_compile=True))
+    assert torch.equal(write(model, long, num_beams=3), write(model, long, num_beams=3, use_cache=False))
     room = torch.zeros(1, 11, dtype=torch.int64)
     ids = torch.cat([long, torch.cat([room, short], 1)])
     mask = torch.ones_like(ids)
     mask[1, :11] = 0
-    both = generate(ids, mask)
+    both = write(model, ids, mask)
     assert torch.equal(both[0], alone[0])
-    assert torch.equal(both[1, 20:], generate(short)[0, 9:])
+    assert torch.equal(both[1, 20:], write(model, short)[0, 9:])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_cropping_what_the_last_update_brought_is_exact(name):
-    model, ids = small(name), tokens(1, 40)
+    model, ids = quantised_model(name), tokens(1, 40)
     exact = model(ids).logits
     cache = DynamicCache(config=model.config)
     model(ids[:, :20], past_key_values=cache)
@@ -134,7 +117,7 @@ def test_cropping_what_the_last_update_brought_is_exact(name):
 @pytest.mark.parametrize("quantiser", [False, True])
 def test_batches_of_a_cache_change_and_move(quantiser):
     """What beams, contrastive search and offloading do to a cache between two passes."""
-    model, ids = small(), tokens(2, LENGTH)
+    model, ids = quantised_model(), tokens(2, LENGTH)
     if not quantiser:
         for attention in eigen_layers(model):
             attention.widths_k = attention.widths_v = None
@@ -153,7 +136,7 @@ def test_batches_of_a_cache_change_and_move(quantiser):
 @torch.no_grad()
 @windows
 def test_one_graph_with_a_static_cache(window):
-    model, ids = small(window=window), tokens(1, 10)
+    model, ids = quantised_model(window=window), tokens(1, 10)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     exact = model(ids).logits
@@ -169,7 +152,7 @@ def test_many_bits_at_full_rank_are_nearly_the_original():
     ids, errors = tokens(2, LENGTH), []
     exact = tiny("llama")(ids).logits
     for full in (Widths(16, 0, 0, 0), Widths(0, 16, 0, 0), Widths(0, 0, 16, 0), Widths(0, 0, 0, 16)):
-        model = small(widths_k=full, widths_v=full)
+        model = quantised_model(widths_k=full, widths_v=full)
         for attention in eigen_layers(model):
             for name in QUANTISERS:
                 getattr(attention, name).mul_(2)  # wide enough to clip hardly anything
@@ -182,7 +165,7 @@ def test_many_bits_at_full_rank_are_nearly_the_original():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     ids = tokens(2, LENGTH)
-    exact, half = small()(ids).logits, small(dtype=dtype)
+    exact, half = quantised_model()(ids).logits, quantised_model(dtype=dtype)
     cached = in_pieces(half, ids, DynamicCache(config=half.config), [20] + [1] * 10)
     assert cached.dtype == dtype
     assert (cached - exact).abs().mean() < 0.15 * exact.std()
@@ -198,7 +181,7 @@ def marked(model, window):
 @windows
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_save_and_load(name, window, tmp_path):
-    model, ids = marked(small(name, window), window), tokens(2, LENGTH)
+    model, ids = marked(quantised_model(name, window), window), tokens(2, LENGTH)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert eigen_layers(again)[0].widths_k == WIDTHS_K
@@ -207,7 +190,7 @@ def test_save_and_load(name, window, tmp_path):
 
 @torch.no_grad()
 def test_bases_alone(tmp_path):
-    model, ids = marked(small(), WINDOW), tokens(2, LENGTH)
+    model, ids = marked(quantised_model(), WINDOW), tokens(2, LENGTH)
     save_bases(model, tmp_path)
     again = eigenattn.attach(tiny("llama").double(), tmp_path)
     assert torch.equal(again(ids).logits, model(ids).logits)
@@ -229,7 +212,7 @@ def test_malformed_widths_are_refused(layer):
 
 
 def test_gradients_pass_the_quantisers():
-    model, ids = small(), tokens(1, LENGTH)
+    model, ids = quantised_model(), tokens(1, LENGTH)
     attention = eigen_layers(model)[1]
     model(ids, use_cache=False).logits.square().sum().backward()
     assert attention.key_encoder.grad.abs().sum() > 0

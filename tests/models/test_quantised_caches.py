@@ -1,11 +1,9 @@
 """transformers' own quantised caches: they hold plain latents where their groups fit, and say what else to do."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 import pytest
 import torch
-from test_quantised import small as quantised
-from tiny import random_basis, tiny, tokens
+from helpers import skip_without
+from tiny import quantised_model, random_basis, tiny, tokens
 from transformers import QuantizedCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
@@ -43,15 +41,9 @@ def stand_in(model, group):
 
 
 def backend(name, model, **options):
+    skip_without(name)
     if name == "fp8":
-        try:
-            return QuantizedCache(backend=name, config=model.config)
-        except ValueError:
-            pytest.skip("transformers has no fp8 cache yet")
-    try:
-        version({"quanto": "optimum-quanto"}.get(name, name))
-    except PackageNotFoundError:
-        pytest.skip(f"{name} is not installed")
+        return QuantizedCache(backend=name, config=model.config)
     axis = {"axis_key": 1, "axis_value": 1} if name == "hqq" else {}
     return QuantizedCache(backend=name, config=model.config, residual_length=4, **axis, **options)
 
@@ -89,6 +81,6 @@ def test_beside_a_window_ours_is_named():
 
 
 def test_codes_are_not_quantised_again():
-    model = quantised(window=0, dtype=torch.float32)
+    model = quantised_model(window=0, dtype=torch.float32)
     with pytest.raises(EigenAttnError, match="quantised already"):
         relative_error(model, stand_in(model, 1))

@@ -4,23 +4,18 @@ import copy
 
 import pytest
 import torch
-from test_families import close, generate, has_static, in_pieces, padded
+from helpers import LENGTH, WINDOW, check_caches, check_generation, close, in_pieces, names, windows
 from tiny import HEAD_DIM, quantised_basis, random_basis, tiny, tokens
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.packing import Widths
-from eigenattn.cache.size import allocated_bytes, cache_bytes, kv_ratio
+from eigenattn.cache.size import kv_ratio
 from eigenattn.compression.bases import Basis
 from eigenattn.compression.folding import attach, compress_layer
 from eigenattn.config import Sharing
 from eigenattn.models.conversion import convert_attention, eigen_layers
 
-# Grouped queries, rotary in part and scaled, norms, learned positions, ALiBi, fused projections, sliding windows.
-NAMES = ["llama", "phi3-partial", "qwen3", "opt", "mpt", "bloom", "gpt_neox", "gemma3", "mistral-sliding"]
-LENGTH, WINDOW = 30, 6
-names = pytest.mark.parametrize("name", NAMES)
-windows = pytest.mark.parametrize("window", [0, WINDOW])
 BOTH, VALUES = Sharing(2, 2), Sharing(1, 2)
 sharings = pytest.mark.parametrize("sharing", [BOTH, VALUES])
 
@@ -77,40 +72,11 @@ def test_full_rank_changes_nothing(name, window, sharing):
     close(in_pieces(full, ids, DynamicCache(config=model.config), [13, 1, 16]), model(ids).logits)
 
 
-@torch.no_grad()
-def check_caches(model, name, window):
-    """Through every kind of cache a model gives what it gives without one, and a cache takes the bytes planned."""
-    ids = tokens(2, LENGTH)
-    exact = model(ids, use_cache=False).logits
-    assert (exact - tiny(name)(ids).logits).abs().max() > 1e-2
-    close(in_pieces(model, ids, DynamicCache(config=model.config), [1] * LENGTH), exact)
-    close(in_pieces(model, ids, DynamicCache(config=model.config), [13, 1, 16]), exact)
-    if has_static(name, window):
-        close(in_pieces(model, ids, StaticCache(config=model.config, max_cache_len=48), [20] + [1] * 10), exact)
-    if name != "mistral-sliding":
-        cache = DynamicCache(config=model.config)
-        model(ids[:, :-1], past_key_values=cache, use_cache=True)
-        model(ids[:, -1:], past_key_values=cache, use_cache=True)
-        if name != "gemma3":  # whose sliding layers hold less
-            assert allocated_bytes(cache) == 2 * cache_bytes(eigen_layers(model), 4, LENGTH, window)
-
-
 @sharings
 @windows
 @names
 def test_cached_equals_uncached(name, window, sharing):
     check_caches(small(name, window, sharing), name, window)
-
-
-@torch.no_grad()
-def check_generation(model):
-    """Greedy decoding and beams give the same with a cache and without one, and in padded batches."""
-    short = tokens(1, 9)
-    ids, mask = padded(short, 6)
-    greedy = generate(model, short)
-    assert torch.equal(generate(model, short, use_cache=False), greedy)
-    assert torch.equal(generate(model, ids, mask)[:, 6:], greedy)
-    assert torch.equal(generate(model, short, num_beams=3), generate(model, short, num_beams=3, use_cache=False))
 
 
 @sharings

@@ -7,10 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import run
 from tiny import save_tiny
-from typer.testing import CliRunner
 
-from eigenattn.cli import app
 from eigenattn.config import EigenAttentionConfig
 from eigenattn.errors import EigenAttnError
 from eigenattn.report.inspection import Inspection
@@ -34,12 +33,6 @@ document.body.innerHTML = JSON.stringify({
   width: window.innerWidth, back: colours.backgroundColor, ink: colours.color,
 });
 </script>"""
-
-
-def run(*arguments) -> str:
-    result = CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +86,8 @@ def test_page_loads_nothing(made):
     assert "<script" not in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
-    assert {
-        target for target in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page) for target in target if target
-    } <= set(ids)
+    targets = {each for pair in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page) for each in pair if each}
+    assert targets and targets <= set(ids)
 
 
 def test_page_of_quantised_and_shared_latents():

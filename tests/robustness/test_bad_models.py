@@ -111,7 +111,9 @@ def test_fewer_tokens_than_dimensions(basis, window):
     exact = model(ids).logits
     compress(model, [ids], EigenAttentionConfig(kv_ratio=0.75, ranks="uniform", basis=basis, window=window))
     assert finite(model)
-    assert (model(ids).logits - exact).abs().max() < exact.std()
+    error = (model(ids).logits - exact).abs().max() / exact.std()
+    # Queries and keys of 10 tokens fill more than the 12 dimensions that stay, and `eigen` holds both alike.
+    assert error < (0.2 if basis == "eigen" and window else 1e-4)
 
 
 @pytest.mark.parametrize("window", [0, 4])

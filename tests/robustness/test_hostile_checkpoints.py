@@ -169,6 +169,8 @@ def test_configuration_files_of_bases(bases, original, tmp_path_factory):
     folder = copied(bases, tmp_path_factory)
     valid = json.loads((bases / CONFIG_FILE).read_text())
 
+    refused = set()
+
     @fuzz(4)
     @given(tampered(valid), st.binary(max_size=3), st.integers(0, 2000))
     def attempt(values, noise, where):
@@ -176,9 +178,10 @@ def test_configuration_files_of_bases(bases, original, tmp_path_factory):
         if noise:
             content = content[:where] + noise + content[where + 1 :]
         (folder / CONFIG_FILE).write_bytes(content)
-        attach_or_refuse(folder, original)
+        refused.add(attach_or_refuse(folder, original))
 
     attempt()
+    assert refused == {True, False}  # inputs of both kinds were tried
 
 
 def test_headers_of_bases(bases, original, tmp_path_factory):
@@ -188,15 +191,18 @@ def test_headers_of_bases(bases, original, tmp_path_factory):
     (length,) = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
 
+    refused = set()
+
     @fuzz(4)
     @given(tampered(header), st.sampled_from([0, 0, 0, 1, -1, 2**40, 2**63]))
     def attempt(values, off):
         text = json.dumps(values).encode()
         announced = max(len(text) + off, 0)
         (folder / BASES_FILE).write_bytes(struct.pack("<Q", announced) + text + data)
-        attach_or_refuse(folder, original)
+        refused.add(attach_or_refuse(folder, original))
 
     attempt()
+    assert refused == {True, False}  # inputs of both kinds were tried
 
 
 def test_quantised_bases(quantised, original, tmp_path_factory):
@@ -204,33 +210,41 @@ def test_quantised_bases(quantised, original, tmp_path_factory):
     save_bases(quantised, folder)
     valid = json.loads((folder / CONFIG_FILE).read_text())
 
+    refused = set()
+
     @fuzz(4)
     @given(tampered(valid["layers"]))
     def attempt(layers):
         (folder / CONFIG_FILE).write_text(json.dumps({**valid, "layers": layers}))
-        attach_or_refuse(folder, original)
+        refused.add(attach_or_refuse(folder, original))
 
     attempt()
+    assert refused == {True, False}  # inputs of both kinds were tried
 
 
 def test_bytes_of_bases(bases, original, tmp_path_factory):
     folder = copied(bases, tmp_path_factory)
     content = (bases / BASES_FILE).read_bytes()
 
+    refused = set()
+
     @fuzz(4)
     @given(st.integers(0, len(content) - 1), st.binary(min_size=1, max_size=16), st.booleans())
     def attempt(where, noise, cut):
         changed = content[:where] if cut else content[:where] + noise + content[where + len(noise) :]
         (folder / BASES_FILE).write_bytes(changed)
-        attach_or_refuse(folder, original)
+        refused.add(attach_or_refuse(folder, original))
 
     attempt()
+    assert refused == {True, False}  # inputs of both kinds were tried
 
 
 def test_whole_checkpoints(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     model.save_pretrained(folder)
     valid = json.loads((folder / "config.json").read_text())
+
+    refused = set()
 
     @fuzz(20)
     @given(tampered(valid["quantization_config"]))
@@ -240,10 +254,13 @@ def test_whole_checkpoints(model, tmp_path_factory):
             loaded = load_model(Source.of(str(folder)), device="cpu")
         except EigenAttnError as error:
             assert "\n" not in str(error)
+            refused.add(True)
             return
+        refused.add(False)
         assert loaded(IDS).logits.isfinite().all()
 
     attempt()
+    assert refused == {True, False}
 
 
 def refuses(folder, original) -> str:

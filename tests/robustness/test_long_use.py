@@ -6,7 +6,8 @@ import threading
 
 import pytest
 import torch
-from tiny import HEAD_DIM, random_basis, tiny, tokens
+from helpers import windows
+from tiny import random_basis, tiny, tokens
 from transformers import DynamicCache
 
 from eigenattn.cache.layers import ROLLBACK
@@ -17,9 +18,6 @@ from eigenattn.models.conversion import convert_attention, eigen_layers
 # `make long` raises both.
 LENGTH = int(os.environ.get("EIGENATTN_LONG", "300"))
 TURNS = max(LENGTH // 20, 20)
-WINDOW = 6
-
-windows = pytest.mark.parametrize("window", [0, WINDOW])
 
 
 def small(name, window):
@@ -133,4 +131,3 @@ def test_threads_with_caches_of_their_own(window):
     for thread in threads:
         thread.join()
     assert all(torch.equal(one, expected[number]) for number in range(4) for one in found[number])
-    assert {attention.head_dim for attention in eigen_layers(model)} == {HEAD_DIM}
