@@ -194,7 +194,7 @@ class LatentLayer(CacheLayerMixin):
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
         held = [store.rows for store in self.stores]
-        return held + [self.window_keys, self.window_values] if self.window and self.is_initialized else held
+        return [*held, self.window_keys, self.window_values] if self.window and self.is_initialized else held
 
     def _map(self, change: Callable[[Tensor], Tensor], batch: bool = True) -> None:
         if not self.is_initialized:

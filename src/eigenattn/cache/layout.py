@@ -1,4 +1,4 @@
-"""Of what latents a layer's cache consists. Bytes, shapes, and how far heads may be split follow from this one value."""
+"""Of what latents a layer's cache consists: one value, from which bytes, shapes and what stays together follow."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ def cache_bytes(layers: Sequence[Layout], element_size: int, length: int, kept: 
     """Bytes of the cache of one sequence of `length` tokens in decoding, the exact window included.
 
     The window holds one token more than its size: the last one, which can still be taken back, displaces none. Latents
-    lie in a store with room behind them (`eigenattn.cache.store`), which counts too; an uncompressed layer is counted as
-    transformers' own cache has it, without.
+    lie in a store with room behind them (`eigenattn.cache.store`), which counts too; an uncompressed layer is counted
+    as transformers' own cache has it, without.
 
     Args:
         kept: tokens that a cache which evicts holds of them in every layer; None for other caches.

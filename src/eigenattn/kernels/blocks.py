@@ -40,8 +40,8 @@ def split_masks(
 ) -> Tensor:
     """Who sees whom, over far keys and near keys side by side.
 
-    Query m sees key n exactly if `m - window < n`, and through its latent if `n <= m - window` or if no exact form of it
-    is held. It sees none behind itself, unless there is a mask that shows some.
+    Query m sees key n exactly if `m - window < n`, and through its latent if `n <= m - window` or if no exact form of
+    it is held. It sees none behind itself, unless there is a mask that shows some.
 
     Args:
         queries: columns of the queries [T].

@@ -1,8 +1,8 @@
 """Attention of one pass over what a cache holds: latents of far tokens, and the exact window.
 
 Query m sees keys m - W + 1 .. m exactly and all earlier ones through their latents, with a cache and without one, in
-prefill and in decoding; without a window all of them through latents (arXiv 2408.05646, section 4). There are three ways
-to compute that: one query a row, chunks of keys, and all at once.
+prefill and in decoding; without a window all of them through latents (arXiv 2408.05646, section 4). There are three
+ways to compute that: one query a row, chunks of keys, and all at once.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def one_query(layer: EigenAttention, this: ForwardPass, q: Tensor, sight: Sight)
 
 
 def in_chunks(layer: EigenAttention, this: ForwardPass, q: Tensor, sight: Sight) -> Tensor:
-    """Many queries over many keys, which are decoded a chunk at a time: what a pass needs beside the cache is one chunk."""
+    """Many queries over many keys, decoded a chunk at a time: what a pass needs beside the cache is one chunk."""
     far, near, window, t = sight.far, sight.near, layer.layout.window, q.shape[-2]
     query, near_first = int(sight.query), 0 if near is None else int(near.first)
     # A soft cap is on whole scores, and what the mean adds is known behind it only.

@@ -62,8 +62,8 @@ class ForwardPass:
         """
         if self.implementation not in BACKENDS:
             raise EigenAttnError(
-                f"{self.implementation} cannot attend with an exact window, or where tokens are evicted: load the model "
-                'with attn_implementation="sdpa".'
+                f"{self.implementation} cannot attend with an exact window, or where tokens are evicted: load the "
+                'model with attn_implementation="sdpa".'
             )
         return BACKENDS[self.implementation]
 

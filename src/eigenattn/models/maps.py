@@ -14,20 +14,20 @@ from ..cache.packing import pack, unpack
 from ..kernels.decoding import Side
 from .memoised import memoised
 
-# A side whose vectors are stored as they are needs none of these. Maps are stored as [G * R, D] and means as [G * D], so
-# that tensor parallelism can split them by head. Where N KV heads share a latent, maps are [G/N * R, N * D]. Where a
+# A side whose vectors are stored as they are needs none of these. Maps are stored as [G * R, D] and means as [G * D],
+# so that tensor parallelism can split them by head. Where N KV heads share a latent, maps are [G/N * R, N * D]. Where a
 # token's keys and values share one, both sides' maps are to and from it.
 MAPS = ("key_encoder", "key_decoder", "key_mean", "value_encoder", "value_decoder", "value_mean")
-# What codes of each channel of a coded latent stand for (`eigenattn.cache.codebook`), [G/N * R, 4], under the name of the
-# first of its sides.
+# What codes of each channel of a coded latent stand for (`eigenattn.cache.codebook`), [G/N * R, 4], under the name of
+# the first of its sides.
 QUANTISERS = ("key_levels", "value_levels")
 
 
 class LatentMaps(nn.Module):
     """What a layer's encoders, decoders, means and quantisers do to keys, values, queries and sums.
 
-    The layer that inherits it has registered `MAPS` and `QUANTISERS`, and sets what is annotated here. Latents, and rows
-    that a cache holds, are tuples with one tensor for each latent of the layout.
+    The layer that inherits it has registered `MAPS` and `QUANTISERS`, and sets what is annotated here. Latents, and
+    rows that a cache holds, are tuples with one tensor for each latent of the layout.
     """
 
     heads: int
@@ -53,7 +53,7 @@ class LatentMaps(nn.Module):
         return apart() if trains else memoised(self, f"_{name}_by_head", [stored], apart)
 
     def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values [B, G, T, D] to latents [B, G/N, T, R]; what is latent already, or stored as it is, passes."""
+        """Keys and values [B, G, T, D] to latents [B, G/N, T, R]; what is latent, or stored as it is, passes."""
         vectors = dict(zip(SIDES, (keys, values), strict=True))
         return tuple(
             functools.reduce(operator.add, (self._encode(vectors[side], side) for side in latent.sides))

@@ -206,7 +206,7 @@ class Step:
     window: Window | None = None
     mask: Tensor | None = None
     softcap: float | None = None
-    memoised: Callable[[Hashable, Callable[[], Any]], Any] = lambda name, compute: compute()  # noqa: E731
+    memoised: Callable[[Hashable, Callable[[], Any]], Any] = lambda name, compute: compute()
 
     @property
     def far_keys(self) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...cache.packing import unpack
-from .arguments import Rotary, Side, Step, pairs
+from .arguments import Rotary, Side, Step, in_pairs, pairs
 
 
 class _Keys(NamedTuple):
@@ -36,8 +36,7 @@ class _Keys(NamedTuple):
 
 def decode(step: Step) -> Tensor:
     """See `eigenattn.kernels.decoding.Step`."""
-    b, h = step.q.shape[:2]
-    g = step.kv_heads
+    h, g = step.q.shape[1], step.kv_heads
     keys = _in_sight(step)
     scores = _scores(step, keys, g) * step.scale  # [B, H, F + N]
     if step.softcap is not None:
@@ -120,7 +119,7 @@ def _scores(step: Step, keys: _Keys, g: int) -> Tensor:
     q, side, latents = step.q, step.keys, keys.rows[step.keys.row]
     dtype = torch.promote_types(q.dtype, torch.float32)
     if step.rotary is not None:
-        found = _rotated(step, step.rotary, keys, latents, g)
+        q, found = _rotated(step, step.rotary, keys, latents, g)
         return _times(q, found.transpose(-1, -2)).to(dtype)
     q_far = q if side.decoder is None else (_by_group(q, g) @ side.decoder.transpose(-1, -2)).flatten(1, 2)
     scores = _times(q_far, latents.transpose(-1, -2)).to(dtype)
@@ -131,8 +130,8 @@ def _scores(step: Step, keys: _Keys, g: int) -> Tensor:
     return torch.cat([scores, _times(q, keys.near_keys.transpose(-1, -2)).to(dtype)], dim=-1)
 
 
-def _rotated(step: Step, rotary: Rotary, keys: _Keys, latents: Tensor, g: int) -> Tensor:
-    """Keys decoded and at their positions, [B, G, F + N, D].
+def _rotated(step: Step, rotary: Rotary, keys: _Keys, latents: Tensor, g: int) -> tuple[Tensor, Tensor]:
+    """Queries [B, H, D], and keys [B, G, F + N, D] decoded and at their positions, with dimensions in one order.
 
     On a CPU in fp32 they are decoded into one buffer, which is the same for all layers of a pass, pair by pair, and
     rotated there by one product of complex numbers. Elsewhere PyTorch's complex numbers are slow or absent.
@@ -146,7 +145,7 @@ def _rotated(step: Step, rotary: Rotary, keys: _Keys, latents: Tensor, g: int) -
         first, second = (found[..., dims].to(torch.promote_types(q.dtype, torch.float32)) for dims in rotary.pairs())
         together = [first * turns.real - second * turns.imag, second * turns.real + first * turns.imag]
         rotated = torch.stack(together, -1).flatten(-2) if rotary.interleaved else torch.cat(together, dim=-1)
-        return torch.cat([rotated.to(q.dtype), found[..., width:]], dim=-1)
+        return q, torch.cat([rotated.to(q.dtype), found[..., width:]], dim=-1)
     shape = (len(q), g, keys.count, q.shape[-1])
     room = step.memoised(("room", *shape), lambda: q.new_empty(shape))
     decoder, mean = side.paired(width, rotary.interleaved)
@@ -157,7 +156,7 @@ def _rotated(step: Step, rotary: Rotary, keys: _Keys, latents: Tensor, g: int) -
     if keys.near_keys is not None:
         _put(room[:, :, keys.far :], keys.near_keys, width, rotary.interleaved)
     torch.view_as_complex(room[..., :width].unflatten(-1, (-1, 2))).mul_(turns)
-    return room
+    return in_pairs(q, width, rotary.interleaved), room
 
 
 def _turns(step: Step, rotary: Rotary, keys: _Keys, g: int) -> Tensor:
@@ -182,7 +181,7 @@ def _decoded(latents: Tensor, decoder: Tensor | None, mean: Tensor | None, g: in
     """Latents [B, G/N, F, R] through decoders [G, R, D] and means [G, 1, D] of each head: [B, G, F, D]."""
     if decoder is None:
         return _shared_out(latents, g)
-    b, count, far, _ = latents.shape
+    b, count = latents.shape[:2]
     if count < g:
         found = latents.unsqueeze(2) @ decoder.unflatten(0, (count, -1))  # [B, G/N, N, F, D]
         found = found.flatten(1, 2) if mean is None else found.flatten(1, 2) + mean
@@ -210,12 +209,10 @@ def _masked(step: Step, keys: _Keys, scores: Tensor) -> tuple[Tensor, Tensor | N
         if keys.columns is None:
             mask = mask[..., : keys.count]
         else:
-            b, h = scores.shape[:2]
-            heads = max(mask.shape[1], keys.columns.shape[1])
+            h = scores.shape[1]
             places = keys.columns.clamp(0, mask.shape[-1] - 1).long()
-            places = _by_head(places, heads if heads == keys.columns.shape[1] else h)
-            mask = _by_head(mask, places.shape[1]).expand(b, -1, -1).gather(-1, places.expand(b, -1, -1))
-            mask = _by_head(mask, h)
+            places = places if mask.shape[1] == 1 else _by_head(places, h)
+            mask = _by_head(torch.take_along_dim(mask, places, dim=-1), h)
         if mask.dtype == torch.bool:
             seen = mask if seen is None else seen & mask
         else:

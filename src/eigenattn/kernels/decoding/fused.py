@@ -345,6 +345,11 @@ def _launch(
     return out
 
 
+def _numbers(widths: Widths | None) -> list[int]:
+    """Widths as a graph can hold them: bits, channels, bits, channels."""
+    return [] if widths is None else [number for pair in widths.counts for number in pair]
+
+
 def _widths(found: Sequence[int]) -> Widths | None:
     return Widths(tuple(zip(found[::2], found[1::2], strict=True))) if found else None
 
