@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .calibration.statistics import Batch
+
+class HasTokens(Protocol):
+    """What counts in tokens."""
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        ...
+
+
+AnyBatch = TypeVar("AnyBatch", bound=HasTokens)
 
 
 class TokenProgress:
@@ -32,7 +43,7 @@ class TokenProgress:
             progress.add_task(title, total=total, rate="")
             yield progress
 
-    def batches(self, title: str, batches: Iterable[Batch], total: int | None) -> Iterator[Batch]:
+    def batches(self, title: str, batches: Iterable[AnyBatch], total: int | None) -> Iterator[AnyBatch]:
         """Pass batches on, showing tokens a second."""
         tokens = 0
         with self.bar(title, total) as progress:
