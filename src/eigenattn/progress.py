@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+# A bar's one task.
+TASK = TaskID(0)
 
 
 class HasTokens(Protocol):
@@ -31,7 +34,7 @@ class TokenProgress:
 
     @contextmanager
     def bar(self, title: str, total: int | None) -> Iterator[Progress]:
-        """A bar of `total` steps; its task is number 0."""
+        """A bar of `total` steps; its task is `TASK`."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -50,5 +53,5 @@ class TokenProgress:
             for batch in batches:
                 yield batch
                 tokens += batch.tokens
-                elapsed = progress.tasks[0].elapsed or 1e-9
-                progress.update(0, advance=1, rate=f"{tokens / elapsed:,.0f} tokens/s")
+                elapsed = progress.tasks[TASK].elapsed or 1e-9
+                progress.update(TASK, advance=1, rate=f"{tokens / elapsed:,.0f} tokens/s")
