@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import re
 import sys
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -85,3 +87,16 @@ def test_page_says_what_is_folded(generator, name):
             side for side, size in zip(("queries", "keys", "values"), attention.projected, strict=True) if size == 8
         ]
         assert [*narrow, "output"] == generator.folded(*traits)
+
+
+def test_changelog_knows_this_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"## [{version}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_workflow_calls_targets_that_there_are():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    called = set(re.findall(r"run: make ([\w-]+)", workflow))
+    assert called == {"lint", "test", "test-oldest", "test-vllm"}
+    assert called <= set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))

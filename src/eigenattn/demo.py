@@ -17,7 +17,7 @@ from .evaluation.generation import Continuation, cache_bytes_used, continue_prom
 from .evaluation.perplexity import perplexity, windows_of
 from .journal import check_new
 from .models.loading import Source, load_model, load_tokenizer
-from .progress import TokenProgress
+from .progress import TASK, TokenProgress
 
 MODEL = "smollm2"
 PROMPT = "A dictionary in Python is a mapping from keys to values. To add an item"
@@ -54,7 +54,7 @@ def _measure(name: str, progress: bool) -> Side:
     held_out = tokenize(tokenizer, load_text(DEFAULT_SOURCE, "evaluation"))
     windows = windows_of(held_out, EVALUATION_TOKENS, LENGTH)
     with TokenProgress(progress).bar("Evaluating", len(windows)) as bar:
-        value = perplexity(model, windows, advance=lambda: bar.advance(0)).value
+        value = perplexity(model, windows, advance=lambda: bar.advance(TASK)).value
     allocated = cache_bytes_used(model, windows[:1])
     continuation = continue_prompt(model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS)
     del model

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
+import hashlib
 import os
+import sys
+import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import EigenAttnError
+
+# What file systems answer to a call that they do not have: network ones, and some of containers.
+MISSING = frozenset((errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF))
 
 
 @contextmanager
@@ -33,25 +40,74 @@ def whole(path: Path) -> Iterator[Path]:
 def lock(folder: Path, output: Path) -> int:
     """Keep other processes out of a folder, until the descriptor given is closed or this process ends.
 
+    Where folders cannot be locked (some network file systems) it warns, and nobody is kept out. On Windows it keeps out
+    processes of the same user on the same machine.
+
     Args:
         output: what is being written there, to be named.
 
     Raises:
         EigenAttnError: if another process has it.
+        OSError: if the folder cannot be opened.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = _openable(folder)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        _seize(descriptor)
+    except (BlockingIOError, PermissionError) as error:
         os.close(descriptor)
         raise EigenAttnError(f"another process is writing {output}: wait for it, or choose another output.") from error
+    except (OSError, ImportError) as error:
+        reason = getattr(error, "strerror", None) or error
+        warnings.warn(f"{folder} cannot be locked ({reason}): let no other process write {output}.", stacklevel=2)
     return descriptor
 
 
+def _openable(folder: Path) -> int:
+    """A descriptor of the folder, or, as Windows opens no folders, of a temporary file that stands for it."""
+    if sys.platform == "win32":
+        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+        return os.open(Path(tempfile.gettempdir()) / f"eigenattn-{name}.lock", os.O_RDWR | os.O_CREAT)
+    return os.open(folder, os.O_RDONLY)
+
+
+def _seize(descriptor: int) -> None:
+    """Lock it without waiting: `BlockingIOError`, or `PermissionError` on Windows, if another process has."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def synchronise(path: Path) -> None:
-    """Wait until a file or folder is on the disk, so that a power failure leaves it whole."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file or folder is on the disk, so that a power failure leaves it whole.
+
+    Where the file system cannot wait for it, nor can we. Windows has no call for folders.
+    """
+    if sys.platform == "win32":
+        if path.is_dir():
+            return
+        descriptor = os.open(path, os.O_RDWR)  # it synchronises only what could be written to
+    else:
+        descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in MISSING:
+            raise
     finally:
         os.close(descriptor)
+
+
+def open_up(folder: Path) -> None:
+    """Let whoever may read a folder that was made here read the files in it, too.
+
+    safetensors writes files that only their owner may read, whatever the umask.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(path.stat().st_mode | mode)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import EigenAttnError
-from .files import lock, synchronise
+from .files import lock, open_up, synchronise
 
 COMMAND_FILE = "command.json"
 
@@ -126,6 +126,7 @@ class Journal:
             with self._writing():
                 result.mkdir()
                 yield result
+                open_up(result)
                 for path in result.rglob("*"):
                     synchronise(path)
                 result.rename(self.out)

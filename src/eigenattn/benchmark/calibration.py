@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..calibration.statistics import Batch, collect_moments, forward_hidden
 from ..compression.bases import BASES
@@ -21,7 +21,9 @@ from .timing import in_turns, machine
 
 
 @torch.no_grad()
-def _passes(model: nn.Module, batches: list[Batch], config: EigenAttentionConfig, rounds: int) -> dict[str, float]:
+def _passes(
+    model: PreTrainedModel, batches: list[Batch], config: EigenAttentionConfig, rounds: int
+) -> dict[str, float]:
     """Seconds of a plain forward pass over the batches, and of one that collects statistics."""
     method = BASES[config.basis]
     device = batches[0].input_ids.device
@@ -63,10 +65,13 @@ def benchmark_calibration(
     Raises:
         EigenAttnError: if not exactly one of a model and a shape is given, or it cannot be loaded.
     """
-    if (name is None) == (shape is None):
+    if name is not None and shape is None:
+        model = load_model(Source.of(name), dtype, device)
+    elif shape is not None and name is None:
+        model = random_model(shape, dtype, device)
+    else:
         raise EigenAttnError("give a model, or --shape for one with random weights.")
     config = config or EigenAttentionConfig()
-    model = load_model(Source.of(name), dtype, device) if shape is None else random_model(shape, dtype, device)
     where = input_device(model)
     size = model.config.get_text_config().vocab_size
     ids = torch.randint(3, size, (samples, length), generator=torch.Generator().manual_seed(0))

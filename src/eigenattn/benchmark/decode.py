@@ -9,8 +9,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from ..cache.size import kv_ratio
 from ..errors import EigenAttnError
@@ -37,7 +38,7 @@ class StepTimes(StoppingCriteria):
 
 
 @torch.no_grad()
-def step_seconds(model: nn.Module, ids: Tensor, new_tokens: int, cache: str) -> list[float]:
+def step_seconds(model: Any, ids: Tensor, new_tokens: int, cache: str) -> list[float]:
     """Seconds of each step of decoding that follows a prompt [B, T]; reading the prompt is not among them."""
     clock = StepTimes()
     kind, _, compiled = cache.partition("-")
@@ -61,7 +62,7 @@ def step_seconds(model: nn.Module, ids: Tensor, new_tokens: int, cache: str) -> 
 
 
 @contextmanager
-def _compiled(model: nn.Module, cache: str) -> Iterator[None]:
+def _compiled(model: PreTrainedModel, cache: str) -> Iterator[None]:
     """With a dynamic cache, generate leaves compiling to who wants it."""
     plain = model.forward
     if cache == "dynamic-compiled":
@@ -125,7 +126,7 @@ def benchmark_decode(
                     for each, model in models.items():
                         taken = step_seconds(model, ids, new_tokens, cache)
                         steps[each] += taken if turn else []
-        except (torch._dynamo.exc.TorchDynamoException, NotImplementedError) as error:
+        except (TorchDynamoException, NotImplementedError) as error:
             failed.append({"cache": cache, "reason": str(error).strip().splitlines()[0]})
             continue
         medians = {each: statistics.median(found) for each, found in steps.items()}

@@ -129,20 +129,19 @@ def benchmark_kernel(
     kernels = [*(["torch"] if not fused or batch * length <= 2**18 else []), *(["triton"] if fused else [])]
 
     def latents(rank: int | Widths, shared: int = 1) -> tuple[Tensor, Side]:
-        extra, channels = {}, rank
-        if isinstance(rank, Widths):
-            channels = rank.channels
-            scale = torch.rand(kv_heads, channels, device=where)
-            # A little further apart at the ends than in the middle.
-            extra = {"widths": rank, "levels": scale.unsqueeze(-1) * torch.tensor([0, 1, 0, 1e-4], device=where)}
-            stored = torch.randint(256, (batch, kv_heads, far, rank.bytes), device=where, dtype=torch.uint8)
-        else:
+        if isinstance(rank, int):
             stored = normal(batch, kv_heads // shared, far, rank)
-        return stored, Side(normal(kv_heads, channels, head_dim), normal(kv_heads, head_dim), **extra)
+            return stored, Side(normal(kv_heads, rank, head_dim), normal(kv_heads, head_dim))
+        stored = torch.randint(256, (batch, kv_heads, far, rank.bytes), device=where, dtype=torch.uint8)
+        scale = torch.rand(kv_heads, rank.channels, device=where)
+        # A little further apart at the ends than in the middle.
+        levels = scale.unsqueeze(-1) * torch.tensor([0, 1, 0, 1e-4], device=where)
+        return stored, Side(normal(kv_heads, rank.channels, head_dim), normal(kv_heads, head_dim), rank, levels)
 
     cases = {f"({k}, {v})": (latents(k), latents(v)) for k, v in ranks}
     if bits is not None:
-        cases[f"{bits:g} bits"] = tuple(latents(widths_of(bits, head_dim)) for _ in range(2))
+        widths = widths_of(bits, head_dim)
+        cases[f"{bits:g} bits"] = latents(widths), latents(widths)
     if shared_values > 1:
         for k, v in ranks:
             together = latents(shared_values * v, shared_values)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
 from ..models.placement import input_device
@@ -35,14 +35,14 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, batch: int, length: int) -> None:
+def fill(model: PreTrainedModel, batch: int, length: int) -> None:
     """Read `length` tokens a row piece by piece, and decode one more, with a dynamic cache."""
     ids = torch.full((batch, length), 3, device=input_device(model))
     cache = read(model, ids, CHUNK)
     model(ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def _fits(model: nn.Module, batch: int, length: int) -> bool:
+def _fits(model: PreTrainedModel, batch: int, length: int) -> bool:
     try:
         fill(model, batch, length)
         torch.cuda.synchronize()

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from ..cache.size import allocated_bytes, kv_ratio
 from ..models.conversion import eigen_layers
@@ -17,7 +17,7 @@ from .timing import in_turns, machine
 
 
 @torch.no_grad()
-def read(model: nn.Module, ids: Tensor, chunk: int) -> DynamicCache:
+def read(model: PreTrainedModel, ids: Tensor, chunk: int) -> DynamicCache:
     """Read a prompt [B, T], `chunk` tokens a pass, into a dynamic cache."""
     cache = DynamicCache(config=model.config)
     for piece in ids.split(chunk, dim=1):
@@ -25,7 +25,7 @@ def read(model: nn.Module, ids: Tensor, chunk: int) -> DynamicCache:
     return cache
 
 
-def _peak(model: nn.Module, ids: Tensor, chunk: int) -> int | None:
+def _peak(model: PreTrainedModel, ids: Tensor, chunk: int) -> int | None:
     """Bytes that reading allocates at most beyond the cache it leaves, on a GPU."""
     if not ids.is_cuda:
         return None

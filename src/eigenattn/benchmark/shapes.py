@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import EigenAttnError
 from ..models.conversion import convert_attention, eigen_layers
@@ -72,7 +72,7 @@ def uniform_ranks(kv_ratio: float, size: int) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def shrink(model: nn.Module, kv_ratio: float, window: int) -> nn.Module:
+def shrink(model: PreTrainedModel, kv_ratio: float, window: int) -> PreTrainedModel:
     """Compress a model in place by random bases of uniform ranks: as fast as real ones, and good for nothing else."""
     convert_attention(model)
     for attention in eigen_layers(model):
@@ -84,7 +84,7 @@ def shrink(model: nn.Module, kv_ratio: float, window: int) -> nn.Module:
     return model
 
 
-def random_model(name: str, dtype: str | None, device: str | None) -> nn.Module:
+def random_model(name: str, dtype: str | None, device: str | None) -> PreTrainedModel:
     """A preset with random weights, in evaluation mode.
 
     Raises:
@@ -110,7 +110,7 @@ def contenders(
     window: int,
     dtype: str | None,
     device: str | None,
-) -> tuple[str, str, dict[str, Callable[[], nn.Module]]]:
+) -> tuple[str, str, dict[str, Callable[[], PreTrainedModel]]]:
     """What is compared: a model and its baseline, or a preset compressed and not.
 
     Returns:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from ..models.conversion import convert_attention, eigen_layers, restore_attenti
 from ..models.parallel import check_whole
 from ..models.placement import input_device, loaded
 from ..progress import TokenProgress
+from ..resources import peak_memory
 from ..version import versions
 from .bases import BASES, Bases, Basis, truncated
 from .checks import check_layer, check_range, check_vocabulary, check_weights
@@ -173,7 +172,7 @@ def compress(
         tokens=stream.tokens,
         seconds=clock.seconds,
         forward_seconds=forward_seconds,
-        peak_memory_bytes=_peak_memory(device),
+        peak_memory_bytes=peak_memory(device),
         config=config.to_dict(),
     )
     facts = {"tokens": stream.tokens, "versions": versions(), **(provenance or {})}
@@ -262,14 +261,6 @@ def _time_forward(model: nn.Module, stream: _Stream) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return (time.perf_counter() - start) * stream.tokens / sum(batch.tokens for batch in timed)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: by the device's allocator on a GPU, by the process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024
 
 
 class _Clock:

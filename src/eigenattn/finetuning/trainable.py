@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import EigenAttnError
@@ -34,7 +36,7 @@ class Trainable:
         EigenAttnError: if the model is not compressed, or at full rank; if adapters are needed and peft is absent.
     """
 
-    def __init__(self, model: nn.Module, lora_rank: int, lora_alpha: int, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, lora_rank: int, lora_alpha: int, seed: int) -> None:
         layers = eigen_layers(model)
         if not layers:
             raise EigenAttnError("this model is not compressed: compress it first.")
@@ -103,9 +105,9 @@ class Trainable:
             parameter.copy_(values[name])
         self.apply()
 
-    def merge(self) -> nn.Module:
+    def merge(self) -> PreTrainedModel:
         """The trained model, adapters merged into its weights, in evaluation mode."""
-        model = self.model if self.adapted is None else self.adapted.merge_and_unload(safe_merge=True)
+        model: Any = self.model if self.adapted is None else self.adapted.merge_and_unload(safe_merge=True)
         model.requires_grad_(True)
         return model.eval()
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..compression.checks import check_vocabulary
 from ..errors import EigenAttnError
 from ..journal import Journal
 from ..models.placement import input_device
-from ..progress import TokenProgress
+from ..progress import TASK, TokenProgress
 from .trainable import Trainable
 
 STAGE = "training"
@@ -110,15 +111,15 @@ class FinetuneReport:
 
 
 def finetune(
-    model: nn.Module,
+    model: PreTrainedModel,
     training: Tensor,
     validation: Tensor,
     config: FinetuneConfig | None = None,
     *,
-    baseline: nn.Module | None = None,
+    baseline: PreTrainedModel | None = None,
     journal: Journal | None = None,
     progress: bool = False,
-) -> tuple[nn.Module, FinetuneReport]:
+) -> tuple[PreTrainedModel, FinetuneReport]:
     """Train what a compressed model's low rank left over; see `Trainable` for what that is.
 
     Dropout is off, and a step follows from the seed and its number alone. So a run that goes on from its journal gives
@@ -150,7 +151,7 @@ def finetune(
     objective = _Objective(model, baseline, device)
     saved = time.monotonic()
     with TokenProgress(progress).bar("Training", config.steps) as bar:
-        bar.advance(0, state.step)
+        bar.advance(TASK, state.step)
         if not state.curve:
             state.judge(objective.validate(validation))
             if not math.isfinite(state.best_validation):
@@ -167,7 +168,7 @@ def finetune(
             if state.step % config.validate_every == 0 or state.step == config.steps:
                 state.judge(objective.validate(validation))
             state.seconds += time.perf_counter() - start
-            bar.update(0, advance=1, rate=f"{objective.measure} {state.curve[-1]['validation']:.4g}")
+            bar.update(TASK, advance=1, rate=f"{objective.measure} {state.curve[-1]['validation']:.4g}")
             if journal and (time.monotonic() - saved > SAVE_SECONDS or state.step == config.steps):
                 journal.write(STAGE, *state.to_keep())
                 saved = time.monotonic()
@@ -186,7 +187,7 @@ def finetune(
     )
 
 
-def _check(model: nn.Module, training: Tensor, validation: Tensor, baseline: nn.Module | None) -> None:
+def _check(model: PreTrainedModel, training: Tensor, validation: Tensor, baseline: PreTrainedModel | None) -> None:
     if model.dtype == torch.float16:
         raise EigenAttnError("gradients underflow in float16: train with --dtype bfloat16 or float32.")
     checkpoint = getattr(model.config, "quantization_config", None)
@@ -209,7 +210,7 @@ def _check(model: nn.Module, training: Tensor, validation: Tensor, baseline: nn.
 class _Objective:
     """The loss of one window, in nats a token."""
 
-    def __init__(self, model: nn.Module, baseline: nn.Module | None, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, baseline: PreTrainedModel | None, device: torch.device) -> None:
         self.model, self.baseline, self.device = model, baseline, device
         self.measure = "perplexity" if baseline is None else "divergence"
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import EigenAttnError
 from .bases_file import attach, read_bases_config
@@ -97,7 +96,7 @@ def load_model(
     *,
     max_memory: Mapping[int | str, str] | None = None,
     offload_folder: Path | None = None,
-) -> nn.Module:
+) -> PreTrainedModel:
     """The causal language model, original or compressed, in evaluation mode.
 
     Args:
