@@ -49,8 +49,8 @@ def main() -> None:
     found = {"plain": seconds()}
     bases = [eigen(moments) for moments in collect_moments(model, layers, [first], LayerMoments.of)]
     for window in (0, WINDOW):
-        for attention, (keys, values) in zip(layers, bases, strict=True):
-            attach(attention, keys.truncate(RANK), values.truncate(RANK), window)
+        for attention, of_layer in zip(layers, bases, strict=True):
+            attach(attention, [basis.truncate(RANK) for basis in of_layer], window)
         if not window:
             found["latents, no window"] = seconds()
     for block in (64, 128, 256, 512, 1024):
