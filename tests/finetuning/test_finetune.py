@@ -73,9 +73,9 @@ def test_distillation_wins_back_what_was_lost(name, window):
 
 
 @pytest.mark.parametrize("window", [0, 4])
-def test_quantised_latents_train_through_their_quantisers(window):
+def test_coded_latents_train_through_their_quantisers(window):
     model = tiny("llama")
-    compress(model, [tokens(4, 40, seed=3)], EigenAttentionConfig(bits_per_element=3, rank_multiple=4, window=window))
+    compress(model, [tokens(4, 40, seed=3)], EigenAttentionConfig(coded=True, kv_ratio=0.1875, window=window))
     before = state(model)
     config = FinetuneConfig(steps=6, batch_size=8, validate_every=3, learning_rate=1e-3, lora_rank=4, lora_alpha=4)
     model, report = finetune(model, TRAINING, TRAINING, config, baseline=tiny("llama"))
@@ -85,11 +85,11 @@ def test_quantised_latents_train_through_their_quantisers(window):
     assert set(QUANTISERS) <= {name.split(".")[-1] for name in before}  # they are there, and stay as they are
 
 
-@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("share", ["2", "2kv"])
 @pytest.mark.parametrize("window", [0, 4])
-def test_latents_that_heads_share(window, joint):
+def test_latents_that_heads_share(window, share):
     model = tiny("llama")
-    settings = {"kv_ratio": 0.5, "rank_multiple": 2, "ranks": "uniform", "shared_heads": 2, "joint": joint}
+    settings = {"kv_ratio": 0.5, "rank_multiple": 2, "ranks": "uniform", "share": share}
     compress(model, [tokens(4, 40, seed=3)], EigenAttentionConfig(**settings, window=window))
     before = state(model)
     model, report = finetune(model, TRAINING, TRAINING[:2], QUICK, baseline=tiny("llama"))

@@ -114,8 +114,8 @@ def kernel(
     share: Annotated[
         list[str],
         typer.Option(
-            help="Measure shared latents of the same bytes as well: 1-4 for values of four KV heads in one, 1kv for keys "
-            "and values of a head. May be repeated."
+            help="Measure shared latents of the same bytes as well: 1-4 for values of four KV heads in one, 1kv for "
+            "keys and values of a head. May be repeated."
         ),
     ] = [],  # noqa: B006
     rounds: Rounds = 50,

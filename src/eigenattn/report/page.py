@@ -70,9 +70,9 @@ def gather(
     inspection = inspect_checkpoint(name)
     if not inspection.compressed:
         raise EigenAttnError(f"{name} is not compressed: there is nothing to report.")
-    kept = Path(name) / EVALUATION
-    if evaluation is None and kept.is_file():
-        evaluation = kept
+    saved = Path(name) / EVALUATION
+    if evaluation is None and saved.is_file():
+        evaluation = saved
     return Material(
         name,
         inspection,
