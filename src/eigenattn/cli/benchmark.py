@@ -39,9 +39,10 @@ class ContestOptions:
     against: Annotated[str | None, typer.Option(help="The baseline, as a rule the uncompressed model.")] = None
     shape: ShapeName = None
     kv_ratio: Annotated[
-        float, typer.Option("--kv-ratio", min=0.05, max=1, help="With --shape: what the model is compressed to.")
+        float,
+        typer.Option("--kv-ratio", min=0.05, max=1, help="The KV ratio that a model of --shape is compressed to."),
     ] = 0.6
-    window: Annotated[int, typer.Option(min=0, help=f"With --shape: {WINDOW_HELP}; 0 for none.")] = 32
+    window: Annotated[int, typer.Option(min=0, help=f"{WINDOW_HELP}; 0 for none. Only with --shape.")] = 32
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,8 @@ def _show(result: dict[str, Any], output: OutputOptions, device: str | None, tab
 )
 @grouped
 def kernel(
+    *,
     heads: HeadOptions,
-    output: OutputOptions,
-    loading: LoadingOptions,
     ranks: Annotated[
         list[str], typer.Option(help="Ranks of keys and of values to measure, such as 80,80. May be repeated.")
     ] = ["80,80", "64,64"],  # noqa: B006
@@ -119,6 +119,8 @@ def kernel(
         ),
     ] = [],  # noqa: B006
     rounds: Rounds = 50,
+    output: OutputOptions,
+    loading: LoadingOptions,
 ) -> None:
     """One step of attention over latents, against full-rank attention by every kernel of PyTorch that runs here."""
     sizes, label = dict(vars(heads)), None
@@ -145,10 +147,9 @@ def kernel(
 )
 @grouped
 def decode(
-    contest: ContestOptions,
-    output: OutputOptions,
-    loading: LoadingOptions,
     model: Model = None,
+    *,
+    contest: ContestOptions,
     batch: Batch = 1,
     length: Annotated[int, typer.Option(min=1, help="How many tokens the prompt has.")] = 960,
     new_tokens: Annotated[int, typer.Option(min=2, help="How many tokens to decode in a round.")] = 16,
@@ -160,6 +161,8 @@ def decode(
             "first two by default. May be repeated."
         ),
     ] = None,
+    output: OutputOptions,
+    loading: LoadingOptions,
 ) -> None:
     """Tokens a second in transformers' generate, in turns with a baseline; reading the prompt is not counted."""
     caches = tuple(dict.fromkeys(cache)) if cache else None
@@ -193,10 +196,9 @@ def decode(
 )
 @grouped
 def prefill(
-    contest: ContestOptions,
-    output: OutputOptions,
-    loading: LoadingOptions,
     model: Model = None,
+    *,
+    contest: ContestOptions,
     batch: Batch = 1,
     length: Annotated[list[int], typer.Option(min=1, help="How many tokens the prompt has; may be repeated.")] = [  # noqa: B006
         1024,
@@ -206,6 +208,8 @@ def prefill(
         int | None, typer.Option(min=1, help="How many tokens to read in a pass; by default the whole prompt.")
     ] = None,
     rounds: Rounds = 3,
+    output: OutputOptions,
+    loading: LoadingOptions,
 ) -> None:
     """Tokens a second in reading a prompt, in turns with a baseline, and what it takes beyond the cache on a GPU."""
     found = benchmark_prefill(
@@ -232,13 +236,14 @@ def prefill(
 )
 @grouped
 def calibration(
-    output: OutputOptions,
-    loading: LoadingOptions,
     model: Model = None,
+    *,
     shape: ShapeName = None,
     samples: Annotated[int, typer.Option(min=1, help="How many windows of random tokens to read.")] = 16,
     length: Annotated[int, typer.Option(min=64, help="How many tokens a window has.")] = 1024,
     rounds: Rounds = 3,
+    output: OutputOptions,
+    loading: LoadingOptions,
 ) -> None:
     """Seconds of statistics against a plain forward pass over the same tokens, and of compressing; its peak memory."""
     found = benchmark_calibration(model, shape=shape, samples=samples, length=length, rounds=rounds, **vars(loading))
@@ -257,12 +262,13 @@ def calibration(
 )
 @grouped
 def memory(
-    contest: ContestOptions,
-    output: OutputOptions,
-    loading: LoadingOptions,
     model: Model = None,
+    *,
+    contest: ContestOptions,
     length: Annotated[int, typer.Option(min=1, help="The context at which the largest batch is searched for.")] = 4096,
     longest: Annotated[int, typer.Option(min=1, help="The longest context that is tried.")] = 131072,
+    output: OutputOptions,
+    loading: LoadingOptions,
 ) -> None:
     """The largest batch and the longest context before a GPU runs out of memory."""
     found = benchmark_memory(

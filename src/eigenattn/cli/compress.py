@@ -27,10 +27,9 @@ from .options import CalibrationOptions, CompressionOptions, LoadingOptions, Mem
 def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    *,
     compression: CompressionOptions,
     calibration: CalibrationOptions,
-    loading: LoadingOptions,
-    memory: MemoryOptions,
     bases_only: Annotated[
         bool,
         typer.Option(
@@ -39,6 +38,8 @@ def compress(
             "folded into the weights.",
         ),
     ] = False,
+    loading: LoadingOptions,
+    memory: MemoryOptions,
     json_file: Json = None,
 ) -> None:
     """Compress a model's KV cache and write the checkpoint; killed, it goes on with the same command."""

@@ -28,9 +28,9 @@ from .options import TEXT_HELP, EvaluationOptions, EvictionOptions, LoadingOptio
 @grouped
 def evaluate(
     model: Model,
+    *,
     evaluation: EvaluationOptions,
     eviction: EvictionOptions,
-    loading: LoadingOptions,
     baseline: Annotated[
         str | None,
         typer.Option("--baseline", "--against", help="The original model, to be measured on the same items."),
@@ -52,6 +52,7 @@ def evaluate(
     save: Annotated[
         bool, typer.Option("--save", help="Keep the result in the checkpoint's folder, and show it in its model card.")
     ] = False,
+    loading: LoadingOptions,
     json_file: Json = None,
 ) -> None:
     """Measure perplexity, tasks and retrieval; with a baseline also paired differences and agreement.

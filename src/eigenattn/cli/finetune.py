@@ -50,8 +50,8 @@ class TrainingOptions:
 def finetune(
     checkpoint: Annotated[str, typer.Argument(help="What `compress` wrote: a folder, of bases too, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    *,
     training: TrainingOptions,
-    loading: LoadingOptions,
     text: Annotated[
         list[str],
         typer.Option(
@@ -66,6 +66,7 @@ def finetune(
     ] = None,
     length: Annotated[int, typer.Option(min=2, help="How many tokens a window has.")] = 1024,
     validation_windows: Annotated[int, typer.Option(min=1, help="How many windows to hold out at the text's end.")] = 8,
+    loading: LoadingOptions,
     json_file: Json = None,
 ) -> None:
     """Train a compressed checkpoint, to win back what it lost; killed, it goes on with the same command.

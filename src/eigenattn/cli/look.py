@@ -28,13 +28,14 @@ from .options import EvictionOptions, LoadingOptions, grouped
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    *,
     eviction: EvictionOptions,
-    loading: LoadingOptions,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate at most.")] = 64,
     temperature: Annotated[
         float, typer.Option(min=0, help="The temperature of the sampling; at 0 the likeliest token is taken.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="The seed of the sampling.")] = 0,
+    loading: LoadingOptions,
     json_file: Json = None,
 ) -> None:
     """Continue a prompt."""

@@ -101,7 +101,7 @@ class MemoryOptions:
     ] = None
 
 
-TEXT_HELP = f"A .txt or .jsonl file, or one of {', '.join(SOURCES)}"
+TEXT_HELP = f"a .txt or .jsonl file, or one of {', '.join(SOURCES)}"
 SHARE_HELP = (
     "Which latents are shared. 1: every KV head has its own. 3: three neighbouring KV heads have one together. 1-3: "
     "they share that of their values alone. 3kv: keys and values of the three are one latent. The cache takes the same "

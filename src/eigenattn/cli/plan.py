@@ -32,13 +32,13 @@ def plan(
     kv_ratio: Annotated[
         float | None,
         typer.Option(
-            help="For an original: which share of its cache's bytes it would be compressed to. By default "
-            f"{DEFAULT_KV_RATIO}, and {DEFAULT_CODED_RATIO} with --coded."
+            help="The share of its cache's bytes that the model would be compressed to. By default "
+            f"{DEFAULT_KV_RATIO}, and {DEFAULT_CODED_RATIO} with --coded. Only for an original."
         ),
     ] = None,
-    coded: Annotated[bool, typer.Option("--coded", help=f"For an original: {CODED_HELP}")] = False,
-    window: Annotated[int | None, typer.Option(help=f"For an original: {WINDOW_HELP}; 32 by default.")] = None,
-    share: Annotated[str | None, typer.Option(help=f"For an original: {SHARE_HELP}")] = None,
+    coded: Annotated[bool, typer.Option("--coded", help=f"{CODED_HELP} Only for an original.")] = False,
+    window: Annotated[int | None, typer.Option(help=f"{WINDOW_HELP}; 32 by default. Only for an original.")] = None,
+    share: Annotated[str | None, typer.Option(help=f"{SHARE_HELP} Only for an original.")] = None,
     tensor_parallel_size: Annotated[
         int, typer.Option(min=1, help="How many GPUs share the heads of one copy of the model.")
     ] = 1,

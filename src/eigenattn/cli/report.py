@@ -25,7 +25,7 @@ from .options import LoadingOptions, grouped
 @grouped
 def report(
     model: Model,
-    loading: LoadingOptions,
+    *,
     out: Annotated[
         Path | None, typer.Option(help="The page to write; report.html in the checkpoint's folder by default.")
     ] = None,
@@ -39,6 +39,7 @@ def report(
         list[str], typer.Option(help=f"What both continue; may be repeated. {len(PROMPTS)} are built in.")
     ] = [],  # noqa: B006 (typer copies it)
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    loading: LoadingOptions,
 ) -> None:
     """Write one HTML page on a checkpoint: ranks, bytes, quality, spectra, where it comes from. It loads nothing."""
     if out is None and not Path(model).is_dir():

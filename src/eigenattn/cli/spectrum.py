@@ -32,7 +32,7 @@ SHOWN = (0.9, 0.99)
 def spectrum(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
-    loading: LoadingOptions,
+    *,
     basis: Annotated[
         str,
         typer.Option(
@@ -42,7 +42,7 @@ def spectrum(
     ] = "eigen",
     window: Annotated[
         int,
-        typer.Option(min=0, help=f"With the attention basis: {WINDOW_HELP}. Only what lies further back is looked at."),
+        typer.Option(min=0, help=f"{WINDOW_HELP}: with the attention basis, only what lies further back is looked at."),
     ] = 0,
     text: Annotated[
         list[str],
@@ -55,6 +55,7 @@ def spectrum(
     samples: Annotated[int, typer.Option(min=1, help="How many windows to draw from the text.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="How many tokens a window has.")] = 1024,
     seed: Annotated[int, typer.Option(help="The seed of the draw.")] = 0,
+    loading: LoadingOptions,
     json_file: Json = None,
 ) -> None:
     """Show how fast eigenvalues fall, by layer and head: pictures and JSON."""

@@ -100,9 +100,9 @@ class GridOptions:
 def sweep(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder of results; a sweep that is there goes on.")],
+    *,
     grid: GridOptions,
     evaluation: EvaluationOptions,
-    loading: LoadingOptions,
     rivals: Annotated[
         str, typer.Option(help=f"Compare with plain quantised caches: {NAMES}. {LIST}", metavar="LIST")
     ] = "",
@@ -126,6 +126,7 @@ def sweep(
     ] = False,
     samples: Annotated[str, typer.Option(help=f"How many calibration windows to draw from the text. {LIST}")] = "32",
     seed: Annotated[int, typer.Option(help="The seed of the draw.")] = 0,
+    loading: LoadingOptions,
     json_file: Json = None,
 ) -> None:
     """Measure quality against cache size: statistics are collected once, for all ratios.

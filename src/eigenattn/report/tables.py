@@ -120,7 +120,7 @@ def layout_table(layers: Sequence[Layout], element_size: int) -> TextTable:
     """The latents of each layer, a row each: their ranks, channels by width where they are coded, and bytes a token."""
     latents = [latent for layer in layers for latent in layer.latents]
     widths = sorted({bits for latent in latents if latent.widths for bits, _ in latent.widths.counts}, reverse=True)
-    heading = f"of {', '.join(map(str, widths))} bits"
+    heading = f"channels of {', '.join(map(str, widths))} bits"
     kinds = list(dict.fromkeys(latent.sides for latent in latents))
     headings, columns = ["layer"], []
     for sides in kinds:
@@ -129,7 +129,7 @@ def layout_table(layers: Sequence[Layout], element_size: int) -> TextTable:
         headings.append(f"rank of {name}")
         columns.append(["" if latent is None else f"{latent.rank} of {latent.full_rank}" for latent in found])
         if any(latent and latent.widths for latent in found):
-            headings.append(f"{name} {heading}")
+            headings.append(f"{name}, {heading}")
             counts = [dict(latent.widths.counts) if latent and latent.widths else None for latent in found]
             columns.append(["" if of is None else ", ".join(str(of.get(bits, 0)) for bits in widths) for of in counts])
     sizes = [f"{layer.bytes_per_token(element_size):,}" for layer in layers]
