@@ -17,7 +17,7 @@ from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..journal import Journal
 from ..kernels import BACKENDS
-from ..models.checkpoint import EigenAttnCheckpointConfig, mark_compressed
+from ..models.checkpoint_format import EigenAttnCheckpointConfig, mark_compressed
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
 from ..models.parallel import check_whole
 from ..models.placement import input_device, loaded
