@@ -17,7 +17,7 @@ from eigenattn.calibration.statistics import Batch, LayerMoments, collect_moment
 from eigenattn.calibration.text import load_text, sample_windows, tokenize
 from eigenattn.compression.bases import eigen
 from eigenattn.compression.folding import attach
-from eigenattn.kernels import windowed
+from eigenattn.kernels import blocks
 from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.models.loading import Source, load_model, load_tokenizer
 from eigenattn.version import versions
@@ -54,7 +54,7 @@ def main() -> None:
         if not window:
             found["latents, no window"] = seconds()
     for block in (64, 128, 256, 512, 1024):
-        windowed.QUERY_BLOCK = block
+        blocks.QUERY_BLOCK = block
         found[f"window, blocks of {block}"] = seconds()
     for name, value in found.items():
         print(f"{name}: {value:.3f} s, {value / found['plain']:.2f} of plain")

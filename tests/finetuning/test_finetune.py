@@ -13,7 +13,7 @@ from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.finetuning import FinetuneConfig, finetune, trainable, training
 from eigenattn.finetuning.trainable import Trainable
 from eigenattn.journal import Journal
-from eigenattn.kernels import windowed
+from eigenattn.kernels import blocks
 from eigenattn.models.conversion import eigen_layers
 from eigenattn.models.maps import MAPS, QUANTISERS
 
@@ -37,7 +37,7 @@ def small(name="llama", window=4, **overrides):
     ("name", "backend"), [("llama", "sdpa"), ("llama", "eager"), ("opt", "sdpa"), ("qwen3", "sdpa"), ("mpt-clip", None)]
 )
 def test_gradients_through_the_window_are_those_of_finite_differences(name, backend, monkeypatch):
-    monkeypatch.setattr(windowed, "QUERY_BLOCK", 7)  # several blocks of queries
+    monkeypatch.setattr(blocks, "QUERY_BLOCK", 7)  # several blocks of queries
     model = tiny(name, attn_implementation=backend).double()
     compress(model, [tokens(2, 40)], EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=4, ranks="uniform"))
     attention, ids = eigen_layers(model)[1], tokens(1, 20, seed=5)

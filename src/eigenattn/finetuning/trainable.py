@@ -121,7 +121,7 @@ def _unit(stored: Tensor, head_dim: int) -> Tensor:
 
 
 def _folded(attention: EigenAttention) -> list[nn.Module]:
-    """The projections of a layer that something was folded into: of a side that is compressed, and whose map is gone."""
+    """The projections of a layer that something was folded into: a side is compressed, and its map is gone."""
     family, layout = attention.family, attention.layout
     gone = {
         name: not layout.of(name.split("_")[0]).verbatim and getattr(attention, name) is None
