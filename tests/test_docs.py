@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import script
-from tiny import TINY, random_basis, tiny
+from tiny import TINY, some_bases, tiny
 
 from eigenattn.compression.folding import attach, fold
 from eigenattn.models.conversion import convert_attention, eigen_layers
@@ -67,8 +67,7 @@ def test_page_says_what_is_folded(generator, name):
     convert_attention(model)
     for attention in eigen_layers(model):
         traits = attention.rotates, attention.normalises, bool(attention.clip)
-        basis = random_basis(attention, 8, centred=False)
-        attach(attention, basis, basis)
+        attach(attention, some_bases(attention, sizes=(8, 8), centred=False))
         fold(attention)
         left = [name.replace("_", " ") for name in MAPS if getattr(attention, name) is not None]
         assert left == generator.at_run_time(*traits)
