@@ -1,6 +1,7 @@
 """The command line as a user meets it: in a process of its own for exit codes, in this one for speed."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_compress_json(base, text, tmp_path):
     report = json.loads(file.read_text())
     assert 0.3 < report["kv_ratio"] <= 0.5
     assert report["bytes_per_token"] < report["baseline_bytes_per_token"]
-    assert all({"rank_k", "rank_v"} == set(layer) for layer in report["layers"])
+    assert all([latent["sides"] for latent in layer["latents"]] == [["key"], ["value"]] for layer in report["layers"])
     assert {"seconds", "forward_seconds", "peak_memory_bytes"} <= set(report)
 
 
@@ -131,7 +132,7 @@ def test_sweep_of_calibrations(base, text, tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     options = ("--text", text, "--text", "self", "--length", "48", "--tokens", "96", "--copies", "0", "--window", "8")
     out = tmp_path / "study"
-    options = (*options, "--rivals", "plain-4", "--bits-per-element", "4", "--each-text", "--samples", "2,4")
+    options = (*options, "--rivals", "plain-4", "--coded", "--kv-ratio", "0.25", "--each-text", "--samples", "2,4")
     said = run("sweep", base, out, *options)
     assert "calibration.png" in said
     assert "4 bits" in said
@@ -173,28 +174,31 @@ def test_evicting(compressed, base, text):
 
 def test_latents_that_keys_and_values_share(base, text, tmp_path):
     options = ("--text", text, "--samples", "4", "--length", "64", "--window", "4", "--rank-multiple", "2")
-    run("compress", base, tmp_path / "out", "--joint", "--shared-heads", "2", "--kv-ratio", "0.5", *options)
-    assert "keys and values of 2 KV heads in one latent" in (tmp_path / "out" / "README.md").read_text()
+    run("compress", base, tmp_path / "out", "--share", "2kv", "--kv-ratio", "0.5", *options)
+    assert "latents of keys and values of 2 KV heads" in (tmp_path / "out" / "README.md").read_text()
     found = run_json("inspect", tmp_path / "out")
     assert 0.4 < found["kv_ratio"] <= 0.5
-    assert [layer["rank_v"] for layer in found["layers"]] == [0, 0, 0]
-    assert "rank of keys, or of both" in run("inspect", tmp_path / "out")
-    sweep = ("--kv-ratio", "0.5", "--joint", "--shared-heads", "2", *options, "--tokens", "128", "--copies", "0")
+    latents = [latent for layer in found["layers"] for latent in layer["latents"]]
+    assert [(latent["sides"], latent["heads"]) for latent in latents] == [(["key", "value"], 2)] * 3
+    assert "rank of keys and values" in " ".join(run("inspect", tmp_path / "out").split())
+    sweep = ("--kv-ratio", "0.5", "--share", "2kv", *options, "--tokens", "128", "--copies", "0")
     cells = run_json("sweep", base, tmp_path / "sweep", *sweep)["cells"]
     assert [cell["method"] for cell in cells.values()] == ["attention:2kv/sensitivity/4"]
-    assert "joint latents go with" in fails("compress", base, tmp_path / "no", "--joint", "--basis", "eigen")
+    assert "eigen" in fails("compress", base, tmp_path / "no", "--text", text, "--share", "2kv", "--basis", "eigen")
+    assert "share is written" in fails("compress", base, tmp_path / "no", "--share", "2-3kv")
 
 
-def test_quantised_latents(base, text, tmp_path):
+def test_coded_latents(base, text, tmp_path):
     options = ("--text", text, "--samples", "4", "--length", "64", "--window", "4", "--rank-multiple", "4")
-    run("compress", base, tmp_path / "out", "--bits-per-element", "3", *options)
-    run("compress", base, tmp_path / "bases", "--bits-per-element", "3", "--bases-only", *options)
+    run("compress", base, tmp_path / "out", "--coded", "--kv-ratio", "0.1875", *options)
+    run("compress", base, tmp_path / "bases", "--coded", "--kv-ratio", "0.1875", "--bases-only", *options)
     for folder in (tmp_path / "out", tmp_path / "bases"):
         found = run_json("inspect", folder)
         assert 2.5 < found["kv_ratio"] * 16 <= 3
         assert sum(found["bytes_by_layer"]) == found["bytes_per_token"]
-        assert all(sum(layer["widths_k"]) == layer["rank_k"] for layer in found["layers"])
-        assert "keys of 8, 6, 4, 2 bits" in (folder / "README.md").read_text()
+        latents = [latent for layer in found["layers"] for latent in layer["latents"]]
+        assert all(sum(latent["widths"].values()) == latent["rank"] for latent in latents)
+        assert re.search(r"\| keys, channels of [8642, ]* bits \|", (folder / "README.md").read_text())
     assert "bits" in run("inspect", tmp_path / "out")
     whole, attached = (run("generate", tmp_path / name, "The quick brown") for name in ("out", "bases"))
     assert whole == attached

@@ -21,7 +21,7 @@ EVICTION = {None: {}, "streaming": {"evict": "streaming", "budget": 16}, "snapkv
 @functools.cache
 def compressed(name, bits, window):
     model = tiny(name)
-    size = {"kv_ratio": 0.5, "ranks": "uniform"} if bits is None else {"bits_per_element": bits}
+    size = {"kv_ratio": 0.5, "ranks": "uniform"} if bits is None else {"coded": True, "kv_ratio": bits / 16}
     config = EigenAttentionConfig(**size, rank_multiple=4, window=window)
     compress(model, [tokens(4, 40, seed=3)], config, provenance={"base_model": "base"})
     return model

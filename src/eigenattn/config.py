@@ -40,8 +40,8 @@ class Sharing(NamedTuple):
         keys, values = (int(match[1]), int(match[3] or match[1])) if match else (0, 0)
         if not match or not keys or values % keys or not values:
             raise EigenAttnError(
-                f"share is written 3 (KV heads to a latent), 1-3 (of keys, and of values a multiple of it) or 3kv (keys "
-                f"and values in one), not {text!r:.60}."
+                f"share is written 3 (KV heads to a latent), 1-3 (of keys, and of values a multiple of it) or 3kv "
+                f"(keys and values in one), not {text!r:.60}."
             )
         return cls(keys, values, match[2] is not None)
 
@@ -49,6 +49,13 @@ class Sharing(NamedTuple):
         if self.joint:
             return f"{self.keys}kv"
         return str(self.keys) if self.keys == self.values else f"{self.keys}-{self.values}"
+
+    @property
+    def kinds(self) -> tuple[tuple[tuple[str, ...], int], ...]:
+        """The sides that each latent of a token is made of, and of how many KV heads."""
+        if self.joint:
+            return ((("key", "value"), self.keys),)
+        return (("key",), self.keys), (("value",), self.values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +128,7 @@ class EigenAttentionConfig:
         sharing = self.sharing  # raises if it is not in the notation
         object.__setattr__(self, "share", str(sharing))
         if self.refit is None:
-            object.__setattr__(
-                self, "refit", self.window == 0 and self.basis == "attention" and not sharing.joint
-            )
+            object.__setattr__(self, "refit", self.window == 0 and self.basis == "attention" and not sharing.joint)
         elif type(self.refit) is not bool:
             raise EigenAttnError(f"refit must be true or false, not {self.refit!r:.60}.")
         if self.refit and sharing.joint:
@@ -204,7 +209,7 @@ def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
         raise EigenAttnError(f"no such latents: {keys!r:.20}, {share!r:.20}, {joint!r:.20}.")
     new = old | {"share": str(Sharing(keys, share, joint)), "version": CONFIG_VERSION}
     if bits is not None:
-        if type(bits) not in (int, float):
-            raise EigenAttnError(f"bits_per_element must be a number, not {bits!r:.60}.")
+        if type(bits) not in (int, float) or not 0 < bits <= 8:
+            raise EigenAttnError(f"bits_per_element must lie in (0, 8], not {bits!r:.60}.")
         new |= {"coded": True, "kv_ratio": bits / 16}
     return new

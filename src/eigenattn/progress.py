@@ -1,7 +1,8 @@
-"""Progress bars on long work."""
+"""Progress bars on long work, and how long its stages take."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -55,3 +56,21 @@ class TokenProgress:
                 tokens += batch.tokens
                 elapsed = progress.tasks[TASK].elapsed or 1e-9
                 progress.update(TASK, advance=1, rate=f"{tokens / elapsed:,.0f} tokens/s")
+
+
+class Clock:
+    """Wall-clock seconds by stage, added up.
+
+    Args:
+        seconds: where, if some were counted before.
+    """
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds = {} if seconds is None else seconds
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent within to a stage's."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

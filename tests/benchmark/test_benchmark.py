@@ -14,8 +14,9 @@ from eigenattn.benchmark.kernel import baselines, benchmark_kernel
 from eigenattn.benchmark.memory import benchmark_memory, fill, largest
 from eigenattn.benchmark.prefill import read
 from eigenattn.benchmark.timing import device_of, file_name, in_turns
+from eigenattn.cache.layout import SIDES, Latent, Layout
 from eigenattn.cli import app
-from eigenattn.models.conversion import eigen_layers
+from eigenattn.models.conversion import layouts_of
 
 CPU = torch.device("cpu")
 SHAPE = {"batch": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "length": 40, "window": 8}
@@ -93,12 +94,14 @@ def test_shapes_are_those_of_the_models():
 @pytest.mark.parametrize("window", [0, 4])
 def test_a_shape_is_compressed_and_not(tiny_shape, window):
     options = {"kv_ratio": 0.5, "window": window, "dtype": "float32", "device": "cpu"}
-    name, against, loaders = shapes.contenders(None, None, tiny_shape, **options)
-    assert (name, against, list(loaders)) == ("tiny-50", "tiny", ["tiny", "tiny-50"])
-    layers = eigen_layers(loaders[name]())
-    assert [(layer.rank_k, layer.rank_v, layer.window) for layer in layers] == [(8, 8, window)] * 3
-    assert not eigen_layers(loaders[against]())
-    assert loaders[name]()(tokens(1, 20)).logits.isfinite().all()
+    contest = shapes.Contest(shape=tiny_shape, **options)
+    loaders = contest.loaders()
+    assert (contest.name, contest.baseline, list(loaders)) == ("tiny-50", "tiny", ["tiny", "tiny-50"])
+    model = loaders["tiny-50"]()
+    latents = tuple(Latent((side,), 1, 8, 16) for side in SIDES)
+    assert layouts_of(model) == [Layout(2, latents, window)] * 3
+    assert not layouts_of(loaders["tiny"]())
+    assert model(tokens(1, 20)).logits.isfinite().all()
 
 
 def test_decode_prefill_and_calibration_of_a_shape(tiny_shape, tmp_path):
@@ -152,18 +155,18 @@ def test_filling_reads_every_token():
 
 def test_mistakes_are_told():
     with pytest.raises(EigenAttnError, match="measured on a GPU"):
-        benchmark_memory("smollm2", against="smollm2", length=8, longest=8, device="cpu")
+        benchmark_memory(shapes.Contest("smollm2", "smollm2", device="cpu"), length=8, longest=8)
     with pytest.raises(EigenAttnError, match="between 1 and the head dimension"):
         benchmark_kernel(**SHAPE, ranks=[(17, 4)], device="cpu")
     with pytest.raises(EigenAttnError, match="no device"):
         device_of("nowhere")
     with pytest.raises(EigenAttnError, match="2 new tokens"):
-        benchmark_decode("x", against="y", batch=1, length=8, new_tokens=1, rounds=1)
+        benchmark_decode(shapes.Contest("x", "y"), batch=1, length=8, new_tokens=1, rounds=1)
     with pytest.raises(EigenAttnError, match="bits an element"):
         benchmark_kernel(**SHAPE, ranks=[], bits=8, device="cpu")
     for arguments, message in (
         (["kernel", "--ranks", "8"], "R_k,R_v"),
-        (["kernel", "--shared-values", "3"], "3 KV heads cannot share"),
+        (["kernel", "--share", "1-3"], "3 KV heads cannot share"),
         (["kernel", "--shape", "z"], "unknown shape 'z'"),
         (["decode"], "--against"),
         (["prefill", "x", "--shape", "llama-3-8b"], "give no others"),

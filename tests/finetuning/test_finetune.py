@@ -13,7 +13,7 @@ from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.finetuning import FinetuneConfig, finetune, trainable, training
 from eigenattn.finetuning.trainable import Trainable
 from eigenattn.journal import Journal
-from eigenattn.kernels import windowed
+from eigenattn.kernels import blocks
 from eigenattn.models.conversion import eigen_layers
 from eigenattn.models.maps import MAPS, QUANTISERS
 
@@ -37,7 +37,7 @@ def small(name="llama", window=4, **overrides):
     ("name", "backend"), [("llama", "sdpa"), ("llama", "eager"), ("opt", "sdpa"), ("qwen3", "sdpa"), ("mpt-clip", None)]
 )
 def test_gradients_through_the_window_are_those_of_finite_differences(name, backend, monkeypatch):
-    monkeypatch.setattr(windowed, "QUERY_BLOCK", 7)  # several blocks of queries
+    monkeypatch.setattr(blocks, "QUERY_BLOCK", 7)  # several blocks of queries
     model = tiny(name, attn_implementation=backend).double()
     compress(model, [tokens(2, 40)], EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=4, ranks="uniform"))
     attention, ids = eigen_layers(model)[1], tokens(1, 20, seed=5)
@@ -73,9 +73,9 @@ def test_distillation_wins_back_what_was_lost(name, window):
 
 
 @pytest.mark.parametrize("window", [0, 4])
-def test_quantised_latents_train_through_their_quantisers(window):
+def test_coded_latents_train_through_their_quantisers(window):
     model = tiny("llama")
-    compress(model, [tokens(4, 40, seed=3)], EigenAttentionConfig(bits_per_element=3, rank_multiple=4, window=window))
+    compress(model, [tokens(4, 40, seed=3)], EigenAttentionConfig(coded=True, kv_ratio=0.1875, window=window))
     before = state(model)
     config = FinetuneConfig(steps=6, batch_size=8, validate_every=3, learning_rate=1e-3, lora_rank=4, lora_alpha=4)
     model, report = finetune(model, TRAINING, TRAINING, config, baseline=tiny("llama"))
@@ -85,11 +85,11 @@ def test_quantised_latents_train_through_their_quantisers(window):
     assert set(QUANTISERS) <= {name.split(".")[-1] for name in before}  # they are there, and stay as they are
 
 
-@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("share", ["2", "2kv"])
 @pytest.mark.parametrize("window", [0, 4])
-def test_latents_that_heads_share(window, joint):
+def test_latents_that_heads_share(window, share):
     model = tiny("llama")
-    settings = {"kv_ratio": 0.5, "rank_multiple": 2, "ranks": "uniform", "shared_heads": 2, "joint": joint}
+    settings = {"kv_ratio": 0.5, "rank_multiple": 2, "ranks": "uniform", "share": share}
     compress(model, [tokens(4, 40, seed=3)], EigenAttentionConfig(**settings, window=window))
     before = state(model)
     model, report = finetune(model, TRAINING, TRAINING[:2], QUICK, baseline=tiny("llama"))

@@ -226,7 +226,7 @@ def test_reference_against_formulas():
 
 @without_triton
 def test_ranks_are_cut_with_little_waste():
-    from eigenattn.kernels.decoding.fused import cut, pieces
+    from eigenattn.kernels.decoding.pieces import cut, pieces
 
     assert [cut(size) for size in (8, 64, 72, 80, 88, 96, 112, 120)] == [
         (16,), (64,), (64, 16), (64, 16), (64, 32), (64, 32), (64, 32, 16), (128,),

@@ -1,8 +1,8 @@
 import pytest
 import torch
-
 from eigenattn.kernels.pairs import attend_one_in_pairs, paired
 from eigenattn.kernels.windowed import attend_one
+
 from eigenattn.models.rotary import rotate, turns_of
 
 B, H, G, D, FAR, NEAR, RANK = 2, 6, 2, 16, 11, 4, 5

@@ -20,22 +20,22 @@ from eigenattn.models.maps import MAPS, QUANTISERS
 
 SIZE = 2
 RATIO = {"kv_ratio": 0.5, "rank_multiple": 2, "ranks": "uniform"}
-BITS = {"bits_per_element": 3.0}
+CODED = {"coded": True, "kv_ratio": 0.1875}
 CASES = {
     **{f"{name}-32": (name, {**RATIO, "window": 32}) for name in ("llama", "qwen3", "phi3", "olmo2", "opt", "mpt")},
     **{f"{name}-0": (name, {**RATIO, "window": 0}) for name in ("llama", "qwen3", "phi3", "olmo2", "opt", "mpt")},
     **{f"{name}-8": (name, {**RATIO, "window": 8}) for name in ("gpt_neox", "stablelm-norm", "cohere-norm", "mixtral")},
-    "llama-bits": ("llama", {**BITS, "window": 8}),
-    "llama-bits-0": ("llama", {**BITS, "window": 0}),
-    "opt-shared": ("opt", {**RATIO, "window": 8, "shared_heads": 2}),
-    "opt-values": ("opt", {**RATIO, "window": 8, "shared_values": 2}),
-    "llama-joint": ("llama", {**RATIO, "window": 8, "joint": True}),
-    "opt-joint": ("opt", {**BITS, "window": 0, "joint": True, "shared_heads": 2}),
+    "llama-coded": ("llama", {**CODED, "window": 8}),
+    "llama-coded-0": ("llama", {**CODED, "window": 0}),
+    "opt-shared": ("opt", {**RATIO, "window": 8, "share": "2"}),
+    "opt-values": ("opt", {**RATIO, "window": 8, "share": "1-2"}),
+    "llama-both": ("llama", {**RATIO, "window": 8, "share": "1kv"}),
+    "opt-both": ("opt", {**CODED, "window": 0, "share": "2kv"}),
 }
 NO_MAPS = {"opt-0", "mpt-0"}  # all of them are folded
 REFUSED = {
-    "llama-values": ("llama", {**RATIO, "window": 8, "shared_values": 2}, "2 KV heads, 2 to a latent, cannot be split"),
-    "llama-shared": ("llama", {**RATIO, "window": 8, "shared_heads": 2}, "2 KV heads, 2 to a latent, cannot be split"),
+    "llama-values": ("llama", {**RATIO, "window": 8, "share": "1-2"}, "2 KV heads, 2 to a latent, cannot be split"),
+    "llama-shared": ("llama", {**RATIO, "window": 8, "share": "2"}, "2 KV heads, 2 to a latent, cannot be split"),
     "gpt2": ("gpt2", {**RATIO, "window": 8}, "no tensor-parallel plan for GPT-2"),
 }
 
@@ -117,7 +117,7 @@ def test_each_holds_its_share(case, found):
         maps = [name for name in one["sizes"] if name.split(".")[-1] in (*MAPS, *QUANTISERS)]
         weights = [name for name in one["sizes"] if ".layers." in name and name.endswith("proj.weight")]
         assert maps or case in NO_MAPS
-        assert any(name.endswith(QUANTISERS) for name in maps) == ("bits_per_element" in CASES[case][1])
+        assert any(name.endswith(QUANTISERS) for name in maps) == CASES[case][1].get("coded", False)
         assert all(part["own"][name] * SIZE == one["sizes"][name] for name in (*maps, *weights))
         assert part["heads"] == [(heads // SIZE, kv_heads // SIZE) for heads, kv_heads in one["heads"]]
 

@@ -11,10 +11,10 @@ from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.calibration.text import load_text
 from eigenattn.compression import pipeline
 from eigenattn.compression.bases import BASES
-from eigenattn.compression.checkpoint import compress_checkpoint
 from eigenattn.compression.ranks import RANK_RULES
 from eigenattn.evaluation.perplexity import perplexity
 from eigenattn.models.conversion import eigen_layers
+from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
 
 SETTINGS = {"kv_ratio": 0.5, "rank_multiple": 2}
 IDS = tokens(4, 40)
@@ -149,10 +149,7 @@ def test_a_tokenizer_of_another_model(tmp_path):
             str(tmp_path / "base"),
             tmp_path / "out",
             EigenAttentionConfig(**SETTINGS, window=4),
-            texts=[str(tmp_path / "fox.txt")],
-            samples=2,
-            length=40,
-            seed=0,
+            CalibrationText([str(tmp_path / "fox.txt")], samples=2, length=40),
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "fox.txt"]
 
@@ -230,9 +227,6 @@ def test_nothing_is_kept_of_what_was_refused(tmp_path):
             str(base),
             tmp_path / "out",
             EigenAttentionConfig(**SETTINGS, window=4),
-            texts=[str(tmp_path / "fox.txt")],
-            samples=2,
-            length=40,
-            seed=0,
+            CalibrationText([str(tmp_path / "fox.txt")], samples=2, length=40),
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "fox.txt"]

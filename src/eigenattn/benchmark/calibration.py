@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..calibration.statistics import Batch, collect_moments, forward_hidden
-from ..compression.bases import BASES
+from ..calibration.statistics import Batch, forward_hidden
 from ..compression.pipeline import compress
+from ..compression.recipe import Recipe
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
 from ..models.loading import Source, load_model
 from ..models.placement import input_device
+from ..progress import TokenProgress
 from .shapes import random_model
 from .timing import in_turns, machine
 
@@ -25,7 +26,6 @@ def _passes(
     model: PreTrainedModel, batches: list[Batch], config: EigenAttentionConfig, rounds: int
 ) -> dict[str, float]:
     """Seconds of a plain forward pass over the batches, and of one that collects statistics."""
-    method = BASES[config.basis]
     device = batches[0].input_ids.device
 
     def plain() -> None:
@@ -34,7 +34,7 @@ def _passes(
 
     def statistics() -> None:
         originals = convert_attention(model)
-        collect_moments(model, eigen_layers(model), batches, lambda attention: method.moments(attention, config.window))
+        Recipe(model, eigen_layers(model), config, batches, TokenProgress(False)).moments()
         restore_attention(model, originals)
 
     return in_turns({"forward": plain, "statistics": statistics}, device, rounds, warm_up=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import EigenAttnError
 from ..models.placement import input_device
 from .prefill import read
-from .shapes import contenders
+from .shapes import Contest
 from .timing import device_of, machine
 
 # Tokens read at a time (chosen): what a pass needs beside the cache stays small.
@@ -55,36 +56,29 @@ def _fits(model: PreTrainedModel, batch: int, length: int) -> bool:
 
 
 def benchmark_memory(
-    name: str | None,
+    contest: Contest,
     *,
-    against: str | None = None,
-    shape: str | None = None,
-    ratio: float = 0.6,
-    window: int = 32,
     length: int,
     longest: int,
-    dtype: str | None = None,
-    device: str | None = None,
 ) -> dict[str, Any]:
     """Search for the largest batch at a context, and for the longest context of one row.
 
     Args:
-        name, against, shape, ratio, window: what is compared, as in `benchmark_decode`.
+        contest: what is compared.
         length: the context of the batch.
         longest: contexts beyond it are not tried.
 
     Raises:
         EigenAttnError: without a GPU, or on a model that cannot be loaded.
     """
-    where = device_of(device)
+    where = device_of(contest.device)
     if where.type != "cuda":
         raise EigenAttnError(
             "memory is measured on a GPU: a CPU does not run out of memory at a line that can be tested. "
             "`eigenattn inspect` plans the bytes of a cache anywhere."
         )
-    name, _, loaders = contenders(name, against, shape, kv_ratio=ratio, window=window, dtype=dtype, device=str(where))
     rows = []
-    for each, load in loaders.items():
+    for each, load in dataclasses.replace(contest, device=str(where)).loaders().items():
         model = load()
         rows.append(
             {
@@ -100,7 +94,7 @@ def benchmark_memory(
     return {
         "kind": "memory",
         **machine(where),
-        "model": name,
+        "model": contest.name,
         "memory": memory,
         "length": length,
         "longest": longest,

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..cache.size import allocated_bytes, kv_ratio
-from ..models.conversion import eigen_layers
+from ..cache.size import allocated_bytes
 from ..models.placement import input_device
-from .shapes import contenders
+from .shapes import Contest
 from .timing import in_turns, machine
 
 
@@ -37,23 +36,17 @@ def _peak(model: PreTrainedModel, ids: Tensor, chunk: int) -> int | None:
 
 
 def benchmark_prefill(
-    name: str | None,
+    contest: Contest,
     *,
-    against: str | None = None,
-    shape: str | None = None,
-    ratio: float = 0.6,
-    window: int = 32,
     batch: int,
     lengths: tuple[int, ...],
     chunk: int | None = None,
     rounds: int,
-    dtype: str | None = None,
-    device: str | None = None,
 ) -> dict[str, Any]:
     """Read random prompts with a model and a baseline in turns.
 
     Args:
-        name, against, shape, ratio, window: what is compared, as in `benchmark_decode`.
+        contest: what is compared.
         lengths: of the prompts.
         chunk: tokens a pass; by default the whole prompt.
         rounds: timings of each, of which the median counts.
@@ -65,8 +58,8 @@ def benchmark_prefill(
     Raises:
         EigenAttnError: on a model that cannot be loaded.
     """
-    name, against, loaders = contenders(name, against, shape, kv_ratio=ratio, window=window, dtype=dtype, device=device)
-    models = {each: load() for each, load in loaders.items()}
+    name, against = contest.name, contest.baseline
+    models = {each: load() for each, load in contest.loaders().items()}
     where = input_device(models[name])
     size = min(model.config.get_text_config().vocab_size for model in models.values())
     generator, rows = torch.Generator().manual_seed(0), []
@@ -96,12 +89,7 @@ def benchmark_prefill(
     return {
         "kind": "prefill",
         **machine(where),
-        "model": name,
-        "against": against,
-        "shape": shape,
-        "ratio": ratio,
-        "kv_ratio": kv_ratio(eigen_layers(models[name])),
-        "dtype": str(models[name].dtype).removeprefix("torch."),
+        **contest.facts(models[name]),
         "batch": batch,
         "lengths": list(lengths),
         "chunk": chunk,

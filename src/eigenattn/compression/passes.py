@@ -1,4 +1,4 @@
-"""Running some of a model's decoder layers: the others give what they are told."""
+"""Running some of a model's decoder layers: the others are stubbed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def replaced(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterat
                 layer.forward = own
 
 
-def given(layers: Sequence[nn.Module], output: Any) -> AbstractContextManager[None]:
+def stubbed(layers: Sequence[nn.Module], output: Any) -> AbstractContextManager[None]:
     """Have all layers give this output instead of running."""
     return replaced(layers, lambda *args, **kwargs: output)
 
@@ -48,7 +48,7 @@ def layer_output(model: nn.Module, layers: Sequence[nn.Module], index: int, befo
     found: list[Any] = []
     hook = layers[index].register_forward_hook(lambda layer, args, output: found.append(output))
     try:
-        with given(layers[:index], before), replaced(layers[index + 1 :], lambda *args, **kwargs: found[0]):
+        with stubbed(layers[:index], before), replaced(layers[index + 1 :], lambda *args, **kwargs: found[0]):
             forward_hidden(model, batch)
     finally:
         hook.remove()

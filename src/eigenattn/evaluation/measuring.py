@@ -32,7 +32,7 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What to measure.
 
     Args:
@@ -101,7 +101,7 @@ class Measured:
 def measure(
     model: nn.Module,
     tokenizer: Any,
-    plan: Plan,
+    plan: EvaluationPlan,
     items: Items,
     *,
     title: str,

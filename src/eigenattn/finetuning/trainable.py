@@ -121,13 +121,13 @@ def _unit(stored: Tensor, head_dim: int) -> Tensor:
 
 
 def _folded(attention: EigenAttention) -> list[nn.Module]:
-    """The projections of a layer that something was folded into."""
-    if attention.keeps_projections:
-        return []
-    family, folds = attention.family, attention.folds
-    small_k = attention.rank_k < attention.head_dim or attention.widths_k is not None
-    small_v = attention.rank_v < attention.head_dim or attention.widths_v is not None
-    small = [small_k and folds.query, small_k and folds.key, small_v and folds.value]
+    """The projections of a layer that something was folded into: a side is compressed, and its map is gone."""
+    family, layout = attention.family, attention.layout
+    gone = {
+        name: not layout.of(name.split("_")[0]).verbatim and getattr(attention, name) is None
+        for name in ("key_decoder", "key_encoder", "value_encoder", "value_decoder")
+    }
+    *small, output = gone.values()  # key decoders are folded into the queries' projection
     small = [any(small)] if family.fused else small
     names = [name for name, is_small in zip(family.qkv, small, strict=True) if is_small]
-    return [getattr(attention, name) for name in (*names, *([family.output] if small_v else []))]
+    return [getattr(attention, name) for name in (*names, *([family.output] if output else []))]

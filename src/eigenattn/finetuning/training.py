@@ -107,6 +107,7 @@ class FinetuneReport:
     curve: list[dict[str, float | int | None]]
 
     def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
         return dataclasses.asdict(self)
 
 
@@ -145,9 +146,9 @@ def finetune(
     model.eval()
     trainable = Trainable(model, config.lora_rank, config.lora_alpha, config.seed)
     state = _State(trainable, config)
-    kept = journal.read(STAGE) if journal else None
-    if kept is not None:
-        state.restore(*kept)
+    finished = journal.read(STAGE) if journal else None
+    if finished is not None:
+        state.restore(*finished)
     objective = _Objective(model, baseline, device)
     saved = time.monotonic()
     with TokenProgress(progress).bar("Training", config.steps) as bar:
@@ -170,7 +171,7 @@ def finetune(
             state.seconds += time.perf_counter() - start
             bar.update(TASK, advance=1, rate=f"{objective.measure} {state.curve[-1]['validation']:.4g}")
             if journal and (time.monotonic() - saved > SAVE_SECONDS or state.step == config.steps):
-                journal.write(STAGE, *state.to_keep())
+                journal.write(STAGE, *state.to_save())
                 saved = time.monotonic()
     trainable.load(state.best)
     best = next(entry for entry in state.curve if entry["validation"] == state.best_validation)
@@ -279,7 +280,7 @@ class _State:
         self.curve.append({"step": self.step, "training": training, "validation": validation})
         self.losses = []
 
-    def to_keep(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def to_save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values, from which `restore` goes on."""
         tensors = {f"parameter.{name}": value for name, value in self.trainable.parameters.items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}

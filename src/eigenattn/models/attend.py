@@ -7,24 +7,20 @@ ways to compute that: one query a row, chunks of keys, and all at once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from ..cache.layers import Near, Sight
+from ..cache.sight import Near, Sight
 from ..kernels import blocks, chunked, decoding
 from ..kernels.reference import add_mask, causal_mask
 from ..kernels.reference import attend as reference_attend
 from ..kernels.selection import decoding_backend
+from .forward_pass import ForwardPass
+from .layer import AttentionLayer
 from .rotary import at_columns, rotate
 
-if TYPE_CHECKING:
-    from .attention import EigenAttention
-    from .forward_pass import ForwardPass
 
-
-def attend(layer: EigenAttention, this: ForwardPass, q: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
+def attend(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
     """Attend with queries [B, H, T, *], which are at their positions.
 
     Returns:
@@ -38,7 +34,7 @@ def attend(layer: EigenAttention, this: ForwardPass, q: Tensor, sight: Sight) ->
     return all_at_once(layer, this, q, sight)
 
 
-def one_query(layer: EigenAttention, this: ForwardPass, q: Tensor, sight: Sight) -> Tensor:
+def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> Tensor:
     """A step of decoding, by `eigenattn.kernels.decoding`, which reads rows as they are stored."""
     near, query = sight.near, sight.query
     backend = "torch" if sight.far.columns is not None else decoding_backend(q)
@@ -75,7 +71,7 @@ def one_query(layer: EigenAttention, this: ForwardPass, q: Tensor, sight: Sight)
     return decoding.decode(step, backend).unsqueeze(2)
 
 
-def in_chunks(layer: EigenAttention, this: ForwardPass, q: Tensor, sight: Sight) -> Tensor:
+def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> Tensor:
     """Many queries over many keys, decoded a chunk at a time: what a pass needs beside the cache is one chunk."""
     far, near, window, t = sight.far, sight.near, layer.layout.window, q.shape[-2]
     query, near_first = int(sight.query), 0 if near is None else int(near.first)
@@ -125,7 +121,7 @@ def in_chunks(layer: EigenAttention, this: ForwardPass, q: Tensor, sight: Sight)
 
 
 def all_at_once(
-    layer: EigenAttention, this: ForwardPass, q: Tensor, sight: Sight, observed: int | None = None
+    layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight, observed: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """All queries over all keys, decoded.
 
@@ -187,7 +183,7 @@ def all_at_once(
     return out, weights
 
 
-def _near_keys(layer: EigenAttention, this: ForwardPass, near: Near, sight: Sight) -> Tensor:
+def _near_keys(layer: AttentionLayer, this: ForwardPass, near: Near, sight: Sight) -> Tensor:
     """Exact keys at their positions."""
     if not layer.rotates:
         return near.keys

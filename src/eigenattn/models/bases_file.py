@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import EigenAttnError
 from .attention import EigenAttention
-from .checkpoint import METHOD, EigenAttnCheckpointConfig, allocate, mark_compressed
+from .checkpoint_format import METHOD, EigenAttnCheckpointConfig, allocate, mark_compressed
 from .conversion import convert_attention, eigen_layers, restore_attention
 from .maps import MAPS, QUANTISERS
 from .parallel import check_whole
@@ -36,12 +36,7 @@ def save_bases(model: nn.Module, folder: Path) -> None:
     config = model.config.quantization_config
     if not config.method["window"]:
         raise EigenAttnError("without a window the bases are folded into the weights: save the whole model.")
-    tensors = {
-        f"layers.{attention.layer_idx}.{name}": getattr(attention, name).detach().cpu().contiguous()
-        for attention in eigen_layers(model)
-        for name in (*MAPS, *QUANTISERS)
-        if getattr(attention, name) is not None
-    }
+    tensors = {name: each.detach().cpu().contiguous() for name, each in _named(eigen_layers(model)).items()}
     save_file(tensors, folder / BASES_FILE, metadata={"format": "pt"})
     revision = getattr(model.config, "_commit_hash", None)
     content = {**config.to_dict(), "base_model_revision": revision}
@@ -109,14 +104,19 @@ def _read_config(path: Path) -> EigenAttnCheckpointConfig:
     return config
 
 
-def _load(layers: list[EigenAttention], path: Path) -> None:
-    """Read the maps that the layers ask for; shapes are compared before a tensor is read."""
-    wanted = {
+def _named(layers: list[EigenAttention]) -> dict[str, nn.Parameter]:
+    """Maps and quantisers of all layers, by their names in the file."""
+    return {
         f"layers.{attention.layer_idx}.{name}": parameter
         for attention in layers
         for name in (*MAPS, *QUANTISERS)
         if (parameter := getattr(attention, name)) is not None
     }
+
+
+def _load(layers: list[EigenAttention], path: Path) -> None:
+    """Read the maps that the layers ask for; shapes are compared before a tensor is read."""
+    wanted = _named(layers)
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..cache.layout import Layout
 from ..errors import EigenAttnError
 from .attention import EigenAttention, eigen_class
 from .families import Family, family_of
@@ -14,6 +15,11 @@ from .placement import place_like
 def eigen_layers(model: nn.Module) -> list[EigenAttention]:
     """The `EigenAttention` modules of a model, by layer."""
     return sorted((m for m in model.modules() if isinstance(m, EigenAttention)), key=lambda m: m.layer_idx)
+
+
+def layouts_of(model: nn.Module) -> list[Layout]:
+    """What the cache of each layer consists of; nothing for a model that is not converted."""
+    return [attention.layout for attention in eigen_layers(model)]
 
 
 def convert_attention(model: nn.Module) -> dict[str, nn.Module]:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..cache.evicting import EvictingLayer
-from ..cache.layers import Sight
 from ..cache.rules import Held
+from ..cache.sight import Sight
 from .attend import all_at_once
-
-if TYPE_CHECKING:
-    from .attention import EigenAttention
-    from .forward_pass import ForwardPass
+from .forward_pass import ForwardPass
+from .layer import AttentionLayer
 
 
-def evict(layer: EigenAttention, this: ForwardPass, q: Tensor, sight: Sight) -> None:
+def evict(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> None:
     """Have the layer's cache evict what is over its budget, after a pass, if it does that at all.
 
     Args:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache.context import CacheContext
-from ..cache.layers import Sight
+from ..cache.sight import Sight
 from ..errors import EigenAttnError
 from ..kernels import BACKENDS, chunked
 from ..kernels.blocks import shows_future
 from ..kernels.decoding import Rotary
 from ..kernels.reference import add_mask, causal_mask
 from ..kernels.sdpa import widen
+from .layer import AttentionLayer
 from .memoised import memoised
 from .rotary import rotate
-
-if TYPE_CHECKING:
-    from .attention import EigenAttention
 
 
 class ForwardPass:
@@ -38,7 +36,7 @@ class ForwardPass:
         EigenAttnError: if transformers asks for what cannot be had.
     """
 
-    def __init__(self, layer: EigenAttention, arguments: dict[str, Any]) -> None:
+    def __init__(self, layer: AttentionLayer, arguments: dict[str, Any]) -> None:
         family = layer.family
         if arguments.get("cache") is not None:
             raise EigenAttnError("continuous batching has a paged cache for full-rank heads only: use `generate`.")

@@ -63,6 +63,7 @@ class Source:
 
     @property
     def arguments(self) -> dict[str, Any]:
+        """What `from_pretrained` needs besides the path."""
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
 

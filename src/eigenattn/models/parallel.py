@@ -45,10 +45,9 @@ def plan(model: nn.Module, layers: list[EigenAttention]) -> None:
     size = parallel_size(model)
     if size == 1:
         return
-    first, family = layers[0], layers[0].family
-    if first.kv_heads // first.sharing.together % size or first.heads % size:
-        heads = first.sharing.told(first.kv_heads)
-        raise EigenAttnError(f"{heads} cannot be split evenly over {size} processes: choose another tp_size.")
+    for attention in layers:
+        attention.layout.split(size)  # raises if heads that share a latent would part
+    family = layers[0].family
     rules = dict(model._tp_plan or {})
     for name, module in model.named_modules():
         if not isinstance(module, EigenAttention):

@@ -1,6 +1,6 @@
-"""Where a model's weights are: on one device, spread over several, or put off to CPU memory and disk by accelerate.
+"""Where a model's weights are: on one device, spread over several, or offloaded to CPU memory and disk by accelerate.
 
-accelerate loads what is put off when a module runs and drops it afterwards; between, its parameters lie on the meta
+accelerate loads what is offloaded when a module runs and drops it afterwards; between, its parameters lie on the meta
 device. What reads or replaces weights outside of a forward pass does it inside `loaded`.
 """
 
@@ -34,7 +34,7 @@ def hook_of(module: nn.Module) -> AlignDevicesHook | None:
     return next((each for each in hooks if isinstance(each, AlignDevicesHook)), None)
 
 
-def put_off(module: nn.Module) -> AlignDevicesHook | None:
+def offloaded(module: nn.Module) -> AlignDevicesHook | None:
     """The hook that loads and drops a module's own weights; None where they stay."""
     hook = hook_of(module)
     return hook if hook is not None and hook.offload else None
@@ -42,7 +42,7 @@ def put_off(module: nn.Module) -> AlignDevicesHook | None:
 
 def execution_device(module: nn.Module) -> torch.device:
     """The device that a module computes on."""
-    hook = put_off(module)
+    hook = offloaded(module)
     if hook is not None and hook.execution_device is not None:
         return torch.device(hook.execution_device)
     return next(module.parameters()).device
@@ -54,20 +54,20 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether some weights of a model are put off."""
-    return any(put_off(module) for module in model.modules())
+    """Whether some weights of a model are offloaded."""
+    return any(offloaded(module) for module in model.modules())
 
 
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[None]:
     """Have all weights of a module on its device, submodules included, however often it runs meanwhile.
 
-    What has replaced an offloaded submodule by the end is put off in its place.
+    What has replaced an offloaded submodule by the end is offloaded in its place.
     """
-    before = {name: each for name, each in module.named_modules() if put_off(each)}
+    before = {name: each for name, each in module.named_modules() if offloaded(each)}
     with ExitStack() as stack:
         for name, each in before.items():
-            hook = put_off(each)
+            hook = offloaded(each)
             hook.pre_forward(each)
             hook.offload = False  # or the next forward pass would drop them
             stack.callback(_put_back, module, name, each, hook)
@@ -95,8 +95,8 @@ def _put_back(module: nn.Module, name: str, old: nn.Module, hook: AlignDevicesHo
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
-    """A module's own parameter, from where it is put off to; None if it is not there."""
-    hook = put_off(module)
+    """A module's own parameter, from where it is offloaded to; None if it is not there."""
+    hook = offloaded(module)
     if hook is None:
         return getattr(module, name)
     try:
@@ -151,7 +151,7 @@ def _folder_of(weights: OffloadedWeightsLoader) -> Path:
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """`save_pretrained`, which reads what is put off again, a file's worth at a time."""
+    """`save_pretrained`, which reads what is offloaded again, a file's worth at a time."""
     if not is_spread(model):
         model.save_pretrained(folder)
         return

@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .calibration.text import DEFAULT_SOURCE, load_text, tokenize
-from .compression.checkpoint import compress_checkpoint
-from .config import EigenAttentionConfig
-from .errors import EigenAttnError
-from .evaluation.generation import Continuation, cache_bytes_used, continue_prompt
-from .evaluation.perplexity import perplexity, windows_of
-from .journal import check_new
-from .models.loading import Source, load_model, load_tokenizer
-from .progress import TASK, TokenProgress
+from ..calibration.text import DEFAULT_SOURCE, load_text, tokenize
+from ..config import EigenAttentionConfig
+from ..errors import EigenAttnError
+from ..evaluation.generation import Continuation, cache_bytes_used, continue_prompt
+from ..evaluation.perplexity import perplexity, windows_of
+from ..journal import check_new
+from ..models.loading import Source, load_model, load_tokenizer
+from ..progress import TASK, TokenProgress
+from .compress import CalibrationText, compress_checkpoint
 
 MODEL = "smollm2"
 PROMPT = "A dictionary in Python is a mapping from keys to values. To add an item"
@@ -27,7 +27,7 @@ NEW_TOKENS = 48
 
 
 @dataclass(frozen=True)
-class Side:
+class DemoColumn:
     """One column of the demonstration's table. Bytes are those allocated for `LENGTH` tokens, window included."""
 
     perplexity: float
@@ -39,16 +39,17 @@ class Side:
 class Demonstration:
     """The original and the compressed model, measured alike."""
 
-    original: Side
-    compressed: Side
+    original: DemoColumn
+    compressed: DemoColumn
     kv_ratio: float
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
+        """The demonstration as plain JSON values."""
         return asdict(self)
 
 
-def _measure(name: str, progress: bool) -> Side:
+def _measure(name: str, progress: bool) -> DemoColumn:
     source = Source.of(name)
     tokenizer, model = load_tokenizer(source), load_model(source, "float32")
     held_out = tokenize(tokenizer, load_text(DEFAULT_SOURCE, "evaluation"))
@@ -59,7 +60,7 @@ def _measure(name: str, progress: bool) -> Side:
     continuation = continue_prompt(model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS)
     del model
     gc.collect()
-    return Side(value, allocated, continuation)
+    return DemoColumn(value, allocated, continuation)
 
 
 def run_demo(out: Path | None, progress: bool = True) -> Demonstration:
@@ -80,10 +81,7 @@ def run_demo(out: Path | None, progress: bool = True) -> Demonstration:
             MODEL,
             folder,
             EigenAttentionConfig(kv_ratio=0.6),
-            texts=[DEFAULT_SOURCE],
-            samples=32,
-            length=LENGTH,
-            seed=0,
+            CalibrationText([DEFAULT_SOURCE], length=LENGTH),
             dtype="float32",
             progress=progress,
         )

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..calibration.text import Text, load_text, tokenize
 from ..errors import EigenAttnError
+from ..finetuning import FinetuneConfig, FinetuneReport, finetune
 from ..journal import Journal, identity
 from ..models.bases_file import save_bases
 from ..models.loading import Source, load_model, load_tokenizer
 from ..report.card import finetuning_section
 from ..version import versions
-from .training import FinetuneConfig, FinetuneReport, finetune
 
 
 def finetune_checkpoint(

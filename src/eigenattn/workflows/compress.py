@@ -3,32 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..calibration.text import Text
 from ..calibration.windows import SELF, complete, load_texts, text_windows
+from ..compression.pipeline import CompressionReport, compress
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..journal import Journal, identity
 from ..models.bases_file import save_bases
+from ..models.conversion import layouts_of
 from ..models.loading import Source, load_model, load_tokenizer
 from ..models.placement import save_model
 from ..report.card import model_card
 from ..version import versions
-from .pipeline import CompressionReport, compress
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """What a model is calibrated on: windows drawn from texts.
+
+    Args:
+        sources: text sources (`eigenattn.calibration.text.load_text`); `self` is text that the model writes.
+        samples, length, seed: how many windows of how many tokens are drawn, and the seed of the draw.
+    """
+
+    sources: Sequence[str]
+    samples: int = 32
+    length: int = 1024
+    seed: int = 0
+
+    def load(self) -> list[Text | None]:
+        """The texts; None stands for what the model writes.
+
+        Raises:
+            EigenAttnError: if one cannot be read.
+        """
+        return load_texts(self.sources)
 
 
 def compress_checkpoint(
     name: str,
     out: Path,
     config: EigenAttentionConfig,
+    text: CalibrationText,
     *,
-    texts: Sequence[str],
-    samples: int,
-    length: int,
-    seed: int,
     dtype: str | None = None,
     device: str | None = None,
     max_memory: Mapping[int | str, str] | None = None,
@@ -43,8 +66,7 @@ def compress_checkpoint(
     Args:
         name: a folder, a hub id, a `.gguf` file, or `smollm2`.
         out: a folder that does not exist yet; it appears when everything is written. `OUT.partial` keeps what is done.
-        texts: text sources (`eigenattn.calibration.text.load_text`); `self` is text the model writes.
-        samples, length, seed: how many windows of how many tokens are drawn from the texts, and the draw.
+        text: what to calibrate on.
         dtype, device, max_memory, offload_folder: see `load_model`. Weights that are put on disk, and do not lie there
             already, go to a folder inside `OUT.partial`, by default.
         bases_only: write the bases alone, to be attached to the base model; needs a window.
@@ -54,16 +76,14 @@ def compress_checkpoint(
     """
     if bases_only and not config.window:
         raise EigenAttnError("--bases-only needs a window: without one the bases are folded into the weights.")
-    loaded = load_texts(texts)  # before the model, which takes longer to load
+    texts = text.load()  # before the model, which takes longer to load
     source = Source.of(name)
-    sources = [{"source": text.source if text else SELF, "sha256": text.sha256 if text else None} for text in loaded]
+    drawn = {"samples": text.samples, "length": text.length, "seed": text.seed}
     command = {
         "verb": "compress",
         "model": identity(source.path, source.gguf_file),
-        "text": [text["sha256"] for text in sources],
-        "samples": samples,
-        "length": length,
-        "seed": seed,
+        "text": [each.sha256 if each else None for each in texts],
+        **drawn,
         **config.to_dict(),
         "bases_only": bases_only,
         "dtype": dtype,
@@ -72,16 +92,16 @@ def compress_checkpoint(
     }
     with Journal(out, command) as journal:
         tokenizer = load_tokenizer(source)
-        parts = text_windows(loaded, tokenizer, samples, length, seed)
+        parts = text_windows(texts, tokenizer, **drawn)
         offload_folder = offload_folder or journal.folder / "offload"
         model = load_model(source, dtype, device, max_memory=max_memory, offload_folder=offload_folder)
-        windows = _windows(parts, model, length, seed, journal)
+        windows = _windows(parts, model, text, journal)
         provenance: dict[str, Any] = {
             "base_model": name,
-            "text": sources,
-            "samples": samples,
-            "length": length,
-            "seed": seed,
+            "text": [
+                {"source": each.source if each else SELF, "sha256": each.sha256 if each else None} for each in texts
+            ],
+            **drawn,
             "dtype": str(model.dtype).removeprefix("torch."),
         }
         report = compress(model, windows.split(1), config, provenance=provenance, journal=journal, progress=progress)
@@ -91,17 +111,17 @@ def compress_checkpoint(
             else:
                 save_model(model, folder)
                 tokenizer.save_pretrained(folder)
-            card = model_card(model.config.quantization_config, report, bases_only)
+            card = model_card(model.config.quantization_config, report, layouts_of(model), bases_only)
             (folder / "README.md").write_text(card, encoding="utf-8")
     return report
 
 
-def _windows(parts: Sequence[Tensor | int], model: nn.Module, length: int, seed: int, journal: Journal) -> Tensor:
-    """All calibration windows; those the model writes are kept, for writing takes long."""
-    kept = journal.read("windows")
-    if kept is not None:
-        return kept[0]["windows"]
-    windows = complete(parts, model, length, seed)
+def _windows(parts: Sequence[Tensor | int], model: nn.Module, text: CalibrationText, journal: Journal) -> Tensor:
+    """All calibration windows; those the model writes go to the journal, for writing takes long."""
+    finished = journal.read("windows")
+    if finished is not None:
+        return finished[0]["windows"]
+    windows = complete(parts, model, text.length, text.seed)
     if any(isinstance(part, int) for part in parts):
         journal.write("windows", {"windows": windows})
     return windows

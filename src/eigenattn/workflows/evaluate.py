@@ -9,12 +9,12 @@ from typing import Any
 from ..cache.rules import Eviction
 from ..cache.size import kv_ratio
 from ..errors import EigenAttnError
-from ..models.conversion import eigen_layers
+from ..evaluation.measuring import EvaluationPlan, Measured, measure, report
+from ..evaluation.reading import Logits, Predictions, through_cache, through_eviction, uncached
+from ..models.conversion import layouts_of
 from ..models.loading import Source, load_model, load_tokenizer
 from ..progress import TokenProgress
 from ..version import versions
-from .measuring import Measured, Plan, measure, report
-from .reading import Logits, Predictions, through_cache, through_eviction, uncached
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,14 @@ class Evaluation:
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
+        """The evaluation as plain JSON values, its results beside the other names."""
         values = asdict(self)
         return values | values.pop("results")
 
 
 def evaluate_checkpoint(
     name: str,
-    plan: Plan,
+    plan: EvaluationPlan,
     *,
     baseline: str | None = None,
     cached: bool = False,
@@ -75,7 +76,7 @@ def evaluate_checkpoint(
         which: str, logits_of: Logits, original: dict[str, Predictions] | None, keep: bool
     ) -> tuple[Measured, Any, float, int]:
         model = load_model(Source.of(which), dtype, device)
-        layers = eigen_layers(model)
+        layouts = layouts_of(model)
         found = measure(
             model,
             tokenizer,
@@ -87,7 +88,11 @@ def evaluate_checkpoint(
             original=original,
             keep=keep,
         )
-        facts = str(model.dtype).removeprefix("torch."), kv_ratio(layers), max((a.window for a in layers), default=0)
+        facts = (
+            str(model.dtype).removeprefix("torch."),
+            kv_ratio(layouts),
+            max((layout.window for layout in layouts), default=0),
+        )
         del model
         gc.collect()
         return found, *facts

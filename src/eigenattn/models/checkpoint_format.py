@@ -1,4 +1,4 @@
-"""The hook by which `from_pretrained` and `save_pretrained` know compressed checkpoints."""
+"""What a compressed checkpoint's configuration says, and the hook by which transformers builds the modules for it."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..cache.packing import BITS, Widths
+from ..cache.layout import BOTH, Layout
 from ..config import EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
 from .attention import EigenAttention
 from .conversion import convert_attention, eigen_layers
 from .maps import MAPS, QUANTISERS, local_part
 from .parallel import plan, take_part
-from .placement import put_off, stored
+from .placement import offloaded, stored
 
 METHOD = "eigenattn"
-FORMAT_VERSION = 1
-RANKS, WIDTHS = ("rank_k", "rank_v"), ("widths_k", "widths_v")
+FORMAT_VERSION = 2
 # Of models that say nothing of how far they reach.
 MOST_WINDOW = 2**20
 
 
 @register_quantization_config(METHOD)
 class EigenAttnCheckpointConfig(QuantizationConfigMixin):
-    """What `config.json` carries as `quantization_config`: the ranks, and how they came about.
+    """What `config.json` carries as `quantization_config`: the latents of each layer, and how they came about.
 
     Args:
-        layers: `{"rank_k": R_k, "rank_v": R_v}` for each layer, R_v being 0 where keys and values share latents of rank
-            R_k; with quantised latents also `widths_k` and `widths_v`, each the numbers of channels of 8, 6, 4 and 2
-            bits.
+        layers: `eigenattn.cache.layout.Layout.to_dict` of each layer. In format 1: `rank_k` and `rank_v`, which is 0
+            where keys and values share latents of rank `rank_k`, and of coded latents `widths_k` and `widths_v`, each
+            the numbers of channels of 8, 6, 4 and 2 bits. It is converted to what format 2 has.
         centred: whether the bases have means.
         method: the `EigenAttentionConfig` of the compression, as a dictionary.
         provenance: base model, calibration text and its hash, seed, tokens, versions.
         format_version: version of the checkpoint's format.
 
     Raises:
-        EigenAttnError: if the ranks are malformed or the format is newer than this package.
+        EigenAttnError: if something is malformed, or the format is newer than this package. Layers are looked at by
+            `layouts`.
     """
 
     def __init__(
@@ -51,85 +51,80 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         **kwargs: Any,
     ) -> None:
         self.quant_method = METHOD
-        if type(format_version) is not int or format_version != FORMAT_VERSION:
+        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise EigenAttnError(
-                f"this checkpoint has format {format_version!r}, and this eigenattn reads format {FORMAT_VERSION}: "
-                "install the eigenattn that wrote it."
+                f"this checkpoint has format {format_version!r:.60}, and this eigenattn reads formats up to "
+                f"{FORMAT_VERSION}: install the eigenattn that wrote it."
             )
-        if not isinstance(layers, list) or not layers or not all(_is_layer(layer) for layer in layers):
-            raise EigenAttnError(
-                "the checkpoint's quantization_config has no whole positive ranks for every layer, or its widths do "
-                "not add up to them."
-            )
+        if not isinstance(layers, list) or not layers:
+            raise EigenAttnError("the checkpoint's quantization_config has no layers.")
         for name, value, kind in (("centred", centred, bool), ("method", method or {}, dict)):
             if not isinstance(value, kind):
                 raise EigenAttnError(f"the checkpoint's quantization_config has {name} {value!r:.60}.")
         if not isinstance(provenance or {}, dict):
             raise EigenAttnError("the checkpoint's quantization_config has a provenance that is no table of facts.")
-        self.layers = [
-            {name: layer[name] for name in (*RANKS, *WIDTHS) if layer.get(name) is not None} for layer in layers
-        ]
+        config = EigenAttentionConfig.from_dict(method or {})
+        if format_version == 1:
+            layers = [_from_format_1(layer, config.sharing) for layer in layers]
+        self.layers = layers
         self.centred = centred
-        self.method = EigenAttentionConfig.from_dict(method or {}).to_dict()
+        self.method = config.to_dict()
         self.provenance = provenance or {}
-        self.format_version = format_version
+        self.format_version = FORMAT_VERSION
 
-    @property
-    def sharing(self) -> Sharing:
-        """KV heads to a latent, of keys and of values."""
-        return Sharing(self.method["shared_heads"], self.method["shared_values"])
+    def layouts(self, kv_heads: int, head_dim: int) -> list[Layout]:
+        """The layout of each layer, of a model with G KV heads of D dimensions.
+
+        Raises:
+            EigenAttnError: if a layer is malformed, or does not fit such a model.
+        """
+        full, found = Layout.full(kv_heads, head_dim), []
+        for index, entry in enumerate(self.layers):
+            try:
+                layout = Layout.from_dict(entry, kv_heads, head_dim, self.method["window"])
+            except ValueError as error:
+                raise EigenAttnError(f"layer {index} of the checkpoint: {error}.") from error
+            # At full rank, and not coded, vectors are stored as they are: format 1 has no other sign for it.
+            low = [latent for latent in layout.latents if latent.widths is not None or latent.rank < latent.full_rank]
+            found.append(full.holding(low, layout.window))
+        return found
 
 
-def layer_entry(attention: EigenAttention) -> dict[str, Any]:
-    """What the configuration says of a layer: its ranks, and its widths if it is quantised."""
-    entry: dict[str, Any] = {name: getattr(attention, name) for name in RANKS}
-    if attention.widths_k is not None:
-        entry |= {name: list(getattr(attention, name)) for name in WIDTHS}
-    return entry
-
-
-def _is_layer(layer: Any) -> bool:
+def _from_format_1(layer: Any, sharing: Sharing) -> Any:
+    """A layer's entry as format 2 has it; what is malformed stays so, for `Layout.from_dict` to refuse."""
     if not isinstance(layer, dict):
-        return False
-    ranks, widths = ([layer.get(name) for name in names] for names in (RANKS, WIDTHS))
-    if not all(type(rank) is int and rank >= least for rank, least in zip(ranks, (1, 0), strict=True)):
-        return False
-    return widths == [None, None] or all(map(_are_widths, widths, ranks))
-
-
-def _are_widths(widths: Any, rank: int) -> bool:
-    counts = isinstance(widths, list) and len(widths) == len(BITS)
-    return counts and all(type(count) is int and count >= 0 for count in widths) and sum(widths) == rank
+        return layer
+    sides = [(["key"], sharing.keys, "k"), (["value"], sharing.values, "v")]
+    if type(layer.get("rank_v")) is int and layer["rank_v"] == 0:
+        sides = [(list(BOTH), sharing.keys, "k")]
+    latents = []
+    for names, heads, end in sides:
+        latent = {"sides": names, "heads": heads, "rank": layer.get(f"rank_{end}")}
+        widths = layer.get(f"widths_{end}")
+        if isinstance(widths, list) and len(widths) == 4:
+            widths = dict(zip(("8", "6", "4", "2"), widths, strict=True))
+        latents.append(latent if widths is None else latent | {"widths": widths})
+    return {"latents": latents}
 
 
 def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) -> None:
     """Give the layers of a converted model the shapes of a checkpoint.
 
     Raises:
-        EigenAttnError: if its ranks do not fit the model.
+        EigenAttnError: if it does not fit the model.
     """
     if len(layers) != len(config.layers):
         raise EigenAttnError(
             f"the checkpoint has ranks for {len(config.layers)} layers, and its model has {len(layers)}."
         )
-    sharing = config.sharing
-    for index, (attention, layer) in enumerate(zip(layers, config.layers, strict=True)):
-        ranks = {name: layer[name] for name in RANKS}
-        if any(attention.kv_heads % shared for shared in sharing):
-            raise EigenAttnError(
-                f"the checkpoint has {sharing.together} KV heads share a latent, and the model has "
-                f"{attention.kv_heads}."
-            )
-        full = [attention.head_dim * shared * (1 if layer["rank_v"] else 2) for shared in sharing]
-        if any(rank > most for rank, most in zip(ranks.values(), full, strict=True)):
-            raise EigenAttnError(f"layer {index} of the checkpoint has ranks {ranks}, above full rank, {max(full)}.")
-        longest = getattr(attention.config, "max_position_embeddings", None) or MOST_WINDOW
-        if config.method["window"] > longest:
-            raise EigenAttnError(
-                f"the checkpoint has a window of {config.method['window']} tokens, and its model reads {longest}."
-            )
-        widths = {name: Widths(*layer[name]) for name in WIDTHS if name in layer}
-        attention.allocate(**ranks, **widths, centred=config.centred, window=config.method["window"], sharing=sharing)
+    longest = getattr(layers[0].config, "max_position_embeddings", None) or MOST_WINDOW
+    if config.method["window"] > longest:
+        raise EigenAttnError(
+            f"the checkpoint has a window of {config.method['window']} tokens, and its model reads {longest}."
+        )
+    layouts = config.layouts(layers[0].kv_heads, layers[0].head_dim)
+    for attention, layout in zip(layers, layouts, strict=True):
+        attention.allocate(layout, config.centred)
 
 
 @register_quantizer(METHOD)
@@ -155,7 +150,7 @@ class EigenAttnQuantizer(HfQuantizer):
             for name, parameter in attention.named_parameters():
                 where = f"layer {attention.layer_idx}'s {name}"
                 module, _, own_name = name.rpartition(".")
-                if put_off(attention.get_submodule(module)):
+                if offloaded(attention.get_submodule(module)):
                     # Read from where it will be read in every pass, which is the only place it is in.
                     parameter = stored(attention.get_submodule(module), own_name)
                     missing = parameter is None
@@ -175,18 +170,22 @@ class EigenAttnQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
+        """Whether `save_pretrained` may write such a model."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Whether it can be fine-tuned."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
+        """Whether all of its parameters may be trained."""
         return True
 
     @property
     def is_compileable(self) -> bool:
+        """Whether `torch.compile` may be used on it."""
         return True
 
 
