@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from eigenattn.cache.packing import Widths
-from eigenattn.compression.bases import Basis, Quantiser
+from eigenattn.compression.basis import Basis, Quantiser
 from eigenattn.compression.folding import compress_layer
 from eigenattn.config import Sharing
 from eigenattn.models.attention import EigenAttention

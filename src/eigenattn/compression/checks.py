@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from ..config import Sharing
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
-from ..models.placement import loaded, put_off
+from ..models.placement import loaded, offloaded
 from .basis import Basis
 
 
 def check_weights(model: nn.Module) -> None:
     """Raise an `EigenAttnError` that names the first weight with a NaN or an infinity."""
     for where, module in model.named_modules():
-        with loaded(module) if put_off(module) else nullcontext():  # one at a time
+        with loaded(module) if offloaded(module) else nullcontext():  # one at a time
             for name, parameter in module.named_parameters(where, recurse=False):
                 if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
                     continue

@@ -13,7 +13,7 @@ from ..models.attention import EigenAttention
 from ..models.maps import MAPS, QUANTISERS
 from ..models.placement import execution_device
 from ..models.projections import Heads, join_heads, split_heads, weight_of, with_weight
-from .bases import Basis
+from .basis import Basis
 
 
 def attach(attention: EigenAttention, bases: Sequence[Basis], window: int = 0) -> None:
