@@ -106,7 +106,7 @@ def layouts(
     for sharing in (Sharing(), *map(Sharing.of, share)):
         check_sharing(shape.kv_heads, sharing)
         for pair in ranks:
-            rank = dict(zip(SIDES, pair, strict=True))
+            rank: dict[str, int] = dict(zip(SIDES, pair, strict=True))
             name = f"({pair[0]}, {pair[1]})" + ("" if sharing == Sharing() else f", share {sharing}")
             found[name] = [Latent(s, n, n * sum(rank[side] for side in s), d) for s, n in sharing.kinds]
     if bits is not None:

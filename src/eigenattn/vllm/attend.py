@@ -41,6 +41,21 @@ def slopes_of(layer: EigenAttention) -> Tensor | None:
     return -build_mpt_alibi_tensor(layer.heads, 2, device=torch.get_default_device())[:, 0, 0].float()
 
 
+def bias_of(slopes: Tensor, columns: Tensor, dtype: torch.dtype) -> chunked.Mask:
+    """ALiBi as tiles of an additive mask.
+
+    Args:
+        slopes: of each query head [H].
+        columns: of all keys, [S].
+    """
+
+    def tile(start: int, stop: int, low: int, high: int) -> Tensor:
+        found = slopes.view(1, -1, 1, 1) * (columns[low:high] - len(columns))  # [1, H, 1, keys]
+        return found.to(dtype).expand(-1, -1, stop - start, -1)
+
+    return tile
+
+
 @dataclass(frozen=True)
 class PagedAttention:
     """How a layer attends over its pages.
@@ -167,11 +182,7 @@ def attend_prompt(layer: PagedAttention, q: Tensor, row: Tensor, length: int, fa
         keys, values = layer.vectors(from_page(layer.layout, far.at(row, chunk.unsqueeze(0))))
         return layer.rotated(keys, chunk), values
 
-    def bias(start: int, stop: int, low: int, high: int) -> Tensor:
-        tile = layer.slopes.view(1, -1, 1, 1) * (columns[low:high] - length)  # [1, H, 1, keys]
-        return tile.to(q.dtype).expand(-1, -1, stop - start, -1)
-
-    mask = None if layer.slopes is None else bias
+    mask = None if layer.slopes is None else bias_of(layer.slopes, columns, q.dtype)
     parts = chunked.attend_far(
         q,
         decode_chunk,

@@ -12,6 +12,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.utils import set_weight_attrs
 
 from ..cache.layout import Layout
 from ..errors import EigenAttnError
@@ -170,7 +171,8 @@ class ServedAttention(LatentMaps):
     def _map(self, stored: Tensor) -> nn.Parameter:
         """An empty parameter for this device's heads of a map [G/N * R, N * D] or a mean [G * D]."""
         parameter = nn.Parameter(torch.empty(self.shards.of_kv(stored).shape), requires_grad=False)
-        parameter.weight_loader = lambda into, loaded: _copy(into.data, self.shards.of_kv(loaded), "a map")
+        loader = {"weight_loader": lambda into, loaded: _copy(into.data, self.shards.of_kv(loaded), "a map")}
+        set_weight_attrs(parameter, loader)
         return parameter
 
     def attention(self) -> PagedAttention:
