@@ -102,13 +102,13 @@ def test_layers_measured_together_cost_what_they_cost_alone(tmp_path, monkeypatc
     whole, spread = made("llama", tmp_path / "base", torch.bfloat16)
     config = EigenAttentionConfig(kv_ratio=0.4, rank_multiple=2, window=8)
     expected = compress(whole, BATCHES, config)
-    monkeypatch.setattr(measure, "LAYERS_TOGETHER", 3)
+    monkeypatch.setattr(measure, "LAYERS_A_PASS", 3)
     assert compress(spread, BATCHES, config).layers == expected.layers
 
 
 def test_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(resuming, "SAVE_SECONDS", 0.0)
-    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=0)
+    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=0, refit=False)
     whole, spread = made("llama", tmp_path / "base")
     compress(whole, BATCHES, config)
 

@@ -1,6 +1,7 @@
 """Models and texts that are not as they should be: a right result, or an error that names layer and cause."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.calibration.text import load_text
-from eigenattn.compression import pipeline
 from eigenattn.compression.bases import BASES
 from eigenattn.compression.ranks import RANK_RULES
 from eigenattn.evaluation.perplexity import perplexity
@@ -78,9 +78,9 @@ def test_bases_past_the_range_of_half_precision(monkeypatch):
     method = BASES["eigen"]
 
     def huge(moments):
-        return tuple(type(b)(b.encoder * 1e6, b.decoder / 1e6, b.spectrum) for b in method.build(moments))
+        return tuple(replace(b, encoder=b.encoder * 1e6, decoder=b.decoder / 1e6) for b in method.build(moments))
 
-    monkeypatch.setitem(pipeline.BASES, "eigen", type(method)(method.moments, huge))
+    monkeypatch.setitem(BASES, "eigen", replace(method, build=huge))
     message = refused(model, basis="eigen", ranks="uniform")
     assert "layer 0's key_encoder does not fit float16" in message
     assert not eigen_layers(model)

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -23,26 +23,23 @@ from ..evaluation.retrieval import Needles
 from ..evaluation.tasks import PAPER_TASKS, load_tasks, task_names
 from ..workflows.compress import CalibrationText
 
-Command = TypeVar("Command", bound=Callable[..., None])
 
-
-def grouped(command: Command) -> Callable[..., None]:
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Have typer see, in place of an argument that is a dataclass, the fields of it as options of the command."""
-    parameters, groups = [], {}
     hints = get_type_hints(command, include_extras=True)
+    groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
-        if not dataclasses.is_dataclass(hints[name]):
-            found = [parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)]
+        if name in groups:
+            parameters += _options(groups[name])
         else:
-            groups[name] = hints[name]
-            found = _options(hints[name])
-        parameters += found
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)
-    def flat(**given: Any) -> None:
+    def flat(**options: Any) -> None:
         for name, kind in groups.items():
-            given[name] = kind(**{each.name: given.pop(each.name) for each in dataclasses.fields(kind)})
-        command(**given)
+            options[name] = kind(**{each.name: options.pop(each.name) for each in dataclasses.fields(kind)})
+        command(**options)
 
     del flat.__wrapped__  # typer would look behind this function
     flat.__signature__ = inspect.Signature(parameters)
@@ -51,17 +48,12 @@ def grouped(command: Command) -> Callable[..., None]:
 
 
 def _options(group: type) -> list[inspect.Parameter]:
-    """The fields of a dataclass as parameters."""
-    hints = get_type_hints(group, include_extras=True)
-    found = []
-    for each in dataclasses.fields(group):
-        default = inspect.Parameter.empty if each.default is dataclasses.MISSING else each.default
-        if each.default_factory is not dataclasses.MISSING:
-            default = each.default_factory()
-        found.append(
-            inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[each.name])
-        )
-    return found
+    """The fields of a dataclass, all of which have defaults, as parameters."""
+    hints, defaults = get_type_hints(group, include_extras=True), group()
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(defaults, name), annotation=hints[name])
+        for name in (each.name for each in dataclasses.fields(group))
+    ]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..calibration.text import Text
 from ..calibration.windows import SELF, complete, load_texts, text_windows
 from ..compression.pipeline import CompressionReport, compress
+from ..compression.recipe import check_supported
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..journal import Journal, identity
@@ -74,6 +75,7 @@ def compress_checkpoint(
     Raises:
         EigenAttnError: on any bad input; nothing is written then.
     """
+    check_supported(config)
     if bases_only and not config.window:
         raise EigenAttnError("--bases-only needs a window: without one the bases are folded into the weights.")
     texts = text.load()  # before the model, which takes longer to load
