@@ -6,12 +6,12 @@ from helpers import skip_without
 from tiny import tiny, tokens
 
 from eigenattn.evaluation.reading import uncached
-from eigenattn.evaluation.rivals import NAMES, Rival
+from eigenattn.evaluation.rivals import RIVALS, Rival
 from eigenattn.models.conversion import convert_attention, eigen_layers
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", NAMES.split(", "))
+@pytest.mark.parametrize("name", RIVALS)
 def test_every_rival_reads(name):
     skip_without(name.split("-")[0])
     model, ids = tiny("opt"), tokens(1, 48)

@@ -119,7 +119,7 @@ class LatentHistograms:
             second[..., :stop] += weights.square().sum((2, 3))
             if both is not None:
                 by_latent = weights.flatten(1, 2).unflatten(1, (both.shape[1], -1))  # [B, G/N, heads, block, stop]
-                self.outputs += (by_latent @ both[:, :, None, :stop]).double().square().sum((0, 2, 3))
+                self.outputs += (by_latent.to(both.dtype) @ both[:, :, None, :stop]).double().square().sum((0, 2, 3))
         for each, histograms, z in zip(self.maps, self.histograms, latents, strict=True):
             weight = first if "key" in each.sides else second
             histograms.add(z, weight.unflatten(1, (z.shape[1], -1)).sum(2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import cached_property
 from typing import Any
 
@@ -67,24 +67,29 @@ class Text:
 
     Args:
         batches: as a user has them: see `Batch.of`.
-        again: whether they are wanted more than once; token ids are then held in memory.
+        again: whether they are wanted more than once; a stream is then held in memory.
     """
 
     def __init__(self, batches: Iterable[Any], model: nn.Module, again: bool) -> None:
         self.model, self.device = model, input_device(model)
-        self.source = list(batches) if again and not isinstance(batches, Sequence) else batches
-        self.count = len(self.source) if isinstance(self.source, Sequence) else None
+        self.source = batches
+        self.held: list[Any] | None = [] if again and not isinstance(batches, Sequence) else None
+        self.count = len(batches) if isinstance(batches, Sized) else None
         self.judged: list[Batch] = []
         self.tokens = self.longest = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        for value in self.source:
+        """All batches once more."""
+        for value in self.source if self.held is None else self.held:
             yield Batch.of(value, self.device)
 
     def first_pass(self) -> Iterator[Batch]:
         """All batches, counted; the first are held, to measure costs on."""
         self.judged, self.tokens, self.longest = [], 0, 0
-        for batch in self:
+        for value in self.source:
+            if self.held is not None:
+                self.held.append(value)
+            batch = Batch.of(value, self.device)
             check_vocabulary(batch.input_ids, self.model)
             if self.tokens < COST_TOKENS:
                 self.judged.append(batch)
