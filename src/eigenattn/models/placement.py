@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -121,7 +121,7 @@ def _store(weights: Any, name: str, tensor: Tensor) -> None:
     elif isinstance(weights, OffloadedWeightsLoader):
         # A bias that was not there before goes where the weight is.
         beside = f"{name.rpartition('.')[0]}.weight"
-        in_memory: Any = weights.state_dict
+        in_memory = cast(dict[str, Tensor], weights.state_dict)
         if name in in_memory or beside in in_memory:
             in_memory[name] = tensor.cpu()
         else:
