@@ -411,7 +411,7 @@ def read(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         except Exception as error:
             failed(way, error)
             continue
-        # In float64, eager attention makes NaN of padding beside a window.
+        # In float64, eager attention makes NaN of padding.
         yield from ((f"{way}/{name}", x) for name, x in found.items() if not x.isnan().any())
 
 

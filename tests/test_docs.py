@@ -1,14 +1,13 @@
 """Pages that are written from code say what the code does."""
 
-import importlib.util
 import json
 import re
-import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from helpers import script
 from tiny import TINY, some_bases, tiny
 
 from eigenattn.compression.folding import attach, fold
@@ -17,16 +16,6 @@ from eigenattn.models.families import Family
 from eigenattn.models.maps import MAPS
 
 ROOT = Path(__file__).parents[1]
-
-
-def script(path: Path):
-    """A script of the repository as a module; it may import its neighbours."""
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.size import allocated_bytes, cache_bytes
 from eigenattn.compression.bases import BASES
 from eigenattn.compression.ranks import RANK_RULES
-from eigenattn.models.conversion import eigen_layers
+from eigenattn.models.conversion import eigen_layers, layouts_of
 
 SMALL = {"rank_multiple": 2, "window": 4}
 
@@ -29,14 +29,11 @@ def test_report_is_what_the_cache_allocates(ranks, basis, window):
     cache = DynamicCache(config=model.config)
     model(tokens(2, 30), past_key_values=cache, use_cache=True)
     model(tokens(2, 1), past_key_values=cache, use_cache=True)
-    layers = eigen_layers(model)
-    assert allocated_bytes(cache) == 2 * cache_bytes(layers, 4, 31, window)
+    assert allocated_bytes(cache) == 2 * cache_bytes(layouts_of(model), 4, 31)
     if not window:
         assert allocated_bytes(cache) == 2 * 31 * report.bytes_per_token
     assert report.kv_ratio == report.bytes_per_token / report.baseline_bytes_per_token
-    assert [(a.rank_k, a.rank_v) for a in eigen_layers(model)] == [
-        (layer["rank_k"], layer["rank_v"]) for layer in report.layers
-    ]
+    assert report.layers == [layout.to_dict() for layout in layouts_of(model)]
     assert report.tokens == 80
     assert report.forward_seconds > 0
     refitted = {"refit"} if basis == "attention" and not window else set()
@@ -67,7 +64,7 @@ def test_a_model_that_is_low_rank_loses_nothing(basis):
     ids = tokens(4, 40)
     exact = model(ids).logits
     report = compress(model, [ids], EigenAttentionConfig(kv_ratio=0.5, ranks="uniform", basis=basis, window=0))
-    assert report.layers == [{"rank_k": 8, "rank_v": 8}] * 3
+    assert [[latent["rank"] for latent in layer["latents"]] for layer in report.layers] == [[8, 8]] * 3
     torch.testing.assert_close(model(ids).logits, exact, rtol=0, atol=1e-4)
 
 

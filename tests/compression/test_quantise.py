@@ -9,12 +9,15 @@ from tiny import converted, random_basis, tiny, tokens
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.codebook import Codebook, level_table
-from eigenattn.cache.packing import BITS, Widths
+from eigenattn.cache.layout import SIDES
+from eigenattn.cache.packing import Widths
 from eigenattn.calibration.latent_histograms import Histograms
-from eigenattn.compression.bases import Basis
+from eigenattn.compression.basis import Basis
 from eigenattn.compression.codebooks import Fit, fit
-from eigenattn.compression.quantise import CHOICES, allocate, joint_costs, key_costs, quantised, value_costs
-from eigenattn.models.conversion import eigen_layers
+from eigenattn.compression.quantise import CHOICES, allocate, costs_of_both, key_costs, quantised, value_costs
+from eigenattn.models.conversion import layouts_of
+
+BITS = CHOICES[1:]
 
 
 def samples(kind, n=4000):
@@ -31,11 +34,11 @@ def samples(kind, n=4000):
 def fitted(z, weight):
     histograms = Histograms.empty(z, 1, 1)
     histograms.add(z, weight)
-    return fit(histograms)
+    return fit(histograms, BITS)
 
 
 def error(z, weight, levels, bits):
-    codebook = Codebook.of(levels.view(1, 1, 4), Widths(*(int(bits == b) for b in BITS)))
+    codebook = Codebook.of(levels.view(1, 1, 4), Widths.of({bits: 1}))
     restored = codebook.dequantise(codebook.quantise(z))
     return float(((z - restored).double().square().squeeze(-1) * weight).sum())
 
@@ -95,7 +98,7 @@ def test_more_bits_err_less_and_energy_is_that_of_the_samples():
 
 
 def test_a_head_without_attention_still_has_a_quantiser():
-    found = fit(Histograms.empty(torch.zeros(()), 2, 3))
+    found = fit(Histograms.empty(torch.zeros(()), 2, 3), BITS)
     for bits in BITS:
         assert (level_table(found.levels[bits], bits).diff(dim=-1) > 0).all()
         assert (found.error[bits] == 0).all()
@@ -121,18 +124,19 @@ def test_costs_start_at_the_spectrum_and_fall():
     assert (costs.diff() < 0).all()
 
 
-def test_joint_costs():
+def test_costs_of_both_sides():
     """Keys' part falls with the error; what values lose is in proportion to what attention's sums do."""
     z, weight = samples("normal")
     found = fitted(z, weight)
     total, energy = weight.sum().reshape(1, 1), found.energy
-    histograms = SimpleNamespace(keys=SimpleNamespace(weight=total), outputs=0.5 * energy, squares=0.1 * total[0])
+    side = SimpleNamespace(weight=total)
+    histograms = SimpleNamespace(histograms=[side], outputs=0.5 * energy, squares=0.1 * total[0])
 
     def costs(share):
         nothing = torch.zeros(1, 1, 1)
         spectrum, key_share = torch.tensor([[8.0, share]], dtype=torch.float64).T.unsqueeze(1)
-        basis = Basis(nothing, nothing, spectrum, key_share=key_share)
-        return joint_costs(found, basis, histograms)[0] / 8
+        basis = Basis(nothing, nothing, spectrum, sides=SIDES, key_share=key_share)
+        return costs_of_both(found, basis, key_share, histograms)[0] / 8
 
     keys, values, both = costs(1.0), costs(0.0), costs(0.25)
     assert keys[0] == values[0] == both[0] == 1
@@ -154,8 +158,8 @@ def tables(seed, sides=3, channels=4):
 
 
 def bytes_of(widths, heads):
-    counts = [[side.tolist().count(bits) for bits in BITS] for side in widths]
-    return sum(g * Widths(*count).bytes for g, count in zip(heads, counts, strict=True))
+    counts = [{bits: side.tolist().count(bits) for bits in BITS} for side in widths]
+    return sum(g * Widths.of(count).bytes for g, count in zip(heads, counts, strict=True))
 
 
 def cost_of(costs, weights, widths):
@@ -209,7 +213,7 @@ def test_a_quantised_basis_is_sorted_by_width():
     order = [0, 3, 4, 1, 5]
     assert torch.equal(found.encoder, basis.encoder[..., order])
     assert torch.equal(found.decoder, basis.decoder[:, order])
-    assert found.quantiser.widths == Widths(2, 0, 1, 2)
+    assert found.quantiser.widths == Widths.of({8: 2, 4: 1, 2: 2})
     assert found.quantiser.levels[0, :, 0].tolist() == pytest.approx([8.0, 8.3, 4.4, 2.1, 2.5])
     assert found.quantiser.levels[0, 2].tolist() == pytest.approx([4.4, 8.8, 13.2, 17.6])
 
@@ -220,10 +224,13 @@ def test_more_bits_are_nearer_to_the_original():
     exact, errors = tiny("llama")(ids).logits, []
     for bits in (1.0, 4.0):
         model = tiny("llama")
-        report = compress(model, batches, EigenAttentionConfig(bits_per_element=bits, rank_multiple=4, window=4))
+        report = compress(
+            model, batches, EigenAttentionConfig(coded=True, kv_ratio=bits / 16, rank_multiple=4, window=4)
+        )
         assert bits - 0.5 < report.kv_ratio * 16 <= bits
         errors.append(float((model(ids).logits - exact).square().mean()))
-        assert [layer["widths_k"] for layer in report.layers] == [list(a.widths_k) for a in eigen_layers(model)]
+        assert report.layers == [layout.to_dict() for layout in layouts_of(model)]
+        assert all(layout.coded for layout in layouts_of(model))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0] / 10
 
@@ -232,5 +239,5 @@ def test_more_bits_are_nearer_to_the_original():
 def test_without_a_window_too():
     ids, model = tokens(2, 30), tiny("opt")
     exact = model(ids).logits
-    compress(model, [tokens(4, 60)], EigenAttentionConfig(bits_per_element=7, rank_multiple=4, window=0))
+    compress(model, [tokens(4, 60)], EigenAttentionConfig(coded=True, kv_ratio=7 / 16, rank_multiple=4, window=0))
     assert (model(ids).logits - exact).abs().mean() < 0.3 * exact.std()

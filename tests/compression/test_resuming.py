@@ -1,4 +1,4 @@
-"""What is kept of a compression is taken up, not done again, and changes no bit."""
+"""What is saved of a compression is taken up, not done again, and changes no bit."""
 
 import pytest
 from helpers import Killed, same

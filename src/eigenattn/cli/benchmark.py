@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..benchmark.calibration import benchmark_calibration
 from ..benchmark.decode import CACHES, benchmark_decode
-from ..benchmark.kernel import benchmark_kernel
+from ..benchmark.kernel import StepShape, benchmark_kernel
 from ..benchmark.memory import benchmark_memory
 from ..benchmark.prefill import benchmark_prefill
 from ..benchmark.shapes import SHAPES, Contest, head_shape
@@ -129,7 +129,13 @@ def kernel(
         sizes |= vars(head_shape(shape))
         label = f"{shape}-b{heads.batch}-s{heads.length}"
     found = benchmark_kernel(
-        **sizes, ranks=_pairs(ranks), bits=bits, share=share, rounds=rounds, label=label, **vars(loading)
+        StepShape(**sizes),
+        ranks=_pairs(ranks),
+        bits=bits,
+        share=share,
+        rounds=rounds,
+        label=label,
+        **vars(loading),
     )
     table = Table("kernel, positions, ranks", "ms", "of copy bandwidth", "speed against the best")
     for row in found["rows"]:

@@ -12,11 +12,12 @@ from ..calibration.text import DEFAULT_SOURCE
 from ..compression.bases import BASES
 from ..compression.ranks import RANK_RULES
 from ..errors import EigenAttnError
-from ..evaluation.rivals import NAMES, Rival
-from ..evaluation.sweep import Grid
-from ..evaluation.sweep_folder import Calibration, run_sweep, sweep_texts, table
+from ..evaluation.grid import Grid
+from ..evaluation.rivals import RIVALS, Rival
+from ..evaluation.sweep_folder import table
 from ..report.figures import calibration_study, frontier, new_figure, save_figure
 from ..report.tables import calibrations, sweep_table
+from ..workflows.sweep import Calibration, run_sweep, sweep_texts
 from .common import Json, Model, app, emit, examples, rich_table
 from .options import (
     CODED_HELP,
@@ -104,7 +105,7 @@ def sweep(
     grid: GridOptions,
     evaluation: EvaluationOptions,
     rivals: Annotated[
-        str, typer.Option(help=f"Compare with plain quantised caches: {NAMES}. {LIST}", metavar="LIST")
+        str, typer.Option(help=f"Compare with plain quantised caches: {', '.join(RIVALS)}. {LIST}", metavar="LIST")
     ] = "",
     text: Annotated[
         list[str],

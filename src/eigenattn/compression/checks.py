@@ -58,8 +58,8 @@ def check_range(attention: EigenAttention, bases: Iterable[Basis]) -> None:
             if tensor is not None and not _fits(tensor, dtype):
                 kind = str(dtype).removeprefix("torch.")
                 raise EigenAttnError(
-                    f"layer {attention.layer_idx}'s {basis.sides[0]}_{name} does not fit {kind}: compress in bfloat16 or "
-                    "float32."
+                    f"layer {attention.layer_idx}'s {basis.sides[0]}_{name} does not fit {kind}: compress in bfloat16 "
+                    "or float32."
                 )
 
 

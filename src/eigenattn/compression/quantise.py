@@ -21,20 +21,21 @@ from .basis import Bases, Basis, Quantiser
 from .codebooks import Fit, fit
 from .sensitivity import TIE
 
-# Bits a channel may have, fewest first. Of width 0 nothing is stored, and the latent is its mean, 0.
-CHOICES = (0, 2, 4, 6, 8)
+# Bits a channel may be allotted, fewest first: 0, of which nothing is stored and the latent is its mean, and widths of
+# `eigenattn.cache.packing.PARTS`. Another package may add one.
+ALLOTTED = [0, 2, 4, 6, 8]
 # Channels that share a width: planes of whole bytes, and hardly coarser than single channels (see docs/decisions.md).
 GROUP = 4
 
 
 def key_costs(fitted: Fit, basis: Basis, weight: Tensor) -> Tensor:
-    """What keys' channels cost at each width of `CHOICES`, summed over heads, in units of the spectrum: [R, widths].
+    """What keys' channels cost at each width of `ALLOTTED`, summed over heads, in units of the spectrum: [R, widths].
 
     Args:
         weight: total weight of each head's histograms [G]; the spectrum is of a covariance, that is, of means.
     """
     weight = weight.clamp_min(TINY).unsqueeze(-1)
-    columns = [basis.spectrum, *(fitted.error[bits] / weight for bits in CHOICES[1:])]
+    columns = [basis.spectrum, *(fitted.error[bits] / weight for bits in ALLOTTED[1:])]
     return torch.stack([column.sum(0) for column in columns], dim=-1)
 
 
@@ -47,7 +48,7 @@ def value_costs(fitted: Fit, basis: Basis) -> Tensor:
     error's share of the energy. At `c = 1` this is truncation.
     """
     columns = [basis.spectrum]
-    for bits in CHOICES[1:]:
+    for bits in ALLOTTED[1:]:
         share = (fitted.error[bits] / fitted.energy.clamp_min(TINY)).clamp_max(1)
         columns.append(share.square() * basis.spectrum + (1 - share) * fitted.error[bits])
     return torch.stack([column.sum(0) for column in columns], dim=-1)
@@ -67,7 +68,7 @@ def costs_of_both(fitted: Fit, basis: Basis, key_share: Tensor, found: LatentHis
     cut = of_values[:, int(WEIGHED_AT * of_values.shape[-1]) :]
     unit = (cut * summed[:, -cut.shape[-1] :]).sum() / cut.sum().clamp_min(TINY)
     columns = []
-    for bits in CHOICES:
+    for bits in ALLOTTED:
         share = (fitted.error[bits] / fitted.energy.clamp_min(TINY)).clamp_max(1) if bits else torch.ones_like(summed)
         lost = share.square() * summed + (1 - share) * share * squared / weight
         columns.append(of_keys * share + of_values * lost / unit.clamp_min(TINY))
@@ -85,7 +86,7 @@ def allocate(
     at least.
 
     Args:
-        costs: for each latent [R, widths], the cost of each channel at each width of `CHOICES`, over all its heads.
+        costs: for each latent [R, widths], the cost of each channel at each width of `ALLOTTED`, over all its heads.
         weights: for each latent what a unit of its cost counts.
         heads: for each latent how many of it a token has, all of which store their channels so.
         budget: bytes of a token, packed, all latents together.
@@ -101,10 +102,10 @@ def allocate(
         [(cost[i : i + multiple].sum(0), len(cost[i : i + multiple])) for i in range(0, len(cost), multiple)]
         for cost in costs
     ]
-    chosen = [[CHOICES[1]] + [0] * (len(latent) - 1) for latent in groups]
+    chosen = [[ALLOTTED[1]] + [0] * (len(latent) - 1) for latent in groups]
 
     def size(latent: int) -> int:
-        counts = dict.fromkeys(CHOICES[1:], 0)
+        counts = dict.fromkeys(ALLOTTED[1:], 0)
         for (_, count), bits in zip(groups[latent], chosen[latent], strict=True):
             if bits:
                 counts[bits] += count
@@ -121,10 +122,10 @@ def allocate(
         """The next step along the hull: the point of best gain for a bit beyond the present width."""
         cost, count = groups[latent][group]
         width = chosen[latent][group]
-        present = float(cost[CHOICES.index(width)])
+        present = float(cost[ALLOTTED.index(width)])
         slopes = [
             ((present - float(cost[i])) / (heads[latent] * count * (bits - width)), bits)
-            for i, bits in enumerate(CHOICES)
+            for i, bits in enumerate(ALLOTTED)
             if bits > width
         ]
         gain, bits = max(slopes, default=(0.0, 0))
@@ -162,14 +163,14 @@ def quantised(basis: Basis, fitted: Fit, widths: Tensor) -> Basis:
     levels = torch.stack(
         [fitted.levels[bits][:, channel] for channel, bits in zip(order.tolist(), stored, strict=True)], dim=1
     )
-    quantiser = Quantiser(levels, Widths.of({bits: stored.count(bits) for bits in CHOICES[1:]}))
+    quantiser = Quantiser(levels, Widths.of({bits: stored.count(bits) for bits in ALLOTTED[1:]}))
     order = order.to(basis.encoder.device)
     encoder, decoder = basis.encoder[..., order], basis.decoder[:, order]
     return dataclasses.replace(basis, encoder=encoder, decoder=decoder, quantiser=quantiser)
 
 
 class Fitted(NamedTuple):
-    """The quantisers of one latent at every width of `CHOICES`, and what its channels then cost: see `key_costs`."""
+    """The quantisers of one latent at every width of `ALLOTTED`, and what its channels then cost: see `key_costs`."""
 
     fit: Fit
     costs: Tensor
@@ -204,7 +205,7 @@ def fit_quantisers(
 
 def _fitted(basis: Basis, found: LatentHistograms, index: int) -> Fitted:
     histograms = found.histograms[index]
-    quantisers = fit(histograms, CHOICES[1:])
+    quantisers = fit(histograms, ALLOTTED[1:])
     if basis.key_share is not None:
         costs = costs_of_both(quantisers, basis, basis.key_share, found)
     elif "key" in basis.sides:

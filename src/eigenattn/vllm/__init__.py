@@ -7,7 +7,7 @@ part of eigenattn imports vLLM.
 from __future__ import annotations
 
 from ..errors import EigenAttnError
-from ..models.checkpoint import METHOD
+from ..models.checkpoint_format import METHOD
 
 # Beside the registration of models vLLM promises plug-ins no interface: a minor version is named once it was tested.
 SUPPORTED = ("0.32",)
@@ -37,7 +37,7 @@ def register() -> None:
 
     if METHOD in QUANTIZATION_METHODS:  # vLLM may load plug-ins twice in a process
         return
-    from .configuration import EigenAttnConfig, RefusingConfig, vllm_version
+    from .configuration import LatentsConfig, RefusingConfig, vllm_version
 
     try:
         check_version(vllm_version())
@@ -50,7 +50,7 @@ def register() -> None:
     from .backend import LatentBackend
     from .configuration import ARCHITECTURES
 
-    register_quantization_config(METHOD)(EigenAttnConfig)
+    register_quantization_config(METHOD)(LatentsConfig)
     register_backend(LatentBackend.get_name(), ".".join(LatentBackend.full_cls_name()))
     for ours in ARCHITECTURES.values():
         ModelRegistry.register_model(ours, f"{__name__}.models:{ours}")

@@ -81,6 +81,7 @@ class MptModel(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
         if not get_pp_group().is_first_rank:
+            assert intermediate_tensors is not None
             hidden_states = intermediate_tensors["hidden_states"]
         else:
             hidden_states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,30 +45,29 @@ class Side:
     mean: Tensor | None = None
     widths: Widths | None = None
     levels: Tensor | None = None
-    _paired: dict[tuple[int, bool], tuple[Tensor | None, Tensor | None]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    @cached_property
+    def _once(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    @property
     def codebook(self) -> Codebook:
-        """What codes stand for."""
-        return Codebook.of(self.levels, self.widths)
+        """What codes stand for, kept."""
+        return self._once("codebook", lambda: Codebook.of(self.levels, self.widths))
 
     def paired(self, width: int, interleaved: bool) -> tuple[Tensor | None, Tensor | None]:
         """Decoder [G, R, D] and mean [G, 1, D] with their leading `width` dimensions pair by pair, kept."""
-        found = self._paired.get((width, interleaved))
-        if found is None:
-            mean = None if self.mean is None else self.mean.unsqueeze(1)
-            found = self._paired[width, interleaved] = (
-                in_pairs(self.decoder, width, interleaved),
-                in_pairs(mean, width, interleaved),
-            )
-        return found
+        mean = None if self.mean is None else self.mean.unsqueeze(1)
+        return self._once(
+            (width, interleaved), lambda: tuple(in_pairs(x, width, interleaved) for x in (self.decoder, mean))
+        )
 
-    @cached_property
+    @property
     def folded(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What `fold` gives, kept."""
-        return self.fold()
+        return self._once("folded", self.fold)
 
     def fold(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Decoder [G, R, D], mean [G, D] and shape [G, 3, R] that take codes u, counted from the middle of their range.

@@ -132,8 +132,7 @@ def decode(step: Step) -> Tensor:
     b, h, d = q.shape
     g = step.kv_heads
     compiling = torch.compiler.is_compiling()
-    folded = [side.fold() if compiling else side.folded for side in (step.keys, step.values)]
-    (key_decoder, key_mean, key_shape), (value_decoder, value_mean, value_shape) = folded
+    (key_decoder, key_mean, key_shape), (value_decoder, value_mean, value_shape) = step.keys.folded, step.values.folded
     q_small, offset = None, None
     if rotary is None:
         grouped = q.view(b, g, h // g, d)

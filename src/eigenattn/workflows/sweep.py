@@ -12,15 +12,15 @@ from ..calibration.statistics import Batch
 from ..calibration.text import SOURCES, Text, load_text
 from ..calibration.windows import SELF, complete, load_texts, text_windows
 from ..errors import EigenAttnError
+from ..evaluation.grid import Cell, Grid
+from ..evaluation.measuring import EvaluationPlan, measure, report
+from ..evaluation.reading import Logits, uncached
+from ..evaluation.rivals import Rival
+from ..evaluation.sweep import SweepModel, rival_sizes, sizes
+from ..evaluation.sweep_folder import SweepFolder
 from ..models.loading import Source, load_model, load_tokenizer
 from ..models.placement import input_device
 from ..progress import Clock, TokenProgress
-from .grid import Cell, Grid
-from .measuring import Plan, measure, report
-from .reading import Logits, uncached
-from .rivals import Rival
-from .sweep import SweepModel, rival_sizes, sizes
-from .sweep_folder import SweepFolder
 
 # One part in so many of a file is held out for evaluation, if no other text is given for that.
 HELD_OUT = 5
@@ -75,7 +75,7 @@ def run_sweep(
     name: str,
     out: Path,
     grid: Grid,
-    plan: Plan,
+    plan: EvaluationPlan,
     *,
     calibrations: Sequence[Calibration],
     length: int,
@@ -146,7 +146,7 @@ def run_sweep(
         results.values["baseline"] = report(base)
         subject = SweepModel(model, [], grid, bars, clock)
 
-        def record(key: str, title: str, facts: dict[str, Any], what: Plan, logits_of: Logits) -> None:
+        def record(key: str, title: str, facts: dict[str, Any], what: EvaluationPlan, logits_of: Logits) -> None:
             options = {"title": title, "bars": bars, "logits_of": logits_of, "original": base.predictions}
             with clock.stage("evaluation"):
                 found = measure(model, tokenizer, what, items, **options)
