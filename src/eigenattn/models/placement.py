@@ -131,7 +131,7 @@ def _store(weights: Any, name: str, tensor: Tensor) -> None:
             save_file({name: tensor.contiguous()}, new)
             new.replace(path)
             dtype = str(tensor.dtype).removeprefix("torch.")
-            weights.index[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": dtype}
+            cast(Any, weights.index)[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": dtype}
         if name not in weights.all_keys:
             weights.all_keys.append(name)
     elif isinstance(weights, MutableMapping):
