@@ -105,6 +105,7 @@ class Text:
 
     @property
     def sha256(self) -> str:
+        """Of the content."""
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 

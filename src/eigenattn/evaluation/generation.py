@@ -31,6 +31,7 @@ class Continuation:
     kept_tokens: int
 
     def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
         return asdict(self)
 
 
