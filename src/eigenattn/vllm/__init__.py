@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..errors import EigenAttnError
 from ..models.checkpoint_format import METHOD
-from .engine_version import SUPPORTED, check_version, vllm_version
+from .versions import SUPPORTED, check_version, vllm_version
 
 __all__ = ["SUPPORTED", "check_version", "register"]
 

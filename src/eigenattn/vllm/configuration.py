@@ -15,7 +15,7 @@ from ..models.attention import EigenAttention
 from ..models.checkpoint_format import METHOD, EigenAttnCheckpointConfig, allocate
 from ..models.conversion import convert_attention, eigen_layers
 from ..models.families import family_of
-from .engine_version import check_version, vllm_version
+from .versions import check_version, vllm_version
 
 # Class in the checkpoint's `architectures` -> ours, in `eigenattn.vllm.models`.
 ARCHITECTURES = {

