@@ -17,11 +17,11 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from eigenattn.evaluation.grid import Cell, Grid
 from torch import Tensor, nn
 
 from eigenattn.calibration.statistics import Batch
 from eigenattn.calibration.text import load_text, sample_windows, tokenize
+from eigenattn.evaluation.grid import Cell, Grid
 from eigenattn.evaluation.paired import difference, exponential, mean
 from eigenattn.evaluation.perplexity import perplexity, windows_of
 from eigenattn.evaluation.retrieval import copying

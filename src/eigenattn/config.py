@@ -152,7 +152,7 @@ class EigenAttentionConfig:
             raise EigenAttnError(f"error_budget must be above 0, not {self.error_budget}: 0.02 allows 2% a layer.")
         if self.coded and self.kv_ratio is None:
             raise EigenAttnError(f"coded latents are chosen for a kv_ratio, not for {given[0]}.")
-        if self.coded and LARGEST_CODED_RATIO < self.kv_ratio < 1:
+        if self.coded and self.kv_ratio is not None and LARGEST_CODED_RATIO < self.kv_ratio < 1:
             raise EigenAttnError(
                 f"codes have 8 bits at most, a kv_ratio of {LARGEST_CODED_RATIO}, not {self.kv_ratio}: "
                 "ask for less, or for latents that are not coded."

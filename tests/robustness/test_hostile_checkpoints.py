@@ -69,7 +69,7 @@ NUMBERS = st.one_of(
     st.sampled_from([2**31, 2**63, -(2**63), 10**300, 10**4000, 1e308, float("nan"), float("inf"), 0.5, -0.0]),
 )
 WORDS = st.sampled_from(
-    ["", "8", "rank_k", "latents", "../../etc/passwd", "/dev/zero", "\x00", "eigenattn", "a" * 300, "NaN"]
+    ["", "8", "rank_k", "latents", "self", "../../etc/passwd", "/dev/zero", "\x00", "eigenattn", "a" * 300, "NaN"]
 )
 VALUES = st.recursive(
     st.one_of(NUMBERS, WORDS, st.booleans(), st.none()),

@@ -21,6 +21,7 @@ class CacheContext:
 
     def __init__(self) -> None:
         self.owner: int | None = None
+        self._last, self._seen = -1, -1  # layers: of the passes before, and of this one so far
         self._memo: dict[Hashable, Any] = {}
         self._grown: Store | None = None
         self._fixed: Tensor | None = None
@@ -36,9 +37,15 @@ class CacheContext:
     def begin(self, layer_idx: int) -> bool:
         """Have a layer begin its part of a pass; whether it is the owner, with which a new pass begins."""
         if self.owner is None or layer_idx <= self.owner:
-            self.owner = layer_idx
+            self.owner, self._last, self._seen = layer_idx, self._seen, -1
             self._memo = {}
+        self._seen = max(self._seen, layer_idx)
         return layer_idx == self.owner
+
+    def end(self, layer_idx: int) -> None:
+        """Have a layer end its part of a pass; with the last goes what was computed for all, which takes room."""
+        if layer_idx == self._last:
+            self._memo = {}
 
     def memoised(self, name: Hashable, compute: Callable[[], Any]) -> Any:
         """What `compute` gives, computed by the first layer that asks for it in a pass. Compiled graphs share by

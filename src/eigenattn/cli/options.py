@@ -27,7 +27,7 @@ from ..workflows.compress import CalibrationText
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Have typer see, in place of an argument that is a dataclass, the fields of it as options of the command."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         if name in groups:
@@ -42,12 +42,12 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         command(**options)
 
     del flat.__wrapped__  # typer would look behind this function
-    flat.__signature__ = inspect.Signature(parameters)
+    setattr(flat, "__signature__", inspect.Signature(parameters))  # noqa: B010 (no function is known to have one)
     flat.__annotations__ = {each.name: each.annotation for each in parameters}
     return flat
 
 
-def _options(group: type) -> list[inspect.Parameter]:
+def _options(group: Any) -> list[inspect.Parameter]:
     """The fields of a dataclass, all of which have defaults, as parameters."""
     hints, defaults = get_type_hints(group, include_extras=True), group()
     return [

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..calibration.text import Text, tokenize
 from ..errors import EigenAttnError
-from ..progress import TokenProgress
+from ..progress import TASK, TokenProgress
 from .paired import Estimate, difference, exponential, mean
 from .perplexity import scored_tokens, windows_of
 from .reading import Logits, Predictions, Reading, read, uncached
@@ -128,7 +128,7 @@ def measure(
     with bars.bar(f"Reading with {title}", steps) as bar:
 
         def advance() -> None:
-            bar.advance(0)
+            bar.advance(TASK)
 
         readings = {
             name: read(
@@ -142,8 +142,10 @@ def measure(
             )
             for name, each in windows.items()
         }
-        copied = copying(model, first[:copies], logits_of, advance) if copies else None
-        found = find_needles(model, tokenizer, items.haystack, needles, logits_of, advance) if needles else {}
+        copied = copying(model, first[:copies], logits_of, advance) if copies and first is not None else None
+        found = {}
+        if needles is not None and items.haystack is not None:
+            found = find_needles(model, tokenizer, items.haystack, needles, logits_of, advance)
     tasks = run_tasks(model, tokenizer, plan.tasks, limit=plan.limit, batch_size=plan.batch_size)
     return Measured(readings, copied, found, tasks)
 
@@ -175,7 +177,7 @@ def _text(name: str, reading: Reading, baseline: Reading | None) -> dict[str, An
         ratio = exponential(difference(reading.nll, baseline.nll))
         row["baseline_perplexity"] = exponential(mean(baseline.nll)).value
         row |= _with_error("relative_increase", Estimate(ratio.value - 1, ratio.error))
-    if reading.divergence is not None:
+    if reading.divergence is not None and reading.agreement is not None:
         row |= _with_error("divergence", mean(reading.divergence))
         row |= _with_error("top1_agreement", mean(reading.agreement))
     return row

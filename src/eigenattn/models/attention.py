@@ -53,6 +53,7 @@ class EigenAttention(AttentionLayer):
         sight = self._remember(this, k if self.rotates_far else this.rotated(k), v)
         out, weights = attend(self, this, q, sight)  # [B, H, T, *]
         evict(self, this, q, sight)
+        this.end()
         out = self.output_projection(out.transpose(1, 2).flatten(2))
         if self.family.output_dropout is not None:
             out = getattr(self, self.family.output_dropout)(out)

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
 from .attention import EigenAttention
@@ -27,13 +28,13 @@ MOST_CONFIG_BYTES = 4_000_000
 FLOATS = ("F64", "F32", "BF16", "F16")
 
 
-def save_bases(model: nn.Module, folder: Path) -> None:
+def save_bases(model: PreTrainedModel, folder: Path) -> None:
     """Write the bases of a model compressed with a window, and what they belong to.
 
     Raises:
         EigenAttnError: if the bases are folded into the weights (`window=0`).
     """
-    config = model.config.quantization_config
+    config: EigenAttnCheckpointConfig = model.config.quantization_config
     if not config.method["window"]:
         raise EigenAttnError("without a window the bases are folded into the weights: save the whole model.")
     tensors = {name: each.detach().cpu().contiguous() for name, each in _named(eigen_layers(model)).items()}
@@ -49,7 +50,7 @@ def read_bases_config(folder: str) -> EigenAttnCheckpointConfig | None:
     return _read_config(path) if path.is_file() else None
 
 
-def attach(model: nn.Module, bases: str | Path) -> nn.Module:
+def attach(model: PreTrainedModel, bases: str | Path) -> PreTrainedModel:
     """Put bases on the model they were made for, in place; it then caches latents.
 
     Args:
@@ -98,7 +99,7 @@ def _read_config(path: Path) -> EigenAttnCheckpointConfig:
         raise EigenAttnError(f"{path} is not a configuration of bases.") from error
     if not isinstance(values, dict) or values.get("quant_method") != METHOD:
         raise EigenAttnError(f"{path} is not a configuration of bases.")
-    config = EigenAttnCheckpointConfig.from_dict(values)
+    config = EigenAttnCheckpointConfig.read(values)
     if not config.method["window"]:
         raise EigenAttnError(f"{path} is of a model without a window, whose bases are folded into its weights.")
     return config

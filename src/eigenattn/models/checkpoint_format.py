@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..cache.layout import BOTH, Layout
@@ -23,7 +24,6 @@ FORMAT_VERSION = 2
 MOST_WINDOW = 2**20
 
 
-@register_quantization_config(METHOD)
 class EigenAttnCheckpointConfig(QuantizationConfigMixin):
     """What `config.json` carries as `quantization_config`: the latents of each layer, and how they came about.
 
@@ -43,6 +43,7 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,
         layers: list[dict[str, Any]] | None = None,
         centred: bool = False,
         method: dict[str, Any] | None = None,
@@ -50,7 +51,7 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise EigenAttnError(
                 f"this checkpoint has format {format_version!r:.60}, and this eigenattn reads formats up to "
@@ -71,6 +72,15 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         self.method = config.to_dict()
         self.provenance = provenance or {}
         self.format_version = FORMAT_VERSION
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> EigenAttnCheckpointConfig:
+        """Read what `to_dict` wrote; names that it does not have are passed over.
+
+        Raises:
+            EigenAttnError: if something is malformed, or the format is newer than this package.
+        """
+        return cls(**values)
 
     def layouts(self, kv_heads: int, head_dim: int) -> list[Layout]:
         """The layout of each layer, of a model with G KV heads of D dimensions.
@@ -127,13 +137,13 @@ def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) ->
         attention.allocate(layout, config.centred)
 
 
-@register_quantizer(METHOD)
 class EigenAttnQuantizer(HfQuantizer):
     """Builds the compressed modules before the weights are loaded, and checks them afterwards."""
 
     requires_calibration = True
+    quantization_config: EigenAttnCheckpointConfig
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         convert_attention(model)
         layers = eigen_layers(model)
         allocate(layers, self.quantization_config)
@@ -144,28 +154,26 @@ class EigenAttnQuantizer(HfQuantizer):
             for name, parameter in attention.named_parameters()
         }
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # transformers only warns about a missing parameter, and 5.17 takes any shape: both end here instead.
         for attention in eigen_layers(model):
             for name, parameter in attention.named_parameters():
                 where = f"layer {attention.layer_idx}'s {name}"
                 module, _, own_name = name.rpartition(".")
+                found = parameter if getattr(parameter, "_is_hf_initialized", False) else None
                 if offloaded(attention.get_submodule(module)):
                     # Read from where it will be read in every pass, which is the only place it is in.
-                    parameter = stored(attention.get_submodule(module), own_name)
-                    missing = parameter is None
-                else:
-                    missing = not getattr(parameter, "_is_hf_initialized", False)
-                if missing:
+                    found = stored(attention.get_submodule(module), own_name)
+                if found is None:
                     raise EigenAttnError(f"the checkpoint lacks {where}: is it truncated?")
                 expected = self._shapes[attention.layer_idx, name]
-                if parameter.shape != expected:
+                if found.shape != expected:
                     raise EigenAttnError(
-                        f"{where} has shape {tuple(parameter.shape)} in the checkpoint, and its ranks ask for "
+                        f"{where} has shape {tuple(found.shape)} in the checkpoint, and its ranks ask for "
                         f"{tuple(expected)}."
                     )
-                if name in (*MAPS, *QUANTISERS) and not local_part(parameter).isfinite().all():
-                    raise EigenAttnError(f"{where} holds NaN or infinite numbers in {parameter.dtype}.")
+                if name in (*MAPS, *QUANTISERS) and not local_part(found).isfinite().all():
+                    raise EigenAttnError(f"{where} holds NaN or infinite numbers in {found.dtype}.")
         take_part(model, eigen_layers(model))
         return model
 
@@ -189,7 +197,12 @@ class EigenAttnQuantizer(HfQuantizer):
         return True
 
 
-def mark_compressed(model: nn.Module, config: EigenAttnCheckpointConfig) -> None:
+# Called, not used as decorators, which say nothing of the type that they give back.
+register_quantization_config(METHOD)(EigenAttnCheckpointConfig)
+register_quantizer(METHOD)(EigenAttnQuantizer)
+
+
+def mark_compressed(model: Any, config: EigenAttnCheckpointConfig) -> None:
     """Make `save_pretrained` write a compressed checkpoint of a model compressed in memory."""
     model.config.quantization_config = config
     # A model read from a GGUF file comes with a quantizer of its own, which would save it as something else.

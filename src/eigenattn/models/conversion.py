@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..cache.layout import Layout
@@ -22,7 +23,7 @@ def layouts_of(model: nn.Module) -> list[Layout]:
     return [attention.layout for attention in eigen_layers(model)]
 
 
-def convert_attention(model: nn.Module) -> dict[str, nn.Module]:
+def convert_attention(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Replace every attention module by an `EigenAttention` at full rank, which computes the same.
 
     Args:
@@ -39,7 +40,9 @@ def convert_attention(model: nn.Module) -> dict[str, nn.Module]:
     family = family_of(model.config)
     config = model.config.get_text_config(decoder=True)
     # By class, not by path: `AutoModel` has no `model.` prefix.
-    originals = {name: m for name, m in model.named_modules() if type(m).__name__ == family.attention}
+    originals: dict[str, nn.Module] = {
+        name: m for name, m in model.named_modules() if type(m).__name__ == family.attention
+    }
     if not originals:
         raise EigenAttnError(
             f"found no {family.attention} in this {type(model).__name__}: is it an ordinary transformers model?"

@@ -78,6 +78,11 @@ class ForwardPass:
         """What `compute` gives, once for all layers of a pass with a cache."""
         return compute() if self.cache is None else CacheContext.of(self.cache).memoised(name, compute)
 
+    def end(self) -> None:
+        """Let go of what only this pass needs."""
+        if self.cache is not None:
+            CacheContext.of(self.cache).end(self.layer.layer_idx)
+
     def angles(self, sight: Sight) -> tuple[Tensor, Tensor]:
         """Cosines and sines of all columns in sight, [B or 1, columns, width]."""
         if self.cache is None:

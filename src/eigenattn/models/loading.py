@@ -122,7 +122,7 @@ def load_model(
     with _explained(source, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
-            dtype=DTYPES.get(dtype, "auto"),
+            dtype=DTYPES[dtype] if dtype else "auto",
             offload_folder=offload_folder,
             **placement,
             **source.arguments,

@@ -10,9 +10,10 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -48,7 +49,7 @@ def execution_device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def input_device(model: nn.Module) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """The device that a model's token ids belong on."""
     return execution_device(model.get_input_embeddings())
 
@@ -64,10 +65,9 @@ def loaded(module: nn.Module) -> Iterator[None]:
 
     What has replaced an offloaded submodule by the end is offloaded in its place.
     """
-    before = {name: each for name, each in module.named_modules() if offloaded(each)}
+    before = [(name, each, hook) for name, each in module.named_modules() if (hook := offloaded(each))]
     with ExitStack() as stack:
-        for name, each in before.items():
-            hook = offloaded(each)
+        for name, each, hook in before:
             hook.pre_forward(each)
             hook.offload = False  # or the next forward pass would drop them
             stack.callback(_put_back, module, name, each, hook)
@@ -97,7 +97,7 @@ def _put_back(module: nn.Module, name: str, old: nn.Module, hook: AlignDevicesHo
 def stored(module: nn.Module, name: str) -> Tensor | None:
     """A module's own parameter, from where it is offloaded to; None if it is not there."""
     hook = offloaded(module)
-    if hook is None:
+    if hook is None or hook.weights_map is None:
         return getattr(module, name)
     try:
         return hook.weights_map[name]
@@ -114,15 +114,16 @@ def place_like(new: nn.Module, old: nn.Module) -> nn.Module:
     return add_hook_to_module(new, AlignDevicesHook(**arguments, io_same_device=hook.io_same_device))
 
 
-def _store(weights: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
+def _store(weights: Any, name: str, tensor: Tensor) -> None:
     """Put a tensor in the place of an offloaded one: in memory if that was there, on disk if it was there."""
     if isinstance(weights, PrefixedDataset):
         _store(weights.dataset, f"{weights.prefix}{name}", tensor)
     elif isinstance(weights, OffloadedWeightsLoader):
         # A bias that was not there before goes where the weight is.
         beside = f"{name.rpartition('.')[0]}.weight"
-        if name in weights.state_dict or beside in weights.state_dict:
-            weights.state_dict[name] = tensor.cpu()
+        in_memory = cast(dict[str, Tensor], weights.state_dict)
+        if name in in_memory or beside in in_memory:
+            in_memory[name] = tensor.cpu()
         else:
             path = _folder_of(weights) / f"{name}.safetensors"
             # Beside and renamed: the file that is replaced may be mapped into memory.
@@ -130,7 +131,7 @@ def _store(weights: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
             save_file({name: tensor.contiguous()}, new)
             new.replace(path)
             dtype = str(tensor.dtype).removeprefix("torch.")
-            weights.index[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": dtype}
+            cast(Any, weights.index)[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": dtype}
         if name not in weights.all_keys:
             weights.all_keys.append(name)
     elif isinstance(weights, MutableMapping):

@@ -81,7 +81,7 @@ def compression_of(source: Source, config: Any) -> EigenAttnCheckpointConfig | N
         return read_bases_config(source.bases)
     stored = getattr(config, "quantization_config", None)
     if isinstance(stored, dict) and stored.get("quant_method") == METHOD:
-        return EigenAttnCheckpointConfig.from_dict(stored)
+        return EigenAttnCheckpointConfig.read(stored)
     return None
 
 

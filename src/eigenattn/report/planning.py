@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..cache.layout import Latent, Layout
 from ..cache.packing import Widths
@@ -162,7 +162,7 @@ def weight_bytes(model: nn.Module, element_size: int, size: int = 1) -> int:
     return sum(counts) * element_size
 
 
-def _meta(config: Any) -> nn.Module:
+def _meta(config: Any) -> PreTrainedModel:
     """The model without weights."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
