@@ -207,7 +207,8 @@ def test_configuration_round_trip():
 def test_format_1_is_read(layer, method, expected):
     method = {"kv_ratio": 0.5, "window": 8, **method, "version": 1}
     config = EigenAttnCheckpointConfig([layer], method=method, format_version=1)
-    assert config.layouts(2, 16) == [Layout(2, expected, 8)]
+    shares = bool(method.keys() & {"shared_heads", "shared_values"})
+    assert config.layouts(2, 16) == [Layout(2, expected, 8, beside=shares)]
     again = EigenAttnCheckpointConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.format_version == 2
     assert again.layouts(2, 16) == config.layouts(2, 16)

@@ -91,11 +91,13 @@ class Layout:
         kv_heads: G.
         latents: of keys and of values, or one of both.
         window: last tokens that are kept exactly beside them, W.
+        beside: whether maps stay beside the projections even where they could be folded into them.
     """
 
     kv_heads: int
     latents: tuple[Latent, ...]
     window: int = 0
+    beside: bool = False
 
     @classmethod
     def full(cls, kv_heads: int, head_dim: int) -> Layout:
@@ -106,7 +108,8 @@ class Layout:
         """With these latents, and the vectors of whatever side is in none of them as they are."""
         missing = [side for side in SIDES if not any(side in latent.sides for latent in latents)]
         found = (*latents, *(Latent((side,), 1, self.head_dim, self.head_dim) for side in missing))
-        return Layout(self.kv_heads, tuple(sorted(found, key=lambda latent: latent.sides)), window)
+        latents = tuple(sorted(found, key=lambda latent: latent.sides))
+        return dataclasses.replace(self, latents=latents, window=window)
 
     @property
     def head_dim(self) -> int:
@@ -148,7 +151,7 @@ class Layout:
     @property
     def at_run_time(self) -> bool:
         """Whether maps are applied at run time, beside projections that stay the original's."""
-        return self.window > 0 or self.together > 1 or self.joint
+        return self.beside or self.window > 0 or self.together > 1 or self.joint
 
     def bytes_per_token(self, element_size: int) -> int:
         """Bytes of a token's latents, coded or in elements of `element_size` bytes."""
@@ -172,7 +175,8 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         """As a checkpoint's configuration has it; the window is the same for all layers, and said there once."""
-        return {"latents": [latent.to_dict() for latent in self.latents]}
+        values: dict[str, Any] = {"latents": [latent.to_dict() for latent in self.latents]}
+        return values | {"beside": True} if self.beside else values
 
     @classmethod
     def from_dict(cls, values: Any, kv_heads: int, head_dim: int, window: int) -> Layout:
@@ -182,7 +186,7 @@ class Layout:
             ValueError: if it is malformed, or does not fit the layer.
         """
         latents = values.get("latents") if isinstance(values, dict) else None
-        if not isinstance(latents, list):
+        if not isinstance(latents, list) or type(beside := values.get("beside", False)) is not bool:
             raise ValueError(f"no latents: {values!r:.60}")
         found = tuple(Latent.from_dict(latent, head_dim) for latent in latents)
         if tuple(side for latent in found for side in latent.sides) != SIDES:
@@ -192,4 +196,4 @@ class Layout:
                 raise ValueError(f"{latent.heads} KV heads share a latent, and the model has {kv_heads}")
             if latent.rank > latent.full_rank:
                 raise ValueError(f"rank {latent.rank} is above full rank, {latent.full_rank}")
-        return cls(kv_heads, found, window)
+        return cls(kv_heads, found, window, beside)

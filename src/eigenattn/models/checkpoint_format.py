@@ -88,7 +88,7 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         Raises:
             EigenAttnError: if a layer is malformed, or does not fit such a model.
         """
-        full, found = Layout.full(kv_heads, head_dim), []
+        found = []
         for index, entry in enumerate(self.layers):
             try:
                 layout = Layout.from_dict(entry, kv_heads, head_dim, self.method["window"])
@@ -96,7 +96,7 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
                 raise EigenAttnError(f"layer {index} of the checkpoint: {error}.") from error
             # At full rank, and not coded, vectors are stored as they are: format 1 has no other sign for it.
             low = [latent for latent in layout.latents if latent.widths is not None or latent.rank < latent.full_rank]
-            found.append(full.holding(low, layout.window))
+            found.append(layout.holding(low, layout.window))
         return found
 
 
@@ -114,7 +114,8 @@ def _from_format_1(layer: Any, sharing: Sharing) -> Any:
         if isinstance(widths, list) and len(widths) == 4:
             widths = dict(zip(("8", "6", "4", "2"), widths, strict=True))
         latents.append(latent if widths is None else latent | {"widths": widths})
-    return {"latents": latents}
+    # Shared latents kept their maps beside the projections, also in layers where none but single heads' are left.
+    return {"latents": latents, "beside": sharing.values > 1}
 
 
 def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) -> None:
