@@ -53,7 +53,9 @@ def adopt(cache: Any, layer_idx: int, window: int, sliding_window: int | None) -
     slides = sliding is not None or sliding_window is not None
     evicts = getattr(cache, "eviction", None) is not None and not slides
     make = cache.evicting_layer if evicts else LatentLayer
+    recording = any(getattr(each, "record_past", False) for each in cache.layers)
     cache.layers[layer_idx] = make(context, layer_idx, window, sliding)
+    cache.layers[layer_idx].record_past = recording
 
 
 def is_quantised(layer: Any) -> bool:

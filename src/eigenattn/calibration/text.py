@@ -105,7 +105,7 @@ class Text:
 
     @property
     def sha256(self) -> str:
-        """The hash of the content, by which results tell texts apart."""
+        """Of the content."""
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 

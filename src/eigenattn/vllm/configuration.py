@@ -15,7 +15,7 @@ from ..models.attention import EigenAttention
 from ..models.checkpoint_format import METHOD, EigenAttnCheckpointConfig, allocate
 from ..models.conversion import convert_attention, eigen_layers
 from ..models.families import family_of
-from . import check_version
+from .versions import check_version, vllm_version
 
 # Class in the checkpoint's `architectures` -> ours, in `eigenattn.vllm.models`.
 ARCHITECTURES = {
@@ -31,13 +31,6 @@ ARCHITECTURES = {
 }
 # Their angles depend on the length of a text, which differs from row to row of a batch.
 VARYING_ROPE = ("dynamic", "longrope")
-
-
-def vllm_version() -> str:
-    """The engine's version, such as 0.32.0."""
-    import vllm
-
-    return vllm.__version__
 
 
 def read_checkpoint(quantization_config: dict[str, Any]) -> EigenAttnCheckpointConfig:
