@@ -13,12 +13,11 @@ from ..cache.layout import BOTH, Layout
 from ..config import EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
 from .attention import EigenAttention
-from .conversion import convert_attention, eigen_layers
+from .conversion import METHOD, convert_attention, eigen_layers
 from .maps import MAPS, QUANTISERS, local_part
 from .parallel import plan, take_part
 from .placement import offloaded, stored
 
-METHOD = "eigenattn"
 FORMAT_VERSION = 2
 # Of models that say nothing of how far they reach.
 MOST_WINDOW = 2**20
