@@ -23,15 +23,16 @@ def window(request) -> int:
     return request.param
 
 
+def small(window: int) -> torch.nn.Module:
+    model = tiny("llama")
+    config = EigenAttentionConfig(kv_ratio=0.6, rank_multiple=2, window=window, ranks="uniform")
+    compress(model, [IDS], config, provenance={"seed": 0})
+    return model
+
+
 @pytest.fixture
 def checkpoint(tmp_path, window) -> Path:
-    model = tiny("llama")
-    compress(
-        model,
-        [IDS],
-        EigenAttentionConfig(kv_ratio=0.6, rank_multiple=2, window=window, ranks="uniform"),
-        provenance={"seed": 0},
-    )
+    model = small(window)
     model.save_pretrained(tmp_path / "checkpoint")
     torch.save(model(IDS).logits, tmp_path / "logits.pt")
     return tmp_path / "checkpoint"
@@ -84,6 +85,14 @@ def test_dtype_device_map_and_base_model(checkpoint):
     base = AutoModel.from_pretrained(checkpoint)
     assert len(eigen_layers(base)) == 3
     assert base(IDS).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_half_and_float(checkpoint, window, loaded):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto") if loaded else small(window)
+    expected = small(window).to(torch.float16)
+    assert torch.equal(model.half()(IDS).logits, expected(IDS).logits)
+    assert {p.dtype for p in model.float().parameters()} == {torch.float32}
 
 
 def test_pipeline(checkpoint):
