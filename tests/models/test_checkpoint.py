@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import character_tokenizer, tiny, tokens
+from tiny import character_tokenizer, compressed, tiny, tokens
+from torch import multiprocessing
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
@@ -48,6 +51,16 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from tiny import tokens
 print("EQUAL" if torch.equal(model(tokens(2, 20)).logits, logits) else "DIFFERENT")
+"""
+
+
+LOAD_WHOLE = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+model, logits = (torch.load(Path(sys.argv[1]) / name, weights_only=False) for name in ("model.pt", "logits.pt"))
+ids = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(1))
+print("EQUAL" if torch.equal(model(ids).logits, logits) else "DIFFERENT")
 """
 
 
@@ -108,6 +121,38 @@ def test_saved_again_it_is_the_same(checkpoint, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto")
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     assert again.config.quantization_config.provenance["seed"] == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon", "gpt2", "gemma3"])
+@pytest.mark.parametrize("coded", [False, True])
+def test_pickled(name, coded):
+    """Also after it has decoded, when what follows from its weights is memoised."""
+    model = compressed(name, 4, coded)
+    model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    own, original = eigen_layers(again)[0], eigen_layers(model)[0]
+    assert type(own) is type(original) and own.layout == original.layout
+    assert torch.equal(copy.deepcopy(again)(IDS).logits, model(IDS).logits)
+
+
+def test_whole_models_load_in_a_new_process(tmp_path):
+    model = small(window=4)
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(model(IDS).logits, tmp_path / "logits.pt")
+    done = subprocess.run([sys.executable, "-c", LOAD_WHOLE, tmp_path], capture_output=True, text=True)
+    assert "EQUAL" in done.stdout, done.stderr
+
+
+def test_spawned_processes_get_models():
+    model = small(window=4)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert torch.equal(pool.apply(logits_of, (model,)), model(IDS).logits)
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    torch.set_num_threads(1)
+    return model(IDS).logits.detach()
 
 
 def edit(checkpoint: Path, change) -> None:
