@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import character_tokenizer, save_tiny, tiny, tokens
-from transformers import AutoModelForCausalLM, QuantoConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, QuantoConfig
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, attach, compress
 from eigenattn.calibration.text import load_text
@@ -195,6 +195,16 @@ def test_layers_that_share_one_attention():
     model = tiny("llama")
     model.model.layers[2].self_attn = model.model.layers[1].self_attn
     assert "share one attention module" in refused(model)
+
+
+def test_models_without_a_language_head():
+    model = tiny("llama").model
+    assert "this LlamaModel has no language head" in refused(model)
+    assert "load it with AutoModelForCausalLM" in refused(model, share="1kv", ranks="uniform")
+    classifier = AutoModelForSequenceClassification.from_config(tiny("llama").config)
+    assert "this LlamaForSequenceClassification has no language head" in refused(classifier)
+    compress(model, [IDS], EigenAttentionConfig(**SETTINGS, window=0, ranks="uniform"))  # decoders are refitted, too
+    assert model(IDS).last_hidden_state.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -65,7 +65,7 @@ def refit(
     result: Bases = []
     saved = time.monotonic()
     with bars.bar("Refitting", len(layers) * len(batches)) as bar, ExitStack() as stack:
-        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for embeddings in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             stack.enter_context(loaded(embeddings))
         for index, (attention, bases) in enumerate(zip(layers, chosen, strict=True)):
             run = partial(layer_output, model, blocks, index)
