@@ -213,13 +213,46 @@ def test_a_model_that_carries_an_adapter():
 
     settings = LoraConfig(r=2, target_modules=["k_proj", "o_proj"], init_lora_weights=False)
     adapted = get_peft_model(tiny("llama"), settings)
-    assert "layers.0.self_attn.k_proj carries an adapter" in refused(adapted)
+    assert "this model carries an adapter" in refused(adapted)
     exact = adapted(IDS).logits
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(IDS).logits, exact, rtol=0, atol=1e-3)
     compress(merged, [IDS], EigenAttentionConfig(**SETTINGS, window=4, ranks="uniform"))
     late = get_peft_model(merged, LoraConfig(r=2, target_modules=["k_proj"]))  # and one can be added afterwards
     torch.testing.assert_close(late(IDS).logits, merged(IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("PrefixTuningConfig", {"num_virtual_tokens": 5}),
+        ("PromptTuningConfig", {"num_virtual_tokens": 5}),
+        ("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 2}),
+        ("LoraConfig", {"target_modules": ["up_proj"]}),
+    ],
+)
+def test_adapters_that_are_not_in_attention(kind, settings):
+    import peft
+
+    settings = getattr(peft, kind)(task_type="CAUSAL_LM", **settings)
+    assert "this model carries an adapter" in refused(peft.get_peft_model(tiny("llama"), settings))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("window", [0, 4])
+def test_prefixes_on_a_compressed_model(window):
+    """A prefix is of whole keys, which were rotated already where there are rotary positions; a prompt is of tokens."""
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    model = tiny("llama")
+    compress(model, [IDS], EigenAttentionConfig(**SETTINGS, window=window, ranks="uniform"))
+    settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
+    with pytest.raises(EigenAttnError, match="peft's prefix tuning.* tune prompts or LoRA"):
+        get_peft_model(model, PrefixTuningConfig(**settings))(IDS)
+    prompted = get_peft_model(model, PromptTuningConfig(**settings))
+    prompted(IDS, labels=IDS).loss.backward()
+    assert prompted.prompt_encoder.default.embedding.weight.grad.isfinite().all()
 
 
 class Packed(torch.Tensor):

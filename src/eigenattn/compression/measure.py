@@ -129,8 +129,8 @@ class Measurement:
         if self.model.get_output_embeddings() is None:
             raise EigenAttnError(
                 f"this {type(self.model).__name__} has no language head, and what truncation costs is measured at its "
-                'predictions: load it with AutoModelForCausalLM. (ranks="uniform" needs no head, unless keys and values '
-                "share latents.)"
+                'predictions: load it with AutoModelForCausalLM. (ranks="uniform" needs no head, unless keys and '
+                "values share latents.)"
             )
         sums = [[0.0] * len(choices) for choices in trials]
         tokens = 0

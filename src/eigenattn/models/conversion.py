@@ -44,6 +44,13 @@ def convert_attention(model: PreTrainedModel) -> dict[str, nn.Module]:
     if eigen_layers(model):
         raise EigenAttnError("this model is compressed already: start from the original model.")
     family = family_of(model.config)
+    # Adapters may be anywhere, and some wrap the whole model: prompts, prefixes.
+    adapter = next((m for m in model.modules() if type(m).__module__.partition(".")[0] == "peft"), None)
+    if adapter is not None:
+        raise EigenAttnError(
+            f"this model carries an adapter ({type(adapter).__name__}): merge it first (merge_and_unload), or add it "
+            "after compression."
+        )
     _check_weights_are_plain(model)
     config = model.config.get_text_config(decoder=True)
     # By class, not by path: `AutoModel` has no `model.` prefix.
@@ -102,10 +109,6 @@ def _method(config: Any) -> str | None:
 def _check_plain(where: str, original: nn.Module, family: Family) -> None:
     for name in (*family.qkv, family.output):
         projection = getattr(original, name)
-        if hasattr(projection, "base_layer"):
-            raise EigenAttnError(
-                f"{where}.{name} carries an adapter: merge it first (merge_and_unload), or add it after compression."
-            )
         if not isinstance(projection, (nn.Linear, Conv1D)):
             raise EigenAttnError(
                 f"{where}.{name} is a {type(projection).__name__}, not a linear layer of transformers: compress the "
