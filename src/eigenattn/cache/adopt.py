@@ -34,7 +34,10 @@ def adopt(cache: Any, layer_idx: int, window: int, sliding_window: int | None) -
     if isinstance(layer, (LatentLayer, StaticLatentLayer)) or (is_quantised(layer) and not window):
         return
     if layer.is_initialized:
-        raise EigenAttnError("this cache was filled by another model: pass a new one.")
+        raise EigenAttnError(
+            "this cache was filled by another model, or by peft's prefix tuning, and holds whole heads: pass a new "
+            "one, and tune prompts or LoRA instead."
+        )
     context = CacheContext.of(cache)
     if isinstance(layer, StaticLayer):
         longest = max(each.get_max_length() for each in cache.layers)

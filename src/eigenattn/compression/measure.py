@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration.statistics import Batch, forward_hidden
+from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from ..models.placement import is_spread, loaded
 from ..progress import TASK, TokenProgress
@@ -122,7 +123,16 @@ class Measurement:
 
         Returns:
             For each layer the divergences of its trials, in nats a token.
+
+        Raises:
+            EigenAttnError: if the model predicts no tokens.
         """
+        if self.model.get_output_embeddings() is None:
+            raise EigenAttnError(
+                f"this {type(self.model).__name__} has no language head, and what truncation costs is measured at its "
+                'predictions: load it with AutoModelForCausalLM. (ranks="uniform" needs no head, unless keys and '
+                "values share latents.)"
+            )
         sums = [[0.0] * len(choices) for choices in trials]
         tokens = 0
         a_pass = LAYERS_A_PASS if is_spread(self.model) else 1

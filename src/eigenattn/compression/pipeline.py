@@ -90,17 +90,18 @@ def compress(
     check_supported(config)
     if config.kv_ratio == 1:
         config = as_attached(config, [])
-    implementation = model.config.get_text_config(decoder=True)._attn_implementation
-    if implementation not in BACKENDS:
-        raise EigenAttnError(
-            f'compressing looks into attention, and {implementation} hides it: load with attn_implementation="sdpa".'
-        )
     check_whole(model)
-    check_weights(model)
     clock, bars = Clock(), TokenProgress(progress)
     was_training = model.training
     originals = convert_attention(model)
     try:
+        implementation = model.config.get_text_config(decoder=True)._attn_implementation
+        if implementation not in BACKENDS:
+            raise EigenAttnError(
+                f"compressing looks into attention, and {implementation} hides it: load with "
+                'attn_implementation="sdpa".'
+            )
+        check_weights(model)
         model.eval()
         layers = eigen_layers(model)
         recipe = Recipe(model, layers, config, batches, bars, journal=journal, clock=clock)

@@ -43,6 +43,10 @@ class EigenAttention(AttentionLayer):
     # Looks on in the middle of a pass: statistics are collected so.
     observer: Callable[[EigenAttention, Heads[Tensor], ForwardPass], None] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As `eigen_class` made it: its class has no place in a module, which pickles look for."""
+        return _empty, (type(self).__bases__[1],), self.__dict__
+
     def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the original's: the output [B, T, C] and the attention weights, where the backend gives them."""
         this = ForwardPass(self, kwargs)
@@ -88,3 +92,9 @@ class EigenAttention(AttentionLayer):
 def eigen_class(original: type[nn.Module]) -> type[EigenAttention]:
     """A subclass of both: transformers collects attention weights by the original class."""
     return type(f"Eigen{original.__name__}", (EigenAttention, original), {})
+
+
+def _empty(original: type[nn.Module]) -> EigenAttention:
+    """One of `eigen_class` that is to be given its state."""
+    made = eigen_class(original)
+    return made.__new__(made)
