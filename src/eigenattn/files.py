@@ -1,21 +1,67 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Files that are there whole or not at all, whatever happens while they are written; and text that is read as it is."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
+import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import EigenAttnError
 
 # What file systems answer to a call that they do not have: network ones, and some of containers.
 MISSING = frozenset((errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF))
+# What JSON has between values; other breaks, such as U+2028, may stand inside its strings.
+BLANK = re.compile(r"[ \t\r\n]*")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+def read_text(path: Path) -> str:
+    """The text in a file, without the byte order mark that some editors put before it.
+
+    Raises:
+        EigenAttnError: if it cannot be read, or is not UTF-8 text.
+    """
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise EigenAttnError(f"{path} could not be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise EigenAttnError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+    if "\0" in content:
+        raise EigenAttnError(f"{path} is not text: it holds zero bytes.")
+    return content
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a JSON Lines file, one at a time, each with the place where it stands.
+
+    Raises:
+        EigenAttnError: from the iterator, if the file cannot be read or is not JSON.
+    """
+    content, decoder = read_text(path), json.JSONDecoder()
+    end, line, counted = 0, 1, 0
+    while (start := BLANK.match(content, end).end()) < len(content):  # it matches an empty string, too
+        line, counted = line + content.count("\n", counted, start), start
+        place = f"{path}, line {line}"
+        try:
+            value, end = decoder.raw_decode(content, start)
+        except (ValueError, RecursionError):
+            raise EigenAttnError(f"{place}: expected JSON.") from None
+        yield place, value
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a string of whole characters: JSON and command lines may hold halves, which UTF-8 does not."""
+    return isinstance(value, str) and not SURROGATE.search(value)
 
 
 @contextmanager
