@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from eigenattn.cli import app
 from eigenattn.errors import EigenAttnError
+from eigenattn.models.loading import Source
 
 TEXT = "The quick brown fox jumps over the lazy dog; it was not amused. " * 60
 COMPRESS = ["--samples", "4", "--length", "48", "--rank-multiple", "2", "--window", "8"]
+SHORT = ["--tokens", "128", "--length", "64", "--copies", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +262,13 @@ def test_bad_input_is_one_line(base, text, tmp_path):
     assert ".gguf" in fails("compress", tmp_path / "short.txt", out, "--text", text)
     assert not out.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exists", "short.txt"]
+
+
+def test_kinds_of_files_are_told_whatever_the_case(base, text, tmp_path):
+    (tmp_path / "MODEL.GGUF").touch()
+    (tmp_path / "MAP.JSON").write_text("[]")
+    assert Source.of(str(tmp_path / "MODEL.GGUF")).gguf_file == "MODEL.GGUF"
+    assert "must map module names" in fails("evaluate", base, "--text", text, "--device", tmp_path / "MAP.JSON", *SHORT)
 
 
 def test_unknown_model_type(broken, text, tmp_path):

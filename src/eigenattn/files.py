@@ -21,6 +21,7 @@ from .errors import EigenAttnError
 MISSING = frozenset((errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF))
 # What JSON has between values; other breaks, such as U+2028, may stand inside its strings.
 BLANK = re.compile(r"[ \t\r\n]*")
+JSON_ROWS = (".jsonl", ".ndjson", ".json")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -41,8 +42,15 @@ def read_text(path: Path) -> str:
     return content
 
 
+def holds_rows(path: Path) -> bool:
+    """Whether a file's name says that it holds JSON: one value a line, or an array of them."""
+    return path.suffix.lower() in JSON_ROWS
+
+
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The values of a JSON Lines file, one at a time, each with the place where it stands.
+    """The values in a file of JSON, one at a time, each with the place where it stands.
+
+    They lie one behind the other, as in JSON Lines; of an array each item is one.
 
     Raises:
         EigenAttnError: from the iterator, if the file cannot be read or is not JSON.
@@ -56,7 +64,10 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
             value, end = decoder.raw_decode(content, start)
         except (ValueError, RecursionError):
             raise EigenAttnError(f"{place}: expected JSON.") from None
-        yield place, value
+        if isinstance(value, list):
+            yield from ((f"{place}, item {number}", item) for number, item in enumerate(value, 1))
+        else:
+            yield place, value
 
 
 def is_text(value: Any) -> bool:

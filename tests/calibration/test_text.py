@@ -24,6 +24,16 @@ def test_jsonl_and_txt(tmp_path):
     assert load_text(str(tmp_path / "a.txt")).source == "a.txt"
 
 
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json", "a.Json"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_by_other_names_and_as_an_array(tmp_path, name, indent):
+    rows = [{"text": "one"}, "two", {"text": "three", "id": 3}]
+    lines, array = "\n".join(json.dumps(row) for row in rows), json.dumps(rows, indent=indent)
+    for content in (lines, array):
+        (tmp_path / name).write_text(content)
+        assert load_text(str(tmp_path / name)).content == "one\n\ntwo\n\nthree"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -35,6 +45,7 @@ def test_jsonl_and_txt(tmp_path):
         ("bad.jsonl", b'{"text": "a\\ud800"}\n', "line 1: expected a text"),
         ("bad.jsonl", b"[" * 100_000, "line 1: expected JSON"),
         ("bad.jsonl", b'"\xff"', "UTF-8"),
+        ("bad.json", b'[{"text": "a"},\n{"body": "b"}]', "line 1, item 2: expected a text"),
     ],
 )
 def test_unreadable_text(tmp_path, name, content, says):

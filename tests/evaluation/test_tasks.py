@@ -76,6 +76,12 @@ def test_a_malformed_file_names_the_line(tmp_path, row):
         load_tasks([write(tmp_path / "bad.jsonl", [ITEMS[0], row])])
 
 
+@pytest.mark.parametrize("name", ["quiz.JSONL", "quiz.ndjson", "quiz.json"])
+def test_json_by_other_names_and_as_an_array(tmp_path, name):
+    for rows in (ITEMS, [json.dumps(ITEMS)]):
+        assert len(load_tasks([write(tmp_path / name, rows)])["quiz"].dataset["test"]) == len(ITEMS)
+
+
 def test_breaks_inside_lines_and_a_byte_order_mark(tmp_path):
     row = {**ITEMS[0], "query": "one\u2028two\x85three"}
     name = write(tmp_path / "quiz.jsonl", ["\ufeff" + json.dumps(row, ensure_ascii=False), ITEMS[1]])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EigenAttnError
-from ..files import is_text, read_rows, read_text
+from ..files import holds_rows, is_text, read_rows, read_text
 
 Split = Literal["calibration", "evaluation"]
 DEFAULT_SOURCE = "python-docs"
@@ -74,7 +74,7 @@ SOURCES: dict[str, Callable[[Split], str]] = {
 
 
 def _file(path: Path) -> str:
-    if path.suffix != ".jsonl":
+    if not holds_rows(path):
         return read_text(path)
     pieces = []
     for place, row in read_rows(path):
@@ -99,7 +99,7 @@ class Text:
 
 
 def load_text(source: str, split: Split = "calibration") -> Text:
-    """Read a named source (`SOURCES`) or a `.txt` or `.jsonl` file.
+    """Read a named source (`SOURCES`), or a file: of text, or of JSON rows if its name ends in one of `JSON_ROWS`.
 
     Args:
         split: which part of a named source; a file is read whole for either.

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import EigenAttnError
-from ..files import is_text, read_rows
+from ..files import holds_rows, is_text, read_rows
 
 PAPER = "paper"
 # The five of arXiv 2408.05646, table 1.
@@ -44,14 +44,14 @@ def task_names(asked: Sequence[str]) -> list[str]:
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, Any]:
-    """Read tasks: those of lm-eval by name, from the hub, and `.jsonl` files of `query`, `choices` and `gold`.
+    """Read tasks: those of lm-eval by name, from the hub, and files of JSON rows with `query`, `choices` and `gold`.
 
     Raises:
         EigenAttnError: if lm-eval is absent, a file is malformed, a task is unknown, or its data cannot be reached.
     """
     if not names:
         return {}
-    files = {name: _rows(Path(name)) for name in names if name.endswith(".jsonl")}
+    files = {name: _rows(Path(name)) for name in names if holds_rows(Path(name))}
     manager = _manager(len(files) < len(names))
     known = set(manager.all_tasks)
     tasks = {}
