@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -73,6 +74,19 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def is_text(value: Any) -> bool:
     """Whether a value is a string of whole characters: JSON and command lines may hold halves, which UTF-8 does not."""
     return isinstance(value, str) and not SURROGATE.search(value)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """A result as text, with null for NaN and infinities: JSON has no such numbers."""
+    return json.dumps(_numbers(value), indent=indent, allow_nan=False) + "\n"
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _numbers(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_numbers(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import EigenAttnError
 from ..models.placement import input_device
+from .checks import checked
 from .text import Text, load_text, sample_windows, tokenize
 
 SELF = "self"
@@ -57,7 +58,7 @@ def written_by(model: nn.Module, samples: int, length: int, seed: int) -> Tensor
     """Text [samples, length] that the model writes from nothing, sampled from its own distribution.
 
     Raises:
-        EigenAttnError: if the model names no token to start from.
+        EigenAttnError: if the model names no token to start from, or its predictions are no numbers.
     """
     config = model.config.get_text_config(decoder=True)
     start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
@@ -72,5 +73,6 @@ def written_by(model: nn.Module, samples: int, length: int, seed: int) -> Tensor
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "use_cache": True}
         # As many as asked for: an end of text is never drawn.
         options |= {"min_new_tokens": length - 1, "max_new_tokens": length - 1, "pad_token_id": start}
-        pieces.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options))
+        with checked(model):
+            pieces.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options))
     return torch.cat(pieces)
