@@ -1,21 +1,27 @@
 """The command line as a user meets it: in a process of its own for exit codes, in this one for speed."""
 
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import run
 from tiny import save_tiny
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from eigenattn.cli import app
+from eigenattn.cli.common import emit
 from eigenattn.errors import EigenAttnError
+from eigenattn.models.loading import Source
 
 TEXT = "The quick brown fox jumps over the lazy dog; it was not amused. " * 60
 COMPRESS = ["--samples", "4", "--length", "48", "--rank-multiple", "2", "--window", "8"]
+SHORT = ["--tokens", "128", "--length", "64", "--copies", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +266,65 @@ def test_bad_input_is_one_line(base, text, tmp_path):
     assert ".gguf" in fails("compress", tmp_path / "short.txt", out, "--text", text)
     assert not out.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exists", "short.txt"]
+
+
+def test_kinds_of_files_are_told_whatever_the_case(base, text, tmp_path):
+    (tmp_path / "MODEL.GGUF").touch()
+    (tmp_path / "MAP.JSON").write_text("[]")
+    assert Source.of(str(tmp_path / "MODEL.GGUF")).gguf_file == "MODEL.GGUF"
+    assert "must map module names" in fails("evaluate", base, "--text", text, "--device", tmp_path / "MAP.JSON", *SHORT)
+
+
+@pytest.fixture(scope="module")
+def broken_head(base, tmp_path_factory):
+    """Makes checkpoints whose head has one row multiplied by a number."""
+
+    def spoil(value: float) -> Path:
+        folder = tmp_path_factory.mktemp("broken") / "model"
+        model = AutoModelForCausalLM.from_pretrained(base)
+        with torch.no_grad():
+            model.lm_head.weight[7] *= value
+        model.save_pretrained(folder)
+        for path in base.glob("tokenizer*"):
+            (folder / path.name).write_bytes(path.read_bytes())
+        return folder
+
+    return spoil
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_predictions_that_are_no_numbers_are_refused(broken_head, text, tmp_path, temperature):
+    folder = broken_head(math.nan)
+    assert "NaN or infinite" in fails("generate", folder, "The", "--temperature", temperature, "--json", "-")
+    assert "NaN or infinite" in fails("evaluate", folder, "--text", text, *SHORT, "--json", "-")
+    assert "NaN or infinite" in fails("compress", folder, tmp_path / "out", "--text", "self", *COMPRESS)
+
+
+def test_a_loss_that_is_no_perplexity_is_refused(broken_head, text):
+    assert "nats a token is no model's" in fails("evaluate", broken_head(1e4), "--text", text, *SHORT, "--json", "-")
+
+
+def test_tasks_of_a_model_whose_predictions_are_no_numbers(broken_head, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    (tmp_path / "quiz.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}')
+    assert "NaN or infinite" in fails("evaluate", broken_head(math.nan), "--tasks", tmp_path / "quiz.jsonl")
+
+
+def test_results_hold_no_numbers_that_json_lacks(capsys):
+    emit({"a": math.nan, "b": [math.inf, 1.5], "c": {"d": (-math.inf, "NaN")}}, "-")
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found == {"a": None, "b": [None, 1.5], "c": {"d": [None, "NaN"]}}
+
+
+@pytest.mark.parametrize("temperature", ["1e-300", "inf"])
+def test_temperatures_that_are_no_numbers_to_divide_by(base, temperature):
+    assert "the temperature must be 0, or lie in" in fails("generate", base, "The", "--temperature", temperature)
+
+
+def test_plans_of_sizes_that_are_no_numbers(base):
+    for memory in ("nan", "inf"):
+        assert "numbers above 0" in fails("plan", base, "--gpu-memory", memory, "--context", "4k")
+    assert "32768 or 32k" in fails("plan", base, "--gpu-memory", "80", "--context", "9" * 400)
 
 
 def test_unknown_model_type(broken, text, tmp_path):

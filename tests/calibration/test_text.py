@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from tiny import character_tokenizer
@@ -22,6 +24,16 @@ def test_jsonl_and_txt(tmp_path):
     assert load_text(str(tmp_path / "a.txt")).source == "a.txt"
 
 
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json", "a.Json"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_by_other_names_and_as_an_array(tmp_path, name, indent):
+    rows = [{"text": "one"}, "two", {"text": "three", "id": 3}]
+    lines, array = "\n".join(json.dumps(row) for row in rows), json.dumps(rows, indent=indent)
+    for content in (lines, array):
+        (tmp_path / name).write_text(content)
+        assert load_text(str(tmp_path / name)).content == "one\n\ntwo\n\nthree"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -29,12 +41,27 @@ def test_jsonl_and_txt(tmp_path):
         ("binary.txt", b"\xff\xfe\x00", "UTF-8"),
         ("bad.jsonl", b'{"text": "a"}\nnot json\n', "line 2"),
         ("bad.jsonl", b'{"body": "a"}\n', "line 1"),
+        ("bad.jsonl", b'{"text": "a"}\n\n{"text": null}\n', "line 3: expected a text"),
+        ("bad.jsonl", b'{"text": "a\\ud800"}\n', "line 1: expected a text"),
+        ("bad.jsonl", b"[" * 100_000, "line 1: expected JSON"),
+        ("bad.jsonl", b'"\xff"', "UTF-8"),
+        ("bad.json", b'[{"text": "a"},\n{"body": "b"}]', "line 1, item 2: expected a text"),
     ],
 )
 def test_unreadable_text(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(EigenAttnError, match=says):
         load_text(str(tmp_path / name))
+
+
+def test_breaks_inside_lines_and_a_byte_order_mark(tmp_path):
+    """JSON Lines end with a line feed alone, and editors on Windows put a mark before a text."""
+    texts = ["one\u2028two", "three\x85four", "five\x0bsix"]
+    lines = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts[:2])
+    (tmp_path / "a.jsonl").write_bytes(("\ufeff" + lines).encode())
+    (tmp_path / "a.txt").write_bytes(("\ufeff" + texts[2]).encode())
+    assert load_text(str(tmp_path / "a.jsonl")).content == "\n\n".join(texts[:2])
+    assert load_text(str(tmp_path / "a.txt")).content == texts[2]
 
 
 def test_missing_text_names_the_sources():

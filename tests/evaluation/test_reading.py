@@ -80,3 +80,17 @@ def test_windows_lie_side_by_side_by_default():
         windows_of(text, 100, 30, 31)
     with pytest.raises(EigenAttnError, match="one window"):
         windows_of(text, 29, 30)
+
+
+@torch.no_grad()
+def test_tokens_that_a_model_rules_out(models):
+    """By logits of -inf, as some do with the padding of their vocabulary."""
+
+    def without_some(model, ids, keep):
+        return model(ids).logits[:, -keep:].masked_fill(torch.arange(128) < 3, -torch.inf)
+
+    original, compressed = models
+    base = read(original, tokens(2, 12), logits_of=without_some, keep=True)
+    found = read(compressed, tokens(2, 12), logits_of=without_some, original=base.predictions)
+    assert min(found.divergence) > 0
+    assert max(found.divergence) < 1e3

@@ -97,7 +97,8 @@ class Batch:
     def of(cls, value: Any, device: torch.device) -> Batch:
         """Read one element of a user's `batches`: a tensor of token ids, or a mapping as tokenizers return it.
 
-        A batch that was read already goes to the device.
+        A single sequence, as `Dataset.with_format("torch")` gives rows, is a batch of one. A batch that was read
+        already goes to the device.
 
         Raises:
             EigenAttnError: on anything else, or on sequences of fewer than 2 tokens.
@@ -114,7 +115,8 @@ class Batch:
                 "batches must yield token-id tensors [B, T] or dictionaries with input_ids and attention_mask, not "
                 f"{type(value).__name__}."
             )
-        ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
+        if ids.dim() == 1:
+            ids, mask = ids[None], None if mask is None else mask[None]
         if ids.dim() != 2 or ids.shape[1] < 2 or ids.is_floating_point():
             raise EigenAttnError(f"token ids must be whole numbers [B, T], T at least 2, not {tuple(ids.shape)}.")
         if mask is not None and mask.shape != ids.shape:

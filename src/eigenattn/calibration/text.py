@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EigenAttnError
+from ..files import holds_rows, is_text, read_rows, read_text
 
 Split = Literal["calibration", "evaluation"]
 DEFAULT_SOURCE = "python-docs"
@@ -74,25 +74,14 @@ SOURCES: dict[str, Callable[[Split], str]] = {
 
 
 def _file(path: Path) -> str:
-    try:
-        raw = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EigenAttnError(f"text {path} could not be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise EigenAttnError(f"text {path} is not UTF-8 text (byte {error.start}).") from error
-    if "\0" in raw:
-        raise EigenAttnError(f"text {path} is not text: it holds zero bytes.")
-    if path.suffix != ".jsonl":
-        return raw
+    if not holds_rows(path):
+        return read_text(path)
     pieces = []
-    for number, line in enumerate(raw.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            pieces.append(row if isinstance(row, str) else row["text"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise EigenAttnError(f"{path}, line {number}: expected a JSON object with a 'text' field.") from None
+    for place, row in read_rows(path):
+        piece = row.get("text") if isinstance(row, dict) else row
+        if not is_text(piece):
+            raise EigenAttnError(f"{place}: expected a text, or an object with one under `text`.")
+        pieces.append(piece)
     return "\n\n".join(pieces)
 
 
@@ -110,7 +99,7 @@ class Text:
 
 
 def load_text(source: str, split: Split = "calibration") -> Text:
-    """Read a named source (`SOURCES`) or a `.txt` or `.jsonl` file.
+    """Read a named source (`SOURCES`), or a file: of text, or of JSON rows if its name ends in one of `JSON_ROWS`.
 
     Args:
         split: which part of a named source; a file is read whole for either.

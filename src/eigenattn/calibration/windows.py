@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
 from ..models.placement import input_device
+from .checks import checked
 from .text import Text, load_text, sample_windows, tokenize
 
 SELF = "self"
@@ -58,7 +59,7 @@ def written_by(model: PreTrainedModel, samples: int, length: int, seed: int) -> 
     """Text [samples, length] that the model writes from nothing, sampled from its own distribution.
 
     Raises:
-        EigenAttnError: if the model names no token to start from.
+        EigenAttnError: if the model names no token to start from, or its predictions are no numbers.
     """
     config = model.config.get_text_config(decoder=True)
     start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
@@ -73,5 +74,6 @@ def written_by(model: PreTrainedModel, samples: int, length: int, seed: int) -> 
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "use_cache": True}
         # As many as asked for: an end of text is never drawn.
         options |= {"min_new_tokens": length - 1, "max_new_tokens": length - 1, "pad_token_id": start}
-        pieces.append(cast(Any, model).generate(ids, attention_mask=torch.ones_like(ids), **options))
+        with checked(model):
+            pieces.append(cast(Any, model).generate(ids, attention_mask=torch.ones_like(ids), **options))
     return torch.cat(pieces)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import EigenAttnError
-from ..files import whole
+from ..files import to_json, whole
 from ..report.tables import TextTable
 
 app = typer.Typer(
@@ -35,10 +34,10 @@ Json = Annotated[
 def emit(result: dict[str, Any], file: str | None) -> Console:
     """Write the JSON asked for; give the console that people read, which is not standard output if JSON goes there."""
     if file == "-":
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+        sys.stdout.write(to_json(result, indent=2))
     elif file is not None:
         with whole(Path(file)) as beside:
-            beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            beside.write_text(to_json(result, indent=2), encoding="utf-8")
     return Console(stderr=file == "-")
 
 

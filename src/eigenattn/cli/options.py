@@ -21,6 +21,7 @@ from ..errors import EigenAttnError
 from ..evaluation.measuring import EvaluationPlan
 from ..evaluation.retrieval import Needles
 from ..evaluation.tasks import PAPER_TASKS, load_tasks, task_names
+from ..files import JSON_ROWS
 from ..workflows.compress import CalibrationText
 
 
@@ -93,7 +94,9 @@ class MemoryOptions:
     ] = None
 
 
-TEXT_HELP = f"a .txt or .jsonl file, or one of {', '.join(SOURCES)}"
+TEXT_HELP = (
+    f"a file of text, or of JSON ({', '.join(JSON_ROWS)}: a text a line, or an array), or one of {', '.join(SOURCES)}"
+)
 SHARE_HELP = (
     "Which latents are shared. 1: every KV head has its own. 3: three neighbouring KV heads have one together. 1-3: "
     "they share that of their values alone. 3kv: keys and values of the three are one latent. The cache takes the same "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from ..calibration.text import DEFAULT_SOURCE
 from ..calibration.windows import load_texts
 from ..compression.bases import BASES
 from ..evaluation.spectra import FILE, SIDES, measure_spectra
+from ..files import to_json
 from ..journal import Journal
 from ..report.figures import decay, effective_ranks, energy, new_figure, save_figure
 from .common import Json, Model, app, emit, examples
@@ -71,7 +71,7 @@ def spectrum(
     with Journal(out, {"verb": "spectrum", "model": model, "text": text, **options}) as journal:
         found = measure_spectra(model, calibration=load_texts(text), progress=True, **options)
         with journal.output() as folder:
-            (folder / FILE).write_text(json.dumps(found) + "\n", encoding="utf-8")
+            (folder / FILE).write_text(to_json(found), encoding="utf-8")
             for name, draw in (("decay", decay), ("energy", energy), ("effective-rank", effective_ranks)):
                 save_figure(draw(found), folder / name)
     console = emit(found, json_file)

@@ -31,17 +31,6 @@ def check_weights(model: PreTrainedModel) -> None:
                     )
 
 
-def check_vocabulary(input_ids: Tensor, model: PreTrainedModel) -> None:
-    """Raise an `EigenAttnError` if there are token ids [B, T] that the model has no embedding for."""
-    rows = len(weight_of(model.get_input_embeddings()))
-    least, most = (int(extreme) for extreme in input_ids.aminmax())
-    if least < 0 or most >= rows:
-        wrong = least if least < 0 else most
-        raise EigenAttnError(
-            f"the text has token {wrong}, and the model knows tokens 0 to {rows - 1}: is the tokenizer another model's?"
-        )
-
-
 def check_sharing(kv_heads: int, sharing: Sharing) -> None:
     """Raise an `EigenAttnError` if KV heads cannot be dealt out to latents evenly."""
     for count in (sharing.keys, sharing.values):

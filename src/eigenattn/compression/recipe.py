@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
+from ..calibration.checks import check_tokens
 from ..calibration.statistics import Batch, Moments, collect_moments
 from ..config import TARGETS, EigenAttentionConfig
 from ..errors import EigenAttnError
@@ -18,7 +19,7 @@ from ..models.placement import input_device
 from ..progress import Clock, TokenProgress
 from .bases import BASES, WEIGHED_AT
 from .basis import Bases, truncated
-from .checks import check_range, check_sharing, check_vocabulary
+from .checks import check_range, check_sharing
 from .measure import Measurement
 from .quantise import Fitted, equivalent_ratio, fit_quantisers, quantise_bases
 from .rank_problem import RankProblem
@@ -95,7 +96,7 @@ class Text:
             if self.held is not None:
                 self.held.append(value)
             batch = Batch.of(value, self.device)
-            check_vocabulary(batch.input_ids, self.model)
+            check_tokens(batch.input_ids, self.model)
             if self.tokens < COST_TOKENS:
                 self.judged.append(batch)
             self.tokens += batch.tokens

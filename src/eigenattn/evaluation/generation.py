@@ -12,7 +12,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..cache.evicting import EigenCache
 from ..cache.size import allocated_bytes
+from ..calibration.checks import checked
+from ..errors import EigenAttnError
 from ..models.placement import input_device
+
+# Temperatures between them leave logits in the range of half precision (chosen: far beyond any that people sample at).
+COLDEST, HOTTEST = 1e-3, 1e3
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,12 @@ def continue_prompt(
 
     Args:
         evict, budget: as of `EigenCache`.
+
+    Raises:
+        EigenAttnError: if the temperature is no number to divide by, or the model's predictions are no numbers.
     """
+    if temperature and not COLDEST <= temperature <= HOTTEST:
+        raise EigenAttnError(f"the temperature must be 0, or lie in [{COLDEST:g}, {HOTTEST:g}], not {temperature:g}.")
     inputs = tokenizer(prompt, return_tensors="pt").to(input_device(model))
     inputs.pop("token_type_ids", None)
     cache = EigenCache(model.config, evict=evict, budget=budget)
@@ -68,9 +78,10 @@ def continue_prompt(
     torch.manual_seed(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     start = time.perf_counter()
-    output = cast(Any, model).generate(
-        **inputs, max_new_tokens=max_new_tokens, past_key_values=cache, use_cache=True, pad_token_id=pad, **sampling
-    )
+    with checked(model):
+        output = cast(Any, model).generate(
+            **inputs, max_new_tokens=max_new_tokens, past_key_values=cache, use_cache=True, pad_token_id=pad, **sampling
+        )
     seconds = time.perf_counter() - start
     new = output[0, inputs["input_ids"].shape[1] :]
     return Continuation(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..calibration.checks import checked
 from ..calibration.text import Text, tokenize
 from ..errors import EigenAttnError
 from ..progress import TASK, TokenProgress
@@ -119,6 +120,9 @@ def measure(
         logits_of: how the model reads; tasks are always read at once, for that is lm-eval's way.
         original: predictions of the original model, by text, to be compared with.
         keep: keep this model's predictions.
+
+    Raises:
+        EigenAttnError: if the model does not know the tokens, or its predictions are no numbers.
     """
     windows = items.windows
     first = next(iter(windows.values()), None)
@@ -126,7 +130,7 @@ def measure(
     needles = plan.needles
     steps = sum(map(len, windows.values())) + min(copies, 0 if first is None else len(first))
     steps += len(needles.lengths) * len(needles.depths) * needles.trials if needles else 0
-    with bars.bar(f"Reading with {title}", steps) as bar:
+    with checked(model), bars.bar(f"Reading with {title}", steps) as bar:
 
         def advance() -> None:
             bar.advance(TASK)
@@ -147,7 +151,8 @@ def measure(
         found = {}
         if needles is not None and items.haystack is not None:
             found = find_needles(model, tokenizer, items.haystack, needles, logits_of, advance)
-    tasks = run_tasks(model, tokenizer, plan.tasks, limit=plan.limit, batch_size=plan.batch_size)
+    with checked(model):
+        tasks = run_tasks(model, tokenizer, plan.tasks, limit=plan.limit, batch_size=plan.batch_size)
     return Measured(readings, copied, found, tasks)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..calibration.checks import checked
 from ..errors import EigenAttnError
 from .paired import exponential, mean
 from .reading import read, through_cache, uncached
@@ -55,6 +56,10 @@ def perplexity(
     Args:
         cached: read the first half of each window at once, and the rest token by token through the cache.
         advance: called after each window.
+
+    Raises:
+        EigenAttnError: if the model does not know the tokens, or its predictions are no numbers.
     """
-    reading = read(model, windows, logits_of=through_cache if cached else uncached, advance=advance)
+    with checked(model):
+        reading = read(model, windows, logits_of=through_cache if cached else uncached, advance=advance)
     return Perplexity(exponential(mean(reading.nll)).value, reading.tokens, reading.nll)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..cache.evicting import EigenCache
-from ..compression.checks import check_vocabulary
+from ..calibration.checks import check_tokens
 from ..errors import EigenAttnError
 from ..models.placement import input_device
 
@@ -119,9 +119,9 @@ def read(
         advance: called after each window.
 
     Raises:
-        EigenAttnError: if the windows hold tokens that the model does not know.
+        EigenAttnError: if the windows are longer than the model reads, or hold tokens that it does not know.
     """
-    check_vocabulary(windows, model)
+    check_tokens(windows, model)
     device = input_device(model)
     scored = windows.shape[1] - 1 if scored is None else scored
     count = max(1, min(scored, KEPT_DISTRIBUTIONS // len(windows)))
@@ -136,7 +136,9 @@ def read(
             logs = logits[positions.to(logits.device)].float().log_softmax(-1)
         if original is not None:
             exact = original.log_probabilities[index].to(logs.device)
-            divergence.append((exact.exp() * (exact - logs)).sum(-1).mean().item())
+            # Tokens that the original rules out, by logits of -inf, add nothing.
+            apart = torch.where(exact > -torch.inf, exact - logs, 0)
+            divergence.append((exact.exp() * apart).sum(-1).mean().item())
             agreement.append((guesses == original.top1[index]).float().mean().item())
         if keep:
             top1.append(guesses)

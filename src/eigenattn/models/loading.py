@@ -57,7 +57,7 @@ class Source:
             return dataclasses.replace(cls.of(base_model), name=name, bases=name)
         path = Path(name)
         if path.is_file():
-            if path.suffix != ".gguf":
+            if path.suffix.lower() != ".gguf":
                 raise EigenAttnError(f"{name} is a file, but not a .gguf file: give a folder, a hub id or one.")
             return cls(name, str(path.parent), path.name)
         return cls(name, name)
@@ -115,7 +115,7 @@ def load_model(
     if dtype is not None and dtype not in DTYPES:
         raise EigenAttnError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
     where: Any = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if where.endswith(".json"):
+    if where.lower().endswith(".json"):
         where = _read_device_map(Path(where))
     if max_memory and where not in DEVICE_MAPS:
         raise EigenAttnError(f"max_memory shapes a device map that is made: choose one of {', '.join(DEVICE_MAPS)}.")

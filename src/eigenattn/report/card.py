@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from ..cache.layout import Layout
 from ..compression.pipeline import CompressionReport
 from ..config import TARGETS
 from ..errors import EigenAttnError
-from ..files import whole
+from ..files import to_json, whole
 from ..models.checkpoint_format import EigenAttnCheckpointConfig
 from .tables import evaluation_tables, latents_in_words, layout_table, notes
 
@@ -116,7 +115,7 @@ def save_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     card = re.sub(rf"\n*{BEGIN}.*{END}\n*", "\n", card, flags=re.DOTALL).rstrip()
     with whole(folder / EVALUATION) as values, whole(folder / "README.md") as readme:
-        values.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        values.write_text(to_json(result, indent=2), encoding="utf-8")
         readme.write_text(f"{card}\n\n{BEGIN}\n{evaluation_section(result)}\n{END}\n", encoding="utf-8")
 
 

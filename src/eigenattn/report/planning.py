@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -98,8 +99,8 @@ def plan_capacity(
     size, gpus = tensor_parallel_size, gpus if gpus is not None else tensor_parallel_size
     if not 0 < gpu_memory_utilization <= 1:
         raise EigenAttnError(f"gpu_memory_utilization must lie in (0, 1], not {gpu_memory_utilization}.")
-    if gpu_memory <= 0 or context < 1 or size < 1 or gpus < 1:
-        raise EigenAttnError("gpu_memory, context, tensor_parallel_size and gpus must be above 0.")
+    if not 0 < gpu_memory < math.inf or context < 1 or size < 1 or gpus < 1:
+        raise EigenAttnError("gpu_memory, context, tensor_parallel_size and gpus must be numbers above 0.")
     if gpus % size:
         raise EigenAttnError(f"{gpus} GPUs cannot be split into groups of tensor_parallel_size={size}.")
     if dtype is not None and dtype not in DTYPES:
