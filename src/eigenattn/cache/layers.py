@@ -42,8 +42,7 @@ class LatentLayer(CacheLayerMixin):
         self.window = window
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
-        self.window_keys: Tensor | None = None
-        self.window_values: Tensor | None = None
+        self.window_keys = self.window_values = torch.empty(0)  # nothing yet
         self.stores: tuple[Store, ...] = ()
         self.dropped = 0  # tokens that slid out of sight
 
@@ -91,7 +90,7 @@ class LatentLayer(CacheLayerMixin):
             last = slice(max(near_keys.shape[-2] - self.window - min(new, ROLLBACK), 0), None)
             self.window_keys, self.window_values = near_keys[:, :, last].clone(), near_values[:, :, last].clone()
         if self.sliding_window is not None:
-            self._slide(seen + new)
+            self._slide(seen + new, self.sliding_window)
         return sight, None
 
     def _tokens_left(self) -> int:
@@ -125,17 +124,16 @@ class LatentLayer(CacheLayerMixin):
         """Under the names that transformers looks at."""
         self.keys, self.values = self.stores[0].rows, self._rows()[-1]
 
-    def _slide(self, held: int) -> None:
+    def _slide(self, held: int, sliding_window: int) -> None:
         """Drop what no later query will see."""
-        past = max(held - (self.sliding_window - 1), 0)
+        past = max(held - (sliding_window - 1), 0)
         self.dropped += past
         for store in self.stores:
             store.drop_first(past)
         self._show()
         if self.window:
-            exact = held - past
-            self.window_keys = self.window_keys[:, :, max(self.window_keys.shape[-2] - exact, 0) :]
-            self.window_values = self.window_values[:, :, max(self.window_values.shape[-2] - exact, 0) :]
+            exact = slice(max(self.window_keys.shape[-2] - (held - past), 0), None)
+            self.window_keys, self.window_values = self.window_keys[:, :, exact], self.window_values[:, :, exact]
 
     def get_seq_length(self) -> int:
         return self.dropped + self._tokens_held()
@@ -179,7 +177,8 @@ class LatentLayer(CacheLayerMixin):
             self.context.map(change)
 
     def reset(self) -> None:
-        self.keys = self.values = self.window_keys = self.window_values = None
+        self.keys = self.values = None
+        self.window_keys = self.window_values = torch.empty(0)
         self.stores = ()
         self.is_initialized, self.dropped = False, 0
         if self.layer_idx == self.context.owner:
