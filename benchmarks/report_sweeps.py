@@ -25,7 +25,7 @@ INTRODUCTIONS = {
     "bits": """\
 ## Bits an element
 
-Latents quantised channel by channel, and what plain quantisation costs beside the same exact window: keys per channel
+Latents coded channel by channel, and what plain quantisation costs beside the same exact window: keys per channel
 and before rotation, values per token, scales and zero points counted (`plain`); and transformers' own quantised caches
 (`quanto`, `hqq`), which read in pieces of 32 tokens. Bits are those of the latents for each
 element of the original cache, which has 16. "Whole cache" is all that is allocated at 1,024 tokens, window included,
@@ -37,7 +37,7 @@ against the original's. KL is the divergence of predictions from the original's,
 ## Longer contexts
 
 Windows of 4,096 and of 8,192 tokens, for calibration and evaluation alike: calibrated on windows of 1,024, copying at
-4,096 loses three times as much (see [decisions](decisions.md)). Copying is the share of tokens guessed right
+4,096 loses three times as much (see [rules](rules.md)). Copying is the share of tokens guessed right
 in the second copy of half as many tokens repeated, of which the exact window is a small part; behind it the paired
 difference.
 """,

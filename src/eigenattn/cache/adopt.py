@@ -55,7 +55,9 @@ def adopt(cache: Any, layer_idx: int, window: int, sliding_window: int | None) -
     slides = sliding is not None or sliding_window is not None
     eviction = None if slides else getattr(cache, "eviction", None)
     make = LatentLayer if eviction is None else functools.partial(EvictingLayer, eviction=eviction)
+    recording = any(getattr(each, "record_past", False) for each in cache.layers)
     cache.layers[layer_idx] = make(context, layer_idx, window, sliding)
+    cache.layers[layer_idx].record_past = recording
 
 
 def is_quantised(layer: Any) -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..cache.packing import Widths
 from ..cache.size import HALF, baseline_bytes_per_token
@@ -24,7 +25,7 @@ from .sensitivity import TIE
 # Bits a channel may be allotted, fewest first: 0, of which nothing is stored and the latent is its mean, and widths of
 # `eigenattn.cache.packing.PARTS`. Another package may add one.
 ALLOTTED = [0, 2, 4, 6, 8]
-# Channels that share a width: planes of whole bytes, and hardly coarser than single channels (see docs/decisions.md).
+# Channels that share a width: planes of whole bytes, and hardly coarser than single channels (see docs/rules.md).
 GROUP = 4
 
 
@@ -177,7 +178,7 @@ class Fitted(NamedTuple):
 
 
 def fit_quantisers(
-    model: nn.Module,
+    model: PreTrainedModel,
     layers: Sequence[EigenAttention],
     bases: Bases,
     batches: Iterable[Batch],

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..calibration.text import Text, tokenize
 from ..errors import EigenAttnError
@@ -99,7 +100,7 @@ class Measured:
 
 
 def measure(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: Any,
     plan: EvaluationPlan,
     items: Items,

@@ -8,9 +8,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
 
@@ -136,7 +136,7 @@ def _local(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_tasks(
-    model: nn.Module, tokenizer: Any, tasks: dict[str, Any], *, limit: int | None = None, batch_size: int = 1
+    model: PreTrainedModel, tokenizer: Any, tasks: dict[str, Any], *, limit: int | None = None, batch_size: int = 1
 ) -> dict[str, TaskResult]:
     """Answer the first `limit` items of every task, without examples.
 
@@ -148,8 +148,9 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = simple_evaluate(
+    # Types are lost in lm-eval's decorators.
+    harness = cast(Any, HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found = cast(Any, simple_evaluate)(
         model=harness, tasks=list(tasks.values()), num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=True
     )
     results = {}

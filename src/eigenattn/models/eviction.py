@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from ..cache.evicting import EvictingLayer
@@ -14,6 +15,7 @@ from .forward_pass import ForwardPass
 from .layer import AttentionLayer
 
 
+@torch.no_grad()
 def evict(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> None:
     """Have the layer's cache evict what is over its budget, after a pass, if it does that at all.
 

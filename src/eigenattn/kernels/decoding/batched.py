@@ -138,7 +138,8 @@ def _rotated(step: Step, rotary: Rotary, keys: _Keys, latents: Tensor, g: int) -
     """
     q, side, width = step.q, step.keys, rotary.width
     turns = _turns(step, rotary, keys, g)
-    if q.dtype != torch.float32 or q.device.type != "cpu" or torch.compiler.is_compiling():
+    plain = q.dtype == latents.dtype == torch.float32 and q.device.type == "cpu"  # under autocast they may differ
+    if not plain or torch.compiler.is_compiling():
         found = _decoded(latents, side.decoder, side.mean if side.mean is None else side.mean.unsqueeze(1), g)
         if keys.near_keys is not None:
             found = torch.cat([found, keys.near_keys], dim=-2)

@@ -267,6 +267,7 @@ def decode_splits(
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr,
     JOINT: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
+    """One split of the sequence, or the exact window, of a row and KV head, or of all that share a latent of values."""
     SHARED: tl.constexpr = SHARED_V if TOGETHER else 1
     LISTS: tl.constexpr = G // SHARED
     row, g = tl.program_id(0) // LISTS, tl.program_id(0) % LISTS * SHARED
