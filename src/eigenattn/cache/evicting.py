@@ -167,7 +167,7 @@ class EigenCache(DynamicCache):
         super().__init__(config=config)
         if (evict is None) != (budget is None):
             raise EigenAttnError("eviction takes both a rule (evict) and a budget.")
-        self.eviction = None if evict is None else Eviction(evict, budget)
+        self.eviction = None if evict is None or budget is None else Eviction(evict, budget)
         if self.eviction is not None and self.layers and all(self.is_sliding):
             raise EigenAttnError("all layers of this model slide, and forget by themselves: there is nothing to evict.")
 
@@ -191,13 +191,8 @@ class EigenCache(DynamicCache):
             raise EigenAttnError("an assistant's drafts would drive out tokens for good: use a cache that evicts none.")
         super().activate_past_recording()
 
-    def evicting_layer(
-        self, context: CacheContext, layer_idx: int, window: int, sliding_window: int | None
-    ) -> EvictingLayer:
-        """An empty layer, for a model with such a window."""
-        return EvictingLayer(context, layer_idx, window, sliding_window, eviction=self.eviction)
-
     @property
     def kept_tokens(self) -> int:
         """Tokens of a sequence that the layers hold at most."""
-        return max((layer.get_seq_length() - getattr(layer, "evicted", 0) for layer in self.layers), default=0)
+        held = (self.get_seq_length(i) - getattr(layer, "evicted", 0) for i, layer in enumerate(self.layers))
+        return max(held, default=0)

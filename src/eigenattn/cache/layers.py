@@ -44,8 +44,7 @@ class LatentLayer(CacheLayerMixin):
         self.window = window
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
-        self.window_keys: Tensor | None = None
-        self.window_values: Tensor | None = None
+        self.window_keys = self.window_values = torch.empty(0)  # nothing yet
         self.stores: tuple[Store, ...] = ()
         self.dropped = 0  # tokens that slid out of sight
         self.record_past = False
@@ -143,9 +142,8 @@ class LatentLayer(CacheLayerMixin):
             store.drop_first(past)
         self._show()
         if self.window:
-            exact = held - past
-            self.window_keys = self.window_keys[:, :, max(self.window_keys.shape[-2] - exact, 0) :]
-            self.window_values = self.window_values[:, :, max(self.window_values.shape[-2] - exact, 0) :]
+            exact = slice(max(self.window_keys.shape[-2] - (held - past), 0), None)
+            self.window_keys, self.window_values = self.window_keys[:, :, exact], self.window_values[:, :, exact]
 
     def get_seq_length(self) -> int:
         return self.dropped + self._tokens_held()
@@ -164,7 +162,7 @@ class LatentLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         remaining = max(self._tokens_held() - removed, 0)
-        if removed and self.dropped and remaining < self.sliding_window - 1:
+        if removed and self.dropped and remaining < self.get_max_length() - 1:
             raise EigenAttnError(
                 "tokens have slid out of this layer's sight, and taking later ones back would need them again: keep "
                 "the text within the sliding window, or start a new cache."
@@ -193,7 +191,8 @@ class LatentLayer(CacheLayerMixin):
             self.context.map(change)
 
     def reset(self) -> None:
-        self.keys = self.values = self.window_keys = self.window_values = None
+        self.keys = self.values = None
+        self.window_keys = self.window_values = torch.empty(0)
         self.stores = ()
         self.is_initialized, self.dropped = False, 0
         if self.layer_idx == self.context.owner:

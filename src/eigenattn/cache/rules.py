@@ -96,6 +96,7 @@ def attention_so_far(held: Held) -> Tensor:
 
 def h2o(held: Held) -> Tensor:
     """Half of it what got most attention so far, half of it the last (H2O, arXiv 2306.14048, section 4.2)."""
+    assert held.tally is not None  # `Rule.tally` gives it
     rows = held.columns.shape[-1]
     recent = torch.arange(rows, device=held.columns.device) >= rows - held.kept // 2
     return held.tally.masked_fill(recent, math.inf)

@@ -41,7 +41,7 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
     border, window = query + 1, None
     if near is not None:
         border = query - layer.layout.window + 1
-        border = torch.maximum(border, near.first) if isinstance(border, Tensor) else max(border, near.first)
+        border = border.clamp_min(near.first) if isinstance(border, Tensor) else max(border, near.first)
         window = decoding.Window(near.keys, near.values, near.first, query + 1)
     mask = this.mask(q, sight.columns)
 
@@ -79,7 +79,6 @@ def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
     decodes = layer.rotates_far or (near is not None and layer.softcap is not None)
     q_far, offset = (q, None) if decodes else layer.query_in_latent_space(q)
     positions = this.positions(sight) if layer.rotates_far else None
-    last = None if positions is None else positions.amax().expand(len(positions), 1)
 
     def decode(start: int, stop: int) -> tuple[Tensor, Tensor]:
         latents = layer.restored(tuple(row[:, :, start:stop] for row in far.rows), q.dtype)
@@ -87,6 +86,7 @@ def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         keys = layer.decode(keys, "key") if decodes else keys
         if positions is not None:
             # Some kinds of scaling go by the last position of what they are asked for.
+            last = positions.amax().expand(len(positions), 1)
             cos, sin = layer.angles(q, torch.cat([positions[:, start:stop], last], dim=-1))
             keys = rotate(keys, cos[:, :-1], sin[:, :-1], layer.family.interleaved)
         return layer.for_each_head(keys), layer.for_each_head(layer.latent(latents, "value"))
@@ -132,13 +132,13 @@ def all_at_once(
     latents = layer.restored(far.rows, q.dtype)
     keys = layer.latent(latents, "key")
     if layer.rotates_far:
-        angles = this.angles(sight)
+        cos, sin = this.angles(sight)
         if far.columns is None:
-            angles = tuple(table[:, : keys.shape[2]] for table in angles)
+            cos, sin = cos[:, : keys.shape[2]], sin[:, : keys.shape[2]]
         else:
             columns = far.columns.long().repeat_interleave(layer.kv_heads // far.columns.shape[1], dim=1)
-            angles = tuple(at_columns(table, columns) for table in angles)
-        keys = rotate(layer.decode(keys, "key"), *angles, layer.family.interleaved)
+            cos, sin = at_columns(cos, columns), at_columns(sin, columns)
+        keys = rotate(layer.decode(keys, "key"), cos, sin, layer.family.interleaved)
     mask = this.mask(q, sight.columns)
     query, start = sight.query, 0 if observed is None else q.shape[-2] - observed
     if observed is not None:
@@ -178,7 +178,7 @@ def all_at_once(
         softcap=layer.softcap,
         **({} if observed is not None else {"dropout": this.dropout}),
     )
-    if observed is not None:
+    if observed is not None and weights is not None:
         weights = weights[..., : keys.shape[2]] if columns is None else blocks.take_columns(weights, columns)
     return out, weights
 
@@ -200,7 +200,7 @@ def _tiles(this: ForwardPass, q: Tensor, sight: Sight, query: int) -> chunked.Ma
     if mask is None and bias is None:
         return None
 
-    def tile(start: int, stop: int, low: int, high: int) -> Tensor:
+    def tile(start: int, stop: int, low: int, high: int) -> Tensor | None:
         seen = None if mask is None else mask[..., start:stop, low:high]
         if bias is None:
             return seen

@@ -33,6 +33,7 @@ def evict(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> 
 
     def attention(queries: int) -> Tensor:
         _, weights = all_at_once(layer, this, q, sight, observed=min(queries, q.shape[-2]))
+        assert weights is not None  # observed queries attend by the backend that gives them
         return weights
 
     def describe(columns: Tensor, kept: int, tally: Tensor | None = None) -> Held:

@@ -85,6 +85,7 @@ class ForwardPass:
 
     def angles(self, sight: Sight) -> tuple[Tensor, Tensor]:
         """Cosines and sines of all columns in sight, [B or 1, columns, width]."""
+        assert self._cos_sin is not None  # the layer rotates
         if self.cache is None:
             return self._cos_sin
         like = self._cos_sin[0]
@@ -189,6 +190,7 @@ class ForwardPass:
     def rotary(self, device: torch.device) -> Rotary:
         """Rotary positions for a step of decoding."""
         layer, frequencies = self.layer, self.frequencies
+        assert frequencies is not None  # `is_step`
         scaling = float(getattr(layer.rotary_module, f"{self._prefix}attention_scaling", 1.0))
         return memoised(
             layer.rotary_module,

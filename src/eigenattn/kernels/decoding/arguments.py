@@ -20,10 +20,8 @@ def pairs(x: Tensor, width: int, interleaved: bool) -> Tensor:
     return rotating.unflatten(-1, (-1, 2)) if interleaved else rotating.unflatten(-1, (2, -1)).transpose(-1, -2)
 
 
-def in_pairs(x: Tensor | None, width: int, interleaved: bool) -> Tensor | None:
+def in_pairs(x: Tensor, width: int, interleaved: bool) -> Tensor:
     """x [..., D] with its leading `width` dimensions pair by pair."""
-    if x is None:
-        return None
     return torch.cat([pairs(x, width, interleaved).flatten(-2), x[..., width:]], dim=-1)
 
 
@@ -55,13 +53,16 @@ class Side:
     @property
     def codebook(self) -> Codebook:
         """What codes stand for, kept."""
-        return self._once("codebook", lambda: Codebook.of(self.levels, self.widths))
+        levels, widths = self.levels, self.widths
+        assert levels is not None and widths is not None  # latents are coded
+        return self._once("codebook", lambda: Codebook.of(levels, widths))
 
     def paired(self, width: int, interleaved: bool) -> tuple[Tensor | None, Tensor | None]:
         """Decoder [G, R, D] and mean [G, 1, D] with their leading `width` dimensions pair by pair, kept."""
         mean = None if self.mean is None else self.mean.unsqueeze(1)
+        found = self.decoder, mean
         return self._once(
-            (width, interleaved), lambda: tuple(in_pairs(x, width, interleaved) for x in (self.decoder, mean))
+            (width, interleaved), lambda: tuple(x if x is None else in_pairs(x, width, interleaved) for x in found)
         )
 
     @property
@@ -75,7 +76,7 @@ class Side:
         `x_hat = mean' + y @ U'` with `y = u (shape_0 + u (shape_1 + u shape_2))`. The mean distance of levels, s, has
         gone into the decoder, `U' = s U`, so that y is about as large as u, and the level of u = 0 into the mean.
         """
-        if self.widths is None:
+        if self.widths is None or self.levels is None:
             return self.decoder, self.mean, None
         levels = self.levels.float()
         _, a, b, c = levels.unbind(-1)
@@ -205,6 +206,12 @@ class Step:
     mask: Tensor | None = None
     softcap: float | None = None
     memoised: Callable[[Hashable, Callable[[], Any]], Any] = lambda name, compute: compute()
+
+    @property
+    def rotary_positions(self) -> Tensor:
+        """Positions, of a step whose keys rotate."""
+        assert self.positions is not None  # `check`
+        return self.positions
 
     @property
     def far_keys(self) -> Tensor:

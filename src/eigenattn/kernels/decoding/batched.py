@@ -68,8 +68,8 @@ def decode(step: Step) -> Tensor:
 
 def _in_sight(step: Step) -> _Keys:
     window, length = step.window, step.length
-    counts = [length] if window is None else [length, window.column, window.stop]
-    if step.first is None and all(isinstance(count, int) for count in counts):
+    counts = [] if window is None else [window.column, window.stop]
+    if step.first is None and isinstance(length, int) and all(isinstance(count, int) for count in counts):
         rows = step.rows if step.columns is not None else [row[:, :, :length] for row in step.rows]
         near_keys = near_values = None
         if window is not None:
@@ -110,7 +110,7 @@ def _restored(row: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
     shared = len(codebook.levels) // row.shape[1]
     of_codes = codebook.of_codes[:, ::shared]
     a, b, c, d = of_codes
-    codes = unpack(row, side.widths).float()
+    codes = unpack(row, codebook.widths).float()
     return torch.addcmul(a, codes, torch.addcmul(b, codes, torch.addcmul(c, codes, d))).to(dtype)
 
 
@@ -162,14 +162,15 @@ def _rotated(step: Step, rotary: Rotary, keys: _Keys, latents: Tensor, g: int) -
 
 def _turns(step: Step, rotary: Rotary, keys: _Keys, g: int) -> Tensor:
     """Rotations of all keys as complex numbers, [B or 1, G or 1, F + N, width / 2]."""
-    if keys.columns is None:
+    columns = keys.columns
+    if columns is None:
         name = ("turns", rotary, keys.count)
-        return step.memoised(name, lambda: rotary.turns(step.positions[:, : keys.count]).unsqueeze(1))
-    positions = step.positions.expand(len(keys.columns), -1)
+        return step.memoised(name, lambda: rotary.turns(step.rotary_positions[:, : keys.count]).unsqueeze(1))
+    positions = step.rotary_positions.expand(len(columns), -1)
     table = step.memoised(("turns", rotary, positions.shape), lambda: rotary.turns(positions))  # [B, columns, w/2]
 
     def at_columns() -> Tensor:
-        places = keys.columns.clamp(0, positions.shape[-1] - 1).long()
+        places = columns.clamp(0, positions.shape[-1] - 1).long()
         rows = torch.arange(len(places), device=places.device).view(-1, 1, 1)
         return _by_head(table[rows, places], g)
 
@@ -187,10 +188,11 @@ def _decoded(latents: Tensor, decoder: Tensor | None, mean: Tensor | None, g: in
         found = latents.unsqueeze(2) @ decoder.unflatten(0, (count, -1))  # [B, G/N, N, F, D]
         found = found.flatten(1, 2) if mean is None else found.flatten(1, 2) + mean
         return found if out is None else out.copy_(found)
-    decoder, mean = (x if x is None or b == 1 else x.repeat(b, 1, 1) for x in (decoder, mean))
+    if b != 1:
+        decoder, mean = decoder.repeat(b, 1, 1), None if mean is None else mean.repeat(b, 1, 1)
     rows, flat = None if out is None else out.flatten(0, 1), latents.flatten(0, 1)
-    if rows is not None and rows.data_ptr() != out.data_ptr():
-        rows = None  # a copy, of what could not be seen as one batch
+    if out is None or rows is None or rows.data_ptr() != out.data_ptr():
+        rows = None  # or a copy, of what could not be seen as one batch
     found = torch.bmm(flat, decoder, out=rows) if mean is None else torch.baddbmm(mean, flat, decoder, out=rows)
     found = found.unflatten(0, (b, g))
     return found if out is None or rows is not None else out.copy_(found)

@@ -3,6 +3,9 @@
 A plan is a tuple of pieces of a latent (`fused.Piece`). Loops over plans are unrolled.
 """
 
+# Constants that a kernel computes with are `constexpr` in its signature, and numbers, tuples and loops in its body.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import math
