@@ -13,6 +13,7 @@ from ..config import Sharing
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from ..models.placement import loaded, offloaded
+from ..models.projections import weight_of
 from .basis import Basis
 
 

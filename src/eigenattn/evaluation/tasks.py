@@ -93,8 +93,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for place, row in read_rows(path):
         query, choices, gold = (row.get(name) if isinstance(row, dict) else None for name in FIELDS)
-        sound = isinstance(choices, list) and all(choices) and all(is_text(each) for each in (query, *choices))
-        if not sound or type(gold) is not int or not 0 <= gold < len(choices):
+        texts = [query, *choices] if isinstance(choices, list) and all(choices) else [None]
+        if not all(map(is_text, texts)) or type(gold) is not int or not 0 <= gold < len(texts) - 1:
             raise EigenAttnError(
                 f"{place}: expected an object with `query`, a list of `choices` and `gold`, the right one's number "
                 "from 0."

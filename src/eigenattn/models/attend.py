@@ -21,7 +21,7 @@ from .rotary import at_columns, rotate
 
 
 def attend(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
-    """Attend with queries [B, H, T, *], which are at their positions.
+    """Attend with queries [B, H, T, *], before rotation.
 
     Returns:
         The output [B, H, T, D], or [B, H, T, R_v] where the values' decoder is folded into the output projection; and
@@ -53,7 +53,7 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
 
     keys, values = layer.decoding_sides()
     step = decoding.Step(
-        q=q[:, :, 0],
+        q=(q if layer.rotates_far else this.rotated(q))[:, :, 0],
         rows=sight.far.rows,
         keys=keys,
         values=values,
@@ -61,6 +61,7 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         length=border,
         first=this.memoised(("first", layer.layer_type), first) if backend == "triton" else None,
         positions=this.positions(sight) if layer.rotates_far else None,
+        query=this.query_position if layer.rotates_far else None,
         columns=sight.far.columns,
         rotary=this.rotary(q.device) if layer.rotates_far else None,
         window=window,
@@ -73,7 +74,7 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
 
 def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> Tensor:
     """Many queries over many keys, decoded a chunk at a time: what a pass needs beside the cache is one chunk."""
-    far, near, window, t = sight.far, sight.near, layer.layout.window, q.shape[-2]
+    q, far, near, window, t = this.rotated(q), sight.far, sight.near, layer.layout.window, q.shape[-2]
     query, near_first = int(sight.query), 0 if near is None else int(near.first)
     # A soft cap is on whole scores, and what the mean adds is known behind it only.
     decodes = layer.rotates_far or (near is not None and layer.softcap is not None)
@@ -128,7 +129,7 @@ def all_at_once(
     Args:
         observed: only so many last queries, and their weights on the far rows in the order of the rows.
     """
-    far, near = sight.far, sight.near
+    q, far, near = this.rotated(q), sight.far, sight.near
     latents = layer.restored(far.rows, q.dtype)
     keys = layer.latent(latents, "key")
     if layer.rotates_far:

@@ -20,7 +20,7 @@ def evict(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> 
     """Have the layer's cache evict what is over its budget, after a pass, if it does that at all.
 
     Args:
-        q: queries of this pass [B, H, T, D], at their positions.
+        q: queries of this pass [B, H, T, D], before rotation.
     """
     held = this.cache.layers[layer.layer_idx] if this.evicts else None
     if not isinstance(held, EvictingLayer):

@@ -102,6 +102,11 @@ class ForwardPass:
             raise EigenAttnError("this model calls its attention without position_ids, which cached keys rotate by.")
         return sight.positions
 
+    @property
+    def query_position(self) -> Tensor | None:
+        """The position of each row's one query, [B or 1]."""
+        return None if self.position_ids is None else self.position_ids[:, -1]
+
     def mask(self, q: Tensor, keys: int) -> Any:
         """The mask over columns 0 .. keys - 1 as backends take it, with the family's bias on the scores added.
 

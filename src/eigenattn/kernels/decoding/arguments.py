@@ -172,17 +172,17 @@ class Step:
     rows may differ in length and tensors may have room to spare.
 
     Args:
-        q: queries [B, H, D], with rotary positions already rotated to their own, scaling included. Where keys have no
-            decoder and do not rotate, [B, H, R_k].
+        q: queries [B, H, D], before rotation if keys rotate here. Where keys have no decoder and do not rotate,
+            [B, H, R_k].
         rows: what the cache holds, one tensor a latent: [B, G/N, S, R], or packed codes in uint8 [B, G/N, S, bytes].
         keys, values: how they come of rows. Without a decoder of values the output stays in their space.
         scale: multiplies the scores.
         length: columns before it are seen through latents.
         first: the first that is seen, int32 [B]; None is 0.
-        positions: position of each column, [B or 1, columns]; needed with `rotary`.
+        positions, query: position of each column, [B or 1, columns], and of the query, [B or 1]; needed with `rotary`.
         columns: where tokens were evicted, the column of each row of each head that keeps its own, [B, heads, S]; all
             lie before `length`. None: row n is column n.
-        rotary: rotates each decoded key, and each of the window, to its own position.
+        rotary: rotates queries, each decoded key, and each of the window, to its own position.
         slopes: ALiBi: `slope * column` joins the scores, [H] in fp32.
         window: the exact window.
         mask: joins the scores by column, [B or 1, H or 1, columns]: boolean (True is visible) or additive. It may hide
@@ -199,6 +199,7 @@ class Step:
     length: Count
     first: Tensor | None = None
     positions: Tensor | None = None
+    query: Tensor | None = None
     columns: Tensor | None = None
     rotary: Rotary | None = None
     slopes: Tensor | None = None
@@ -208,10 +209,10 @@ class Step:
     memoised: Callable[[Hashable, Callable[[], Any]], Any] = lambda name, compute: compute()
 
     @property
-    def rotary_positions(self) -> Tensor:
-        """Positions, of a step whose keys rotate."""
-        assert self.positions is not None  # `check`
-        return self.positions
+    def rotary_positions(self) -> tuple[Tensor, Tensor]:
+        """Positions of columns, and of queries, of a step in which they rotate."""
+        assert self.positions is not None and self.query is not None  # `check`
+        return self.positions, self.query
 
     @property
     def far_keys(self) -> Tensor:
@@ -264,5 +265,5 @@ class Step:
             raise EigenAttnError(f"{heads} query heads do not share {self.kv_heads} KV heads evenly.")
         if self.window is not None and self.size_out != self.window.values.shape[-1]:
             raise EigenAttnError("with an exact window, far values need a decoder or full rank.")
-        if self.rotary is not None and self.positions is None:
-            raise EigenAttnError("keys that rotate need positions.")
+        if self.rotary is not None and (self.positions is None or self.query is None):
+            raise EigenAttnError("queries and keys that rotate need positions.")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...cache.packing import unpack
-from .arguments import Rotary, Side, Step, in_pairs, pairs
+from .arguments import Rotary, Side, Step, pairs
 
 
 class _Keys(NamedTuple):
@@ -119,8 +119,8 @@ def _scores(step: Step, keys: _Keys, g: int) -> Tensor:
     q, side, latents = step.q, step.keys, keys.rows[step.keys.row]
     dtype = torch.promote_types(q.dtype, torch.float32)
     if step.rotary is not None:
-        q, found = _rotated(step, step.rotary, keys, latents, g)
-        return _times(q, found.transpose(-1, -2)).to(dtype)
+        queries, found = _rotated(step, step.rotary, keys, latents, g)
+        return torch.bmm(queries.flatten(0, 1), found.flatten(0, 1).transpose(-1, -2)).view(*q.shape[:2], -1).to(dtype)
     q_far = q if side.decoder is None else (_by_group(q, g) @ side.decoder.transpose(-1, -2)).flatten(1, 2)
     scores = _times(q_far, latents.transpose(-1, -2)).to(dtype)
     if side.mean is not None:
@@ -131,23 +131,23 @@ def _scores(step: Step, keys: _Keys, g: int) -> Tensor:
 
 
 def _rotated(step: Step, rotary: Rotary, keys: _Keys, latents: Tensor, g: int) -> tuple[Tensor, Tensor]:
-    """Queries [B, H, D], and keys [B, G, F + N, D] decoded and at their positions, with dimensions in one order.
+    """Queries [B, G, H/G, D], and keys [B, G, F + N, D] decoded, at their positions, with dimensions in one order.
 
-    On a CPU in fp32 they are decoded into one buffer, which is the same for all layers of a pass, pair by pair, and
-    rotated there by one product of complex numbers. Elsewhere PyTorch's complex numbers are slow or absent.
+    On a CPU in fp32 they are put into one buffer, which is the same for all layers of a pass, pair by pair, and rotated
+    there by one product of complex numbers. Elsewhere PyTorch's complex numbers are slow or absent.
     """
-    q, side, width = step.q, step.keys, rotary.width
+    q, side, width, count = _by_group(step.q, g), step.keys, rotary.width, keys.count
     turns = _turns(step, rotary, keys, g)
     plain = q.dtype == latents.dtype == torch.float32 and q.device.type == "cpu"  # under autocast they may differ
     if not plain or torch.compiler.is_compiling():
         found = _decoded(latents, side.decoder, side.mean if side.mean is None else side.mean.unsqueeze(1), g)
-        if keys.near_keys is not None:
-            found = torch.cat([found, keys.near_keys], dim=-2)
-        first, second = (found[..., dims].to(torch.promote_types(q.dtype, torch.float32)) for dims in rotary.pairs())
+        x = torch.cat([found, q] if keys.near_keys is None else [found, keys.near_keys, q], dim=-2)
+        first, second = (x[..., dims].to(torch.promote_types(q.dtype, torch.float32)) for dims in rotary.pairs())
         together = [first * turns.real - second * turns.imag, second * turns.real + first * turns.imag]
         rotated = torch.stack(together, -1).flatten(-2) if rotary.interleaved else torch.cat(together, dim=-1)
-        return q, torch.cat([rotated.to(q.dtype), found[..., width:]], dim=-1)
-    shape = (len(q), g, keys.count, q.shape[-1])
+        x = torch.cat([rotated.to(q.dtype), x[..., width:]], dim=-1)
+        return x[:, :, count:], x[:, :, :count]
+    shape = (len(q), g, count + q.shape[2], q.shape[-1])
     room = step.memoised(("room", *shape), lambda: q.new_empty(shape))
     decoder, mean = side.paired(width, rotary.interleaved)
     if decoder is None:
@@ -155,28 +155,39 @@ def _rotated(step: Step, rotary: Rotary, keys: _Keys, latents: Tensor, g: int) -
     else:
         _decoded(latents, decoder, mean, g, out=room[:, :, : keys.far])
     if keys.near_keys is not None:
-        _put(room[:, :, keys.far :], keys.near_keys, width, rotary.interleaved)
+        _put(room[:, :, keys.far : count], keys.near_keys, width, rotary.interleaved)
+    _put(room[:, :, count:], q, width, rotary.interleaved)
     torch.view_as_complex(room[..., :width].unflatten(-1, (-1, 2))).mul_(turns)
-    return in_pairs(q, width, rotary.interleaved), room
+    return room[:, :, count:], room[:, :, :count]
 
 
 def _turns(step: Step, rotary: Rotary, keys: _Keys, g: int) -> Tensor:
-    """Rotations of all keys as complex numbers, [B or 1, G or 1, F + N, width / 2]."""
-    columns = keys.columns
+    """Rotations of all keys, and behind them of a group's queries, as complex numbers.
+
+    [B or 1, G or 1, F + N + H/G, width / 2].
+    """
+    columns, (positions, query) = keys.columns, step.rotary_positions
+
+    def with_queries(found: Tensor) -> Tensor:
+        own = rotary.turns(query.view(-1, 1, 1))  # [B or 1, 1, 1, width / 2]
+        b = max(len(found), len(own))
+        own = own.expand(b, found.shape[1], step.q.shape[1] // g, -1)
+        return torch.cat([found.expand(b, -1, -1, -1), own], dim=2)
+
     if columns is None:
-        name = ("turns", rotary, keys.count)
-        return step.memoised(name, lambda: rotary.turns(step.rotary_positions[:, : keys.count]).unsqueeze(1))
-    positions = step.rotary_positions.expand(len(columns), -1)
+        name = ("turns", rotary, keys.count, g)
+        return step.memoised(name, lambda: with_queries(rotary.turns(positions[:, : keys.count]).unsqueeze(1)))
+    positions = positions.expand(len(columns), -1)
     table = step.memoised(("turns", rotary, positions.shape), lambda: rotary.turns(positions))  # [B, columns, w/2]
 
     def at_columns() -> Tensor:
         places = columns.clamp(0, positions.shape[-1] - 1).long()
         rows = torch.arange(len(places), device=places.device).view(-1, 1, 1)
-        return _by_head(table[rows, places], g)
+        return with_queries(_by_head(table[rows, places], g))
 
     if step.columns is not None:  # each layer evicts tokens of its own
         return at_columns()
-    return step.memoised(("turns", rotary, keys.far, keys.count), at_columns)
+    return step.memoised(("turns", rotary, keys.far, keys.count, g), at_columns)
 
 
 def _decoded(latents: Tensor, decoder: Tensor | None, mean: Tensor | None, g: int, out: Tensor | None = None) -> Tensor:
@@ -245,4 +256,6 @@ def _shared_out(latents: Tensor, g: int) -> Tensor:
 
 def _times(x: Tensor, held: Tensor) -> Tensor:
     """Each query head's row [B, H, n] times what its KV head or latent holds [B, G/N, n, m]: [B, H, m]."""
-    return (_by_group(x, held.shape[1]) @ held).flatten(1, 2)
+    b, h = x.shape[:2]
+    rows = x.reshape(b * held.shape[1], h // held.shape[1], x.shape[-1])
+    return torch.bmm(rows, held.flatten(0, 1)).view(b, h, held.shape[-1])

@@ -119,6 +119,7 @@ class _Arguments(NamedTuple):
     first: Tensor
     length: Tensor
     positions: Tensor | None
+    query: Tensor | None
     near_keys: Tensor | None
     near_values: Tensor | None
     near_column: Tensor | None
@@ -170,7 +171,8 @@ def decode(step: Step) -> Tensor:
         value_shape,
         each_row(step.first),
         each_row(step.length),
-        None if rotary is None else step.rotary_positions.to(torch.int32),
+        None if rotary is None else step.rotary_positions[0].to(torch.int32),
+        None if rotary is None else each_row(step.query),
         *near,
         *tables,
         step.slopes,
@@ -242,6 +244,7 @@ def _launch(
         near_values,
         *map(_contiguous, (x.first, x.length)),
         positions,
+        None if x.query is None else x.query.contiguous(),
         *map(_contiguous, (x.near_column, x.near_stop, x.inverse_frequencies, x.cosines, x.sines)),
         mask,
         far_sums,

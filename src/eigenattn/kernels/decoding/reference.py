@@ -41,6 +41,10 @@ def decode(step: Step) -> Tensor:
     window, mask = step.window, step.mask
     if mask is not None:
         mask = mask.expand(b, h, -1)
+    q = step.q.float()
+    if step.rotary is not None:
+        positions, query = (x.expand(b, *x.shape[1:]) for x in step.rotary_positions)
+        q = step.rotary.rotate(q, query.unsqueeze(-1))
     out = torch.zeros(b, h, step.size_out, device=step.q.device)
     for row in range(b):
         first, length = _at(step.first, row), _at(step.length, row)
@@ -61,8 +65,8 @@ def decode(step: Step) -> Tensor:
                 v = torch.cat([v, window.values[row, g, slots].float()])
                 columns = torch.cat([columns, torch.arange(column + slots.start, column + slots.stop, device=k.device)])
             if step.rotary is not None:
-                k = step.rotary.rotate(k, step.rotary_positions.expand(b, -1)[row, columns])
-            scores = k @ step.q[row, head].float() * step.scale
+                k = step.rotary.rotate(k, positions[row, columns])
+            scores = k @ q[row, head] * step.scale
             if step.softcap is not None:
                 scores = step.softcap * torch.tanh(scores / step.softcap)
             if step.slopes is not None:
