@@ -111,7 +111,7 @@ def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         summed.lse += offset * layer.scaling
     exact = chunked.attend_near(
         q,
-        _near_keys(layer, this, near, sight),
+        _near_keys(layer, this, near, sight, max(near_first, 0)),
         near.values,
         window=window,
         key_first=near_first,
@@ -187,12 +187,12 @@ def all_at_once(
     return out, weights
 
 
-def _near_keys(layer: AttentionLayer, this: ForwardPass, near: Near, sight: Sight) -> Tensor:
-    """Exact keys at their positions."""
+def _near_keys(layer: AttentionLayer, this: ForwardPass, near: Near, sight: Sight, first: int = 0) -> Tensor:
+    """Exact keys at their positions; angles are made of the columns from `first` on, which all of them have."""
     if not layer.rotates:
         return near.keys
-    columns = (torch.arange(near.keys.shape[-2], device=near.keys.device) + near.first).clamp_min(0)
-    cos, sin = this.angles(sight)
+    columns = (torch.arange(near.keys.shape[-2], device=near.keys.device) + near.first).clamp_min(0) - first
+    cos, sin = this.angles(sight, first)
     return rotate(near.keys, cos.index_select(1, columns), sin.index_select(1, columns), layer.family.interleaved)
 
 
