@@ -116,6 +116,18 @@ class EvictingLayer(LatentLayer):
         self.evicted, self._settled = self.evicted + over, held.kept
         self._show()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """As of other layers, but of what no eviction has looked at.
+
+        Raises:
+            EigenAttnError: if tokens were evicted since, or the attention of those to be taken back was counted.
+        """
+        if tokens_to_remove < 0 and self._tally is not None:
+            raise EigenAttnError(
+                f"{self.eviction.name} counts attention, that of tokens to be taken back too: start a new cache."
+            )
+        super().crop(tokens_to_remove)
+
     def _crop_left(self, left: int) -> None:
         if self.evicted and left - self.evicted < self._settled:
             raise EigenAttnError(
@@ -123,8 +135,6 @@ class EvictingLayer(LatentLayer):
             )
         if self._column_store is not None:
             self._column_store.crop(left - self.evicted)
-        if self._tally is not None:
-            self._tally = self._tally[..., : left - self.evicted]
         super()._crop_left(left - self.evicted)
 
     def _map(self, change: Any, batch: bool = True) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..cache.sight import Near, Sight
 from ..kernels import blocks, chunked, decoding
+from ..kernels.decoding.batched import decode_with_weights
 from ..kernels.reference import add_mask, causal_mask
 from ..kernels.reference import attend as reference_attend
 from ..kernels.selection import decoding_backend
@@ -28,13 +29,13 @@ def attend(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) ->
         the attention weights [B, H, T, columns], where the backend gives them.
     """
     if this.is_step(q):
-        return one_query(layer, this, q, sight), None
+        return one_query(layer, this, q, sight)
     if this.is_long(q, sight):
         return in_chunks(layer, this, q, sight), None
     return all_at_once(layer, this, q, sight)
 
 
-def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> Tensor:
+def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
     """A step of decoding, by `eigenattn.kernels.decoding`, which reads rows as they are stored."""
     near, query = sight.near, sight.query
     backend = "torch" if sight.far.columns is not None else decoding_backend(q)
@@ -69,7 +70,10 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         softcap=layer.softcap,
         memoised=this.memoised,
     )
-    return decoding.decode(step, backend).unsqueeze(2)
+    if backend == "torch" and this.implementation == "eager":  # which gives weights, asked or not
+        out, weights = decode_with_weights(step, sight.columns)
+        return out.unsqueeze(2), weights.unsqueeze(2)
+    return decoding.decode(step, backend).unsqueeze(2), None
 
 
 def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> Tensor:
@@ -108,7 +112,7 @@ def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         summed.lse += offset * layer.scaling
     exact = chunked.attend_near(
         q,
-        _near_keys(layer, this, near, sight),
+        _near_keys(layer, this, near, sight, max(near_first, 0)),
         near.values,
         window=window,
         key_first=near_first,
@@ -184,12 +188,12 @@ def all_at_once(
     return out, weights
 
 
-def _near_keys(layer: AttentionLayer, this: ForwardPass, near: Near, sight: Sight) -> Tensor:
-    """Exact keys at their positions."""
+def _near_keys(layer: AttentionLayer, this: ForwardPass, near: Near, sight: Sight, first: int = 0) -> Tensor:
+    """Exact keys at their positions; angles are made of the columns from `first` on, which all of them have."""
     if not layer.rotates:
         return near.keys
-    columns = (torch.arange(near.keys.shape[-2], device=near.keys.device) + near.first).clamp_min(0)
-    cos, sin = this.angles(sight)
+    columns = (torch.arange(near.keys.shape[-2], device=near.keys.device) + near.first).clamp_min(0) - first
+    cos, sin = this.angles(sight, first)
     return rotate(near.keys, cos.index_select(1, columns), sin.index_select(1, columns), layer.family.interleaved)
 
 

@@ -26,20 +26,24 @@ def evict(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> 
     if not isinstance(held, EvictingLayer):
         return
     seen = held.get_seq_length()
+    first = this.first_token(q, seen).view(-1, 1, 1)
 
     @functools.cache
     def latents() -> tuple[Tensor, ...]:
         return layer.restored(sight.far.rows, q.dtype)
 
     def attention(queries: int) -> Tensor:
-        _, weights = all_at_once(layer, this, q, sight, observed=min(queries, q.shape[-2]))
+        observed = min(queries, q.shape[-2])
+        _, weights = all_at_once(layer, this, q, sight, observed)
         assert weights is not None  # observed queries attend by the backend that gives them
-        return weights
+        # Padding sees nothing, of which the softmax makes everything.
+        padding = torch.arange(seen - observed, seen, device=q.device).view(-1, 1) < first
+        return weights.masked_fill(padding.unsqueeze(1), 0.0)
 
     def describe(columns: Tensor, kept: int, tally: Tensor | None = None) -> Held:
         return Held(
             columns=columns,
-            first=this.first_token(q, seen).view(-1, 1, 1),
+            first=first,
             seen=seen,
             queries=q.shape[-2],
             kept=kept,

@@ -83,14 +83,14 @@ class ForwardPass:
         if self.cache is not None:
             CacheContext.of(self.cache).end(self.layer.layer_idx)
 
-    def angles(self, sight: Sight) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of all columns in sight, [B or 1, columns, width]."""
+    def angles(self, sight: Sight, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the columns in sight, from the first that is asked for, [B or 1, columns, width]."""
         assert self._cos_sin is not None  # the layer rotates
+        cos, sin = self._cos_sin
         if self.cache is None:
-            return self._cos_sin
-        like = self._cos_sin[0]
-        name = ("angles", sight.columns, self.layer.layer_type, like.device)
-        return self.memoised(name, lambda: self.layer.angles(like, self.positions(sight)))
+            return cos[:, first:], sin[:, first:]
+        name = ("angles", sight.columns, first, self.layer.layer_type, cos.device)
+        return self.memoised(name, lambda: self.layer.angles(cos, self.positions(sight)[:, first:]))
 
     def positions(self, sight: Sight) -> Tensor:
         """Positions of all columns in sight, [B, columns].

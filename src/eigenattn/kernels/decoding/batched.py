@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...cache.packing import unpack
@@ -36,6 +37,21 @@ class _Keys(NamedTuple):
 
 def decode(step: Step) -> Tensor:
     """See `eigenattn.kernels.decoding.Step`."""
+    return _attend(step)[0]
+
+
+def decode_with_weights(step: Step, columns: int) -> tuple[Tensor, Tensor]:
+    """The same, and the attention weights [B, H, columns]."""
+    step.check()
+    out, weights, keys = _attend(step)
+    if keys.columns is None:
+        return out, F.pad(weights, (0, columns - keys.count))
+    places = _by_head(keys.columns.clamp(0, columns - 1).long(), weights.shape[1]).expand_as(weights)
+    return out, weights.new_zeros(*weights.shape[:2], columns).scatter_add(-1, places, weights)
+
+
+def _attend(step: Step) -> tuple[Tensor, Tensor, _Keys]:
+    """The output, the weights of what is in sight [B, H, F + N], and what that is."""
     h, g = step.q.shape[1], step.kv_heads
     keys = _in_sight(step)
     scores = _scores(step, keys, g) * step.scale  # [B, H, F + N]
@@ -63,7 +79,8 @@ def decode(step: Step) -> Tensor:
         if step.values.mean is not None:
             out = out + _by_group(far_weights.sum(-1, keepdim=True), g) * step.values.mean.unsqueeze(1)
         out = out.flatten(1, 2)
-    return out if near_values is None else out + _times(weights[..., keys.far :], near_values)
+    out = out if near_values is None else out + _times(weights[..., keys.far :], near_values)
+    return out, weights, keys
 
 
 def _in_sight(step: Step) -> _Keys:
