@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run
-from tiny import save_tiny
-from transformers import AutoModelForCausalLM
+from tiny import save_tiny, tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from eigenattn.cli import app
@@ -325,6 +325,78 @@ def test_plans_of_sizes_that_are_no_numbers(base):
     for memory in ("nan", "inf"):
         assert "numbers above 0" in fails("plan", base, "--gpu-memory", memory, "--context", "4k")
     assert "32768 or 32k" in fails("plan", base, "--gpu-memory", "80", "--context", "9" * 400)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> Path:
+    """A model with 512 positions, which end."""
+    return save_tiny(tmp_path_factory.mktemp("learned"), "opt")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("compress", "MODEL", "OUT", "--text", "TEXT", "--length", "600", "--samples", "2", "--ranks", "uniform"),
+        ("compress", "MODEL", "OUT", "--text", "self", "--length", "600", "--samples", "2", "--ranks", "uniform"),
+        ("spectrum", "MODEL", "OUT", "--text", "TEXT", "--length", "600", "--samples", "2"),
+        ("sweep", "MODEL", "OUT", "--text", "TEXT", "--length", "600", "--samples", "2", "--tokens", "600"),
+        ("evaluate", "MODEL", "--text", "TEXT", "--length", "600", "--tokens", "600"),
+        ("evaluate", "MODEL", "--text", "TEXT", "--length", "64", "--tokens", "64", "--needles", "600", "--cached"),
+        ("generate", "MODEL", "a" * 500),
+        ("plan", "MODEL", "--gpu-memory", "80", "--context", "600"),
+        ("benchmark", "prefill", "MODEL", "--against", "MODEL", "--length", "600"),
+        ("benchmark", "decode", "MODEL", "--against", "MODEL", "--length", "500", "--new-tokens", "100"),
+        ("benchmark", "calibration", "MODEL", "--length", "600"),
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_more_tokens_than_positions(learned, text, tmp_path, command):
+    names = {"MODEL": learned, "TEXT": text, "OUT": tmp_path / "out"}
+    assert "512 positions, too few for" in fails(*(names.get(part, part) for part in command))
+
+
+def test_positions_that_end_in_training(learned, text, tmp_path):
+    run("compress", learned, tmp_path / "out", "--text", text, "--ranks", "uniform", "--kv-ratio", "0.5", *COMPRESS)
+    training = ("--text", text, "--length", "600", "--validation-windows", "1", "--steps", "1")
+    assert "512 positions, too few for" in fails("finetune", tmp_path / "out", tmp_path / "tuned", *training)
+
+
+def test_prompts_that_cannot_be_read(base, broken, tmp_path):
+    assert "the prompt is empty" in fails("generate", base, "")
+    assert "not UTF-8" in fails("generate", base, "caf\udce9")
+    tiny("llama", vocab_size=64).save_pretrained(broken)
+    assert "the model knows tokens 0 to 63" in fails("generate", broken, "abc")
+
+
+@pytest.mark.parametrize("name", [".", "/", "n" * 250, "n" * 300, "caf\udce9"])
+def test_names_that_nothing_can_be_written_by(base, text, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for verb in ("compress", "finetune", "spectrum"):
+        assert "name" in fails(verb, base, name, "--text", text)
+    assert "name" in fails("inspect", base, "--json", name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "caf\udce9"])
+def test_names_that_nothing_can_have(base, text, tmp_path, name):
+    for command in (("inspect", name), ("report", name), ("evaluate", name, "--text", text, "--save")):
+        assert "the name" in fails(*command)
+    assert "neither a file nor" in fails("compress", base, tmp_path / "out", "--text", name)
+
+
+def test_a_model_card_that_is_not_utf_8(base, broken, text, tmp_path):
+    (broken / "README.md").write_bytes(b"caf\xe9")
+    assert "README.md is not UTF-8" in fails("evaluate", broken, "--text", text, "--save")
+    assert "README.md is not UTF-8" in fails("finetune", broken, tmp_path / "out", "--text", text)
+
+
+def test_a_seed_that_is_too_large(base):
+    assert CliRunner().invoke(app, ["generate", str(base), "a", "--seed", "9" * 30]).exit_code == 2
+
+
+def test_a_plan_for_a_model_that_reads_pictures(tmp_path):
+    AutoConfig.for_model("llava").save_pretrained(tmp_path)
+    assert "could not be loaded" in fails("plan", tmp_path, "--gpu-memory", "80", "--context", "4k")
 
 
 def test_unknown_model_type(broken, text, tmp_path):

@@ -22,6 +22,8 @@ from .errors import EigenAttnError
 MISSING = frozenset((errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF))
 # What JSON has between values; other breaks, such as U+2028, may stand inside its strings.
 BLANK = re.compile(r"[ \t\r\n]*")
+# Bytes of a name on the file systems in use, Linux's, Windows's and Apple's.
+LONGEST_NAME = 255
 JSON_ROWS = (".jsonl", ".ndjson", ".json")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -76,6 +78,21 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not SURROGATE.search(value)
 
 
+def check_name(path: Path, suffix: str = "") -> None:
+    """Raise an `EigenAttnError` if no file, or none with this suffix behind its name, can be called that.
+
+    Args:
+        suffix: what is put behind the name of something to be written; without one the root will do, and `.`.
+    """
+    if suffix and not path.name:
+        raise EigenAttnError(f"{path} is no name of something to be written: choose another output.")
+    if not is_text(str(path)):
+        raise EigenAttnError(f"the name {str(path)!r} is not UTF-8 text.")
+    for part in (*path.parts[:-1], path.name + suffix):
+        if len(part.encode()) > LONGEST_NAME:
+            raise EigenAttnError(f"the name {part:.40}... is too long for a file: {len(part.encode())} bytes.")
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """A result as text, with null for NaN and infinities: JSON has no such numbers."""
     return json.dumps(_numbers(value), indent=indent, allow_nan=False) + "\n"
@@ -96,6 +113,7 @@ def whole(path: Path) -> Iterator[Path]:
     Raises:
         EigenAttnError: if it cannot be written. What `path` held before is as it was.
     """
+    check_name(path, "..partial")
     beside = path.with_name(f".{path.name}.partial")
     try:
         yield beside

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def load_text(source: str, split: Split = "calibration") -> Text:
     if source in SOURCES:
         return Text(source, SOURCES[source](split))
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(source):  # which a name too long does not
         raise EigenAttnError(f"text {source!r} is neither a file nor one of {', '.join(SOURCES)}.")
     content = _file(path)
     if not content.strip():

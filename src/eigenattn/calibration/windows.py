@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
 from ..models.placement import input_device
-from .checks import checked
+from .checks import check_length, checked
 from .text import Text, load_text, sample_windows, tokenize
 
 SELF = "self"
@@ -59,13 +59,15 @@ def written_by(model: PreTrainedModel, samples: int, length: int, seed: int) -> 
     """Text [samples, length] that the model writes from nothing, sampled from its own distribution.
 
     Raises:
-        EigenAttnError: if the model names no token to start from, or its predictions are no numbers.
+        EigenAttnError: if the model names no token to start from, or has too few positions, or its predictions are no
+            numbers.
     """
     config = model.config.get_text_config(decoder=True)
     start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     start = start[0] if isinstance(start, list) else start
     if start is None:
         raise EigenAttnError("the model has neither a bos nor an eos token to start from: give a text instead of self.")
+    check_length(model.config, length)
     device = input_device(model)
     torch.manual_seed(seed)
     pieces = []

@@ -23,6 +23,7 @@ from ..evaluation.retrieval import Needles
 from ..evaluation.tasks import PAPER_TASKS, load_tasks, task_names
 from ..files import JSON_ROWS
 from ..workflows.compress import CalibrationText
+from .common import SEEDS
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -188,7 +189,7 @@ class CalibrationOptions:
     ] = field(default_factory=lambda: [DEFAULT_SOURCE])
     samples: Annotated[int, typer.Option(min=1, help="How many windows to draw from the text.")] = 32
     length: Annotated[int, typer.Option(min=2, help="How many tokens a window has.")] = 1024
-    seed: Annotated[int, typer.Option(help="The seed of the draw.")] = 0
+    seed: Annotated[int, typer.Option(**SEEDS, help="The seed of the draw.")] = 0
 
     def windows(self) -> CalibrationText:
         """The windows asked for."""

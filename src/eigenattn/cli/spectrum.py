@@ -15,7 +15,7 @@ from ..evaluation.spectra import FILE, SIDES, measure_spectra
 from ..files import to_json
 from ..journal import Journal
 from ..report.figures import decay, effective_ranks, energy, new_figure, save_figure
-from .common import Json, Model, app, emit, examples
+from .common import SEEDS, Json, Model, app, emit, examples
 from .options import TEXT_HELP, WINDOW_HELP, LoadingOptions, grouped
 
 # Energies whose ranks the table shows.
@@ -54,7 +54,7 @@ def spectrum(
     ] = [DEFAULT_SOURCE],  # noqa: B006 (typer copies it)
     samples: Annotated[int, typer.Option(min=1, help="How many windows to draw from the text.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="How many tokens a window has.")] = 1024,
-    seed: Annotated[int, typer.Option(help="The seed of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(**SEEDS, help="The seed of the draw.")] = 0,
     loading: LoadingOptions,
     json_file: Json = None,
 ) -> None:

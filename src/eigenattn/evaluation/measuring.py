@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibration.checks import checked
+from ..calibration.checks import check_length, checked
 from ..calibration.text import Text, tokenize
 from ..errors import EigenAttnError
 from ..progress import TASK, TokenProgress
@@ -129,6 +129,7 @@ def measure(
     copies = plan.copies if first is not None and plan.length // 2 > UNJUDGED else 0
     needles = plan.needles
     steps = sum(map(len, windows.values())) + min(copies, 0 if first is None else len(first))
+    check_length(model.config, max(needles.lengths, default=0) if needles else 0)
     steps += len(needles.lengths) * len(needles.depths) * needles.trials if needles else 0
     with checked(model), bars.bar(f"Reading with {title}", steps) as bar:
 

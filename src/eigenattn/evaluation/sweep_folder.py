@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EigenAttnError
-from ..files import lock, to_json, whole
+from ..files import check_name, lock, to_json, whole
 from ..version import versions
 
 VERSION = 2
@@ -34,6 +34,7 @@ class SweepFolder:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], texts: dict[str, list[dict[str, Any]]]) -> None:
+        check_name(folder)
         self.folder, self.texts = folder, texts
         settings = json.loads(json.dumps(settings))  # as they will be read back: tuples become lists
         try:

