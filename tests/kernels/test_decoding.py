@@ -178,6 +178,49 @@ def test_far_positions_and_room_to_spare(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["small-space-window", "rotary-partial", "rotary-interleaved"])
+def test_bases_through_the_origin(name, backend):
+    arguments = problem(name)
+    arguments |= {side: replace(arguments[side], mean=None) for side in ("keys", "values")}
+    assert_same(decode(backend, **arguments), arguments)
+
+
+@pytest.mark.parametrize("name", ["small-space-window", "alibi-window", *(n for n in CASES if n.startswith("rotary"))])
+def test_other_dtypes_than_that_of_the_fast_way(name):
+    """PyTorch's own operations have one way for fp32 on a CPU, and one for everything else."""
+    arguments = problem(name)
+    expected = decode("reference", **arguments)
+
+    def wide(x):
+        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    for side in ("keys", "values"):
+        arguments[side] = Side(arguments[side].row, wide(arguments[side].decoder), wide(arguments[side].mean))
+    if arguments["window"] is not None:
+        window = arguments["window"]
+        arguments["window"] = replace(window, keys=wide(window.keys), values=wide(window.values))
+    arguments |= {"rows": tuple(map(wide, arguments["rows"])), "q": wide(arguments["q"])}
+    found = decode("torch", **arguments)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["rotary", "rotary-window", "rotary-interleaved", "full-rank"])
+def test_what_the_cache_holds_stays_as_it_is(name, backend):
+    arguments = problem("rotary-window" if name == "full-rank" else name)
+    if name == "full-rank":
+        arguments["rows"] = tuple(torch.randn(3, 2, 50, 40, device=DEVICE) for _ in range(2))
+        arguments |= {"keys": Side(0), "values": Side(1)}
+    window = arguments["window"]
+    held = [*arguments["rows"], arguments["q"], *(() if window is None else (window.keys, window.values))]
+    before = [x.clone() for x in held]
+    decode(backend, **arguments)
+    for now, then in zip(held, before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["rotary", "rotary-window", "rotary-interleaved"])
 def test_positions_with_gaps(name, backend):
     """Padding inside a row, packed texts and images: each column has a position of its own."""
