@@ -67,7 +67,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """
     content, decoder = read_text(path), json.JSONDecoder()
     end, line, counted = 0, 1, 0
-    while (start := BLANK.match(content, end).end()) < len(content):  # it matches an empty string, too
+    while (blank := BLANK.match(content, end)) and (start := blank.end()) < len(content):  # it matches nothing, too
         line, counted = line + content.count("\n", counted, start), start
         place = f"{path}, line {line}"
         try:

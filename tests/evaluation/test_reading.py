@@ -17,7 +17,7 @@ def models():
     original, compressed = tiny("llama"), tiny("llama")
     convert_attention(compressed)
     for attention in eigen_layers(compressed):
-        attach(attention, random_basis(attention, 8, centred=True), None, window=4)
+        attach(attention, [random_basis(attention, 8, centred=True)], window=4)
     return original, compressed
 
 

@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import character_tokenizer, tiny, tokens
+from tiny import character_tokenizer, compressed, tiny, tokens
+from torch import multiprocessing
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
@@ -23,15 +26,16 @@ def window(request) -> int:
     return request.param
 
 
+def small(window: int) -> torch.nn.Module:
+    model = tiny("llama")
+    config = EigenAttentionConfig(kv_ratio=0.6, rank_multiple=2, window=window, ranks="uniform")
+    compress(model, [IDS], config, provenance={"seed": 0})
+    return model
+
+
 @pytest.fixture
 def checkpoint(tmp_path, window) -> Path:
-    model = tiny("llama")
-    compress(
-        model,
-        [IDS],
-        EigenAttentionConfig(kv_ratio=0.6, rank_multiple=2, window=window, ranks="uniform"),
-        provenance={"seed": 0},
-    )
+    model = small(window)
     model.save_pretrained(tmp_path / "checkpoint")
     torch.save(model(IDS).logits, tmp_path / "logits.pt")
     return tmp_path / "checkpoint"
@@ -47,6 +51,16 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from tiny import tokens
 print("EQUAL" if torch.equal(model(tokens(2, 20)).logits, logits) else "DIFFERENT")
+"""
+
+
+LOAD_WHOLE = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+model, logits = (torch.load(Path(sys.argv[1]) / name, weights_only=False) for name in ("model.pt", "logits.pt"))
+ids = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(1))
+print("EQUAL" if torch.equal(model(ids).logits, logits) else "DIFFERENT")
 """
 
 
@@ -86,6 +100,14 @@ def test_dtype_device_map_and_base_model(checkpoint):
     assert base(IDS).last_hidden_state.isfinite().all()
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_half_and_float(checkpoint, window, loaded):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto") if loaded else small(window)
+    expected = small(window).to(torch.float16)
+    assert torch.equal(model.half()(IDS).logits, expected(IDS).logits)
+    assert {p.dtype for p in model.float().parameters()} == {torch.float32}
+
+
 def test_pipeline(checkpoint):
     generate = pipeline("text-generation", model=str(checkpoint), tokenizer=character_tokenizer())
     (out,) = generate("hello", max_new_tokens=4, do_sample=False)
@@ -99,6 +121,38 @@ def test_saved_again_it_is_the_same(checkpoint, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto")
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     assert again.config.quantization_config.provenance["seed"] == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon", "gpt2", "gemma3"])
+@pytest.mark.parametrize("coded", [False, True])
+def test_pickled(name, coded):
+    """Also after it has decoded, when what follows from its weights is memoised."""
+    model = compressed(name, 4, coded)
+    model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    own, original = eigen_layers(again)[0], eigen_layers(model)[0]
+    assert type(own) is type(original) and own.layout == original.layout
+    assert torch.equal(copy.deepcopy(again)(IDS).logits, model(IDS).logits)
+
+
+def test_whole_models_load_in_a_new_process(tmp_path):
+    model = small(window=4)
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(model(IDS).logits, tmp_path / "logits.pt")
+    done = subprocess.run([sys.executable, "-c", LOAD_WHOLE, tmp_path], capture_output=True, text=True)
+    assert "EQUAL" in done.stdout, done.stderr
+
+
+def test_spawned_processes_get_models():
+    model = small(window=4)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert torch.equal(pool.apply(logits_of, (model,)), model(IDS).logits)
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    torch.set_num_threads(1)
+    return model(IDS).logits.detach()
 
 
 def edit(checkpoint: Path, change) -> None:

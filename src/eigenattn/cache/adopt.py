@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 from ..errors import EigenAttnError
 from .context import CacheContext
+from .evicting import EvictingLayer
 from .layers import LatentLayer
 from .sight import Far, Sight
 from .static import StaticLatentLayer
@@ -34,7 +36,10 @@ def adopt(cache: Any, layer_idx: int, window: int, sliding_window: int | None) -
     if isinstance(layer, (LatentLayer, StaticLatentLayer)) or (is_quantised(layer) and not window):
         return
     if layer.is_initialized:
-        raise EigenAttnError("this cache was filled by another model: pass a new one.")
+        raise EigenAttnError(
+            "this cache was filled by another model, or by peft's prefix tuning, and holds whole heads: pass a new "
+            "one, and tune prompts or LoRA instead."
+        )
     context = CacheContext.of(cache)
     if isinstance(layer, StaticLayer):
         longest = max(each.get_max_length() for each in cache.layers)
@@ -51,9 +56,11 @@ def adopt(cache: Any, layer_idx: int, window: int, sliding_window: int | None) -
         )
     sliding = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
     slides = sliding is not None or sliding_window is not None
-    evicts = getattr(cache, "eviction", None) is not None and not slides
-    make = cache.evicting_layer if evicts else LatentLayer
+    eviction = None if slides else getattr(cache, "eviction", None)
+    make = LatentLayer if eviction is None else functools.partial(EvictingLayer, eviction=eviction)
+    recording = any(getattr(each, "record_past", False) for each in cache.layers)
     cache.layers[layer_idx] = make(context, layer_idx, window, sliding)
+    cache.layers[layer_idx].record_past = recording
 
 
 def is_quantised(layer: Any) -> bool:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
 from ..models.families import family_of
@@ -29,9 +30,9 @@ def check_length(config: Any, length: int) -> None:
         raise EigenAttnError(f"this model has {most:,} positions, too few for {length:,} tokens: ask for fewer tokens.")
 
 
-def check_tokens(input_ids: Tensor, model: nn.Module) -> None:
+def check_tokens(input_ids: Tensor, model: PreTrainedModel) -> None:
     """Raise an `EigenAttnError` if there are token ids [B, T] that a model has no embedding or position for."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = len(model.get_input_embeddings().get_parameter("weight"))
     least, most = (int(extreme) for extreme in input_ids.aminmax())
     if least < 0 or most >= rows:
         wrong = least if least < 0 else most

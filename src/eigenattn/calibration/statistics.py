@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
@@ -34,7 +35,8 @@ class LayerMoments:
         """Empty moments for a layer."""
         shape = (attention.kv_heads, attention.head_dim, attention.head_dim)
         device = execution_device(attention.output_projection)
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)))
+        query, key, value = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3))
+        return cls(query, key, value)
 
     def observe(self, attention: EigenAttention, heads: Heads[Tensor], this: ForwardPass, valid: Tensor | None) -> None:
         """Add one batch."""
@@ -133,13 +135,13 @@ class Batch:
 
 
 @torch.no_grad()
-def forward_hidden(model: nn.Module, batch: Batch) -> None:
+def forward_hidden(model: PreTrainedModel, batch: Batch) -> None:
     """Run a causal language model on a batch for its side effects: no cache, and logits of one position only."""
     model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
 
 
 def collect_moments(
-    model: nn.Module,
+    model: PreTrainedModel,
     layers: Sequence[EigenAttention],
     batches: Iterable[Batch],
     empty: Callable[[EigenAttention], AnyMoments],

@@ -100,7 +100,7 @@ class Text:
 
     @property
     def sha256(self) -> str:
-        """Of the content."""
+        """The hash of the content, by which results tell texts apart."""
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 

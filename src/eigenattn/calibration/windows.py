@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
 from ..models.placement import input_device
@@ -46,7 +47,7 @@ def text_windows(
     ]
 
 
-def complete(parts: Sequence[Tensor | int], model: nn.Module, length: int, seed: int) -> Tensor:
+def complete(parts: Sequence[Tensor | int], model: PreTrainedModel, length: int, seed: int) -> Tensor:
     """All windows [samples, length] in an order that mixes the sources, those of `self` written by the model."""
     windows = [written_by(model, part, length, seed) if isinstance(part, int) else part for part in parts]
     joined = torch.cat([window.cpu() for window in windows])
@@ -54,7 +55,7 @@ def complete(parts: Sequence[Tensor | int], model: nn.Module, length: int, seed:
 
 
 @torch.no_grad()
-def written_by(model: nn.Module, samples: int, length: int, seed: int) -> Tensor:
+def written_by(model: PreTrainedModel, samples: int, length: int, seed: int) -> Tensor:
     """Text [samples, length] that the model writes from nothing, sampled from its own distribution.
 
     Raises:
@@ -76,5 +77,5 @@ def written_by(model: nn.Module, samples: int, length: int, seed: int) -> Tensor
         # As many as asked for: an end of text is never drawn.
         options |= {"min_new_tokens": length - 1, "max_new_tokens": length - 1, "pad_token_id": start}
         with checked(model):
-            pieces.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options))
+            pieces.append(cast(Any, model).generate(ids, attention_mask=torch.ones_like(ids), **options))
     return torch.cat(pieces)

@@ -6,16 +6,18 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..config import Sharing
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from ..models.placement import loaded, offloaded
+from ..models.projections import weight_of
 from .basis import Basis
 
 
-def check_weights(model: nn.Module) -> None:
+def check_weights(model: PreTrainedModel) -> None:
     """Raise an `EigenAttnError` that names the first weight with a NaN or an infinity."""
     for where, module in model.named_modules():
         with loaded(module) if offloaded(module) else nullcontext():  # one at a time
@@ -41,7 +43,7 @@ def check_sharing(kv_heads: int, sharing: Sharing) -> None:
 
 def check_range(attention: EigenAttention, bases: Iterable[Basis]) -> None:
     """Raise an `EigenAttnError` if a layer's bases do not fit its dtype."""
-    dtype = attention.output_projection.weight.dtype
+    dtype = weight_of(attention.output_projection).dtype
     for basis in bases:
         for name, tensor in (("encoder", basis.encoder), ("decoder", basis.decoder), ("mean", basis.mean)):
             if tensor is not None and not _fits(tensor, dtype):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from ..cache.evicting import EigenCache
 from ..cache.size import allocated_bytes
@@ -42,7 +42,7 @@ class Continuation:
 
 
 @torch.no_grad()
-def cache_bytes_used(model: nn.Module, ids: Tensor) -> int:
+def cache_bytes_used(model: PreTrainedModel, ids: Tensor) -> int:
     """Bytes that the cache holds after reading tokens [B, T], the last of them in a step of its own as in decoding."""
     cache = DynamicCache(config=model.config)
     for piece in (ids[:, :-1], ids[:, -1:]):
@@ -52,7 +52,7 @@ def cache_bytes_used(model: nn.Module, ids: Tensor) -> int:
 
 @torch.no_grad()
 def continue_prompt(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: Any,
     prompt: str,
     *,
@@ -87,7 +87,7 @@ def continue_prompt(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     start = time.perf_counter()
     with checked(model):
-        output = model.generate(
+        output = cast(Any, model).generate(
             **inputs, max_new_tokens=max_new_tokens, past_key_values=cache, use_cache=True, pad_token_id=pad, **sampling
         )
     seconds = time.perf_counter() - start

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..calibration.checks import check_length, checked
 from ..calibration.text import Text, tokenize
@@ -101,7 +102,7 @@ class Measured:
 
 
 def measure(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: Any,
     plan: EvaluationPlan,
     items: Items,

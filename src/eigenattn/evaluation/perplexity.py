@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..calibration.checks import checked
 from ..errors import EigenAttnError
@@ -48,7 +49,7 @@ def scored_tokens(length: int, stride: int | None = None) -> int:
 
 
 def perplexity(
-    model: nn.Module, windows: Tensor, cached: bool = False, advance: Callable[[], None] = lambda: None
+    model: PreTrainedModel, windows: Tensor, cached: bool = False, advance: Callable[[], None] = lambda: None
 ) -> Perplexity:
     """Perplexity over windows [N, T]; each is read on its own, and its first token is not predicted.
 

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
 from ..files import holds_rows, is_text, read_rows
@@ -93,8 +93,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for place, row in read_rows(path):
         query, choices, gold = (row.get(name) if isinstance(row, dict) else None for name in FIELDS)
-        sound = isinstance(choices, list) and all(choices) and all(is_text(each) for each in (query, *choices))
-        if not sound or type(gold) is not int or not 0 <= gold < len(choices):
+        texts = [query, *choices] if isinstance(choices, list) and all(choices) else [None]
+        if not all(map(is_text, texts)) or type(gold) is not int or not 0 <= gold < len(texts) - 1:
             raise EigenAttnError(
                 f"{place}: expected an object with `query`, a list of `choices` and `gold`, the right one's number "
                 "from 0."
@@ -127,7 +127,7 @@ def _local(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_tasks(
-    model: nn.Module, tokenizer: Any, tasks: dict[str, Any], *, limit: int | None = None, batch_size: int = 1
+    model: PreTrainedModel, tokenizer: Any, tasks: dict[str, Any], *, limit: int | None = None, batch_size: int = 1
 ) -> dict[str, TaskResult]:
     """Answer the first `limit` items of every task, without examples.
 
@@ -139,8 +139,9 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = simple_evaluate(
+    # Types are lost in lm-eval's decorators.
+    harness = cast(Any, HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found = cast(Any, simple_evaluate)(
         model=harness, tasks=list(tasks.values()), num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=True
     )
     results = {}

@@ -43,13 +43,17 @@ class EigenAttention(AttentionLayer):
     # Looks on in the middle of a pass: statistics are collected so.
     observer: Callable[[EigenAttention, Heads[Tensor], ForwardPass], None] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As `eigen_class` made it: its class has no place in a module, which pickles look for."""
+        return _empty, (type(self).__bases__[1],), self.__dict__
+
     def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the original's: the output [B, T, C] and the attention weights, where the backend gives them."""
         this = ForwardPass(self, kwargs)
         heads = self.project(hidden_states)  # [B, H, T, *], [B, G, T, *] twice
         if self.observer is not None:
             self.observer(self, heads, this)
-        q, k, v = this.rotated(heads.query), heads.key, heads.value
+        q, k, v = heads
         sight = self._remember(this, k if self.rotates_far else this.rotated(k), v)
         out, weights = attend(self, this, q, sight)  # [B, H, T, *]
         evict(self, this, q, sight)
@@ -88,3 +92,9 @@ class EigenAttention(AttentionLayer):
 def eigen_class(original: type[nn.Module]) -> type[EigenAttention]:
     """A subclass of both: transformers collects attention weights by the original class."""
     return type(f"Eigen{original.__name__}", (EigenAttention, original), {})
+
+
+def _empty(original: type[nn.Module]) -> EigenAttention:
+    """One of `eigen_class` that is to be given its state."""
+    made = eigen_class(original)
+    return made.__new__(made)

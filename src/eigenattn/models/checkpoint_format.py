@@ -13,12 +13,11 @@ from ..cache.layout import BOTH, Layout
 from ..config import EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
 from .attention import EigenAttention
-from .conversion import convert_attention, eigen_layers
+from .conversion import METHOD, convert_attention, eigen_layers
 from .maps import MAPS, QUANTISERS, local_part
 from .parallel import plan, take_part
 from .placement import offloaded, stored
 
-METHOD = "eigenattn"
 FORMAT_VERSION = 2
 # Of models that say nothing of how far they reach.
 MOST_WINDOW = 2**20
@@ -176,6 +175,7 @@ class EigenAttnQuantizer(HfQuantizer):
                 if name in (*MAPS, *QUANTISERS) and not local_part(found).isfinite().all():
                     raise EigenAttnError(f"{where} holds NaN or infinite numbers in {found.dtype}.")
         take_part(model, eigen_layers(model))
+        _let_cast(model)
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -185,11 +185,6 @@ class EigenAttnQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         """Whether it can be fine-tuned."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Whether all of its parameters may be trained."""
         return True
 
     @property
@@ -208,5 +203,10 @@ def mark_compressed(model: Any, config: EigenAttnCheckpointConfig) -> None:
     model.config.quantization_config = config
     # A model read from a GGUF file comes with a quantizer of its own, which would save it as something else.
     model.hf_quantizer = EigenAttnQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
+    _let_cast(model)
     model.quantization_method = METHOD
+
+
+def _let_cast(model: Any) -> None:
+    """Have `half` and `float` work, which transformers refuses where weights are integers."""
+    model.is_quantized = False

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import EigenAttnError
@@ -136,6 +137,9 @@ def load_model(
     if max_memory and where not in DEVICE_MAPS:
         raise EigenAttnError(f"max_memory shapes a device map that is made: choose one of {', '.join(DEVICE_MAPS)}.")
     placement = {"device_map": where, "max_memory": dict(max_memory) if max_memory else None}
+    if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        # Else weights may stay packed, which depends on the machine.
+        placement["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _explained(source, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             source.path,

@@ -166,12 +166,9 @@ def weight_bytes(model: nn.Module, element_size: int, size: int = 1) -> int:
 def _sequence_bytes(layers: Sequence[Layout], element_size: int, length: int, text: Any) -> int:
     """`cache_bytes`, where layers that slide hold what they see."""
     types, sliding = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
-    total = 0
-    for index, layer in enumerate(layers):
-        slides = types[index] == "sliding_attention" if types else sliding is not None
-        seen = min(length, sliding - 1) if slides and sliding else length
-        total += cache_bytes([layer], element_size, seen)
-    return total
+    slide = [types[i] == "sliding_attention" if types else sliding is not None for i in range(len(layers))]
+    seen = [min(length, sliding - 1) if slides and sliding else length for slides in slide]
+    return cache_bytes(layers, element_size, seen)
 
 
 def _longest(of: Any, free: int) -> int:
