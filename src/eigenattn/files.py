@@ -22,6 +22,8 @@ from .errors import EigenAttnError
 MISSING = frozenset((errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF))
 # What JSON has between values; other breaks, such as U+2028, may stand inside its strings.
 BLANK = re.compile(r"[ \t\r\n]*")
+# Of a text (chosen): it is in memory as a whole.
+MOST_BYTES = 2**30
 # Bytes of a name on the file systems in use, Linux's, Windows's and Apple's.
 LONGEST_NAME = 255
 JSON_ROWS = (".jsonl", ".ndjson", ".json")
@@ -32,9 +34,14 @@ def read_text(path: Path) -> str:
     """The text in a file, without the byte order mark that some editors put before it.
 
     Raises:
-        EigenAttnError: if it cannot be read, or is not UTF-8 text.
+        EigenAttnError: if it cannot be read, is larger than `MOST_BYTES`, or is not UTF-8 text.
     """
     try:
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise EigenAttnError(
+                f"{path} has {size:,} bytes, and texts are read up to {MOST_BYTES:,}: give a part of it."
+            )
         content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise EigenAttnError(f"{path} could not be read: {error.strerror}.") from error

@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny import character_tokenizer
 
-from eigenattn import EigenAttnError
-from eigenattn.calibration.text import load_text, sample_windows, tokenize
+from eigenattn import EigenAttnError, files
+from eigenattn.calibration import text as text_module
+from eigenattn.calibration.text import Text, draw_windows, load_text, sample_windows, tokenize
 
 
 def test_python_docs_splits_are_disjoint():
@@ -83,6 +84,74 @@ def test_windows_are_seeded_and_never_repeat():
     assert not torch.equal(windows, sample_windows(tokens, 10, 50, seed=4))
     assert len(windows.unique()) == 500
     assert torch.equal(windows[:, 1:] - windows[:, :-1], torch.ones(10, 49, dtype=torch.int64))
+
+
+@pytest.fixture
+def short_pieces(monkeypatch):
+    """Texts are long from 4,000 characters on."""
+    monkeypatch.setattr(text_module, "WHOLE", 4000)
+    monkeypatch.setattr(text_module, "PIECE", 1000)
+
+
+class Counting:
+    """A tokenizer that remembers how much it was given."""
+
+    def __init__(self):
+        self.inner, self.given = character_tokenizer(), []
+
+    def __call__(self, content, **options):
+        self.given.append(content)
+        return self.inner(content, **options)
+
+
+def words(characters: int) -> Text:
+    return Text("words", " ".join(f"{number:06}" for number in range(characters // 7)))
+
+
+def test_short_texts_are_drawn_from_as_a_whole(short_pieces):
+    tokenizer, text = Counting(), words(3990)
+    windows = draw_windows(tokenizer, text, 5, 50, seed=3)
+    assert torch.equal(windows, sample_windows(tokenize(tokenizer, text), 5, 50, seed=3))
+    assert tokenizer.given == [text.content] * 2
+
+
+@pytest.mark.parametrize("samples", [3, 40, 150])
+def test_long_texts_are_drawn_from_in_pieces(short_pieces, samples):
+    tokenizer, text = Counting(), words(20_000)
+    windows = draw_windows(tokenizer, text, samples, 50, seed=3)
+    assert windows.shape == (samples, 50)
+    found = ["".join(map(chr, window)) for window in windows.tolist()]
+    starts = [text.content.index(each) for each in found]
+    assert all(abs(one - other) >= 50 for i, one in enumerate(starts) for other in starts[:i])
+    assert max(starts) - min(starts) > (15_000 if samples > 3 else 0)  # from all over it
+    assert max(map(len, tokenizer.given)) <= 800
+    assert all(piece[:7].strip().isdigit() for piece in tokenizer.given)  # no number is cut
+    assert sum(map(len, tokenizer.given)) <= max(800 * samples, 60 * samples)
+    assert torch.equal(windows, draw_windows(tokenizer, text, samples, 50, seed=3))
+    assert not torch.equal(windows, draw_windows(tokenizer, text, samples, 50, seed=4))
+
+
+def test_long_texts_without_blanks_and_with_too_little(short_pieces):
+    tokenizer = Counting()
+    assert draw_windows(tokenizer, Text("a", "a" * 5000), 6, 700, seed=0).shape == (6, 700)
+    with pytest.raises(EigenAttnError, match="--samples"):
+        draw_windows(tokenizer, words(5000), 30, 200, seed=0)
+
+
+def test_long_texts_are_tokenized_in_pieces(short_pieces):
+    tokenizer, text = Counting(), words(20_000)
+    assert "".join(map(chr, tokenize(tokenizer, text).tolist())) == text.content
+    assert max(map(len, tokenizer.given)) <= 1000
+    tokenizer.given.clear()
+    assert len(tokenize(tokenizer, text, most=1500)) >= 1500
+    assert len(tokenizer.given) == 2
+
+
+def test_texts_that_memory_does_not_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_BYTES", 100)
+    (tmp_path / "a.txt").write_text("a" * 101)
+    with pytest.raises(EigenAttnError, match="101 bytes, and texts are read up to 100"):
+        load_text(str(tmp_path / "a.txt"))
 
 
 def test_too_short():

@@ -19,6 +19,11 @@ Split = Literal["calibration", "evaluation"]
 DEFAULT_SOURCE = "python-docs"
 # Enough for a million tokens; c4 streams for ever.
 MOST_CHARACTERS = 4_000_000
+# Characters that are tokenised at once (chosen: all that named sources give). Longer texts are taken in pieces, for a
+# tokenizer needs some 150 bytes a character.
+WHOLE, PIECE = 5_000_000, 1_000_000
+# Characters of a piece that windows are drawn from, for each token of a window (chosen: some four windows).
+PIECE_WINDOWS = 16
 
 
 def python_docs(split: Split) -> str:
@@ -119,16 +124,65 @@ def load_text(source: str, split: Split = "calibration") -> Text:
     return Text(path.name, content)
 
 
-def tokenize(tokenizer: Any, text: Text) -> Tensor:
-    """The token ids [N] of a whole text, without special tokens."""
-    return torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"])
+def tokenize(tokenizer: Any, text: Text, most: int | None = None) -> Tensor:
+    """The token ids [N] of a text, without special tokens.
+
+    Args:
+        most: of a long text (`WHOLE`), pieces from its beginning that hold so many tokens are enough.
+    """
+    found: list[Tensor] = []
+    for piece in _pieces(text.content, PIECE):
+        found.append(_token_ids(tokenizer, text.content[piece]))
+        if most is not None and sum(map(len, found)) >= most:
+            break
+    return torch.cat(found)
 
 
-def sample_windows(tokens: Tensor, samples: int, length: int, seed: int) -> Tensor:
+def _token_ids(tokenizer: Any, content: str) -> Tensor:
+    return torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def _pieces(content: str, size: int) -> list[slice]:
+    """A text in one piece, or a long one (`WHOLE`) in pieces of up to `size` characters that begin at blanks."""
+    if len(content) <= WHOLE:
+        return [slice(0, len(content))]
+    pieces, start = [], 0
+    while start < len(content):
+        stop = start + size
+        if stop < len(content):
+            middle = start + size // 2
+            blank = max(content.rfind("\n", middle, stop), content.rfind(" ", middle, stop))
+            stop = blank if blank > start else stop
+        pieces.append(slice(start, stop))
+        start = stop
+    return pieces
+
+
+def draw_windows(tokenizer: Any, text: Text, samples: int, length: int, seed: int) -> Tensor:
     """Draw token windows [samples, length]: a seeded choice, without repetition, of those that tile the text.
+
+    Of a long text (`WHOLE`) it is a choice of those that tile some pieces of it: as many as there are samples, if that
+    is enough, in a seeded order.
 
     Raises:
         EigenAttnError: if the text has fewer windows than that.
+    """
+    pieces = _pieces(text.content, PIECE_WINDOWS * length)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
+    tiles: list[Tensor] = []
+    for count, place in enumerate(order, 1):
+        tokens = _token_ids(tokenizer, text.content[pieces[place]])
+        tiles.append(tokens if len(pieces) == 1 else tokens[: len(tokens) // length * length])
+        if count >= samples and sum(map(len, tiles)) >= samples * length:
+            break
+    return sample_windows(torch.cat(tiles), samples, length, seed)
+
+
+def sample_windows(tokens: Tensor, samples: int, length: int, seed: int) -> Tensor:
+    """Draw token windows [samples, length]: a seeded choice, without repetition, of those that tile tokens [N].
+
+    Raises:
+        EigenAttnError: if there are fewer than that.
     """
     available = len(tokens) // length
     if available < samples:

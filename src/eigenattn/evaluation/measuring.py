@@ -26,7 +26,7 @@ class Items:
 
     Args:
         windows: [N, T] of every text, by its name.
-        haystack: [N], the whole of the first text.
+        haystack: [N], the first text, of a long one the beginning.
     """
 
     windows: dict[str, Tensor]
@@ -69,7 +69,8 @@ class EvaluationPlan:
         Raises:
             EigenAttnError: if a text is too short.
         """
-        tokens = {text.source: tokenize(tokenizer, text) for text in self.texts}
+        most = max(self.tokens, *(self.needles.lengths if self.needles else ()), 0)
+        tokens = {text.source: tokenize(tokenizer, text, most) for text in self.texts}
         windows = {name: windows_of(each, self.tokens, self.length, self.stride) for name, each in tokens.items()}
         return Items(windows, next(iter(tokens.values()), None))
 
