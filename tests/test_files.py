@@ -142,13 +142,13 @@ ELSEWHERE = """
 import psutil, sys
 sys.modules["fcntl"] = sys.modules["resource"] = None
 import eigenattn, pathlib, torch, transformers, warnings
-from eigenattn.workflows.compress import compress_checkpoint
+from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
 model = transformers.AutoModelForCausalLM.from_pretrained("compressed")
 torch.save(model(torch.load("ids")).logits, "logits")
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     config = eigenattn.EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=8, ranks="uniform")
-    report = compress_checkpoint("base", pathlib.Path("out"), config, texts=["fox.txt"], samples=2, length=48, seed=0)
+    report = compress_checkpoint("base", pathlib.Path("out"), config, CalibrationText(["fox.txt"], 2, 48, 0))
 assert any("out.partial cannot be locked" in str(each.message) for each in caught)
 assert report.peak_memory_bytes > 2**20
 """
