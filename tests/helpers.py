@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from eigenattn.cache.size import allocated_bytes, cache_bytes
 from eigenattn.cli import app
-from eigenattn.models.conversion import eigen_layers
+from eigenattn.models.conversion import layouts_of
 
 TOLERANCE = 1e-4
 LENGTH, WINDOW = 30, 6
@@ -34,8 +34,8 @@ NO_STATIC_CACHE = {"falcon-alibi"}
 # Nor did BLOOM's before transformers 5.21, unless the mask was as long as the cache: `generate` makes it so.
 OLD_BLOOM = {"bloom"} if Version(transformers.__version__) < Version("5.21") else set()
 NO_STATIC_CACHE_WITHOUT_MASK = NO_STATIC_CACHE | OLD_BLOOM
-# A window beside nothing but sliding layers: refused with a static cache (see test_window.py).
-NO_STATIC_WINDOW = {"mistral-sliding"}
+# A static cache in which every layer slides has no room for latents (see test_window.py).
+ONLY_SLIDES = {"mistral-sliding"}
 
 
 class Killed(BaseException):
@@ -57,16 +57,15 @@ def skip_without(backend: str) -> None:
         pytest.skip("this transformers has no fp8 cache")
 
 
-def has_static(name: str, window: int, masked: bool = False) -> bool:
-    """Whether a tiny model reads through a static cache.
+def has_static(name: str, masked: bool = False) -> bool:
+    """Whether a tiny model, compressed, reads through a static cache.
 
     Args:
         name: of the tiny model.
-        window: tokens of the exact window; 0 for none.
         masked: whether it is given an attention mask as long as the cache, as `generate` does.
     """
     fails = NO_STATIC_CACHE if masked else NO_STATIC_CACHE_WITHOUT_MASK
-    return name not in fails and not (window and name in NO_STATIC_WINDOW)
+    return name not in fails | ONLY_SLIDES
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> None:
@@ -120,25 +119,24 @@ def generate(
 
 
 @torch.no_grad()
-def check_caches(model: nn.Module, name: str, window: int) -> None:
+def check_caches(model: nn.Module, name: str) -> None:
     """Through every kind of cache a model gives what it gives without one, and a cache takes the bytes planned.
 
     Args:
         model: compressed, in fp32.
         name: of the tiny model that it is made of.
-        window: tokens of the exact window; 0 for none.
     """
     ids = tokens(2, LENGTH)
     exact = model(ids, use_cache=False).logits
     assert (exact - tiny(name)(ids).logits).abs().max() > 1e-2
     close(in_pieces(model, ids, DynamicCache(config=model.config), [1] * LENGTH), exact)
     close(in_pieces(model, ids, DynamicCache(config=model.config), [13, 1, 16]), exact)
-    if has_static(name, window):
+    if has_static(name):
         close(in_pieces(model, ids, StaticCache(config=model.config, max_cache_len=48), [20] + [1] * 10), exact)
     if name not in ("mistral-sliding", "gemma3"):  # whose sliding layers hold less
         cache = DynamicCache(config=model.config)
         in_pieces(model, ids, cache, [LENGTH - 1, 1])
-        assert allocated_bytes(cache) == 2 * cache_bytes(eigen_layers(model), 4, LENGTH, window)
+        assert allocated_bytes(cache) == 2 * cache_bytes(layouts_of(model), 4, LENGTH)
 
 
 @torch.no_grad()

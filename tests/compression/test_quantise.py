@@ -14,10 +14,10 @@ from eigenattn.cache.packing import Widths
 from eigenattn.calibration.latent_histograms import Histograms
 from eigenattn.compression.basis import Basis
 from eigenattn.compression.codebooks import Fit, fit
-from eigenattn.compression.quantise import CHOICES, allocate, costs_of_both, key_costs, quantised, value_costs
+from eigenattn.compression.quantise import ALLOTTED, allocate, costs_of_both, key_costs, quantised, value_costs
 from eigenattn.models.conversion import layouts_of
 
-BITS = CHOICES[1:]
+BITS = ALLOTTED[1:]
 
 
 def samples(kind, n=4000):
@@ -112,7 +112,7 @@ def test_costs_start_at_the_spectrum_and_fall():
     basis = type(basis)(basis.encoder[:1], basis.decoder[:1], torch.full((1, 1), spectrum), basis.mean)
     found = fitted(z, weight)
     keys = key_costs(found, basis, weight.sum().reshape(1))
-    assert keys.shape == (1, len(CHOICES))
+    assert keys.shape == (1, len(ALLOTTED))
     assert float(keys[0, 1] / keys[0, 0]) == pytest.approx(0.1175, rel=0.05)
     # Values whose errors are independent in all respects have a spectrum of their weighted energy.
     own = type(basis)(basis.encoder, basis.decoder, found.energy, basis.mean)
@@ -153,7 +153,7 @@ def tables(seed, sides=3, channels=4):
     spectra = spectra.sort(descending=True).values
     # Distortion per width as quantisers have it, a little different from channel to channel.
     shape = torch.tensor([1, 0.12, 0.01, 7e-4, 5e-5], dtype=torch.float64)
-    wobble = 1 + 0.3 * torch.rand(sides, channels, len(CHOICES), generator=generator, dtype=torch.float64)
+    wobble = 1 + 0.3 * torch.rand(sides, channels, len(ALLOTTED), generator=generator, dtype=torch.float64)
     return list(spectra.unsqueeze(-1) * shape * wobble), torch.rand(sides, generator=generator).pow(2).tolist()
 
 
@@ -164,7 +164,7 @@ def bytes_of(widths, heads):
 
 def cost_of(costs, weights, widths):
     return sum(
-        weight * float(cost[torch.arange(len(cost)), [CHOICES.index(w) for w in side.tolist()]].sum())
+        weight * float(cost[torch.arange(len(cost)), [ALLOTTED.index(w) for w in side.tolist()]].sum())
         for cost, weight, side in zip(costs, weights, widths, strict=True)
     )
 
@@ -174,7 +174,7 @@ def test_allocation_is_as_good_as_brute_force_up_to_one_step(seed):
     """Channels in groups of 4 fill whole bytes, so that every step costs what it says."""
     costs, weights = tables(seed, sides=2, channels=12)
     heads = [1, 2]
-    choices = [choice for choice in itertools.product(CHOICES, repeat=3) if choice[0]]
+    choices = [choice for choice in itertools.product(ALLOTTED, repeat=3) if choice[0]]
     options = [torch.tensor(choice).repeat_interleave(4) for choice in choices]
     every = [(bytes_of(pair, heads), cost_of(costs, weights, pair)) for pair in itertools.product(options, options)]
     largest_step, exact = 2 * 4 * 8 // 8, 0

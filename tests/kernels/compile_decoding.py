@@ -73,6 +73,7 @@ def main() -> None:
             scale=0.1,
             length=length,
             positions=torch.arange(s + n).expand(b, -1),
+            query=length + n,
             rotary=positions,
             window=window,
             **capped,

@@ -101,6 +101,7 @@ def problem(name: str, widths: Widths | None = None) -> dict:
         "length": length,
         "first": first,
         "positions": torch.arange(s + slots, device=DEVICE) - first[:, None],
+        "query": length - first + slots,
         "rotary": rotary_of(positions, d),
         "slopes": torch.rand(h, device=DEVICE) if positions == "alibi" else None,
         "window": window,
@@ -161,10 +162,8 @@ def test_a_row_that_sees_nothing_gives_zeros(backend):
 def test_far_positions_and_room_to_spare(backend):
     """Only distances matter: moving queries and keys by 100,000 positions changes little more than fp32 rounds."""
     arguments = problem("rotary-window")
-    rotary, q = arguments["rotary"], arguments["q"]
-    here, there = torch.full((3, 4), 60), torch.full((3, 4), 100_060)
     moved = arguments | {
-        "q": rotary.rotate(q, there.to(DEVICE)),
+        "query": arguments["query"] + 100_000,
         "positions": torch.nn.functional.pad(arguments["positions"] + 100_000, (0, 14)),
     }
     # The latents as a static cache holds them: a part of a tensor with room for more, tokens before heads.
@@ -174,8 +173,51 @@ def test_far_positions_and_room_to_spare(backend):
         room[:, :50] = row.transpose(1, 2)
         rows.append(room.transpose(1, 2))
     moved["rows"] = tuple(rows)
-    expected = decode("reference", **arguments | {"q": rotary.rotate(q, here.to(DEVICE))})
+    expected = decode("reference", **arguments)
     torch.testing.assert_close(decode(backend, **moved), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["small-space-window", "rotary-partial", "rotary-interleaved"])
+def test_bases_through_the_origin(name, backend):
+    arguments = problem(name)
+    arguments |= {side: replace(arguments[side], mean=None) for side in ("keys", "values")}
+    assert_same(decode(backend, **arguments), arguments)
+
+
+@pytest.mark.parametrize("name", ["small-space-window", "alibi-window", *(n for n in CASES if n.startswith("rotary"))])
+def test_other_dtypes_than_that_of_the_fast_way(name):
+    """PyTorch's own operations have one way for fp32 on a CPU, and one for everything else."""
+    arguments = problem(name)
+    expected = decode("reference", **arguments)
+
+    def wide(x):
+        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    for side in ("keys", "values"):
+        arguments[side] = Side(arguments[side].row, wide(arguments[side].decoder), wide(arguments[side].mean))
+    if arguments["window"] is not None:
+        window = arguments["window"]
+        arguments["window"] = replace(window, keys=wide(window.keys), values=wide(window.values))
+    arguments |= {"rows": tuple(map(wide, arguments["rows"])), "q": wide(arguments["q"])}
+    found = decode("torch", **arguments)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["rotary", "rotary-window", "rotary-interleaved", "full-rank"])
+def test_what_the_cache_holds_stays_as_it_is(name, backend):
+    arguments = problem("rotary-window" if name == "full-rank" else name)
+    if name == "full-rank":
+        arguments["rows"] = tuple(torch.randn(3, 2, 50, 40, device=DEVICE) for _ in range(2))
+        arguments |= {"keys": Side(0), "values": Side(1)}
+    window = arguments["window"]
+    held = [*arguments["rows"], arguments["q"], *(() if window is None else (window.keys, window.values))]
+    before = [x.clone() for x in held]
+    decode(backend, **arguments)
+    for now, then in zip(held, before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -217,9 +259,12 @@ def test_reference_against_formulas():
     k = z_k @ arguments["keys"].decoder[g] + arguments["keys"].mean[g]
     angles = torch.arange(17, device=DEVICE)[:, None] * arguments["rotary"].inverse_frequencies
     turn = torch.polar(torch.ones_like(angles), angles)
+    angle = float(arguments["query"][row]) * arguments["rotary"].inverse_frequencies
+    own = torch.complex(*arguments["q"][row, head].chunk(2)) * torch.polar(torch.ones_like(angle), angle)
+    q = torch.cat([own.real, own.imag])
     pairs = torch.complex(k[:, :16], k[:, 16:]) * turn
     k = torch.cat([pairs.real, pairs.imag], dim=-1)
-    weights = (k @ arguments["q"][row, head] * 0.4).softmax(0)
+    weights = (k @ q * 0.4).softmax(0)
     expected = weights @ z_v @ arguments["values"].decoder[g] + arguments["values"].mean[g]
     torch.testing.assert_close(decode("reference", **arguments)[row, head], expected)
 
@@ -359,6 +404,8 @@ def test_mistakes_are_told():
         decode("torch", **arguments | {"q": arguments["q"][:, :5]})
     with pytest.raises(EigenAttnError, match="need positions"):
         decode("torch", **arguments | {"positions": None})
+    with pytest.raises(EigenAttnError, match="need positions"):
+        decode("torch", **arguments | {"query": None})
     packed = problem("rotary", Widths.of({8: 1, 4: 2, 2: 3}))
     with pytest.raises(EigenAttnError, match="widths"):
         decode("torch", **packed | {"rows": (packed["rows"][0], torch.zeros(2, 2, 35, 9, dtype=torch.uint8))})

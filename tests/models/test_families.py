@@ -18,14 +18,14 @@ from helpers import (
     padded,
     windows,
 )
-from tiny import HEAD_DIM, TINY, random_basis, tiny, tokens
+from tiny import HEAD_DIM, TINY, some_bases, tiny, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from eigenattn import EigenAttentionConfig, compress
 from eigenattn.compression.folding import attach, fold
 from eigenattn.kernels import BACKENDS
-from eigenattn.models.conversion import convert_attention, eigen_layers
+from eigenattn.models.conversion import convert_attention, eigen_layers, layouts_of
 from eigenattn.models.families import FAMILIES
 
 NAMES = list(TINY)
@@ -45,8 +45,7 @@ def with_bases(
     model = copy.deepcopy(model)
     convert_attention(model)
     for index, attention in enumerate(eigen_layers(model)):
-        keys = random_basis(attention, rank_k, centred, seed=index)
-        attach(attention, keys, random_basis(attention, rank_v, centred, seed=100 + index), window)
+        attach(attention, some_bases(attention, sizes=(rank_k, rank_v), seed=index, centred=centred), window)
         if folded:
             fold(attention)
     return model
@@ -64,7 +63,7 @@ def test_full_rank_bases_change_nothing(name, centred, folded, window):
     close(in_pieces(small, ids, DynamicCache(config=model.config), [1] * LENGTH), exact)
     close(in_pieces(small, ids, DynamicCache(config=model.config), [13, 1, 16]), exact)
     static = StaticCache(config=model.config, max_cache_len=48)
-    if has_static(name, window):
+    if has_static(name):
         close(in_pieces(small, ids, static, [20] + [1] * 10), exact)
     elif name in NO_STATIC_CACHE_WITHOUT_MASK:
         with pytest.raises(RuntimeError):
@@ -82,7 +81,7 @@ def test_truncated_cached_equals_uncached(name, folded, window):
     config = small.config
     close(in_pieces(small, ids, DynamicCache(config=config), [1] * LENGTH), exact)
     close(in_pieces(small, ids, DynamicCache(config=config), [13, 1, 16]), exact)
-    if has_static(name, window):
+    if has_static(name):
         close(in_pieces(small, ids, StaticCache(config=config, max_cache_len=48), [20] + [1] * 10), exact)
 
 
@@ -122,7 +121,7 @@ def test_generate(name, folded, window):
     greedy = generate(small, ids, use_cache=True)
     assert torch.equal(greedy, generate(small, ids, use_cache=False))
     assert torch.equal(greedy, generate(small, ids, use_cache=True, prefill_chunk_size=4))
-    if has_static(name, window, masked=True):
+    if has_static(name, masked=True):
         static = {"cache_implementation": "static", "disable_compile": True}
         assert torch.equal(greedy, generate(small, ids, use_cache=True, **static))
     beams = {"num_beams": 3}
@@ -143,7 +142,7 @@ def test_save_and_load(name, window, tmp_path):
     backend = small.config._attn_implementation
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", attn_implementation=backend)
     assert torch.equal(loaded(ids).logits, small(ids).logits)
-    assert [(a.rank_k, a.rank_v) for a in eigen_layers(loaded)] == [(a.rank_k, a.rank_v) for a in eigen_layers(small)]
+    assert layouts_of(loaded) == layouts_of(small)
 
 
 @ways
@@ -227,3 +226,10 @@ def test_attention_weights_are_returned(name, folded, window):
     last = small(ids[:, -1:], past_key_values=cache, use_cache=True, output_attentions=True)
     for a, b in zip(last.attentions, ours.attentions, strict=True):
         close(a, b[:, :, -1:, -a.shape[-1] :])  # a sliding layer no longer holds the first columns
+    if has_static(name):
+        cache = StaticCache(config=small.config, max_cache_len=LENGTH + 6)
+        small(ids[:, :-1], past_key_values=cache, use_cache=True)
+        last = small(ids[:, -1:], past_key_values=cache, use_cache=True, output_attentions=True)
+        for a, b in zip(last.attentions, ours.attentions, strict=True):
+            close(a[..., :LENGTH], b[:, :, -1:])
+            assert not a[..., LENGTH:].any()

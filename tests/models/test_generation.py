@@ -3,23 +3,18 @@
 import pytest
 import torch
 from helpers import close, generate, windows
-from tiny import random_basis, tiny, tokens
+from tiny import converted, some_bases, tokens
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
 from eigenattn.compression.folding import compress_layer
-from eigenattn.models.conversion import convert_attention, eigen_layers
 
 ROTARY = ["llama", "llama3", "mistral", "qwen2"]
 
 
 def small(name, seed=0, window=0):
-    model = tiny(name)
-    convert_attention(model)
-    for index, attention in enumerate(eigen_layers(model)):
-        keys, values = (
-            random_basis(attention, rank, True, seed + index + offset) for rank, offset in ((12, 0), (8, 50))
-        )
-        compress_layer(attention, keys, values, window)
+    model, layers = converted(name)
+    for index, attention in enumerate(layers):
+        compress_layer(attention, some_bases(attention, seed=seed + index), window)
     return model
 
 

@@ -248,7 +248,7 @@ def test_prefixes_on_a_compressed_model(window):
     model = tiny("llama")
     compress(model, [IDS], EigenAttentionConfig(**SETTINGS, window=window, ranks="uniform"))
     settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
-    with pytest.raises(EigenAttnError, match="peft's prefix tuning.* tune prompts or LoRA"):
+    with pytest.raises(EigenAttnError, match=r"peft's prefix tuning.* tune prompts or LoRA"):
         get_peft_model(model, PrefixTuningConfig(**settings))(IDS)
     prompted = get_peft_model(model, PromptTuningConfig(**settings))
     prompted(IDS, labels=IDS).loss.backward()

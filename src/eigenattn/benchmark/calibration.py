@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..calibration.checks import check_length
 from ..calibration.statistics import Batch, forward_hidden
 from ..compression.pipeline import compress
 from ..compression.recipe import Recipe
@@ -76,6 +77,7 @@ def benchmark_calibration(
     size = model.config.get_text_config().vocab_size
     ids = torch.randint(3, size, (samples, length), generator=torch.Generator().manual_seed(0))
     batches = [Batch.of(row, where) for row in ids[: max(samples // 4, 1)].split(1)]
+    check_length(model.config, length)
     passes = _passes(model, batches, config, rounds)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)

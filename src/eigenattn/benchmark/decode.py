@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from ..calibration.checks import check_length
 from ..errors import EigenAttnError
 from ..models.placement import input_device
 from .shapes import Contest
@@ -100,6 +101,8 @@ def benchmark_decode(
         raise EigenAttnError("at least 2 new tokens are needed: the first comes from reading the prompt.")
     name, against = contest.name, contest.baseline
     models = {each: load() for each, load in contest.loaders().items()}
+    for model in models.values():
+        check_length(model.config, length + new_tokens - 1)
     sizes = {model.config.get_text_config().vocab_size for model in models.values()}
     if len(sizes) > 1:
         raise EigenAttnError(f"{name} and {against} have different vocabularies: they cannot be compared.")

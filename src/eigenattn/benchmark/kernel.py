@@ -150,6 +150,7 @@ class Inputs:
             scale=shape.head_dim**-0.5,
             length=far,
             positions=self.positions,
+            query=self.positions[:, -1],
             window=Window(self.k[:, :, far:], self.v[:, :, far:], far, shape.length) if shape.window else None,
             memoised=_memo(),
         )

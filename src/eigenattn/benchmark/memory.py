@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..calibration.checks import check_length, most_positions
 from ..errors import EigenAttnError
 from ..models.placement import input_device
 from .prefill import read
@@ -80,11 +81,13 @@ def benchmark_memory(
     rows = []
     for each, load in dataclasses.replace(contest, device=str(where)).loaders().items():
         model = load()
+        check_length(model.config, length + 1)
+        most = min(longest, (most_positions(model.config) or longest + 1) - 1)  # one more is decoded
         rows.append(
             {
                 "model": each,
                 "batch": largest(lambda batch, model=model: _fits(model, batch, length), 65536),
-                "context": largest(lambda tokens, model=model: _fits(model, 1, tokens), longest),
+                "context": largest(lambda tokens, model=model: _fits(model, 1, tokens), most),
             }
         )
         del model

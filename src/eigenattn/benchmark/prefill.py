@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..cache.size import allocated_bytes
+from ..calibration.checks import check_length
 from ..models.placement import input_device
 from .shapes import Contest
 from .timing import in_turns, machine
@@ -60,6 +61,8 @@ def benchmark_prefill(
     """
     name, against = contest.name, contest.baseline
     models = {each: load() for each, load in contest.loaders().items()}
+    for model in models.values():
+        check_length(model.config, max(lengths))
     where = input_device(models[name])
     size = min(model.config.get_text_config().vocab_size for model in models.values())
     generator, rows = torch.Generator().manual_seed(0), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 from ..errors import EigenAttnError
 from .context import CacheContext
+from .evicting import EvictingLayer
 from .layers import LatentLayer
 from .sight import Far, Sight
 from .static import StaticLatentLayer
@@ -54,9 +56,11 @@ def adopt(cache: Any, layer_idx: int, window: int, sliding_window: int | None) -
         )
     sliding = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
     slides = sliding is not None or sliding_window is not None
-    evicts = getattr(cache, "eviction", None) is not None and not slides
-    make = cache.evicting_layer if evicts else LatentLayer
+    eviction = None if slides else getattr(cache, "eviction", None)
+    make = LatentLayer if eviction is None else functools.partial(EvictingLayer, eviction=eviction)
+    recording = any(getattr(each, "record_past", False) for each in cache.layers)
     cache.layers[layer_idx] = make(context, layer_idx, window, sliding)
+    cache.layers[layer_idx].record_past = recording
 
 
 def is_quantised(layer: Any) -> bool:

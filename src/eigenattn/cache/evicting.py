@@ -116,6 +116,18 @@ class EvictingLayer(LatentLayer):
         self.evicted, self._settled = self.evicted + over, held.kept
         self._show()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """As of other layers, but of what no eviction has looked at.
+
+        Raises:
+            EigenAttnError: if tokens were evicted since, or the attention of those to be taken back was counted.
+        """
+        if tokens_to_remove < 0 and self._tally is not None:
+            raise EigenAttnError(
+                f"{self.eviction.name} counts attention, that of tokens to be taken back too: start a new cache."
+            )
+        super().crop(tokens_to_remove)
+
     def _crop_left(self, left: int) -> None:
         if self.evicted and left - self.evicted < self._settled:
             raise EigenAttnError(
@@ -123,8 +135,6 @@ class EvictingLayer(LatentLayer):
             )
         if self._column_store is not None:
             self._column_store.crop(left - self.evicted)
-        if self._tally is not None:
-            self._tally = self._tally[..., : left - self.evicted]
         super()._crop_left(left - self.evicted)
 
     def _map(self, change: Any, batch: bool = True) -> None:
@@ -167,7 +177,7 @@ class EigenCache(DynamicCache):
         super().__init__(config=config)
         if (evict is None) != (budget is None):
             raise EigenAttnError("eviction takes both a rule (evict) and a budget.")
-        self.eviction = None if evict is None else Eviction(evict, budget)
+        self.eviction = None if evict is None or budget is None else Eviction(evict, budget)
         if self.eviction is not None and self.layers and all(self.is_sliding):
             raise EigenAttnError("all layers of this model slide, and forget by themselves: there is nothing to evict.")
 
@@ -191,13 +201,8 @@ class EigenCache(DynamicCache):
             raise EigenAttnError("an assistant's drafts would drive out tokens for good: use a cache that evicts none.")
         super().activate_past_recording()
 
-    def evicting_layer(
-        self, context: CacheContext, layer_idx: int, window: int, sliding_window: int | None
-    ) -> EvictingLayer:
-        """An empty layer, for a model with such a window."""
-        return EvictingLayer(context, layer_idx, window, sliding_window, eviction=self.eviction)
-
     @property
     def kept_tokens(self) -> int:
         """Tokens of a sequence that the layers hold at most."""
-        return max((layer.get_seq_length() - getattr(layer, "evicted", 0) for layer in self.layers), default=0)
+        held = (self.get_seq_length(i) - getattr(layer, "evicted", 0) for i, layer in enumerate(self.layers))
+        return max(held, default=0)

@@ -14,9 +14,9 @@ from .context import CacheContext
 from .sight import Encode, Far, Near, Sight
 from .store import Store
 
-# Tokens of the last update that stay exact beyond the window, so that they can be taken back without loss (chosen: more
-# than assisted decoding drafts at a time).
-ROLLBACK = 32
+# Tokens of the last update that stay exact beyond the window, so that they can be taken back without loss (chosen: far
+# more than assisted decoding drafts at a time).
+ROLLBACK = 128
 
 
 class LatentLayer(CacheLayerMixin):
@@ -24,7 +24,9 @@ class LatentLayer(CacheLayerMixin):
 
     After an update of T tokens it holds latents of all but the last `window` tokens, and the last `window + T` tokens
     exactly, T being counted up to `ROLLBACK`: so `crop` takes back what the last update brought without loss. Where
-    `crop` takes back more, tokens that left the window are known by their latents alone.
+    `crop` takes back more, tokens that left the window are known by their latents alone. Once transformers has asked
+    for it (`activate_past_recording`), all that came since the last `crop` stays exact, and nothing slides out of sight
+    before the next.
 
     Args:
         context: what it shares with the cache's other layers.
@@ -42,10 +44,10 @@ class LatentLayer(CacheLayerMixin):
         self.window = window
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
-        self.window_keys: Tensor | None = None
-        self.window_values: Tensor | None = None
+        self.window_keys = self.window_values = torch.empty(0)  # nothing yet
         self.stores: tuple[Store, ...] = ()
         self.dropped = 0  # tokens that slid out of sight
+        self.record_past = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -88,11 +90,16 @@ class LatentLayer(CacheLayerMixin):
         sight = Sight(Far(self._rows(), self._columns_held()), near, seen, seen + new, positions)
         if self.window:
             # Copies, for a slice would keep the whole prompt's keys alive.
-            last = slice(max(near_keys.shape[-2] - self.window - min(new, ROLLBACK), 0), None)
+            kept = near_keys.shape[-2] if self.record_past else self.window + min(new, ROLLBACK)
+            last = slice(max(near_keys.shape[-2] - kept, 0), None)
             self.window_keys, self.window_values = near_keys[:, :, last].clone(), near_values[:, :, last].clone()
-        if self.sliding_window is not None:
+        if not self.record_past:
             self._slide(seen + new)
         return sight, None
+
+    def activate_past_recording(self) -> None:
+        """Called before decoding with an assistant, which takes its drafts back."""
+        self.record_past = True
 
     def _tokens_left(self) -> int:
         """Tokens that have left the window."""
@@ -127,15 +134,16 @@ class LatentLayer(CacheLayerMixin):
 
     def _slide(self, held: int) -> None:
         """Drop what no later query will see."""
+        if self.sliding_window is None:
+            return
         past = max(held - (self.sliding_window - 1), 0)
         self.dropped += past
         for store in self.stores:
             store.drop_first(past)
         self._show()
         if self.window:
-            exact = held - past
-            self.window_keys = self.window_keys[:, :, max(self.window_keys.shape[-2] - exact, 0) :]
-            self.window_values = self.window_values[:, :, max(self.window_values.shape[-2] - exact, 0) :]
+            exact = slice(max(self.window_keys.shape[-2] - (held - past), 0), None)
+            self.window_keys, self.window_values = self.window_keys[:, :, exact], self.window_values[:, :, exact]
 
     def get_seq_length(self) -> int:
         return self.dropped + self._tokens_held()
@@ -151,17 +159,21 @@ class LatentLayer(CacheLayerMixin):
         removed = -tokens_to_remove
         if removed < 0:
             raise EigenAttnError(f"crop takes a negative number of tokens to remove, not {tokens_to_remove}.")
-        if removed == 0 or not self.is_initialized:
+        if not self.is_initialized:
             return
-        if self.dropped:
+        remaining = max(self._tokens_held() - removed, 0)
+        if removed and self.dropped and remaining < self.get_max_length() - 1:
             raise EigenAttnError(
                 "tokens have slid out of this layer's sight, and taking later ones back would need them again: keep "
                 "the text within the sliding window, or start a new cache."
             )
-        remaining = max(self._tokens_held() - removed, 0)
         exact = max(self.window_keys.shape[-2] - removed, 0)
         self._crop_left(min(max(remaining - self.window, remaining - exact, 0), self._tokens_left()))
         self.window_keys, self.window_values = self.window_keys[:, :, :exact], self.window_values[:, :, :exact]
+        if self.record_past and self.window:
+            last = slice(max(exact - self.window, 0), None)
+            self.window_keys, self.window_values = self.window_keys[:, :, last], self.window_values[:, :, last]
+        self._slide(remaining)
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
@@ -179,7 +191,8 @@ class LatentLayer(CacheLayerMixin):
             self.context.map(change)
 
     def reset(self) -> None:
-        self.keys = self.values = self.window_keys = self.window_values = None
+        self.keys = self.values = None
+        self.window_keys = self.window_values = torch.empty(0)
         self.stores = ()
         self.is_initialized, self.dropped = False, 0
         if self.layer_idx == self.context.owner:

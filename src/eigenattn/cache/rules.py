@@ -35,7 +35,8 @@ class Held:
         queries: tokens of the pass.
         kept: rows that may stay.
         keys, values: give the vectors of the rows as they are decoded, keys before rotation, [B, G, F, D].
-        attention: gives the weights of so many last queries of the pass on the rows, [B, H, n, F].
+        attention: gives the weights of so many last queries of the pass on the tokens of the rows, seen exactly or
+            through latents, [B, H, n, F].
         tally: what the rule's `tally` has summed up for each row, [B, heads, F]; None without one.
     """
 
@@ -96,6 +97,7 @@ def attention_so_far(held: Held) -> Tensor:
 
 def h2o(held: Held) -> Tensor:
     """Half of it what got most attention so far, half of it the last (H2O, arXiv 2306.14048, section 4.2)."""
+    assert held.tally is not None  # `Rule.tally` gives it
     rows = held.columns.shape[-1]
     recent = torch.arange(rows, device=held.columns.device) >= rows - held.kept // 2
     return held.tally.masked_fill(recent, math.inf)
@@ -109,7 +111,10 @@ def knorm(held: Held) -> Tensor:
 def keydiff(held: Held) -> Tensor:
     """Keys unlike the others, by their cosine with the mean direction (KeyDiff, arXiv 2504.15364)."""
     unit = F.normalize(held.keys().float(), dim=-1)
-    return -held.by_head(F.cosine_similarity(unit, unit.mean(-2, keepdim=True), dim=-1))
+    tokens = held.columns >= held.first  # padding has no direction that counts
+    heads = unit.shape[1] // tokens.shape[1]
+    mean = (unit * tokens.repeat_interleave(heads, dim=1).unsqueeze(-1)).sum(-2, keepdim=True)
+    return -held.by_head(F.cosine_similarity(unit, mean, dim=-1))
 
 
 EVICTION_RULES: dict[str, Rule] = {

@@ -24,28 +24,30 @@ def baseline_bytes_per_token(layers: Sequence[Layout], element_size: int) -> int
     return sum(layer.original_elements for layer in layers) * element_size
 
 
-def cache_bytes(layers: Sequence[Layout], element_size: int, length: int, kept: int | None = None) -> int:
+def cache_bytes(
+    layers: Sequence[Layout], element_size: int, length: int | Sequence[int], kept: int | None = None
+) -> int:
     """Bytes of the cache of one sequence of `length` tokens in decoding, the exact window included.
 
     The window holds one token more than its size: the last one, which can still be taken back, displaces none. Latents
-    lie in a store with room behind them (`eigenattn.cache.store`), which counts too; an uncompressed layer is counted
+    lie in a store with room behind them (`eigenattn.cache.store`), which counts too; an uncompressed model is counted
     as transformers' own cache has it, without.
 
     Args:
+        length: tokens, or those that each layer sees.
         kept: tokens that a cache which evicts holds of them in every layer; None for other caches.
     """
-    return sum(_layer_bytes(layer, element_size, length, kept) for layer in layers)
-
-
-def _layer_bytes(layer: Layout, element_size: int, length: int, kept: int | None) -> int:
-    exact = min(layer.window + 1, length) if layer.window else 0
-    rows = max(length if kept is None else min(kept, length), layer.window) - layer.window
-    if kept is not None or layer.window or not layer.uncompressed:
-        rows = room_for(rows)
-    a_token = layer.bytes_per_token(element_size)
-    if kept is not None and kept < length:
-        a_token += COLUMN * layer.kv_heads // layer.together
-    return rows * a_token + exact * layer.original_elements * element_size
+    lengths = [length] * len(layers) if isinstance(length, int) else length
+    exactly = kept is None and all(layer.uncompressed and not layer.window for layer in layers)
+    total = 0
+    for layer, seen in zip(layers, lengths, strict=True):
+        exact = min(layer.window + 1, seen) if layer.window else 0
+        rows = max(seen if kept is None else min(kept, seen), layer.window) - layer.window
+        a_token = layer.bytes_per_token(element_size)
+        if kept is not None and kept < seen:
+            a_token += COLUMN * layer.kv_heads // layer.together
+        total += (rows if exactly else room_for(rows)) * a_token + exact * layer.original_elements * element_size
+    return total
 
 
 def kv_ratio(layers: Sequence[Layout]) -> float:

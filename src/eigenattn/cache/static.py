@@ -27,8 +27,7 @@ class StaticLatentLayer(StaticLayer):
         self.is_sliding = is_sliding
         self.window = window
         self.rows: tuple[Tensor, ...] = ()
-        self.window_keys: Tensor | None = None
-        self.window_values: Tensor | None = None
+        self.window_keys = self.window_values = torch.empty(0)  # nothing yet
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: what is stored of keys and values is only known with the first of them."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import Sharing
+from ..errors import EigenAttnError
 from ..kernels.reference import cap_and_mask
 from ..models.attention import EigenAttention
 from ..models.forward_pass import ForwardPass
@@ -177,6 +178,8 @@ class AttentionMoments:
             weights = weights * valid[:, None, :, None]
         weights = weights.unflatten(1, (self.groups, -1))
         shares = times * mass.sum() / (SAMPLED_KEYS * mass[drawn]) * attention.scaling**2
+        if this.position_ids is None:
+            raise EigenAttnError("this model calls its attention without position_ids, which keys rotate by.")
         cos, sin = attention.angles(q.double(), this.position_ids[:1, drawn])
         # One sum over a batch's queries is taken in fp32, at twice the speed; sums over batches are in float64.
         rows = q.float().unflatten(1, (self.groups, -1)).transpose(0, 1).flatten(1, 3)  # [G, B * H/G * T, D]
@@ -200,7 +203,7 @@ def _priors(attention: EigenAttention, sharing: Sharing) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, PRIOR_STATES, attention.config.hidden_size, generator=generator)
     with loaded(attention):
-        _, *sides = attention.project(states.to(execution_device(output), output.weight.dtype))
+        _, *sides = attention.project(states.to(execution_device(output), weight_of(output).dtype))
     shared = sharing.keys, sharing.values
     rows = [joined(x, x.shape[1] // heads)[0].double() for x, heads in zip(sides, shared, strict=True)]
     rows = [torch.cat(rows, dim=-1)] if sharing.joint else rows  # [G/N, n, N * D] each

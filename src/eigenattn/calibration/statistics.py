@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
@@ -34,7 +35,8 @@ class LayerMoments:
         """Empty moments for a layer."""
         shape = (attention.kv_heads, attention.head_dim, attention.head_dim)
         device = execution_device(attention.output_projection)
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)))
+        query, key, value = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3))
+        return cls(query, key, value)
 
     def observe(self, attention: EigenAttention, heads: Heads[Tensor], this: ForwardPass, valid: Tensor | None) -> None:
         """Add one batch."""
@@ -95,7 +97,8 @@ class Batch:
     def of(cls, value: Any, device: torch.device) -> Batch:
         """Read one element of a user's `batches`: a tensor of token ids, or a mapping as tokenizers return it.
 
-        A batch that was read already goes to the device.
+        A single sequence, as `Dataset.with_format("torch")` gives rows, is a batch of one. A batch that was read
+        already goes to the device.
 
         Raises:
             EigenAttnError: on anything else, or on sequences of fewer than 2 tokens.
@@ -112,7 +115,8 @@ class Batch:
                 "batches must yield token-id tensors [B, T] or dictionaries with input_ids and attention_mask, not "
                 f"{type(value).__name__}."
             )
-        ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
+        if ids.dim() == 1:
+            ids, mask = ids[None], None if mask is None else mask[None]
         if ids.dim() != 2 or ids.shape[1] < 2 or ids.is_floating_point():
             raise EigenAttnError(f"token ids must be whole numbers [B, T], T at least 2, not {tuple(ids.shape)}.")
         if mask is not None and mask.shape != ids.shape:
@@ -131,13 +135,13 @@ class Batch:
 
 
 @torch.no_grad()
-def forward_hidden(model: nn.Module, batch: Batch) -> None:
+def forward_hidden(model: PreTrainedModel, batch: Batch) -> None:
     """Run a causal language model on a batch for its side effects: no cache, and logits of one position only."""
     model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
 
 
 def collect_moments(
-    model: nn.Module,
+    model: PreTrainedModel,
     layers: Sequence[EigenAttention],
     batches: Iterable[Batch],
     empty: Callable[[EigenAttention], AnyMoments],

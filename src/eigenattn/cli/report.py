@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ..errors import EigenAttnError
-from ..files import whole
+from ..files import check_name, whole
 from ..report.page import PROMPTS, build, gather
 from .common import Model, app, examples
 from .options import LoadingOptions, grouped
@@ -42,6 +42,7 @@ def report(
     loading: LoadingOptions,
 ) -> None:
     """Write one HTML page on a checkpoint: ranks, bytes, quality, spectra, where it comes from. It loads nothing."""
+    check_name(Path(model))
     if out is None and not Path(model).is_dir():
         raise EigenAttnError(f"{model} is no folder: say with --out where the page is to be written.")
     target = out or Path(model) / "report.html"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +12,10 @@ from ..calibration.text import DEFAULT_SOURCE
 from ..calibration.windows import load_texts
 from ..compression.bases import BASES
 from ..evaluation.spectra import FILE, SIDES, measure_spectra
+from ..files import to_json
 from ..journal import Journal
 from ..report.figures import decay, effective_ranks, energy, new_figure, save_figure
-from .common import Json, Model, app, emit, examples
+from .common import SEEDS, Json, Model, app, emit, examples
 from .options import TEXT_HELP, WINDOW_HELP, LoadingOptions, grouped
 
 # Energies whose ranks the table shows.
@@ -54,7 +54,7 @@ def spectrum(
     ] = [DEFAULT_SOURCE],  # noqa: B006 (typer copies it)
     samples: Annotated[int, typer.Option(min=1, help="How many windows to draw from the text.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="How many tokens a window has.")] = 1024,
-    seed: Annotated[int, typer.Option(help="The seed of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(**SEEDS, help="The seed of the draw.")] = 0,
     loading: LoadingOptions,
     json_file: Json = None,
 ) -> None:
@@ -71,7 +71,7 @@ def spectrum(
     with Journal(out, {"verb": "spectrum", "model": model, "text": text, **options}) as journal:
         found = measure_spectra(model, calibration=load_texts(text), progress=True, **options)
         with journal.output() as folder:
-            (folder / FILE).write_text(json.dumps(found) + "\n", encoding="utf-8")
+            (folder / FILE).write_text(to_json(found), encoding="utf-8")
             for name, draw in (("decay", decay), ("energy", energy), ("effective-rank", effective_ranks)):
                 save_figure(draw(found), folder / name)
     console = emit(found, json_file)

@@ -18,7 +18,7 @@ from ..evaluation.sweep_folder import table
 from ..report.figures import calibration_study, frontier, new_figure, save_figure
 from ..report.tables import calibrations, sweep_table
 from ..workflows.sweep import Calibration, run_sweep, sweep_texts
-from .common import Json, Model, app, emit, examples, rich_table
+from .common import SEEDS, Json, Model, app, emit, examples, rich_table
 from .options import (
     CODED_HELP,
     SHARE_HELP,
@@ -126,7 +126,7 @@ def sweep(
         bool, typer.Option("--each-text", help="Calibrate on each text by itself, not on all together.")
     ] = False,
     samples: Annotated[str, typer.Option(help=f"How many calibration windows to draw from the text. {LIST}")] = "32",
-    seed: Annotated[int, typer.Option(help="The seed of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(**SEEDS, help="The seed of the draw.")] = 0,
     loading: LoadingOptions,
     json_file: Json = None,
 ) -> None:

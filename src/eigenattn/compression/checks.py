@@ -6,16 +6,18 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..config import Sharing
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from ..models.placement import loaded, offloaded
+from ..models.projections import weight_of
 from .basis import Basis
 
 
-def check_weights(model: nn.Module) -> None:
+def check_weights(model: PreTrainedModel) -> None:
     """Raise an `EigenAttnError` that names the first weight with a NaN or an infinity."""
     for where, module in model.named_modules():
         with loaded(module) if offloaded(module) else nullcontext():  # one at a time
@@ -27,17 +29,6 @@ def check_weights(model: nn.Module) -> None:
                     raise EigenAttnError(
                         f"{name} of this model holds NaN or infinite numbers: its file may be damaged."
                     )
-
-
-def check_vocabulary(input_ids: Tensor, model: nn.Module) -> None:
-    """Raise an `EigenAttnError` if there are token ids [B, T] that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    least, most = (int(extreme) for extreme in input_ids.aminmax())
-    if least < 0 or most >= rows:
-        wrong = least if least < 0 else most
-        raise EigenAttnError(
-            f"the text has token {wrong}, and the model knows tokens 0 to {rows - 1}: is the tokenizer another model's?"
-        )
 
 
 def check_sharing(kv_heads: int, sharing: Sharing) -> None:
@@ -52,7 +43,7 @@ def check_sharing(kv_heads: int, sharing: Sharing) -> None:
 
 def check_range(attention: EigenAttention, bases: Iterable[Basis]) -> None:
     """Raise an `EigenAttnError` if a layer's bases do not fit its dtype."""
-    dtype = attention.output_projection.weight.dtype
+    dtype = weight_of(attention.output_projection).dtype
     for basis in bases:
         for name, tensor in (("encoder", basis.encoder), ("decoder", basis.decoder), ("mean", basis.mean)):
             if tensor is not None and not _fits(tensor, dtype):

@@ -56,37 +56,31 @@ def fold(attention: EigenAttention) -> None:
     """
     if attention.layout.at_run_time:
         return
-    folds = Heads(
-        *(
-            fold and encoder is not None
-            for fold, encoder in zip(
-                attention.folds, (attention.key_encoder, attention.key_encoder, attention.value_encoder), strict=True
-            )
-        )
-    )
+    free, encoded = attention.folds, attention.key_encoder is not None
+    folds = Heads(free.query and encoded, free.key and encoded, free.value and attention.value_encoder is not None)
     weights, biases, has_bias = _projection_parts(attention)
-    projected = list(attention.projected)
+    size_q, size_k, size_v = attention.projected
     if folds.key:
         weights, biases = _encoded(attention, weights, biases, "key")
         has_bias = has_bias._replace(key=has_bias.key or attention.key_mean is not None)
-        projected[1] = attention.layout.of("key").rank
+        size_k = attention.layout.of("key").rank
         attention.key_encoder = None
         if folds.query:
             # q' = q @ U.T; the term q . mean is the same for every key, and the softmax drops it.
             decoder = _maps(attention, "key_decoder").repeat_interleave(attention.num_key_value_groups, dim=0)
             weights = weights._replace(query=decoder @ weights.query)
             biases = biases._replace(query=(decoder @ biases.query.unsqueeze(-1)).squeeze(-1))
-            projected[0] = attention.layout.of("key").rank
+            size_q = size_k
             attention.key_decoder = attention.key_mean = None
     if attention.value_decoder is not None:
         _fold_output(attention)
         if folds.value:
             weights, biases = _encoded(attention, weights, biases, "value")
             has_bias = has_bias._replace(value=has_bias.value or attention.value_mean is not None)
-            projected[2] = attention.layout.of("value").rank
+            size_v = attention.layout.of("value").rank
             attention.value_encoder = attention.value_mean = None
         attention.value_decoder = None
-    attention.projected = tuple(projected)
+    attention.projected = size_q, size_k, size_v
     if any(folds):
         _set_projections(attention, weights, biases, has_bias)
 

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..calibration.statistics import Batch, forward_hidden
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from ..models.placement import is_spread, loaded
-from ..progress import TokenProgress
+from ..progress import TASK, TokenProgress
 from .basis import Bases, truncated
 from .folding import attach, detach
-from .passes import decoder_layers, hidden, stubbed
+from .passes import decoder_layers, embeddings_loaded, hidden, stubbed
 from .rank_problem import Ranks
 from .resuming import MemoisedMeasurements
 
@@ -39,7 +40,7 @@ class Measurement:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         layers: Sequence[EigenAttention],
         bases: Bases,
         window: int,
@@ -96,7 +97,7 @@ class Measurement:
             finally:
                 detach(self.layers[index])
                 running = False
-            progress.advance(0)
+            progress.advance(TASK)
 
         with self.bars.bar("Measuring layers", len(self.layers) * len(self.batches)) as progress, ExitStack() as hooks:
             for index, layer in enumerate(self.decoder_layers):
@@ -150,7 +151,7 @@ class Measurement:
                         found = self.memo.of(f"divergences/{number}/{wave}", measure)
                         for index, costs in zip(wave, found, strict=True):
                             sums[index] = [total + cost for total, cost in zip(sums[index], costs, strict=True)]
-                            progress.advance(0, len(costs))
+                            progress.advance(TASK, len(costs))
         finally:
             for attention in self.layers:
                 detach(attention)
@@ -172,9 +173,7 @@ class Measurement:
         found: dict[int, list[float]] = {index: [] for index in wave}
         if not runs:
             return list(found.values())
-        with ExitStack() as stack:
-            for embeddings in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
-                stack.enter_context(loaded(embeddings))
+        with embeddings_loaded(self.model):
             first = min(wave)
             with stubbed(self.decoder_layers[:first], outputs.get(first - 1)):
                 changed_outputs = self._outputs_of(runs, batch)

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..calibration.statistics import Batch, forward_hidden
 from ..models.attention import EigenAttention
+from ..models.placement import loaded
 
 
-def decoder_layers(model: nn.Module, layers: Sequence[EigenAttention]) -> list[nn.Module]:
+def decoder_layers(model: PreTrainedModel, layers: Sequence[EigenAttention]) -> list[nn.Module]:
     """The decoder layers that attention modules belong to."""
     parents = {id(child): parent for parent in model.modules() for child in parent.children()}
     return [parents[id(attention)] for attention in layers]
+
+
+@contextmanager
+def embeddings_loaded(model: PreTrainedModel) -> Iterator[None]:
+    """Have the weights of input and output embeddings on their device, however often they are used meanwhile."""
+    with ExitStack() as stack:
+        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if embeddings is not None:
+                stack.enter_context(loaded(embeddings))
+        yield
 
 
 @contextmanager
@@ -39,7 +51,7 @@ def stubbed(layers: Sequence[nn.Module], output: Any) -> AbstractContextManager[
     return replaced(layers, lambda *args, **kwargs: output)
 
 
-def layer_output(model: nn.Module, layers: Sequence[nn.Module], index: int, before: Any, batch: Batch) -> Any:
+def layer_output(model: PreTrainedModel, layers: Sequence[nn.Module], index: int, before: Any, batch: Batch) -> Any:
     """What one decoder layer gives, and no other is run.
 
     Args:

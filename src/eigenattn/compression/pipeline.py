@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio, ratio_at
 from ..calibration.statistics import Batch, forward_hidden
@@ -21,6 +21,7 @@ from ..models.checkpoint_format import EigenAttnCheckpointConfig, mark_compresse
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
 from ..models.parallel import check_whole
 from ..models.placement import input_device, loaded
+from ..models.projections import weight_of
 from ..progress import Clock, TokenProgress
 from ..resources import peak_memory
 from ..version import versions
@@ -59,7 +60,7 @@ class CompressionReport:
 
 
 def compress(
-    model: nn.Module,
+    model: PreTrainedModel,
     batches: Iterable[Any],
     config: EigenAttentionConfig | None = None,
     *,
@@ -119,7 +120,7 @@ def compress(
             with loaded(attention):
                 compress_layer(attention, bases, config.window)
                 check_layer(attention)
-    element_size = layers[0].output_projection.weight.element_size()
+    element_size = weight_of(layers[0].output_projection).element_size()
     layouts = [attention.layout for attention in layers]
     report = CompressionReport(
         kv_ratio=kv_ratio(layouts),
@@ -139,7 +140,7 @@ def compress(
     return report
 
 
-def _time_forward(model: nn.Module, text: Text) -> float:
+def _time_forward(model: PreTrainedModel, text: Text) -> float:
     """Seconds of a plain forward pass over all calibration tokens, from the mean speed over a few batches."""
     timed: list[Batch] = text.judged[:TIMED_BATCHES]
     start = time.perf_counter()

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..cache.packing import Widths
 from ..cache.size import HALF, baseline_bytes_per_token
@@ -177,7 +178,7 @@ class Fitted(NamedTuple):
 
 
 def fit_quantisers(
-    model: nn.Module,
+    model: PreTrainedModel,
     layers: Sequence[EigenAttention],
     bases: Bases,
     batches: Iterable[Batch],

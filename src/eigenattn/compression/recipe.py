@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+from transformers import PreTrainedModel
 
+from ..calibration.checks import check_tokens
 from ..calibration.statistics import Batch, Moments, collect_moments
 from ..config import TARGETS, EigenAttentionConfig
 from ..errors import EigenAttnError
@@ -18,7 +19,7 @@ from ..models.placement import input_device
 from ..progress import Clock, TokenProgress
 from .bases import BASES, WEIGHED_AT
 from .basis import Bases, truncated
-from .checks import check_range, check_sharing, check_vocabulary
+from .checks import check_range, check_sharing
 from .measure import Measurement
 from .quantise import Fitted, equivalent_ratio, fit_quantisers, quantise_bases
 from .rank_problem import RankProblem
@@ -26,6 +27,8 @@ from .ranks import RANK_RULES
 from .refit import refit
 from .resuming import MemoisedMeasurements, ResumableMoments
 from .sensitivity import first_weights
+
+Entry = TypeVar("Entry")
 
 # Tokens, from the first batches on, over which rank rules measure what truncation costs. Each latent of each layer runs
 # again over them, twice.
@@ -43,23 +46,26 @@ FEATURES: dict[str, Callable[[EigenAttentionConfig], bool]] = {
 
 def check_supported(config: EigenAttentionConfig) -> None:
     """Raise an `EigenAttnError` if a basis or rank rule is not known, or does not go with what a configuration asks."""
-    for name, table in ((config.basis, BASES), (config.ranks, RANK_RULES)):
-        if name not in table:
-            raise EigenAttnError(f"unknown name {name!r}: choose one of {', '.join(table)}.")
+    method, rule = _named(BASES, config.basis), _named(RANK_RULES, config.ranks)
     for feature, asks in FEATURES.items():
-        able = [name for name, method in BASES.items() if feature in method.features]
-        if asks(config) and config.basis not in able:
+        if asks(config) and feature not in method.features:
+            able = [name for name, each in BASES.items() if feature in each.features]
             raise EigenAttnError(
                 f"the basis {config.basis!r} does not support {feature}: leave it out, or choose one of "
                 f"{', '.join(able) or 'none'}."
             )
-    rule = RANK_RULES[config.ranks]
     target = next(name for name in TARGETS if getattr(config, name) is not None)
     if target not in rule.targets:
         raise EigenAttnError(f"ranks={config.ranks!r} takes {' or '.join(sorted(rule.targets))}, not {target}.")
     if config.coded and rule.weights is None:
         able = [name for name, each in RANK_RULES.items() if each.weights is not None]
         raise EigenAttnError(f"ranks={config.ranks!r} does not choose bits: for coded latents take {', '.join(able)}.")
+
+
+def _named(table: dict[str, Entry], name: str | None) -> Entry:
+    if name is None or name not in table:
+        raise EigenAttnError(f"unknown name {name!r}: choose one of {', '.join(table)}.")
+    return table[name]
 
 
 class Text:
@@ -70,7 +76,7 @@ class Text:
         again: whether they are wanted more than once; a stream is then held in memory.
     """
 
-    def __init__(self, batches: Iterable[Any], model: nn.Module, again: bool) -> None:
+    def __init__(self, batches: Iterable[Any], model: PreTrainedModel, again: bool) -> None:
         self.model, self.device = model, input_device(model)
         self.source = batches
         self.held: list[Any] | None = [] if again and not isinstance(batches, Sequence) else None
@@ -90,7 +96,7 @@ class Text:
             if self.held is not None:
                 self.held.append(value)
             batch = Batch.of(value, self.device)
-            check_vocabulary(batch.input_ids, self.model)
+            check_tokens(batch.input_ids, self.model)
             if self.tokens < COST_TOKENS:
                 self.judged.append(batch)
             self.tokens += batch.tokens
@@ -115,7 +121,7 @@ class Recipe:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         layers: Sequence[EigenAttention],
         config: EigenAttentionConfig,
         batches: Iterable[Any],
@@ -192,7 +198,7 @@ class Recipe:
             EigenAttnError: if the target cannot be met, or a basis does not fit the model's dtype.
         """
         check_supported(config)
-        rule, problem = RANK_RULES[config.ranks], dataclasses.replace(self.problem, config=config)
+        rule, problem = _named(RANK_RULES, config.ranks), dataclasses.replace(self.problem, config=config)
         if config.kv_ratio == 1:
             return [()] * len(self.layers)
         if config.coded and rule.weights is not None:

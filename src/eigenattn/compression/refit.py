@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..calibration.statistics import Batch
 from ..journal import Journal
@@ -19,11 +20,11 @@ from ..models.attention import EigenAttention
 from ..models.forward_pass import ForwardPass
 from ..models.placement import loaded
 from ..models.projections import Heads, weight_of
-from ..progress import TokenProgress
+from ..progress import TASK, TokenProgress
 from . import resuming
 from .basis import Bases, Basis
 from .folding import attach, detach
-from .passes import decoder_layers, layer_output
+from .passes import decoder_layers, embeddings_loaded, layer_output
 
 STAGE = "refit"
 # How far decoders are held to what they were, as a share of the mean energy of what they decode (chosen).
@@ -34,7 +35,7 @@ TOLERANCE, STEPS = 1e-6, 300
 
 @torch.no_grad()
 def refit(
-    model: nn.Module,
+    model: PreTrainedModel,
     layers: Sequence[EigenAttention],
     chosen: Bases,
     window: int,
@@ -64,9 +65,7 @@ def refit(
     changed: list[Any] = [None] * len(batches)
     result: Bases = []
     saved = time.monotonic()
-    with bars.bar("Refitting", len(layers) * len(batches)) as bar, ExitStack() as stack:
-        for embeddings in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
-            stack.enter_context(loaded(embeddings))
+    with bars.bar("Refitting", len(layers) * len(batches)) as bar, embeddings_loaded(model):
         for index, (attention, bases) in enumerate(zip(layers, chosen, strict=True)):
             run = partial(layer_output, model, blocks, index)
             with loaded(blocks[index]):
@@ -87,7 +86,7 @@ def refit(
                         detach(attention)
                         attention.observer = None
                         fit.add(target[0] - output[0], batch.valid)
-                    bar.advance(0)
+                    bar.advance(TASK)
                 exact = following
                 if fit is not None:
                     tensors[name] = fit.solve()
@@ -208,7 +207,11 @@ def conjugate_gradients(
 def _output_of(attention: EigenAttention) -> Iterator[list[Tensor]]:
     """Collects what the output projection gives, [B, T, C] a pass."""
     found: list[Tensor] = []
-    hook = attention.output_projection.register_forward_hook(lambda projection, args, output: found.append(output))
+
+    def keep(projection: nn.Module, args: tuple, output: Tensor) -> None:
+        found.append(output)
+
+    hook = attention.output_projection.register_forward_hook(keep)
     try:
         yield found
     finally:

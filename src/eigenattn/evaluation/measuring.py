@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from ..calibration.checks import check_length, checked
 from ..calibration.text import Text, tokenize
 from ..errors import EigenAttnError
 from ..progress import TASK, TokenProgress
@@ -24,7 +26,7 @@ class Items:
 
     Args:
         windows: [N, T] of every text, by its name.
-        haystack: [N], the whole of the first text.
+        haystack: [N], the first text, of a long one the beginning.
     """
 
     windows: dict[str, Tensor]
@@ -67,7 +69,8 @@ class EvaluationPlan:
         Raises:
             EigenAttnError: if a text is too short.
         """
-        tokens = {text.source: tokenize(tokenizer, text) for text in self.texts}
+        most = max(self.tokens, *(self.needles.lengths if self.needles else ()), 0)
+        tokens = {text.source: tokenize(tokenizer, text, most) for text in self.texts}
         windows = {name: windows_of(each, self.tokens, self.length, self.stride) for name, each in tokens.items()}
         return Items(windows, next(iter(tokens.values()), None))
 
@@ -99,7 +102,7 @@ class Measured:
 
 
 def measure(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: Any,
     plan: EvaluationPlan,
     items: Items,
@@ -118,14 +121,18 @@ def measure(
         logits_of: how the model reads; tasks are always read at once, for that is lm-eval's way.
         original: predictions of the original model, by text, to be compared with.
         keep: keep this model's predictions.
+
+    Raises:
+        EigenAttnError: if the model does not know the tokens, or its predictions are no numbers.
     """
     windows = items.windows
     first = next(iter(windows.values()), None)
     copies = plan.copies if first is not None and plan.length // 2 > UNJUDGED else 0
     needles = plan.needles
     steps = sum(map(len, windows.values())) + min(copies, 0 if first is None else len(first))
+    check_length(model.config, max(needles.lengths, default=0) if needles else 0)
     steps += len(needles.lengths) * len(needles.depths) * needles.trials if needles else 0
-    with bars.bar(f"Reading with {title}", steps) as bar:
+    with checked(model), bars.bar(f"Reading with {title}", steps) as bar:
 
         def advance() -> None:
             bar.advance(TASK)
@@ -146,7 +153,8 @@ def measure(
         found = {}
         if needles is not None and items.haystack is not None:
             found = find_needles(model, tokenizer, items.haystack, needles, logits_of, advance)
-    tasks = run_tasks(model, tokenizer, plan.tasks, limit=plan.limit, batch_size=plan.batch_size)
+    with checked(model):
+        tasks = run_tasks(model, tokenizer, plan.tasks, limit=plan.limit, batch_size=plan.batch_size)
     return Measured(readings, copied, found, tasks)
 
 

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import QuantizedCache
+from torch import Tensor
+from transformers import PreTrainedModel, QuantizedCache
 
 from ..compression.folding import attach, detach
 from ..errors import EigenAttnError
@@ -157,7 +157,7 @@ class QuantisedCacheRival(Rival):
         yield partial(self._in_pieces, window)
 
     @torch.no_grad()
-    def _in_pieces(self, piece: int, model: nn.Module, ids: Tensor, keep: int) -> Tensor:
+    def _in_pieces(self, piece: int, model: PreTrainedModel, ids: Tensor, keep: int) -> Tensor:
         cache = self.cache(model.config, piece)
         pieces = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(piece, dim=1)]
         return torch.cat(pieces, dim=1)[:, -keep:]

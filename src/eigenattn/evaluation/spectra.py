@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..calibration.statistics import Batch
 from ..calibration.text import Text
@@ -39,7 +40,7 @@ def energy_kept(spectrum: Tensor) -> Tensor:
 
 
 def spectra_of(
-    model: nn.Module, batches: Sequence[Batch], *, basis: str = "eigen", window: int = 0, progress: bool = False
+    model: PreTrainedModel, batches: Sequence[Batch], *, basis: str = "eigen", window: int = 0, progress: bool = False
 ) -> dict[str, Tensor]:
     """Spectra [layers, G, D], descending, of `keys` (for `eigen` of stacked keys and queries) and `values`.
 

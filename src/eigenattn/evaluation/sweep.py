@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..cache.layout import Layout
 from ..cache.size import HALF, baseline_bytes_per_token, bytes_per_token, cache_bytes
@@ -35,7 +35,7 @@ class SweepModel:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         batches: Sequence[Batch],
         grid: Grid,
         bars: TokenProgress,

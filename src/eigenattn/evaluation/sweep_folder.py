@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EigenAttnError
-from ..files import lock, whole
+from ..files import check_name, lock, to_json, whole
 from ..version import versions
 
 VERSION = 2
@@ -34,6 +34,7 @@ class SweepFolder:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], texts: dict[str, list[dict[str, Any]]]) -> None:
+        check_name(folder)
         self.folder, self.texts = folder, texts
         settings = json.loads(json.dumps(settings))  # as they will be read back: tuples become lists
         try:
@@ -78,7 +79,7 @@ class SweepFolder:
     def save(self) -> None:
         """Write all files. A cell is done when `sweep.json`, the first of them, holds it."""
         with whole(self.folder / FILE) as beside:
-            beside.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
+            beside.write_text(to_json(self.values, indent=1), encoding="utf-8")
         self.save_beside()
 
     def save_beside(self) -> None:
@@ -89,7 +90,7 @@ class SweepFolder:
             writer.writeheader()
             writer.writerows(rows)
         with whole(self.folder / SECONDS) as beside:
-            beside.write_text(json.dumps(self.seconds, indent=1) + "\n", encoding="utf-8")
+            beside.write_text(to_json(self.seconds, indent=1), encoding="utf-8")
 
     def close(self) -> None:
         """Let go of the lock. A folder that nothing was written to is removed."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..compression.checks import check_vocabulary
+from ..calibration.checks import check_tokens
 from ..errors import EigenAttnError
 from ..journal import Journal
 from ..models.placement import input_device
@@ -21,6 +21,8 @@ from ..progress import TASK, TokenProgress
 from .trainable import Trainable
 
 STAGE = "training"
+# A loss whose `exp` is still a number.
+MOST_NATS = 709
 # Seconds between saves (chosen: little to lose, and far less time than the work).
 SAVE_SECONDS = 60.0
 # Share of the steps over which the learning rate rises, and largest norm of a step's gradient (chosen, as is usual).
@@ -92,7 +94,8 @@ class FinetuneReport:
     Args:
         measure: what `before`, `after` and `validation` in the curve are: `perplexity`, or `divergence`, the mean KL
             divergence from the baseline's predictions, in nats a token.
-        curve: `step`, mean `training` loss since the last entry (nats a token; none at step 0) and `validation`.
+        curve: `step`, mean `training` loss since the last entry (nats a token; none at step 0) and `validation`, which
+            is infinite where training has diverged.
         best_step: the step whose parameters were kept; 0 means that nothing was better than the start.
     """
 
@@ -196,7 +199,7 @@ def _check(model: PreTrainedModel, training: Tensor, validation: Tensor, baselin
     for windows in (training, validation):
         if windows.dim() != 2 or not len(windows):
             raise EigenAttnError(f"token windows must be [N, T] and at least one, not {tuple(windows.shape)}.")
-        check_vocabulary(windows, model)
+        check_tokens(windows, model)
         if windows.shape[1] <= window + 1:
             raise EigenAttnError(
                 f"windows of {windows.shape[1]} tokens lie within the {window} exact ones, where nothing is compressed"
@@ -233,9 +236,9 @@ class _Objective:
     @torch.no_grad()
     def validate(self, windows: Tensor) -> float:
         loss = sum(self._loss(window).item() for window in windows) / len(windows)
-        if not math.isfinite(loss):
-            return math.inf  # as bad as any, and no number that JSON lacks or that is less than none
-        return math.exp(min(loss, 700.0)) if self.baseline is None else loss
+        if not loss < MOST_NATS:  # a NaN is not either
+            return math.inf  # as bad as any
+        return math.exp(loss) if self.baseline is None else loss
 
 
 class _State:

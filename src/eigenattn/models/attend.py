@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..cache.sight import Near, Sight
 from ..kernels import blocks, chunked, decoding
+from ..kernels.decoding.batched import decode_with_weights
 from ..kernels.reference import add_mask, causal_mask
 from ..kernels.reference import attend as reference_attend
 from ..kernels.selection import decoding_backend
@@ -21,27 +22,27 @@ from .rotary import at_columns, rotate
 
 
 def attend(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
-    """Attend with queries [B, H, T, *], which are at their positions.
+    """Attend with queries [B, H, T, *], before rotation.
 
     Returns:
         The output [B, H, T, D], or [B, H, T, R_v] where the values' decoder is folded into the output projection; and
         the attention weights [B, H, T, columns], where the backend gives them.
     """
     if this.is_step(q):
-        return one_query(layer, this, q, sight), None
+        return one_query(layer, this, q, sight)
     if this.is_long(q, sight):
         return in_chunks(layer, this, q, sight), None
     return all_at_once(layer, this, q, sight)
 
 
-def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> Tensor:
+def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
     """A step of decoding, by `eigenattn.kernels.decoding`, which reads rows as they are stored."""
     near, query = sight.near, sight.query
     backend = "torch" if sight.far.columns is not None else decoding_backend(q)
     border, window = query + 1, None
     if near is not None:
         border = query - layer.layout.window + 1
-        border = torch.maximum(border, near.first) if isinstance(border, Tensor) else max(border, near.first)
+        border = border.clamp_min(near.first) if isinstance(border, Tensor) else max(border, near.first)
         window = decoding.Window(near.keys, near.values, near.first, query + 1)
     mask = this.mask(q, sight.columns)
 
@@ -53,7 +54,7 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
 
     keys, values = layer.decoding_sides()
     step = decoding.Step(
-        q=q[:, :, 0],
+        q=(q if layer.rotates_far else this.rotated(q))[:, :, 0],
         rows=sight.far.rows,
         keys=keys,
         values=values,
@@ -61,6 +62,7 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         length=border,
         first=this.memoised(("first", layer.layer_type), first) if backend == "triton" else None,
         positions=this.positions(sight) if layer.rotates_far else None,
+        query=this.query_position if layer.rotates_far else None,
         columns=sight.far.columns,
         rotary=this.rotary(q.device) if layer.rotates_far else None,
         window=window,
@@ -68,18 +70,20 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         softcap=layer.softcap,
         memoised=this.memoised,
     )
-    return decoding.decode(step, backend).unsqueeze(2)
+    if backend == "torch" and this.implementation == "eager":  # which gives weights, asked or not
+        out, weights = decode_with_weights(step, sight.columns)
+        return out.unsqueeze(2), weights.unsqueeze(2)
+    return decoding.decode(step, backend).unsqueeze(2), None
 
 
 def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> Tensor:
     """Many queries over many keys, decoded a chunk at a time: what a pass needs beside the cache is one chunk."""
-    far, near, window, t = sight.far, sight.near, layer.layout.window, q.shape[-2]
+    q, far, near, window, t = this.rotated(q), sight.far, sight.near, layer.layout.window, q.shape[-2]
     query, near_first = int(sight.query), 0 if near is None else int(near.first)
     # A soft cap is on whole scores, and what the mean adds is known behind it only.
     decodes = layer.rotates_far or (near is not None and layer.softcap is not None)
     q_far, offset = (q, None) if decodes else layer.query_in_latent_space(q)
     positions = this.positions(sight) if layer.rotates_far else None
-    last = None if positions is None else positions.amax().expand(len(positions), 1)
 
     def decode(start: int, stop: int) -> tuple[Tensor, Tensor]:
         latents = layer.restored(tuple(row[:, :, start:stop] for row in far.rows), q.dtype)
@@ -87,6 +91,7 @@ def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         keys = layer.decode(keys, "key") if decodes else keys
         if positions is not None:
             # Some kinds of scaling go by the last position of what they are asked for.
+            last = positions.amax().expand(len(positions), 1)
             cos, sin = layer.angles(q, torch.cat([positions[:, start:stop], last], dim=-1))
             keys = rotate(keys, cos[:, :-1], sin[:, :-1], layer.family.interleaved)
         return layer.for_each_head(keys), layer.for_each_head(layer.latent(latents, "value"))
@@ -107,7 +112,7 @@ def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         summed.lse += offset * layer.scaling
     exact = chunked.attend_near(
         q,
-        _near_keys(layer, this, near, sight),
+        _near_keys(layer, this, near, sight, max(near_first, 0)),
         near.values,
         window=window,
         key_first=near_first,
@@ -128,17 +133,17 @@ def all_at_once(
     Args:
         observed: only so many last queries, and their weights on the far rows in the order of the rows.
     """
-    far, near = sight.far, sight.near
+    q, far, near = this.rotated(q), sight.far, sight.near
     latents = layer.restored(far.rows, q.dtype)
     keys = layer.latent(latents, "key")
     if layer.rotates_far:
-        angles = this.angles(sight)
+        cos, sin = this.angles(sight)
         if far.columns is None:
-            angles = tuple(table[:, : keys.shape[2]] for table in angles)
+            cos, sin = cos[:, : keys.shape[2]], sin[:, : keys.shape[2]]
         else:
             columns = far.columns.long().repeat_interleave(layer.kv_heads // far.columns.shape[1], dim=1)
-            angles = tuple(at_columns(table, columns) for table in angles)
-        keys = rotate(layer.decode(keys, "key"), *angles, layer.family.interleaved)
+            cos, sin = at_columns(cos, columns), at_columns(sin, columns)
+        keys = rotate(layer.decode(keys, "key"), cos, sin, layer.family.interleaved)
     mask = this.mask(q, sight.columns)
     query, start = sight.query, 0 if observed is None else q.shape[-2] - observed
     if observed is not None:
@@ -178,17 +183,17 @@ def all_at_once(
         softcap=layer.softcap,
         **({} if observed is not None else {"dropout": this.dropout}),
     )
-    if observed is not None:
+    if observed is not None and weights is not None:
         weights = weights[..., : keys.shape[2]] if columns is None else blocks.take_columns(weights, columns)
     return out, weights
 
 
-def _near_keys(layer: AttentionLayer, this: ForwardPass, near: Near, sight: Sight) -> Tensor:
-    """Exact keys at their positions."""
+def _near_keys(layer: AttentionLayer, this: ForwardPass, near: Near, sight: Sight, first: int = 0) -> Tensor:
+    """Exact keys at their positions; angles are made of the columns from `first` on, which all of them have."""
     if not layer.rotates:
         return near.keys
-    columns = (torch.arange(near.keys.shape[-2], device=near.keys.device) + near.first).clamp_min(0)
-    cos, sin = this.angles(sight)
+    columns = (torch.arange(near.keys.shape[-2], device=near.keys.device) + near.first).clamp_min(0) - first
+    cos, sin = this.angles(sight, first)
     return rotate(near.keys, cos.index_select(1, columns), sin.index_select(1, columns), layer.family.interleaved)
 
 
@@ -200,7 +205,7 @@ def _tiles(this: ForwardPass, q: Tensor, sight: Sight, query: int) -> chunked.Ma
     if mask is None and bias is None:
         return None
 
-    def tile(start: int, stop: int, low: int, high: int) -> Tensor:
+    def tile(start: int, stop: int, low: int, high: int) -> Tensor | None:
         seen = None if mask is None else mask[..., start:stop, low:high]
         if bias is None:
             return seen

@@ -53,7 +53,7 @@ class EigenAttention(AttentionLayer):
         heads = self.project(hidden_states)  # [B, H, T, *], [B, G, T, *] twice
         if self.observer is not None:
             self.observer(self, heads, this)
-        q, k, v = this.rotated(heads.query), heads.key, heads.value
+        q, k, v = heads
         sight = self._remember(this, k if self.rotates_far else this.rotated(k), v)
         out, weights = attend(self, this, q, sight)  # [B, H, T, *]
         evict(self, this, q, sight)

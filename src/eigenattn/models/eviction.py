@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from ..cache.evicting import EvictingLayer
@@ -14,29 +15,35 @@ from .forward_pass import ForwardPass
 from .layer import AttentionLayer
 
 
+@torch.no_grad()
 def evict(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> None:
     """Have the layer's cache evict what is over its budget, after a pass, if it does that at all.
 
     Args:
-        q: queries of this pass [B, H, T, D], at their positions.
+        q: queries of this pass [B, H, T, D], before rotation.
     """
     held = this.cache.layers[layer.layer_idx] if this.evicts else None
     if not isinstance(held, EvictingLayer):
         return
     seen = held.get_seq_length()
+    first = this.first_token(q, seen).view(-1, 1, 1)
 
     @functools.cache
     def latents() -> tuple[Tensor, ...]:
         return layer.restored(sight.far.rows, q.dtype)
 
     def attention(queries: int) -> Tensor:
-        _, weights = all_at_once(layer, this, q, sight, observed=min(queries, q.shape[-2]))
-        return weights
+        observed = min(queries, q.shape[-2])
+        _, weights = all_at_once(layer, this, q, sight, observed)
+        assert weights is not None  # observed queries attend by the backend that gives them
+        # Padding sees nothing, of which the softmax makes everything.
+        padding = torch.arange(seen - observed, seen, device=q.device).view(-1, 1) < first
+        return weights.masked_fill(padding.unsqueeze(1), 0.0)
 
     def describe(columns: Tensor, kept: int, tally: Tensor | None = None) -> Held:
         return Held(
             columns=columns,
-            first=this.first_token(q, seen).view(-1, 1, 1),
+            first=first,
             seen=seen,
             queries=q.shape[-2],
             kept=kept,

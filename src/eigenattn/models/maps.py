@@ -7,6 +7,7 @@ import operator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..cache.codebook import DEGREE, Codebook
 from ..cache.layout import SIDES, Latent, Layout
@@ -34,6 +35,14 @@ class LatentMaps(nn.Module):
     kv_heads: int
     head_dim: int
     layout: Layout
+    key_encoder: nn.Parameter | None
+    key_decoder: nn.Parameter | None
+    key_mean: nn.Parameter | None
+    value_encoder: nn.Parameter | None
+    value_decoder: nn.Parameter | None
+    value_mean: nn.Parameter | None
+    key_levels: nn.Parameter | None
+    value_levels: nn.Parameter | None
 
     def _by_latent(self, name: str) -> Tensor:
         """A run-time map as [G/N, R, N * D], or a mean as [G/N, 1, N * D]."""
@@ -54,7 +63,7 @@ class LatentMaps(nn.Module):
 
     def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """Keys and values [B, G, T, D] to latents [B, G/N, T, R]; what is latent, or stored as it is, passes."""
-        vectors = dict(zip(SIDES, (keys, values), strict=True))
+        vectors = {"key": keys, "value": values}
         return tuple(
             functools.reduce(operator.add, (self._encode(vectors[side], side) for side in latent.sides))
             for latent in self.layout.latents
@@ -71,11 +80,12 @@ class LatentMaps(nn.Module):
     def codebook(self, latent: Latent) -> Codebook:
         """The quantisers of a coded latent."""
         name = f"{latent.sides[0]}_levels"
-        stored = getattr(self, name)
+        stored, widths = getattr(self, name), latent.widths
+        assert widths is not None  # it is coded
 
         def made() -> Codebook:
             levels = local_part(stored).detach().view(self.layout.count(latent), -1, DEGREE + 1)
-            return Codebook.of(levels, latent.widths)
+            return Codebook.of(levels, widths)
 
         return memoised(self, f"_{name}_codebook", [stored, latent], made)
 
@@ -92,7 +102,9 @@ class LatentMaps(nn.Module):
     def restored(self, rows: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The latents [B, G/N, S, R] of what the cache holds; packed ones in `dtype`, and others as they are."""
         return tuple(
-            self.codebook(latent).dequantise(unpack(row, latent.widths)).to(dtype) if row.dtype == torch.uint8 else row
+            row
+            if latent.widths is None or row.dtype != torch.uint8
+            else self.codebook(latent).dequantise(unpack(row, latent.widths)).to(dtype)
             for latent, row in zip(self.layout.latents, rows, strict=True)
         )
 
@@ -190,7 +202,7 @@ def joined(x: Tensor, latents: int) -> Tensor:
 
 def local_part(parameter: Tensor) -> Tensor:
     """What this process holds of a parameter that may be split over several."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def by_group(x: Tensor, kv_heads: int) -> Tensor:

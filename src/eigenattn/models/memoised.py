@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def memoised(module: nn.Module, name: str, source: list[Any], compute: Callable[[], Any]) -> Any:
@@ -28,5 +29,5 @@ def _identity(x: Any) -> Any:
     """Tells whether a tensor is the same, and holds the same, as before; anything else stands for itself."""
     if not isinstance(x, Tensor):
         return x
-    local = x.to_local() if hasattr(x, "to_local") else x
+    local = x.to_local() if isinstance(x, DTensor) else x
     return id(x), local.data_ptr(), 0 if x.is_inference() else x._version, x.dtype

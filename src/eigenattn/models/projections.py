@@ -10,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 T = TypeVar("T")
 
+Projection = nn.Linear | Conv1D
+
 
 class Heads(NamedTuple, Generic[T]):
     """Something of queries, of keys and of values."""
@@ -52,24 +54,26 @@ def join_heads(parts: Heads[Tensor], fused: str) -> Tensor:
     return torch.cat(grouped, dim=-1).reshape(*lead, -1)
 
 
-def weight_of(projection: nn.Module) -> Tensor:
+def weight_of(projection: Projection) -> Tensor:
     """The weight as [out, in]; GPT-2's Conv1D stores it the other way."""
     return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
 
 
-def like(projection: nn.Module, out_features: int, in_features: int, bias: bool, **factory) -> nn.Module:
+def like(
+    projection: Projection, out_features: int, in_features: int, bias: bool, *, device: torch.device, dtype: torch.dtype
+) -> Projection:
     """An empty projection of another size and of the same kind (`nn.Linear`, or GPT-2's `Conv1D`)."""
     if isinstance(projection, Conv1D):
         # Conv1D always has a bias and knows no factory arguments.
-        with torch.device(factory["device"]):
-            return Conv1D(out_features, in_features).to(factory["dtype"])
-    return torch.nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, **factory)
+        with device:
+            return Conv1D(out_features, in_features).to(dtype)
+    return nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype).to_empty(device=device)
 
 
-def with_weight(projection: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def with_weight(projection: Projection, weight: Tensor, bias: Tensor | None) -> Projection:
     """A new projection of the same kind holding `weight` [out, in] and `bias` [out], in the old one's dtype."""
     old = projection.weight
-    new = like(projection, *weight.shape, bias is not None, device=old.device, dtype=old.dtype)
+    new = like(projection, *weight.shape, bias=bias is not None, device=old.device, dtype=old.dtype)
     with torch.no_grad():
         weight_of(new).copy_(weight)
         if new.bias is not None:

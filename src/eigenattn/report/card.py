@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from ..cache.layout import Layout
 from ..compression.pipeline import CompressionReport
 from ..config import TARGETS
 from ..errors import EigenAttnError
-from ..files import whole
+from ..files import check_name, read_text, to_json, whole
 from ..models.checkpoint_format import EigenAttnCheckpointConfig
 from .tables import evaluation_tables, latents_in_words, layout_table, notes
 
@@ -100,10 +99,12 @@ BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 
 def check_savable(folder: Path) -> None:
     """Raise an `EigenAttnError` if a result cannot be kept with a model: it is not a compressed checkpoint's folder."""
+    check_name(folder)
     if not (folder / "README.md").is_file():
         raise EigenAttnError(
             f"{folder} is no folder with a model card: --save keeps results in a compressed checkpoint."
         )
+    read_text(folder / "README.md")
 
 
 def save_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
@@ -113,10 +114,10 @@ def save_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
         EigenAttnError: if there is no model card, or it cannot be written.
     """
     check_savable(folder)
-    card = (folder / "README.md").read_text(encoding="utf-8")
+    card = read_text(folder / "README.md")
     card = re.sub(rf"\n*{BEGIN}.*{END}\n*", "\n", card, flags=re.DOTALL).rstrip()
     with whole(folder / EVALUATION) as values, whole(folder / "README.md") as readme:
-        values.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        values.write_text(to_json(result, indent=2), encoding="utf-8")
         readme.write_text(f"{card}\n\n{BEGIN}\n{evaluation_section(result)}\n{END}\n", encoding="utf-8")
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..cache.layout import Latent, Layout
 from ..cache.packing import Widths
 from ..cache.size import bytes_per_token, cache_bytes
+from ..calibration.checks import check_length
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..models.conversion import convert_attention, eigen_layers
-from ..models.loading import DTYPES, Source, load_config
+from ..models.loading import DTYPES, Source, empty_model, load_config
 from .inspection import compression_of, layouts
 
 GIB = 2**30
@@ -98,14 +98,15 @@ def plan_capacity(
     size, gpus = tensor_parallel_size, gpus if gpus is not None else tensor_parallel_size
     if not 0 < gpu_memory_utilization <= 1:
         raise EigenAttnError(f"gpu_memory_utilization must lie in (0, 1], not {gpu_memory_utilization}.")
-    if gpu_memory <= 0 or context < 1 or size < 1 or gpus < 1:
-        raise EigenAttnError("gpu_memory, context, tensor_parallel_size and gpus must be above 0.")
+    if not 0 < gpu_memory < math.inf or context < 1 or size < 1 or gpus < 1:
+        raise EigenAttnError("gpu_memory, context, tensor_parallel_size and gpus must be numbers above 0.")
     if gpus % size:
         raise EigenAttnError(f"{gpus} GPUs cannot be split into groups of tensor_parallel_size={size}.")
     if dtype is not None and dtype not in DTYPES:
         raise EigenAttnError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
     source = Source.of(name)
     model_config = load_config(source)
+    check_length(model_config, context)
     original = layouts(model_config, None)
     compression = compression_of(source, model_config)
     if compression is not None and config is not None:
@@ -135,7 +136,7 @@ def plan_capacity(
             longest=_longest(of, free),
         )
 
-    plain = _meta(model_config)
+    plain = empty_model(source, model_config)
     before = occupancy(original, plain)
     convert_attention(plain)
     for attention, layout in zip(eigen_layers(plain), compressed, strict=True):
@@ -162,24 +163,12 @@ def weight_bytes(model: nn.Module, element_size: int, size: int = 1) -> int:
     return sum(counts) * element_size
 
 
-def _meta(config: Any) -> PreTrainedModel:
-    """The model without weights."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
 def _sequence_bytes(layers: Sequence[Layout], element_size: int, length: int, text: Any) -> int:
     """`cache_bytes`, where layers that slide hold what they see."""
     types, sliding = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
-    total = 0
-    for index, layer in enumerate(layers):
-        slides = types[index] == "sliding_attention" if types else sliding is not None
-        seen = min(length, sliding - 1) if slides and sliding else length
-        total += cache_bytes([layer], element_size, seen)
-    return total
+    slide = [types[i] == "sliding_attention" if types else sliding is not None for i in range(len(layers))]
+    seen = [min(length, sliding - 1) if slides and sliding else length for slides in slide]
+    return cache_bytes(layers, element_size, seen)
 
 
 def _longest(of: Any, free: int) -> int:

@@ -146,7 +146,8 @@ def decode_rows(layer: PagedAttention, q: Tensor, batch: DecodingRows, far: Page
         k, v = near.at(batch.rows, columns.clamp_min(0).long()).chunk(2, dim=-1)
         window = Window(k, v, column, lengths)
     step = Step(
-        q=layer.rotated(q, (lengths - 1).unsqueeze(-1)),
+        q=q,
+        query=lengths - 1,
         rows=from_page(layer.layout, far.first(batch.rows, max(batch.longest - layer.window, 0))),
         keys=layer.keys,
         values=layer.values,

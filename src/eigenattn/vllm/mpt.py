@@ -28,7 +28,7 @@ class MptAttention(nn.Module):
 
 
 class MptMLP(nn.Module):
-    """The feed-forward network of a layer."""
+    """The feed-forward part of a block."""
 
     def __init__(self, config: Any, prefix: str) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class MptMLP(nn.Module):
 
 
 class MptBlock(nn.Module):
-    """A decoder layer."""
+    """One layer of the decoder."""
 
     def __init__(self, config: Any, prefix: str) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class MptBlock(nn.Module):
     dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0},
 )
 class MptModel(nn.Module):
-    """Embeddings and decoder layers."""
+    """All layers of the decoder that this stage of a pipeline has."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class MptModel(nn.Module):
 
 
 class MptForCausalLM(nn.Module, SupportsPP):
-    """The language model."""
+    """The decoder and its head, as vLLM calls them."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..calibration.text import Text
 from ..calibration.windows import SELF, complete, load_texts, text_windows
@@ -118,7 +119,7 @@ def compress_checkpoint(
     return report
 
 
-def _windows(parts: Sequence[Tensor | int], model: nn.Module, text: CalibrationText, journal: Journal) -> Tensor:
+def _windows(parts: Sequence[Tensor | int], model: PreTrainedModel, text: CalibrationText, journal: Journal) -> Tensor:
     """All calibration windows; those the model writes go to the journal, for writing takes long."""
     finished = journal.read("windows")
     if finished is not None:

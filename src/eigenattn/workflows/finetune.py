@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..calibration.text import Text, load_text, tokenize
 from ..errors import EigenAttnError
+from ..files import read_text
 from ..finetuning import FinetuneConfig, FinetuneReport, finetune
 from ..journal import Journal, identity
 from ..models.bases_file import save_bases
@@ -60,6 +61,8 @@ def finetune_checkpoint(
         "device": device,
         "versions": versions(),
     }
+    card = Path(source.bases or source.path) / "README.md"
+    written = read_text(card) if card.is_file() else f"# {name}\n"
     with Journal(out, command) as journal:
         tokenizer = load_tokenizer(source)
         training, validation = split_windows(tokenizer, loaded, length, validation_windows)
@@ -85,9 +88,7 @@ def finetune_checkpoint(
             else:
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
-            card = Path(source.bases or source.path) / "README.md"
-            text = card.read_text(encoding="utf-8") if card.is_file() else f"# {name}\n"
-            (folder / "README.md").write_text(text + finetuning_section(facts), encoding="utf-8")
+            (folder / "README.md").write_text(written + finetuning_section(facts), encoding="utf-8")
     return report
 
 

@@ -20,10 +20,8 @@ def pairs(x: Tensor, width: int, interleaved: bool) -> Tensor:
     return rotating.unflatten(-1, (-1, 2)) if interleaved else rotating.unflatten(-1, (2, -1)).transpose(-1, -2)
 
 
-def in_pairs(x: Tensor | None, width: int, interleaved: bool) -> Tensor | None:
+def in_pairs(x: Tensor, width: int, interleaved: bool) -> Tensor:
     """x [..., D] with its leading `width` dimensions pair by pair."""
-    if x is None:
-        return None
     return torch.cat([pairs(x, width, interleaved).flatten(-2), x[..., width:]], dim=-1)
 
 
@@ -55,13 +53,16 @@ class Side:
     @property
     def codebook(self) -> Codebook:
         """What codes stand for, kept."""
-        return self._once("codebook", lambda: Codebook.of(self.levels, self.widths))
+        levels, widths = self.levels, self.widths
+        assert levels is not None and widths is not None  # latents are coded
+        return self._once("codebook", lambda: Codebook.of(levels, widths))
 
     def paired(self, width: int, interleaved: bool) -> tuple[Tensor | None, Tensor | None]:
         """Decoder [G, R, D] and mean [G, 1, D] with their leading `width` dimensions pair by pair, kept."""
         mean = None if self.mean is None else self.mean.unsqueeze(1)
+        found = self.decoder, mean
         return self._once(
-            (width, interleaved), lambda: tuple(in_pairs(x, width, interleaved) for x in (self.decoder, mean))
+            (width, interleaved), lambda: tuple(x if x is None else in_pairs(x, width, interleaved) for x in found)
         )
 
     @property
@@ -75,7 +76,7 @@ class Side:
         `x_hat = mean' + y @ U'` with `y = u (shape_0 + u (shape_1 + u shape_2))`. The mean distance of levels, s, has
         gone into the decoder, `U' = s U`, so that y is about as large as u, and the level of u = 0 into the mean.
         """
-        if self.widths is None:
+        if self.widths is None or self.levels is None:
             return self.decoder, self.mean, None
         levels = self.levels.float()
         _, a, b, c = levels.unbind(-1)
@@ -171,17 +172,17 @@ class Step:
     rows may differ in length and tensors may have room to spare.
 
     Args:
-        q: queries [B, H, D], with rotary positions already rotated to their own, scaling included. Where keys have no
-            decoder and do not rotate, [B, H, R_k].
+        q: queries [B, H, D], before rotation if keys rotate here. Where keys have no decoder and do not rotate,
+            [B, H, R_k].
         rows: what the cache holds, one tensor a latent: [B, G/N, S, R], or packed codes in uint8 [B, G/N, S, bytes].
         keys, values: how they come of rows. Without a decoder of values the output stays in their space.
         scale: multiplies the scores.
         length: columns before it are seen through latents.
         first: the first that is seen, int32 [B]; None is 0.
-        positions: position of each column, [B or 1, columns]; needed with `rotary`.
+        positions, query: position of each column, [B or 1, columns], and of the query, [B or 1]; needed with `rotary`.
         columns: where tokens were evicted, the column of each row of each head that keeps its own, [B, heads, S]; all
             lie before `length`. None: row n is column n.
-        rotary: rotates each decoded key, and each of the window, to its own position.
+        rotary: rotates queries, each decoded key, and each of the window, to its own position.
         slopes: ALiBi: `slope * column` joins the scores, [H] in fp32.
         window: the exact window.
         mask: joins the scores by column, [B or 1, H or 1, columns]: boolean (True is visible) or additive. It may hide
@@ -198,6 +199,7 @@ class Step:
     length: Count
     first: Tensor | None = None
     positions: Tensor | None = None
+    query: Tensor | None = None
     columns: Tensor | None = None
     rotary: Rotary | None = None
     slopes: Tensor | None = None
@@ -205,6 +207,12 @@ class Step:
     mask: Tensor | None = None
     softcap: float | None = None
     memoised: Callable[[Hashable, Callable[[], Any]], Any] = lambda name, compute: compute()
+
+    @property
+    def rotary_positions(self) -> tuple[Tensor, Tensor]:
+        """Positions of columns, and of queries, of a step in which they rotate."""
+        assert self.positions is not None and self.query is not None  # `check`
+        return self.positions, self.query
 
     @property
     def far_keys(self) -> Tensor:
@@ -257,5 +265,5 @@ class Step:
             raise EigenAttnError(f"{heads} query heads do not share {self.kv_heads} KV heads evenly.")
         if self.window is not None and self.size_out != self.window.values.shape[-1]:
             raise EigenAttnError("with an exact window, far values need a decoder or full rank.")
-        if self.rotary is not None and self.positions is None:
-            raise EigenAttnError("keys that rotate need positions.")
+        if self.rotary is not None and (self.positions is None or self.query is None):
+            raise EigenAttnError("queries and keys that rotate need positions.")

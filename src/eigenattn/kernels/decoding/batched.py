@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...cache.packing import unpack
-from .arguments import Rotary, Side, Step, in_pairs, pairs
+from .arguments import Rotary, Side, Step, pairs
 
 
 class _Keys(NamedTuple):
@@ -36,6 +37,21 @@ class _Keys(NamedTuple):
 
 def decode(step: Step) -> Tensor:
     """See `eigenattn.kernels.decoding.Step`."""
+    return _attend(step)[0]
+
+
+def decode_with_weights(step: Step, columns: int) -> tuple[Tensor, Tensor]:
+    """The same, and the attention weights [B, H, columns]."""
+    step.check()
+    out, weights, keys = _attend(step)
+    if keys.columns is None:
+        return out, F.pad(weights, (0, columns - keys.count))
+    places = _by_head(keys.columns.clamp(0, columns - 1).long(), weights.shape[1]).expand_as(weights)
+    return out, weights.new_zeros(*weights.shape[:2], columns).scatter_add(-1, places, weights)
+
+
+def _attend(step: Step) -> tuple[Tensor, Tensor, _Keys]:
+    """The output, the weights of what is in sight [B, H, F + N], and what that is."""
     h, g = step.q.shape[1], step.kv_heads
     keys = _in_sight(step)
     scores = _scores(step, keys, g) * step.scale  # [B, H, F + N]
@@ -63,13 +79,14 @@ def decode(step: Step) -> Tensor:
         if step.values.mean is not None:
             out = out + _by_group(far_weights.sum(-1, keepdim=True), g) * step.values.mean.unsqueeze(1)
         out = out.flatten(1, 2)
-    return out if near_values is None else out + _times(weights[..., keys.far :], near_values)
+    out = out if near_values is None else out + _times(weights[..., keys.far :], near_values)
+    return out, weights, keys
 
 
 def _in_sight(step: Step) -> _Keys:
     window, length = step.window, step.length
-    counts = [length] if window is None else [length, window.column, window.stop]
-    if step.first is None and all(isinstance(count, int) for count in counts):
+    counts = [] if window is None else [window.column, window.stop]
+    if step.first is None and isinstance(length, int) and all(isinstance(count, int) for count in counts):
         rows = step.rows if step.columns is not None else [row[:, :, :length] for row in step.rows]
         near_keys = near_values = None
         if window is not None:
@@ -110,7 +127,7 @@ def _restored(row: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
     shared = len(codebook.levels) // row.shape[1]
     of_codes = codebook.of_codes[:, ::shared]
     a, b, c, d = of_codes
-    codes = unpack(row, side.widths).float()
+    codes = unpack(row, codebook.widths).float()
     return torch.addcmul(a, codes, torch.addcmul(b, codes, torch.addcmul(c, codes, d))).to(dtype)
 
 
@@ -119,8 +136,8 @@ def _scores(step: Step, keys: _Keys, g: int) -> Tensor:
     q, side, latents = step.q, step.keys, keys.rows[step.keys.row]
     dtype = torch.promote_types(q.dtype, torch.float32)
     if step.rotary is not None:
-        q, found = _rotated(step, step.rotary, keys, latents, g)
-        return _times(q, found.transpose(-1, -2)).to(dtype)
+        queries, found = _rotated(step, step.rotary, keys, latents, g)
+        return torch.bmm(queries.flatten(0, 1), found.flatten(0, 1).transpose(-1, -2)).view(*q.shape[:2], -1).to(dtype)
     q_far = q if side.decoder is None else (_by_group(q, g) @ side.decoder.transpose(-1, -2)).flatten(1, 2)
     scores = _times(q_far, latents.transpose(-1, -2)).to(dtype)
     if side.mean is not None:
@@ -131,22 +148,23 @@ def _scores(step: Step, keys: _Keys, g: int) -> Tensor:
 
 
 def _rotated(step: Step, rotary: Rotary, keys: _Keys, latents: Tensor, g: int) -> tuple[Tensor, Tensor]:
-    """Queries [B, H, D], and keys [B, G, F + N, D] decoded and at their positions, with dimensions in one order.
+    """Queries [B, G, H/G, D], and keys [B, G, F + N, D] decoded, at their positions, with dimensions in one order.
 
-    On a CPU in fp32 they are decoded into one buffer, which is the same for all layers of a pass, pair by pair, and
-    rotated there by one product of complex numbers. Elsewhere PyTorch's complex numbers are slow or absent.
+    On a CPU in fp32 they are put into one buffer, which is the same for all layers of a pass, pair by pair, and rotated
+    there by one product of complex numbers. Elsewhere PyTorch's complex numbers are slow or absent.
     """
-    q, side, width = step.q, step.keys, rotary.width
+    q, side, width, count = _by_group(step.q, g), step.keys, rotary.width, keys.count
     turns = _turns(step, rotary, keys, g)
-    if q.dtype != torch.float32 or q.device.type != "cpu" or torch.compiler.is_compiling():
+    plain = q.dtype == latents.dtype == torch.float32 and q.device.type == "cpu"  # under autocast they may differ
+    if not plain or torch.compiler.is_compiling():
         found = _decoded(latents, side.decoder, side.mean if side.mean is None else side.mean.unsqueeze(1), g)
-        if keys.near_keys is not None:
-            found = torch.cat([found, keys.near_keys], dim=-2)
-        first, second = (found[..., dims].to(torch.promote_types(q.dtype, torch.float32)) for dims in rotary.pairs())
+        x = torch.cat([found, q] if keys.near_keys is None else [found, keys.near_keys, q], dim=-2)
+        first, second = (x[..., dims].to(torch.promote_types(q.dtype, torch.float32)) for dims in rotary.pairs())
         together = [first * turns.real - second * turns.imag, second * turns.real + first * turns.imag]
         rotated = torch.stack(together, -1).flatten(-2) if rotary.interleaved else torch.cat(together, dim=-1)
-        return q, torch.cat([rotated.to(q.dtype), found[..., width:]], dim=-1)
-    shape = (len(q), g, keys.count, q.shape[-1])
+        x = torch.cat([rotated.to(q.dtype), x[..., width:]], dim=-1)
+        return x[:, :, count:], x[:, :, :count]
+    shape = (len(q), g, count + q.shape[2], q.shape[-1])
     room = step.memoised(("room", *shape), lambda: q.new_empty(shape))
     decoder, mean = side.paired(width, rotary.interleaved)
     if decoder is None:
@@ -154,27 +172,39 @@ def _rotated(step: Step, rotary: Rotary, keys: _Keys, latents: Tensor, g: int) -
     else:
         _decoded(latents, decoder, mean, g, out=room[:, :, : keys.far])
     if keys.near_keys is not None:
-        _put(room[:, :, keys.far :], keys.near_keys, width, rotary.interleaved)
+        _put(room[:, :, keys.far : count], keys.near_keys, width, rotary.interleaved)
+    _put(room[:, :, count:], q, width, rotary.interleaved)
     torch.view_as_complex(room[..., :width].unflatten(-1, (-1, 2))).mul_(turns)
-    return in_pairs(q, width, rotary.interleaved), room
+    return room[:, :, count:], room[:, :, :count]
 
 
 def _turns(step: Step, rotary: Rotary, keys: _Keys, g: int) -> Tensor:
-    """Rotations of all keys as complex numbers, [B or 1, G or 1, F + N, width / 2]."""
-    if keys.columns is None:
-        name = ("turns", rotary, keys.count)
-        return step.memoised(name, lambda: rotary.turns(step.positions[:, : keys.count]).unsqueeze(1))
-    positions = step.positions.expand(len(keys.columns), -1)
+    """Rotations of all keys, and behind them of a group's queries, as complex numbers.
+
+    [B or 1, G or 1, F + N + H/G, width / 2].
+    """
+    columns, (positions, query) = keys.columns, step.rotary_positions
+
+    def with_queries(found: Tensor) -> Tensor:
+        own = rotary.turns(query.view(-1, 1, 1))  # [B or 1, 1, 1, width / 2]
+        b = max(len(found), len(own))
+        own = own.expand(b, found.shape[1], step.q.shape[1] // g, -1)
+        return torch.cat([found.expand(b, -1, -1, -1), own], dim=2)
+
+    if columns is None:
+        name = ("turns", rotary, keys.count, g)
+        return step.memoised(name, lambda: with_queries(rotary.turns(positions[:, : keys.count]).unsqueeze(1)))
+    positions = positions.expand(len(columns), -1)
     table = step.memoised(("turns", rotary, positions.shape), lambda: rotary.turns(positions))  # [B, columns, w/2]
 
     def at_columns() -> Tensor:
-        places = keys.columns.clamp(0, positions.shape[-1] - 1).long()
+        places = columns.clamp(0, positions.shape[-1] - 1).long()
         rows = torch.arange(len(places), device=places.device).view(-1, 1, 1)
-        return _by_head(table[rows, places], g)
+        return with_queries(_by_head(table[rows, places], g))
 
     if step.columns is not None:  # each layer evicts tokens of its own
         return at_columns()
-    return step.memoised(("turns", rotary, keys.far, keys.count), at_columns)
+    return step.memoised(("turns", rotary, keys.far, keys.count, g), at_columns)
 
 
 def _decoded(latents: Tensor, decoder: Tensor | None, mean: Tensor | None, g: int, out: Tensor | None = None) -> Tensor:
@@ -186,10 +216,11 @@ def _decoded(latents: Tensor, decoder: Tensor | None, mean: Tensor | None, g: in
         found = latents.unsqueeze(2) @ decoder.unflatten(0, (count, -1))  # [B, G/N, N, F, D]
         found = found.flatten(1, 2) if mean is None else found.flatten(1, 2) + mean
         return found if out is None else out.copy_(found)
-    decoder, mean = (x if x is None or b == 1 else x.repeat(b, 1, 1) for x in (decoder, mean))
+    if b != 1:
+        decoder, mean = decoder.repeat(b, 1, 1), None if mean is None else mean.repeat(b, 1, 1)
     rows, flat = None if out is None else out.flatten(0, 1), latents.flatten(0, 1)
-    if rows is not None and rows.data_ptr() != out.data_ptr():
-        rows = None  # a copy, of what could not be seen as one batch
+    if out is None or rows is None or rows.data_ptr() != out.data_ptr():
+        rows = None  # or a copy, of what could not be seen as one batch
     found = torch.bmm(flat, decoder, out=rows) if mean is None else torch.baddbmm(mean, flat, decoder, out=rows)
     found = found.unflatten(0, (b, g))
     return found if out is None or rows is not None else out.copy_(found)
@@ -242,4 +273,6 @@ def _shared_out(latents: Tensor, g: int) -> Tensor:
 
 def _times(x: Tensor, held: Tensor) -> Tensor:
     """Each query head's row [B, H, n] times what its KV head or latent holds [B, G/N, n, m]: [B, H, m]."""
-    return (_by_group(x, held.shape[1]) @ held).flatten(1, 2)
+    b, h = x.shape[:2]
+    rows = x.reshape(b * held.shape[1], h // held.shape[1], x.shape[-1])
+    return torch.bmm(rows, held.flatten(0, 1)).view(b, h, held.shape[-1])

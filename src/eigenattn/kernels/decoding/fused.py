@@ -20,6 +20,9 @@ the second kernel. The layout:
   of 8.
 """
 
+# Arguments of a kernel's launch are no `constexpr` yet, and a graph's list of tensors has no types of its own.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import functools
@@ -30,13 +33,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 
 from ...cache.packing import Widths
 from .arguments import Step
 from .fused_kernels import combine, decode_splits
 from .pieces import pieces
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = knobs.runtime.interpret
 LARGEST_BLOCK = 16 if INTERPRETED else 128
 MOST_SPLITS = 128  # combined in one tile
 
@@ -115,6 +119,7 @@ class _Arguments(NamedTuple):
     first: Tensor
     length: Tensor
     positions: Tensor | None
+    query: Tensor | None
     near_keys: Tensor | None
     near_values: Tensor | None
     near_column: Tensor | None
@@ -147,8 +152,9 @@ def decode(step: Step) -> Tensor:
             ("rows", count, b), lambda: torch.full((b,), count or 0, dtype=torch.int32, device=q.device)
         )
 
-    tables = (None,) * 3 if rotary is None else (rotary.inverse_frequencies.float(), *rotary.table(LARGEST_BLOCK))
-    near = (None,) * 4
+    tables, near = (None, None, None), (None, None, None, None)
+    if rotary is not None:
+        tables = rotary.inverse_frequencies.float(), *rotary.table(LARGEST_BLOCK)
     if window is not None:
         near = window.keys, window.values, each_row(window.column), each_row(window.stop)
     arguments = _Arguments(
@@ -165,7 +171,8 @@ def decode(step: Step) -> Tensor:
         value_shape,
         each_row(step.first),
         each_row(step.length),
-        None if rotary is None else step.positions.to(torch.int32),
+        None if rotary is None else step.rotary_positions[0].to(torch.int32),
+        None if rotary is None else each_row(step.query),
         *near,
         *tables,
         step.slopes,
@@ -174,10 +181,8 @@ def decode(step: Step) -> Tensor:
     launch = torch.ops.eigenattn.decode_over_latents if compiling else _launch
     return launch(
         list(arguments),
-        *(
-            [] if side.widths is None else [x for pair in side.widths.counts for x in pair]
-            for side in (step.keys, step.values)
-        ),
+        _numbers(step.keys.widths),
+        _numbers(step.values.widths),
         step.scale,
         1.0 if rotary is None else rotary.scaling,
         step.softcap,
@@ -205,8 +210,10 @@ def _launch(
     rotates, windowed, joint = x.inverse_frequencies is not None, x.near_keys is not None, x.far_values is None
     q_small = q if x.q_small is None else x.q_small.contiguous()
     far_keys = _rows(x.far_keys)
-    far_values = far_keys if joint else _rows(x.far_values)
-    near_keys, near_values = _rows(x.near_keys), _rows(x.near_values)
+    far_values = far_keys if x.far_values is None else _rows(x.far_values)
+    near_keys, near_values, mask, positions = (
+        None if each is None else _rows(each) for each in (x.near_keys, x.near_values, x.mask, x.positions)
+    )
     widths_k, widths_v = (_widths(found) for found in (key_widths, value_widths))
     rank_v = far_values.shape[-1] if widths_v is None else widths_v.channels
     rank_k = q_small.shape[-1]
@@ -220,12 +227,11 @@ def _launch(
     layouts = [
         (0, 0, 1, 0) if each is None else _layout(each) for each in (far_keys, far_values, near_keys, near_values)
     ]
-    mask, mask_kind, mask_strides = _rows(x.mask), 0, (0, 0)
+    mask_kind, mask_strides = 0, (0, 0)
     if mask is not None:
         mask_strides = tuple(mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 1))
         mask_kind = (1 if mask.dtype == torch.bool else 2) + (2 if mask.shape[1] > 1 else 0)
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    positions = _rows(x.positions)
     _tuned[lambda choice: (b * g // (shared_v if choice["TOGETHER"] else 1), splits + windowed)](
         q,
         q_small,
@@ -238,6 +244,7 @@ def _launch(
         near_values,
         *map(_contiguous, (x.first, x.length)),
         positions,
+        None if x.query is None else x.query.contiguous(),
         *map(_contiguous, (x.near_column, x.near_stop, x.inverse_frequencies, x.cosines, x.sines)),
         mask,
         far_sums,
@@ -248,7 +255,7 @@ def _launch(
         scaling,
         softcap,
         splits,
-        near_keys.shape[2] if windowed else 0,
+        0 if near_keys is None else near_keys.shape[2],
         max(far - 1, 0).bit_length(),
         *mask_strides,
         0 if positions is None or len(positions) == 1 else positions.stride(0),
@@ -266,7 +273,7 @@ def _launch(
         KEY_PLAN=pieces(rank_k, widths_k),
         VALUE_PLAN=pieces(rank_v, widths_v),
         NEAR_PLAN=pieces(d),
-        PAIRS=x.inverse_frequencies.numel() if rotates else 0,
+        PAIRS=0 if x.inverse_frequencies is None else x.inverse_frequencies.numel(),
         INTERLEAVED=interleaved,
         MASK=mask_kind,
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
@@ -309,13 +316,13 @@ _operator = torch.library.custom_op("eigenattn::decode_over_latents", _launch, m
 
 @_operator.register_fake
 def _shape_of_output(tensors: Sequence[Tensor | None], *arguments: Any) -> Tensor:
-    q = tensors[0]
+    q = _Arguments(*tensors).q
     return q.new_empty(*q.shape[:2], arguments[-1])
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _rows(x: Tensor) -> Tensor:
     """The tensor itself if a token's elements lie together, else a copy."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -3,6 +3,9 @@
 A plan is a tuple of pieces of a latent (`fused.Piece`). Loops over plans are unrolled.
 """
 
+# Constants that a kernel computes with are `constexpr` in its signature, and numbers, tuples and loops in its body.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import math
@@ -131,7 +134,7 @@ def _masked(scores, mask, mask_h, n, seen, of_group, MASK: tl.constexpr):
 @triton.jit
 def _attend(
     q, q_small, offset, slope, keys, values, decoder, mean, shape_k, shape_v, inverse, cosines, sines,
-    low, high, start, positions, distance, scale, scaling, softcap, mask, mask_h, heads, of_group,
+    low, high, start, positions, query, distance, scale, scaling, softcap, mask, mask_h, heads, of_group,
     sums_out, sums_stride, top_out, sum_out, next_keys,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr,
     D: tl.constexpr, SIZE_Q: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
@@ -143,8 +146,8 @@ def _attend(
     The list is of `SHARED` KV heads, each of `GROUP` query heads, that have one latent of values, and one of keys for
     every `SHARED_K` of them, the next one `next_keys` elements further on; with `JOINT`, values come from that of keys.
     A score is of one KV head, so what heads have scores of is the sum of products in which the others' queries are 0.
-    Blocks begin at `start`, not behind `low`. `positions` points at the position of token 0, and ALiBi counts n +
-    `distance`. `mask` points at what token 0 finds, if it is not None.
+    Blocks begin at `start`, not behind `low`. `positions` points at the position of token 0, `query` is the
+    query's, and ALiBi counts n + `distance`. `mask` points at what token 0 finds, if it is not None.
     """
     dtype: tl.constexpr = q.dtype.element_ty
     M: tl.constexpr = heads.shape[0]
@@ -156,8 +159,8 @@ def _attend(
         first = pairs * 2 if INTERLEAVED else pairs
         second = pairs * 2 + 1 if INTERLEAVED else pairs + PAIRS
         frequency = tl.load(inverse + pairs, mask=paired, other=0.0)
-        q_a = _dimensions(q, heads, of_group, first, paired, D) * scaling
-        q_b = _dimensions(q, heads, of_group, second, paired, D) * scaling
+        q_a = _dimensions(q, heads, of_group, first, paired, D) * scaling * scaling
+        q_b = _dimensions(q, heads, of_group, second, paired, D) * scaling * scaling
         REST: tl.constexpr = D - 2 * PAIRS
         if REST:
             REST_SIZE: tl.constexpr = triton.next_power_of_2(REST) if REST > 16 else 16
@@ -176,14 +179,14 @@ def _attend(
         scores = tl.zeros([BLOCK, M], tl.float32)
         here_k, here_v = _here(shape_k, n0), _here(shape_v, n0)
         if PAIRS:
-            # The query is turned back to where the block begins, and keys by how far they stand behind: where positions
+            # The query is turned to where the block begins, and keys by how far they stand behind: where positions
             # are without gaps, by angles from a table that is the same for every block.
             where = tl.load(positions + n, mask=seen, other=2147483647)
             begin = tl.min(where, 0)
             behind = tl.where(seen, where - begin, 0)
-            angle = begin.to(tl.float32) * frequency
+            angle = (query - begin).to(tl.float32) * frequency
             cos, sin = tl.cos(angle)[:, None], tl.sin(angle)[:, None]
-            q_first, q_second = q_a * cos + q_b * sin, q_b * cos - q_a * sin
+            q_first, q_second = q_a * cos - q_b * sin, q_b * cos + q_a * sin
             if tl.max(behind, 0) < BLOCK:
                 table = behind[:, None] * PAIRS + pairs[None, :]
                 key_cos = tl.load(cosines + table, mask=paired[None, :], other=0.0)
@@ -252,7 +255,7 @@ def _attend(
 )
 def decode_splits(
     q, q_small, offset, slopes, far_keys, far_values, decoder, mean, key_shape, value_shape, near_keys, near_values,
-    firsts, lengths, positions, near_columns, near_stops, inverse, cosines, sines,
+    firsts, lengths, positions, queries, near_columns, near_stops, inverse, cosines, sines,
     mask, far_sums, near_sums, tops, totals,
     scale, scaling, softcap, splits, near_tokens, bucket, mask_b, mask_h, positions_b,
     fk_b, fk_g, fv_b, fv_g, nk_b, nk_g, nv_b, nv_g,
@@ -264,7 +267,7 @@ def decode_splits(
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr,
     JOINT: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """One split of the sequence, or the exact window, of one row and KV head, or of all that share a latent of values."""
+    """One split of the sequence, or the exact window, of a row and KV head, or of all that share a latent of values."""
     SHARED: tl.constexpr = SHARED_V if TOGETHER else 1
     LISTS: tl.constexpr = G // SHARED
     row, g = tl.program_id(0) // LISTS, tl.program_id(0) % LISTS * SHARED
@@ -275,8 +278,10 @@ def decode_splits(
     of_group = member < GROUP * SHARED
     heads = row * H + g * GROUP + member
     first, length = tl.load(firsts + row), tl.load(lengths + row)
+    query = 0
     if PAIRS:
         positions += row.to(tl.int64) * positions_b
+        query = tl.load(queries + row)
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + g * GROUP + member, mask=of_group, other=0.0)
@@ -307,7 +312,7 @@ def decode_splits(
             far_values + (row.to(tl.int64) * fv_b + g // SHARED_V * fv_g) * FV_VEC,
             decoder_of_head, mean_of_head, shape_k, shape_v, inverse, cosines, sines,
             tl.maximum(first, start), tl.minimum(length, start + each), start,
-            positions, -length, scale, scaling, softcap, mask, mask_h, heads, of_group,
+            positions, query, -length, scale, scaling, softcap, mask, mask_h, heads, of_group,
             far_sums + split * RANK_V, splits * RANK_V, top_out, sum_out, fk_g.to(tl.int64) * FK_VEC,
             FK_STRIDE, FV_STRIDE, KEY_PLAN, VALUE_PLAN, D, SIZE_Q, PAIRS, INTERLEAVED, BLOCK,
             MASK, UPCAST, GROUP, RANK, RANK_V, SHARED, SHARED_K, JOINT,
@@ -333,7 +338,7 @@ def decode_splits(
                 near_keys + (row.to(tl.int64) * nk_b + (g + h) * nk_g) * NK_VEC,
                 near_values + (row.to(tl.int64) * nv_b + (g + h) * nv_g) * NV_VEC,
                 None, None, None, None, inverse, cosines, sines, low, stop, low // BLOCK * BLOCK,
-                own_positions, column - length, scale, scaling, softcap, own_mask, mask_h, heads + first_head,
+                own_positions, query, column - length, scale, scaling, softcap, own_mask, mask_h, heads + first_head,
                 of_one, near_sums, D, top_out + first_head * (splits + 1), sum_out + first_head * (splits + 1), 0,
                 NK_STRIDE, NV_STRIDE, NEAR_PLAN, NEAR_PLAN, D, D, PAIRS, INTERLEAVED, BLOCK,
                 MASK, UPCAST, GROUP, D, D, 1, 1, False,

@@ -14,9 +14,8 @@ def _vectors(stored: Tensor, side: Side, g: int) -> Tensor:
     """Latents [n, R] or packed codes [n, bytes] of KV head g, decoded [n, D]."""
     z = stored.float()
     if side.widths is not None:
-        planes = zip(
-            side.widths.split(unpack(stored, side.widths)), side.widths.split(side.levels[g], dim=0), strict=True
-        )
+        widths, levels = side.codebook.widths, side.codebook.levels[g]
+        planes = zip(widths.split(unpack(stored, widths)), widths.split(levels, dim=0), strict=True)
         z = torch.cat(
             [level_table(of.float(), bits).T.gather(0, codes.long()) for (bits, codes), (_, of) in planes], dim=-1
         )
@@ -31,27 +30,33 @@ def _at(count: Count | None, row: int) -> int:
     return count if isinstance(count, int) else int(count[row])
 
 
+def _of_head(stored: Tensor, g: int, kv_heads: int) -> Tensor:
+    """Of what heads may share [G/N, ...], what KV head g has."""
+    return stored[g // (kv_heads // len(stored))]
+
+
 def decode(step: Step) -> Tensor:
     """See `eigenattn.kernels.decoding.Step`."""
     b, h = step.q.shape[:2]
     window, mask = step.window, step.mask
     if mask is not None:
         mask = mask.expand(b, h, -1)
+    q = step.q.float()
+    if step.rotary is not None:
+        positions, query = (x.expand(b, *x.shape[1:]) for x in step.rotary_positions)
+        q = step.rotary.rotate(q, query.unsqueeze(-1))
     out = torch.zeros(b, h, step.size_out, device=step.q.device)
     for row in range(b):
         first, length = _at(step.first, row), _at(step.length, row)
         for head in range(h):
             g = head // (h // step.kv_heads)
-
-            def held(stored: Tensor, g: int = g, row: int = row) -> Tensor:
-                return stored[row, g // (step.kv_heads // stored.shape[1])]
-
             columns = torch.arange(step.far_keys.shape[2], device=out.device)
             if step.columns is not None:
-                columns = held(step.columns).long()
+                columns = _of_head(step.columns[row], g, step.kv_heads).long()
             seen = (columns >= first) & (columns < length)
             columns = columns[seen]
-            k, v = (_vectors(held(step.rows[side.row])[seen], side, g) for side in (step.keys, step.values))  # [n, D]
+            latents = [_of_head(each[row], g, step.kv_heads)[seen] for each in step.rows]
+            k, v = (_vectors(latents[side.row], side, g) for side in (step.keys, step.values))  # [n, D]
             if window is not None:
                 column, stop = _at(window.column, row), _at(window.stop, row)
                 from_, to = max(first, length) - column, min(stop - column, window.keys.shape[-2])
@@ -60,8 +65,8 @@ def decode(step: Step) -> Tensor:
                 v = torch.cat([v, window.values[row, g, slots].float()])
                 columns = torch.cat([columns, torch.arange(column + slots.start, column + slots.stop, device=k.device)])
             if step.rotary is not None:
-                k = step.rotary.rotate(k, step.positions[row if len(step.positions) > 1 else 0, columns])
-            scores = k @ step.q[row, head].float() * step.scale
+                k = step.rotary.rotate(k, positions[row, columns])
+            scores = k @ q[row, head] * step.scale
             if step.softcap is not None:
                 scores = step.softcap * torch.tanh(scores / step.softcap)
             if step.slopes is not None:
