@@ -143,7 +143,7 @@ def test_a_base_model_is_found_from_any_folder(tmp_path, monkeypatch):
     nudged(1).save_pretrained("base")
     assert len(eigen_layers(load_model(Source.of("../bases")))) == 3
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(EigenAttnError, match="is gone: put it back, or load it and use eigenattn.attach"):
+    with pytest.raises(EigenAttnError, match="is gone: put it back, or load it"):
         Source.of("../bases")
 
 
