@@ -43,7 +43,7 @@ def check_tokens(input_ids: Tensor, model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def checked(model: nn.Module) -> Iterator[None]:
+def checked(model: PreTrainedModel) -> Iterator[None]:
     """Have a model refuse tokens that it does not know, and predictions that are no numbers, whoever calls it within.
 
     Raises:

