@@ -28,15 +28,15 @@ from eigenattn import EigenAttentionConfig
 from eigenattn.cache.rules import EVICTION_RULES, Eviction
 from eigenattn.cache.size import baseline_bytes_per_token, cache_bytes, kv_ratio
 from eigenattn.calibration.text import load_text, tokenize
-from eigenattn.compression.checkpoint import compress_checkpoint
 from eigenattn.compression.folding import attach
 from eigenattn.evaluation.paired import difference, exponential, mean
 from eigenattn.evaluation.perplexity import windows_of
 from eigenattn.evaluation.reading import read, through_eviction
 from eigenattn.evaluation.retrieval import Needles, copying, find_needles
-from eigenattn.models.conversion import convert_attention, eigen_layers
+from eigenattn.models.conversion import convert_attention, eigen_layers, layouts_of
 from eigenattn.models.loading import Source, load_model, load_tokenizer
 from eigenattn.version import versions
+from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
 
 PIECE = 16  # tokens of what follows the prompt that are read at a time; fewer than any rule takes for a prompt
 HALF = 2  # bytes of an element
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints, kept between runs")
     parser.add_argument("--kv-ratio", type=float, default=0.5)
-    parser.add_argument("--bits", type=float, default=2.0)
+    parser.add_argument("--coded-kv-ratio", type=float, default=0.125)
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.2], help="shares of the prompt")
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--samples", type=int, default=32)
@@ -109,10 +109,7 @@ def main() -> None:
                 args.model,
                 folder,
                 config,
-                texts=[args.calibration],
-                samples=args.samples,
-                length=args.calibration_length,
-                seed=args.seed,
+                CalibrationText([args.calibration], args.samples, args.calibration_length, args.seed),
                 dtype="float32",
                 progress=True,
             )
@@ -122,7 +119,7 @@ def main() -> None:
         model = load_model(source, "float32")
         convert_attention(model)
         for attention in eigen_layers(model):
-            attach(attention, None, None, args.window)
+            attach(attention, (), args.window)
         return model
 
     args.work.mkdir(parents=True, exist_ok=True)
@@ -131,8 +128,9 @@ def main() -> None:
         f"KV ratio {args.kv_ratio:g}": lambda: compressed(
             EigenAttentionConfig(kv_ratio=args.kv_ratio, window=args.window), f"r{args.kv_ratio:g}"
         ),
-        f"{args.bits:g} bits": lambda: compressed(
-            EigenAttentionConfig(bits_per_element=args.bits, window=args.window), f"b{args.bits:g}"
+        f"{16 * args.coded_kv_ratio:g} bits": lambda: compressed(
+            EigenAttentionConfig(coded=True, kv_ratio=args.coded_kv_ratio, window=args.window),
+            f"c{args.coded_kv_ratio:g}",
         ),
     }
     evictions = [None, *(Eviction(rule, budget) for budget in args.budgets for rule in EVICTION_RULES)]
@@ -142,7 +140,7 @@ def main() -> None:
         if all(key in results["cells"] for key in keys):
             continue
         model = load()
-        layers = eigen_layers(model)
+        layers = layouts_of(model)
         for key, eviction in keys.items():
             if key in results["cells"]:
                 continue
@@ -153,8 +151,7 @@ def main() -> None:
             first = first or results["cells"].get("full rank/none", {}).get("window_nll") or nll
             increase = exponential(difference(nll, first))
             found = find_needles(model, tokenizer, held_out, needles, reader)
-            kept = eviction.kept(prompt) if eviction else None
-            size = cache_bytes(layers, HALF, prompt, args.window, kept)
+            size = cache_bytes(layers, HALF, prompt, eviction.kept(prompt) if eviction else None)
             results["cells"][key] = {
                 "latents": latents,
                 "evict": rule,

@@ -19,12 +19,12 @@ import torch
 
 from eigenattn import EigenAttentionConfig
 from eigenattn.calibration.text import load_text, tokenize
-from eigenattn.compression.checkpoint import compress_checkpoint
 from eigenattn.evaluation.perplexity import perplexity, windows_of
 from eigenattn.finetuning import FinetuneConfig, finetune
-from eigenattn.finetuning.checkpoint import finetune_checkpoint, split_windows
 from eigenattn.models.loading import Source, load_model, load_tokenizer
 from eigenattn.version import versions
+from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
+from eigenattn.workflows.finetune import finetune_checkpoint, split_windows
 
 VALIDATION_WINDOWS = 4
 VALIDATIONS = 2
@@ -62,10 +62,7 @@ def main() -> None:
             args.model,
             compressed,
             EigenAttentionConfig(kv_ratio=args.kv_ratio, window=args.window),
-            texts=[args.calibration],
-            samples=args.samples,
-            length=args.length,
-            seed=args.seed,
+            CalibrationText([args.calibration], args.samples, args.length, args.seed),
             dtype="float32",
             progress=True,
         )

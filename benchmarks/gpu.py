@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-RANKS = "--ranks 64,96 --ranks 64,64 --ranks 80,80 --bits 2.5 --shared-values 4 --joint"
+RANKS = "--ranks 64,96 --ranks 64,64 --ranks 80,80 --bits 2.5 --share 1-4 --share 1kv"
 CONTEXTS = [2**exponent for exponent in range(12, 22)]  # 4k to 2M
 
 

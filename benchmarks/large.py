@@ -46,15 +46,15 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 from eigenattn import EigenAttentionConfig
-from eigenattn.compression.checkpoint import compress_checkpoint
+from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
 arguments = json.loads(sys.argv[1])
-config = EigenAttentionConfig(**arguments.pop("config"))
+config, text = EigenAttentionConfig(**arguments.pop("config")), CalibrationText(**arguments.pop("text"))
 def most():  # of this process since it began: getrusage would count the one that started it
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 imported = most()
 start = time.perf_counter()
-report = compress_checkpoint(arguments.pop("model"), Path(arguments.pop("out")), config, **arguments)
+report = compress_checkpoint(arguments.pop("model"), Path(arguments.pop("out")), config, text, **arguments)
 found = {"seconds": time.perf_counter() - start, "stages": report.seconds, "kv_ratio": report.kv_ratio}
 print(json.dumps({**found, "imported": imported, "peak": most()}))
 """
@@ -133,10 +133,7 @@ def run(folder: Path, device: str, window: int) -> dict:
         "model": str(folder / "model"),
         "out": str(out),
         "config": {"kv_ratio": 0.5, "window": window},
-        "texts": [str(folder / "text.txt")],
-        "samples": SAMPLES,
-        "length": LENGTH,
-        "seed": 0,
+        "text": {"sources": [str(folder / "text.txt")], "samples": SAMPLES, "length": LENGTH},
         "device": device,
     }
     start = time.perf_counter()

@@ -21,46 +21,15 @@ from torch import Tensor, nn
 
 from eigenattn.calibration.statistics import Batch
 from eigenattn.calibration.text import load_text, sample_windows, tokenize
+from eigenattn.evaluation.grid import Cell, Grid
 from eigenattn.evaluation.paired import difference, exponential, mean
 from eigenattn.evaluation.perplexity import perplexity, windows_of
 from eigenattn.evaluation.retrieval import copying
-from eigenattn.evaluation.sweep import Cell, Grid, SweepModel, sizes
+from eigenattn.evaluation.sweep import SweepModel, sizes
 from eigenattn.files import whole
 from eigenattn.models.loading import Source, load_model, load_tokenizer
 from eigenattn.progress import TokenProgress
 from eigenattn.version import versions
-
-
-def cells_of(names: list[str], ratios: list[float]) -> list[Cell]:
-    """Cells from names like `attention/sensitivity/32`.
-
-    In `attention:3/sensitivity/32` 3 heads share a latent, in `attention:1-3/sensitivity/32` they share one of values
-    only, and in `attention:3kv/sensitivity/32` their keys and values share one,
-    in `attention~0.3/sensitivity/32` moments are shrunk by 0.3, and in `attention+refit/sensitivity/0` decoders are
-    refitted.
-    """
-    cells = []
-    for name in names:
-        kind, rule, window = name.split("/")
-        kind, _, refit = kind.partition("+")
-        kind, _, shrinkage = kind.partition("~")
-        basis, _, shared = kind.partition(":")
-        keys, _, values = shared.removesuffix("kv").partition("-")
-        cells += [
-            Cell(
-                basis,
-                rule,
-                int(window),
-                int(keys or 1),
-                ratio,
-                refit=refit == "refit",
-                shrinkage=float(shrinkage or 0),
-                joint=shared.endswith("kv"),
-                shared_values=int(values) if values else None,
-            )
-            for ratio in ratios
-        ]
-    return cells
 
 
 def judge(model: nn.Module, windows: Tensor, copies: int) -> dict[str, Any]:
@@ -82,9 +51,8 @@ def main() -> None:
         "--cells",
         nargs="+",
         required=True,
-        help="basis/ranks/window; basis:N where N heads share a latent, basis:N-M where M of them share one of values, "
-        "basis:Nkv where their keys and values share one, "
-        "basis~S with shrinkage S, basis+refit",
+        help="such as attention/sensitivity/32: basis, rank rule and window; attention:3kv where latents are shared "
+        "(3, 1-3 or 3kv), attention~0.3 with shrinkage, attention+refit with decoders refitted",
     )
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.6, 0.5, 0.4])
     parser.add_argument("--samples", type=int, default=32)
@@ -121,7 +89,7 @@ def main() -> None:
     baseline = results["baseline"]
     print(f"baseline {baseline['perplexity']:.3f}, copying {baseline['copying']:.4f}", flush=True)
 
-    cells = cells_of(args.cells, args.ratios)
+    cells = [Cell.of(name, ratio, args.rank_multiple) for name in args.cells for ratio in args.ratios]
     grid = Grid(args.ratios, rank_multiple=args.rank_multiple)
     subject = SweepModel(
         model, [Batch(window) for window in calibration.split(1)], grid, TokenProgress(True), share_costs=False
@@ -130,16 +98,16 @@ def main() -> None:
         key = f"{cell.method}/{args.rank_multiple}/{cell.kv_ratio}"
         if key in results["cells"]:
             continue
-        before = subject.seconds.get("ranks", 0.0)
+        before = subject.clock.seconds.get("ranks", 0.0)
         subject.compress(cell, {})
         found = judge(model, windows, args.copy_windows)
         nll = found.pop("window_nll")
         results["cells"][key] = found | {
-            "kv_ratio": sizes(subject.layers, args.length)["kv_ratio"],
+            "kv_ratio": sizes(subject.layouts, args.length)["kv_ratio"],
             "relative_increase": exponential(difference(nll, baseline["window_nll"])).value - 1,
             "standard_error": difference(nll, baseline["window_nll"]).error,
-            "ranks": [[attention.rank_k, attention.rank_v] for attention in subject.layers],
-            "rank_seconds": subject.seconds["ranks"] - before,
+            "ranks": [[latent.rank for latent in layout.latents] for layout in subject.layouts],
+            "rank_seconds": subject.clock.seconds["ranks"] - before,
         }
         subject.restore()
         save()

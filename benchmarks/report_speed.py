@@ -123,10 +123,9 @@ def kernel(result: dict) -> list[str]:
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
     if result.get("bits"):
         options += f" --bits {result['bits']:g}"
-    if result.get("shared_values", 1) > 1:
-        options += f" --shared-values {result['shared_values']}"
-    if result.get("joint"):
-        options += " --joint"
+    shared = [f"1-{result['shared_values']}"] if result.get("shared_values", 1) > 1 else []
+    shared += ["1kv"] if result.get("joint") else []
+    options += "".join(f" --share {each}" for each in result.get("share", shared))
     command = f"    eigenattn benchmark kernel {options} \\\n        --dtype {result['shape']['dtype']} --rounds "
     command += (
         f"{result['rounds']}{''.join(f' --ranks {k},{v}' for k, v in result['ranks'])} --results benchmarks/results"

@@ -7,11 +7,12 @@ commands that every section states.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from eigenattn.compression.ranks import RANK_RULES
+from eigenattn.config import Sharing
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
@@ -24,7 +25,7 @@ INTRODUCTIONS = {
     "bits": """\
 ## Bits an element
 
-Latents quantised channel by channel, and what plain quantisation costs beside the same exact window: keys per channel
+Latents coded channel by channel, and what plain quantisation costs beside the same exact window: keys per channel
 and before rotation, values per token, scales and zero points counted (`plain`); and transformers' own quantised caches
 (`quanto`, `hqq`), which read in pieces of 32 tokens. Bits are those of the latents for each
 element of the original cache, which has 16. "Whole cache" is all that is allocated at 1,024 tokens, window included,
@@ -36,7 +37,7 @@ against the original's. KL is the divergence of predictions from the original's,
 ## Longer contexts
 
 Windows of 4,096 and of 8,192 tokens, for calibration and evaluation alike: calibrated on windows of 1,024, copying at
-4,096 loses three times as much (see [decisions](decisions.md)). Copying is the share of tokens guessed right
+4,096 loses three times as much (see [rules](rules.md)). Copying is the share of tokens guessed right
 in the second copy of half as many tokens repeated, of which the exact window is a small part; behind it the paired
 difference.
 """,
@@ -161,18 +162,21 @@ def _long(sweep: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _shares_values(cell: dict[str, Any]) -> bool:
-    """Whether more heads share values than share keys."""
-    return cell.get("shared_values") not in (None, cell.get("shared_heads", 1))
+def _sharing(cell: dict[str, Any]) -> Sharing:
+    """Which latents are shared; cells were written with a name for each kind of sharing before they had `share`."""
+    if "share" in cell:
+        return Sharing.of(cell["share"])
+    keys = cell.get("shared_heads", 1)
+    return Sharing(keys, cell.get("shared_values") or keys, bool(cell.get("joint")))
 
 
 def _latents(cell: dict[str, Any]) -> str:
-    shared = cell.get("shared_heads", 1)
-    if cell.get("joint"):
-        return f"latents that keys and values of {shared} heads share" if shared > 1 else "latents of keys and values"
-    if _shares_values(cell):
-        return f"latents, of values of {cell['shared_values']} heads"
-    return "**latents**" if shared == 1 else f"latents that {shared} heads share"
+    keys, values, both = _sharing(cell)
+    if both:
+        return f"latents that keys and values of {keys} heads share" if keys > 1 else "latents of keys and values"
+    if values != keys:
+        return f"latents, of values of {values} heads"
+    return "**latents**" if keys == 1 else f"latents that {keys} heads share"
 
 
 def _calibration(sweep: dict[str, Any]) -> list[str]:
@@ -224,11 +228,16 @@ def _curves(sweep: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _command(kind: str, model: str, sweep: dict[str, Any]) -> str:
-    """The command that a sweep came from, out of its own cells; joint latents go with one of their own."""
+    """The commands that a sweep came from, out of its own cells: plain and coded latents have one of their own."""
     found = sweep["cells"].values()
     rivals = [cell["method"] for cell in found if _is_rival(cell)]
     measured = [cell for cell in found if not _is_rival(cell)]
-    groups = [[cell for cell in measured if bool(cell.get("joint")) == joint] for joint in (False, True)]
+    # Where keys and values are one latent, and where they are two, other ratios may have been asked for.
+    groups = [
+        [cell for cell in measured if (_is_coded(cell), _sharing(cell).joint) == (coded, joint)]
+        for joint in (False, True)
+        for coded in (False, True)
+    ]
     commands = [
         _one_command(kind, model, sweep, cells, rivals if number == 0 else [])
         for number, cells in enumerate(filter(None, groups))
@@ -236,27 +245,38 @@ def _command(kind: str, model: str, sweep: dict[str, Any]) -> str:
     return "".join(commands)
 
 
+def _is_coded(cell: dict[str, Any]) -> bool:
+    return bool(cell.get("bits_per_element"))
+
+
 def _one_command(kind: str, model: str, sweep: dict[str, Any], cells: list[dict[str, Any]], rivals: list[str]) -> str:
-    def several(name: str, of: str, among: list[dict[str, Any]] = cells) -> str:
-        values = list(dict.fromkeys(cell[of] for cell in among if cell.get(of) is not None))
-        return f" --{name} {','.join(map(str, values))}" if values else ""
+    def several(name: str, values: Iterable[Any]) -> str:
+        found = dict.fromkeys(value for value in values if value is not None)
+        return f" --{name} {','.join(map(str, found))}" if found else ""
+
+    def of(name: str) -> list[Any]:
+        return [cell.get(name) for cell in cells]
 
     texts = list(dict.fromkeys(cell["calibration"] for cell in cells))
     sources = "".join(f" --text {text.removesuffix(', first part')}" for text in texts)
     settings, copies = sweep["settings"], sweep["baseline"]["copying"]["items"]
-    sizes = several("kv-ratio", "asked", [cell for cell in cells if not cell.get("bits_per_element")])
-    sizes += several("bits-per-element", "bits_per_element")
-    choices = several("basis", "basis") + several("ranks", "ranks") if kind == "limits" else ""
+    sizes = (" --coded" if _is_coded(cells[0]) else "") + several(
+        "kv-ratio", (f"{cell['asked'] / (16 if _is_coded(cell) else 1):g}" for cell in cells)
+    )
+    choices = several("basis", of("basis")) + several("ranks", of("ranks")) if kind == "limits" else ""
     # Without a window decoders are refitted unless one says otherwise.
     refit = " --no-refit" if any(not (cell["window"] or cell.get("refit")) for cell in cells) else ""
-    shrinkage = several("shrinkage", "shrinkage") if any(cell.get("shrinkage") for cell in cells) else ""
-    shared = several("shared-heads", "shared_heads") + (" --joint" if cells[0].get("joint") else "")
-    if any(map(_shares_values, cells)):
-        shared += several("shared-values", "shared_values")
+    shrinkage = several("shrinkage", of("shrinkage")) if any(of("shrinkage")) else ""
+    shared = several("share", (str(_sharing(cell)) for cell in cells))
     length = "" if settings["length"] == USUAL_LENGTH else f" --length {settings['length']}"
     options = [
-        sizes + choices + several("window", "window") + shared + refit + shrinkage,
-        f"{' --each-text' if len(texts) > 1 else ''}{sources}{several('samples', 'samples')}{length}",
+        sizes
+        + choices
+        + several("window", of("window"))
+        + ("" if shared == " --share 1" else shared)
+        + refit
+        + shrinkage,
+        f"{' --each-text' if len(texts) > 1 else ''}{sources}{several('samples', of('samples'))}{length}",
         f"{f' --rivals {chr(44).join(rivals)}' if rivals else ''}"
         + "".join(f" --evaluation-text {row['source']}" for row in settings["evaluation"] if kind != "texts"),
         f" --tokens {settings['protocol']['tokens_read']} --copies {copies} --dtype {settings['protocol']['dtype']}",

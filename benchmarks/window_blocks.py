@@ -17,7 +17,7 @@ from eigenattn.calibration.statistics import Batch, LayerMoments, collect_moment
 from eigenattn.calibration.text import load_text, sample_windows, tokenize
 from eigenattn.compression.bases import eigen
 from eigenattn.compression.folding import attach
-from eigenattn.kernels import windowed
+from eigenattn.kernels import blocks
 from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.models.loading import Source, load_model, load_tokenizer
 from eigenattn.version import versions
@@ -49,12 +49,12 @@ def main() -> None:
     found = {"plain": seconds()}
     bases = [eigen(moments) for moments in collect_moments(model, layers, [first], LayerMoments.of)]
     for window in (0, WINDOW):
-        for attention, (keys, values) in zip(layers, bases, strict=True):
-            attach(attention, keys.truncate(RANK), values.truncate(RANK), window)
+        for attention, of_layer in zip(layers, bases, strict=True):
+            attach(attention, [basis.truncate(RANK) for basis in of_layer], window)
         if not window:
             found["latents, no window"] = seconds()
     for block in (64, 128, 256, 512, 1024):
-        windowed.QUERY_BLOCK = block
+        blocks.QUERY_BLOCK = block
         found[f"window, blocks of {block}"] = seconds()
     for name, value in found.items():
         print(f"{name}: {value:.3f} s, {value / found['plain']:.2f} of plain")

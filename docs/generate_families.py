@@ -33,8 +33,18 @@ RESTRICTIONS = """\
 - With the rope types `dynamic` and `longrope`, all cached keys take the new frequencies once the text passes the length
   where these change. The original keeps the old ones for keys it has rotated already, so from there on cached logits
   differ from its. Without a cache both compute the same, and so do they below that length.
-- Cached keys of rotary models are taken to stand one position apart, up to the current token. Padding on the left is
-  fine; padding inside a row, `position_ids` that jump, and packed sequences are not, once there is a cache.
+- Positions are stored with the cached tokens, as the model was given them. So padding before, behind or inside a text,
+  `position_ids` that jump, and rows of several packed texts are right with a cache as without one. Who sees whom is the
+  mask's to say: transformers tells packed texts apart by their positions only where there is neither a mask nor a
+  cache. With one, pass a mask over columns, [B, 1, T, columns].
+- The exact window is the last `W` columns, hidden ones included: of a text with padding inside or behind it, fewer
+  tokens than `W` are exact until as many more have come.
+- Masks that show what comes later, as images in a prompt have them, are honoured with a window and without: what comes
+  later is near, and exact. Only tokens of the same pass can be shown.
+- With the exact window, and where tokens are evicted, FlashAttention and FlexAttention raise an error: load with
+  `attn_implementation="sdpa"`.
+- A static cache in which every layer slides raises an error, with a window and without: it has no room for latents of
+  all tokens. Use a dynamic one.
 - Continuous batching (`generate_batch`) keeps a paged cache of full-rank heads. With a compressed model each request
   ends with an error.
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-sys.path.insert(0, str(Path(__file__).parent))  # test modules share tests/tiny.py
+sys.path.insert(0, str(Path(__file__).parent))  # test modules share tests/tiny.py and tests/helpers.py
 
 import pytest
 import torch

@@ -1,19 +1,27 @@
 """The command line as a user meets it: in a process of its own for exit codes, in this one for speed."""
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny
+import torch
+from helpers import run
+from tiny import save_tiny, tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from eigenattn.cli import app
+from eigenattn.cli.common import emit
 from eigenattn.errors import EigenAttnError
+from eigenattn.models.loading import Source
 
 TEXT = "The quick brown fox jumps over the lazy dog; it was not amused. " * 60
 COMPRESS = ["--samples", "4", "--length", "48", "--rank-multiple", "2", "--window", "8"]
+SHORT = ["--tokens", "128", "--length", "64", "--copies", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +43,6 @@ def compressed(base, text, tmp_path_factory) -> Path:
     return out
 
 
-def run(*arguments) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
 def run_json(*arguments) -> dict:
     return json.loads(run(*arguments, "--json", "-"))
 
@@ -60,14 +62,16 @@ def test_compress_json(base, text, tmp_path):
     report = json.loads(file.read_text())
     assert 0.3 < report["kv_ratio"] <= 0.5
     assert report["bytes_per_token"] < report["baseline_bytes_per_token"]
-    assert all({"rank_k", "rank_v"} == set(layer) for layer in report["layers"])
+    assert all([latent["sides"] for latent in layer["latents"]] == [["key"], ["value"]] for layer in report["layers"])
     assert {"seconds", "forward_seconds", "peak_memory_bytes"} <= set(report)
 
 
-@pytest.mark.parametrize("target", [("--energy", "0.9"), ("--error-budget", "0.05"), ("--kv-ratio", "1.0")])
-def test_every_target(base, text, tmp_path, target):
-    report = run_json("compress", base, tmp_path / "out", "--text", text, *target, *COMPRESS)
-    assert 0 < report["kv_ratio"] <= 1
+@pytest.mark.parametrize(("target", "value"), [("energy", 0.9), ("error_budget", 0.05), ("kv_ratio", 1.0)])
+def test_every_target(base, text, tmp_path, target, value):
+    option = f"--{target.replace('_', '-')}"
+    report = run_json("compress", base, tmp_path / "out", "--text", text, option, value, *COMPRESS)
+    assert report["kv_ratio"] == 1 if target == "kv_ratio" else 0.3 < report["kv_ratio"] < 1
+    assert run_json("inspect", tmp_path / "out")["method"][target] == value
 
 
 def test_texts_mix_and_the_model_writes_its_own(base, text, tmp_path):
@@ -134,7 +138,7 @@ def test_sweep_of_calibrations(base, text, tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     options = ("--text", text, "--text", "self", "--length", "48", "--tokens", "96", "--copies", "0", "--window", "8")
     out = tmp_path / "study"
-    options = (*options, "--rivals", "plain-4", "--bits-per-element", "4", "--each-text", "--samples", "2,4")
+    options = (*options, "--rivals", "plain-4", "--coded", "--kv-ratio", "0.25", "--each-text", "--samples", "2,4")
     said = run("sweep", base, out, *options)
     assert "calibration.png" in said
     assert "4 bits" in said
@@ -176,28 +180,31 @@ def test_evicting(compressed, base, text):
 
 def test_latents_that_keys_and_values_share(base, text, tmp_path):
     options = ("--text", text, "--samples", "4", "--length", "64", "--window", "4", "--rank-multiple", "2")
-    run("compress", base, tmp_path / "out", "--joint", "--shared-heads", "2", "--kv-ratio", "0.5", *options)
-    assert "keys and values of 2 KV heads in one latent" in (tmp_path / "out" / "README.md").read_text()
+    run("compress", base, tmp_path / "out", "--share", "2kv", "--kv-ratio", "0.5", *options)
+    assert "latents of keys and values of 2 KV heads" in (tmp_path / "out" / "README.md").read_text()
     found = run_json("inspect", tmp_path / "out")
     assert 0.4 < found["kv_ratio"] <= 0.5
-    assert [layer["rank_v"] for layer in found["layers"]] == [0, 0, 0]
-    assert "rank of keys, or of both" in run("inspect", tmp_path / "out")
-    sweep = ("--kv-ratio", "0.5", "--joint", "--shared-heads", "2", *options, "--tokens", "128", "--copies", "0")
+    latents = [latent for layer in found["layers"] for latent in layer["latents"]]
+    assert [(latent["sides"], latent["heads"]) for latent in latents] == [(["key", "value"], 2)] * 3
+    assert "rank of keys and values" in " ".join(run("inspect", tmp_path / "out").split())
+    sweep = ("--kv-ratio", "0.5", "--share", "2kv", *options, "--tokens", "128", "--copies", "0")
     cells = run_json("sweep", base, tmp_path / "sweep", *sweep)["cells"]
     assert [cell["method"] for cell in cells.values()] == ["attention:2kv/sensitivity/4"]
-    assert "joint latents go with" in fails("compress", base, tmp_path / "no", "--joint", "--basis", "eigen")
+    assert "'eigen' does not support" in fails("compress", base, tmp_path / "no", "--share", "2kv", "--basis", "eigen")
+    assert "share is written" in fails("compress", base, tmp_path / "no", "--share", "2-3kv")
 
 
-def test_quantised_latents(base, text, tmp_path):
+def test_coded_latents(base, text, tmp_path):
     options = ("--text", text, "--samples", "4", "--length", "64", "--window", "4", "--rank-multiple", "4")
-    run("compress", base, tmp_path / "out", "--bits-per-element", "3", *options)
-    run("compress", base, tmp_path / "bases", "--bits-per-element", "3", "--bases-only", *options)
+    run("compress", base, tmp_path / "out", "--coded", "--kv-ratio", "0.1875", *options)
+    run("compress", base, tmp_path / "bases", "--coded", "--kv-ratio", "0.1875", "--bases-only", *options)
     for folder in (tmp_path / "out", tmp_path / "bases"):
         found = run_json("inspect", folder)
         assert 2.5 < found["kv_ratio"] * 16 <= 3
         assert sum(found["bytes_by_layer"]) == found["bytes_per_token"]
-        assert all(sum(layer["widths_k"]) == layer["rank_k"] for layer in found["layers"])
-        assert "keys of 8, 6, 4, 2 bits" in (folder / "README.md").read_text()
+        latents = [latent for layer in found["layers"] for latent in layer["latents"]]
+        assert all(sum(latent["widths"].values()) == latent["rank"] for latent in latents)
+        assert re.search(r"\| keys, channels of [8642, ]* bits \|", (folder / "README.md").read_text())
     assert "bits" in run("inspect", tmp_path / "out")
     whole, attached = (run("generate", tmp_path / name, "The quick brown") for name in ("out", "bases"))
     assert whole == attached
@@ -259,6 +266,137 @@ def test_bad_input_is_one_line(base, text, tmp_path):
     assert ".gguf" in fails("compress", tmp_path / "short.txt", out, "--text", text)
     assert not out.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exists", "short.txt"]
+
+
+def test_kinds_of_files_are_told_whatever_the_case(base, text, tmp_path):
+    (tmp_path / "MODEL.GGUF").touch()
+    (tmp_path / "MAP.JSON").write_text("[]")
+    assert Source.of(str(tmp_path / "MODEL.GGUF")).gguf_file == "MODEL.GGUF"
+    assert "must map module names" in fails("evaluate", base, "--text", text, "--device", tmp_path / "MAP.JSON", *SHORT)
+
+
+@pytest.fixture(scope="module")
+def broken_head(base, tmp_path_factory):
+    """Makes checkpoints whose head has one row multiplied by a number."""
+
+    def spoil(value: float) -> Path:
+        folder = tmp_path_factory.mktemp("broken") / "model"
+        model = AutoModelForCausalLM.from_pretrained(base)
+        with torch.no_grad():
+            model.lm_head.weight[7] *= value
+        model.save_pretrained(folder)
+        for path in base.glob("tokenizer*"):
+            (folder / path.name).write_bytes(path.read_bytes())
+        return folder
+
+    return spoil
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_predictions_that_are_no_numbers_are_refused(broken_head, text, tmp_path, temperature):
+    folder = broken_head(math.nan)
+    assert "NaN or infinite" in fails("generate", folder, "The", "--temperature", temperature, "--json", "-")
+    assert "NaN or infinite" in fails("evaluate", folder, "--text", text, *SHORT, "--json", "-")
+    assert "NaN or infinite" in fails("compress", folder, tmp_path / "out", "--text", "self", *COMPRESS)
+
+
+def test_a_loss_that_is_no_perplexity_is_refused(broken_head, text):
+    assert "nats a token is no model's" in fails("evaluate", broken_head(1e4), "--text", text, *SHORT, "--json", "-")
+
+
+def test_tasks_of_a_model_whose_predictions_are_no_numbers(broken_head, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    (tmp_path / "quiz.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}')
+    assert "NaN or infinite" in fails("evaluate", broken_head(math.nan), "--tasks", tmp_path / "quiz.jsonl")
+
+
+def test_results_hold_no_numbers_that_json_lacks(capsys):
+    emit({"a": math.nan, "b": [math.inf, 1.5], "c": {"d": (-math.inf, "NaN")}}, "-")
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found == {"a": None, "b": [None, 1.5], "c": {"d": [None, "NaN"]}}
+
+
+@pytest.mark.parametrize("temperature", ["1e-300", "inf"])
+def test_temperatures_that_are_no_numbers_to_divide_by(base, temperature):
+    assert "the temperature must be 0, or lie in" in fails("generate", base, "The", "--temperature", temperature)
+
+
+def test_plans_of_sizes_that_are_no_numbers(base):
+    for memory in ("nan", "inf"):
+        assert "numbers above 0" in fails("plan", base, "--gpu-memory", memory, "--context", "4k")
+    assert "32768 or 32k" in fails("plan", base, "--gpu-memory", "80", "--context", "9" * 400)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> Path:
+    """A model with 512 positions, which end."""
+    return save_tiny(tmp_path_factory.mktemp("learned"), "opt")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("compress", "MODEL", "OUT", "--text", "TEXT", "--length", "600", "--samples", "2", "--ranks", "uniform"),
+        ("compress", "MODEL", "OUT", "--text", "self", "--length", "600", "--samples", "2", "--ranks", "uniform"),
+        ("spectrum", "MODEL", "OUT", "--text", "TEXT", "--length", "600", "--samples", "2"),
+        ("sweep", "MODEL", "OUT", "--text", "TEXT", "--length", "600", "--samples", "2", "--tokens", "600"),
+        ("evaluate", "MODEL", "--text", "TEXT", "--length", "600", "--tokens", "600"),
+        ("evaluate", "MODEL", "--text", "TEXT", "--length", "64", "--tokens", "64", "--needles", "600", "--cached"),
+        ("generate", "MODEL", "a" * 500),
+        ("plan", "MODEL", "--gpu-memory", "80", "--context", "600"),
+        ("benchmark", "prefill", "MODEL", "--against", "MODEL", "--length", "600"),
+        ("benchmark", "decode", "MODEL", "--against", "MODEL", "--length", "500", "--new-tokens", "100"),
+        ("benchmark", "calibration", "MODEL", "--length", "600"),
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_more_tokens_than_positions(learned, text, tmp_path, command):
+    names = {"MODEL": learned, "TEXT": text, "OUT": tmp_path / "out"}
+    assert "512 positions, too few for" in fails(*(names.get(part, part) for part in command))
+
+
+def test_positions_that_end_in_training(learned, text, tmp_path):
+    run("compress", learned, tmp_path / "out", "--text", text, "--ranks", "uniform", "--kv-ratio", "0.5", *COMPRESS)
+    training = ("--text", text, "--length", "600", "--validation-windows", "1", "--steps", "1")
+    assert "512 positions, too few for" in fails("finetune", tmp_path / "out", tmp_path / "tuned", *training)
+
+
+def test_prompts_that_cannot_be_read(base, broken, tmp_path):
+    assert "the prompt is empty" in fails("generate", base, "")
+    assert "not UTF-8" in fails("generate", base, "caf\udce9")
+    tiny("llama", vocab_size=64).save_pretrained(broken)
+    assert "the model knows tokens 0 to 63" in fails("generate", broken, "abc")
+
+
+@pytest.mark.parametrize("name", [".", "/", "n" * 250, "n" * 300, "caf\udce9"])
+def test_names_that_nothing_can_be_written_by(base, text, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for verb in ("compress", "finetune", "spectrum"):
+        assert "name" in fails(verb, base, name, "--text", text)
+    assert "name" in fails("inspect", base, "--json", name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "caf\udce9"])
+def test_names_that_nothing_can_have(base, text, tmp_path, name):
+    for command in (("inspect", name), ("report", name), ("evaluate", name, "--text", text, "--save")):
+        assert "the name" in fails(*command)
+    assert "neither a file nor" in fails("compress", base, tmp_path / "out", "--text", name)
+
+
+def test_a_model_card_that_is_not_utf_8(base, broken, text, tmp_path):
+    (broken / "README.md").write_bytes(b"caf\xe9")
+    assert "README.md is not UTF-8" in fails("evaluate", broken, "--text", text, "--save")
+    assert "README.md is not UTF-8" in fails("finetune", broken, tmp_path / "out", "--text", text)
+
+
+def test_a_seed_that_is_too_large(base):
+    assert CliRunner().invoke(app, ["generate", str(base), "a", "--seed", "9" * 30]).exit_code == 2
+
+
+def test_a_plan_for_a_model_that_reads_pictures(tmp_path):
+    AutoConfig.for_model("llava").save_pretrained(tmp_path)
+    assert "could not be loaded" in fails("plan", tmp_path, "--gpu-memory", "80", "--context", "4k")
 
 
 def test_unknown_model_type(broken, text, tmp_path):

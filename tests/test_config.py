@@ -16,7 +16,7 @@ def test_json_round_trip():
         ({"kv_ratio": 0.5, "ranks": "uniform"}, "uniform"),
         ({"energy": 0.9}, "energy"),
         ({"error_budget": 0.02}, "error_budget"),
-        ({"bits_per_element": 3}, "sensitivity"),
+        ({"coded": True}, "sensitivity"),
     ],
 )
 def test_target_implies_the_rule(given, ranks):
@@ -25,6 +25,7 @@ def test_target_implies_the_rule(given, ranks):
 
 def test_default_target():
     assert EigenAttentionConfig().kv_ratio == 0.6
+    assert EigenAttentionConfig(coded=True).kv_ratio == 0.25
 
 
 @pytest.mark.parametrize(
@@ -40,11 +41,15 @@ def test_default_target():
         {"rank_multiple": 0},
         {"kv_ratio": 0.5, "energy": 0.9},
         {"energy": 0.9, "ranks": "uniform"},
-        {"bits_per_element": 0},
-        {"bits_per_element": 9},
-        {"bits_per_element": 3, "kv_ratio": 0.5},
-        {"bits_per_element": 3, "ranks": "uniform"},
-        {"bits_per_element": 3, "basis": "eigen"},
+        {"coded": True, "kv_ratio": 0.51},
+        {"coded": True, "energy": 0.9},
+        {"coded": True, "ranks": "uniform"},
+        {"coded": 1},
+        {"share": "3-2"},
+        {"share": "0"},
+        {"share": "3vk"},
+        {"share": 3},
+        {"share": "2kv", "refit": True},
         {"version": 99},
     ],
 )
@@ -65,9 +70,48 @@ def test_shrinkage_is_a_share(shrinkage):
         EigenAttentionConfig(shrinkage=shrinkage)
 
 
-def test_what_goes_with_the_attention_basis_only():
-    with pytest.raises(EigenAttnError, match="shrinkage"):
-        EigenAttentionConfig(basis="eigen", shrinkage=0.3)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1", (1, 1, False)), ("3", (3, 3, False)), ("1-3", (1, 3, False)), ("2-6", (2, 6, False)), ("3kv", (3, 3, True))],
+)
+def test_what_is_shared_is_read_and_written(text, expected):
+    sharing = EigenAttentionConfig(share=text).sharing
+    assert sharing == expected
+    assert str(sharing) == text
+    assert [heads for _, heads in sharing.kinds] == ([3] if expected[2] else list(expected[:2]))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"kv_ratio": 0.5}, {"kv_ratio": 0.5}),
+        ({"bits_per_element": 3.0}, {"coded": True, "kv_ratio": 0.1875}),
+        ({"energy": 0.9, "shared_heads": 2}, {"energy": 0.9, "share": "2"}),
+        ({"kv_ratio": 0.5, "shared_heads": 1, "shared_values": 3}, {"kv_ratio": 0.5, "share": "1-3"}),
+        ({"kv_ratio": 0.5, "shared_heads": 3, "shared_values": 3, "joint": True}, {"kv_ratio": 0.5, "share": "3kv"}),
+    ],
+)
+def test_version_1_is_read(old, new):
+    nothing = {"kv_ratio": None, "error_budget": None, "energy": None, "bits_per_element": None}
+    assert EigenAttentionConfig.from_dict({**nothing, **old, "version": 1}) == EigenAttentionConfig(**new)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bits_per_element": 0},
+        {"bits_per_element": 10**400},
+        {"bits_per_element": "3"},
+        {"shared_heads": 0},
+        {"shared_heads": True},
+        {"shared_heads": 2, "shared_values": 3},
+        {"joint": 1},
+    ],
+)
+def test_wrong_values_of_version_1_are_one_line(wrong):
+    with pytest.raises(EigenAttnError) as error:
+        EigenAttentionConfig.from_dict({**wrong, "version": 1})
+    assert "\n" not in str(error.value)
 
 
 def test_decoders_are_refitted_without_a_window():

@@ -1,13 +1,14 @@
 """Pages that are written from code say what the code does."""
 
-import importlib.util
 import json
-import sys
+import re
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from tiny import TINY, random_basis, tiny
+from helpers import script
+from tiny import TINY, some_bases, tiny
 
 from eigenattn.compression.folding import attach, fold
 from eigenattn.models.conversion import convert_attention, eigen_layers
@@ -15,16 +16,6 @@ from eigenattn.models.families import Family
 from eigenattn.models.maps import MAPS
 
 ROOT = Path(__file__).parents[1]
-
-
-def script(path: Path):
-    """A script of the repository as a module; it may import its neighbours."""
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +67,7 @@ def test_page_says_what_is_folded(generator, name):
     convert_attention(model)
     for attention in eigen_layers(model):
         traits = attention.rotates, attention.normalises, bool(attention.clip)
-        basis = random_basis(attention, 8, centred=False)
-        attach(attention, basis, basis)
+        attach(attention, some_bases(attention, sizes=(8, 8), centred=False))
         fold(attention)
         left = [name.replace("_", " ") for name in MAPS if getattr(attention, name) is not None]
         assert left == generator.at_run_time(*traits)
@@ -85,3 +75,16 @@ def test_page_says_what_is_folded(generator, name):
             side for side, size in zip(("queries", "keys", "values"), attention.projected, strict=True) if size == 8
         ]
         assert [*narrow, "output"] == generator.folded(*traits)
+
+
+def test_changelog_knows_this_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"## [{version}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_workflow_calls_targets_that_there_are():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    called = set(re.findall(r"run: make ([\w-]+)", workflow))
+    assert called == {"lint", "test", "test-oldest", "test-vllm"}
+    assert called <= set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))

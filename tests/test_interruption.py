@@ -20,9 +20,9 @@ from tiny import save_tiny
 from eigenattn import EigenAttentionConfig, EigenAttnError
 from eigenattn.cli import main
 from eigenattn.compression import resuming
-from eigenattn.compression.checkpoint import compress_checkpoint
 from eigenattn.finetuning import FinetuneConfig, training
-from eigenattn.finetuning.checkpoint import finetune_checkpoint
+from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
+from eigenattn.workflows.finetune import finetune_checkpoint
 
 # `make kills` raises it.
 KILLS = int(os.environ.get("EIGENATTN_KILLS", "2"))
@@ -47,10 +47,7 @@ def compress(workshop: Path, out: Path) -> None:
         str(workshop / "base"),
         out,
         EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=8, refit=True),
-        texts=[str(workshop / "fox.txt"), "self"],
-        samples=8,
-        length=48,
-        seed=0,
+        CalibrationText([str(workshop / "fox.txt"), "self"], samples=8, length=48),
     )
 
 

@@ -5,22 +5,27 @@ import functools
 
 import pytest
 import torch
+from helpers import generate
 from tiny import tiny, tokens
 
 from eigenattn import EigenAttentionConfig, EigenCache, compress
+from eigenattn.cache.rules import EVICTION_RULES
 from eigenattn.finetuning import FinetuneConfig, finetune
 
 # peft still reads an attribute that transformers retires.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 PROMPT = tokens(2, 48)
-EVICTION = {None: {}, "streaming": {"evict": "streaming", "budget": 16}, "snapkv": {"evict": "snapkv", "budget": 40}}
+# Tokens asked for, and those held after six more, of which SnapKV evicts none.
+BUDGETS = {name: 40 if name == "snapkv" else 16 for name in EVICTION_RULES}
+EVICTION = {None: {}} | {name: {"evict": name, "budget": budget} for name, budget in BUDGETS.items()}
+KEPT = {None: 53} | BUDGETS | {"snapkv": 45}
 
 
 @functools.cache
 def compressed(name, bits, window):
     model = tiny(name)
-    size = {"kv_ratio": 0.5, "ranks": "uniform"} if bits is None else {"bits_per_element": bits}
+    size = {"kv_ratio": 0.5, "ranks": "uniform"} if bits is None else {"coded": True, "kv_ratio": bits / 16}
     config = EigenAttentionConfig(**size, rank_multiple=4, window=window)
     compress(model, [tokens(4, 40, seed=3)], config, provenance={"base_model": "base"})
     return model
@@ -41,19 +46,10 @@ def test_generates(name, window, bits, finetuned, evict):
     model = (tuned if finetuned else compressed)(name, bits, window)
     cache = EigenCache(model.config, **EVICTION[evict])
     with torch.no_grad():
-        ids = model.generate(
-            PROMPT,
-            attention_mask=torch.ones_like(PROMPT),
-            past_key_values=cache,
-            use_cache=True,
-            do_sample=False,
-            max_new_tokens=6,
-            min_new_tokens=6,
-            pad_token_id=0,
-        )
+        ids = generate(model, PROMPT, length=6, past_key_values=cache, use_cache=True)
     assert ids.shape == (2, 54)
     assert cache.get_seq_length() == 53
-    assert cache.kept_tokens == {None: 53, "streaming": 16, "snapkv": 45}[evict]
+    assert cache.kept_tokens == KEPT[evict]
     held = cache.layers[0].keys
     assert (held.dtype == torch.uint8) == (bits is not None)
     assert held.shape[-2] == cache.kept_tokens - window

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +14,11 @@ from tokenizers.pre_tokenizers import Split
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from eigenattn.cache.packing import Widths
-from eigenattn.compression.bases import Basis, Quantiser
+from eigenattn.compression.basis import Basis, Quantiser
+from eigenattn.compression.folding import compress_layer
+from eigenattn.config import Sharing
 from eigenattn.models.attention import EigenAttention
+from eigenattn.models.conversion import convert_attention, eigen_layers
 
 VOCABULARY = 128
 HEAD_DIM = 16
@@ -40,6 +44,11 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+# Channels of each width, or plain ones, of the latents of keys and of values.
+WIDTHS = Widths.of({8: 3, 4: 5, 2: 3}), Widths.of({8: 2, 4: 1, 2: 6})
+RANKS = 12, 8
+# For models whose sides have every width between them.
+WIDTHS_K, WIDTHS_V = Widths.of({8: 3, 6: 2, 4: 2, 3: 3, 2: 1}), Widths.of({8: 2, 4: 1, 2: 5, 1: 1})
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 # name -> (model type, configuration)
@@ -166,18 +175,109 @@ def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def converted(name: str = "llama", **overrides) -> tuple[torch.nn.Module, list[EigenAttention]]:
+    """A tiny model whose attention is ours, at full rank, and its layers."""
+    model = tiny(name, **overrides)
+    convert_attention(model)
+    return model, eigen_layers(model)
+
+
+def some_bases(
+    attention: EigenAttention,
+    share: str = "1",
+    sizes: Sequence[int | Widths] = RANKS,
+    seed: int = 0,
+    centred: bool = True,
+) -> list[Basis]:
+    """Arbitrary bases of a layer.
+
+    Args:
+        share: which latents are shared (`Sharing`).
+        sizes: of the latents of keys and of values, ranks or widths; the first is of both where they are one.
+    """
+    sharing = Sharing.of(share)
+    latents = (
+        [(("key", "value"), sharing.keys)]
+        if sharing.joint
+        else [(("key",), sharing.keys), (("value",), sharing.values)]
+    )
+    return [
+        (random_basis if isinstance(size, int) else quantised_basis)(
+            attention, size, centred, seed + 100 * place, sides, heads
+        )
+        for place, ((sides, heads), size) in enumerate(zip(latents, sizes, strict=False))
+    ]
+
+
+def compressed(
+    name: str,
+    window: int,
+    coded: bool = False,
+    share: str = "1",
+    sizes: Sequence[int | Widths] | None = None,
+    **overrides,
+) -> torch.nn.Module:
+    """A tiny model compressed by arbitrary bases.
+
+    Args:
+        name: of the tiny model.
+        window: tokens of the exact window; 0 for none.
+        coded: whether latents are codes, of `WIDTHS`, and not plain, of `RANKS`.
+        share, sizes: as for `some_bases`; sizes by default those.
+        overrides: of the tiny model's configuration.
+    """
+    model, layers = converted(name, **overrides)
+    for index, attention in enumerate(layers):
+        compress_layer(attention, some_bases(attention, share, sizes or (WIDTHS if coded else RANKS), index), window)
+    return model
+
+
+def quantised_model(
+    name: str = "llama",
+    window: int = 6,
+    widths_k: Widths = WIDTHS_K,
+    widths_v: Widths = WIDTHS_V,
+    dtype: torch.dtype = torch.float64,
+) -> torch.nn.Module:
+    """A tiny model of quantised latents, of keys and of values apart and in every width.
+
+    In float64 rounding noise of shapes and orders stays far from the edges between codes.
+    """
+    model, layers = converted(name)
+    for index, attention in enumerate(layers):
+        compress_layer(attention, some_bases(attention, sizes=(widths_k, widths_v), seed=index), window)
+    return model.to(dtype)
+
+
 def random_basis(
-    attention: EigenAttention, rank: int, centred: bool, seed: int = 0, shared_heads: int = 1, joint: bool = False
+    attention: EigenAttention,
+    rank: int,
+    centred: bool,
+    seed: int = 0,
+    sides: tuple[str, ...] = ("key",),
+    heads: int = 1,
 ) -> Basis:
-    """An arbitrary basis: at full rank its decoder undoes its encoder, whatever its mean."""
-    g, d = attention.kv_heads // shared_heads, attention.head_dim * shared_heads * (2 if joint else 1)
+    """An arbitrary basis: at full rank its decoder undoes its encoder, whatever its mean.
+
+    Args:
+        sides, heads: whose vectors a latent is of, and of how many KV heads.
+    """
+    g, d = attention.kv_heads // heads, attention.head_dim * heads * len(sides)
     generator = torch.Generator().manual_seed(seed)
     encoder = torch.linalg.qr(torch.randn(g, d, d, generator=generator, dtype=torch.float64)).Q
     encoder = encoder * (0.5 + torch.rand(g, 1, d, generator=generator, dtype=torch.float64))
     decoder = torch.linalg.inv(encoder)
     mean = torch.randn(g, d, generator=generator, dtype=torch.float64) if centred else None
-    key_share = torch.full((g, d), 0.5) if joint else None
-    return Basis(encoder[..., :rank], decoder[:, :rank], torch.ones(g, d), mean, key_share=key_share)
+    key_share = torch.full((g, d), 0.5) if len(sides) > 1 else None
+    return Basis(
+        encoder[..., :rank],
+        decoder[:, :rank],
+        torch.ones(g, d),
+        mean,
+        sides=sides,
+        heads=heads,
+        key_share=key_share,
+    )
 
 
 def quantised_basis(
@@ -185,11 +285,11 @@ def quantised_basis(
     widths: Widths,
     centred: bool,
     seed: int = 0,
-    shared_heads: int = 1,
-    joint: bool = False,
+    sides: tuple[str, ...] = ("key",),
+    heads: int = 1,
 ) -> Basis:
-    """An arbitrary basis of quantised latents; ranges are about as wide as the tiny models' latents."""
-    basis = random_basis(attention, widths.channels, centred, seed, shared_heads, joint)
+    """An arbitrary basis of coded latents; ranges are about as wide as the tiny models' latents."""
+    basis = random_basis(attention, widths.channels, centred, seed, sides, heads)
     generator = torch.Generator().manual_seed(seed + 1)
     low, high = (3 + 2 * torch.rand(2, len(basis.encoder), widths.channels, generator=generator)).unbind()
     return dataclasses.replace(basis, quantiser=Quantiser(levels_between(-low, high, widths), widths))

@@ -4,34 +4,58 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .errors import EigenAttnError
 
-CONFIG_VERSION = 1
-DEFAULT_KV_RATIO = 0.6
-TARGETS = ("kv_ratio", "error_budget", "energy", "bits_per_element")
+CONFIG_VERSION = 2
+# Of latents in 16 bits, and of coded ones.
+DEFAULT_KV_RATIO, DEFAULT_CODED_RATIO = 0.6, 0.25
+# Codes have 8 bits at most, of 16.
+LARGEST_CODED_RATIO = 0.5
+TARGETS = ("kv_ratio", "error_budget", "energy")
 
 
 class Sharing(NamedTuple):
-    """How many neighbouring KV heads share one latent, N: one of their keys, and one of their values."""
+    """Which latents are shared: by how many neighbouring KV heads, of keys and of values, and by a token's both.
+
+    Written `1` (none), `3` (three heads), `1-3` (three heads share those of values alone), `3kv` (keys and values of
+    three heads are one latent).
+    """
 
     keys: int = 1
     values: int = 1
+    joint: bool = False
+
+    @classmethod
+    def of(cls, text: str) -> Sharing:
+        """Read the notation.
+
+        Raises:
+            EigenAttnError: if it is not in it.
+        """
+        match = re.fullmatch(r"(\d{1,4})(?:(kv)|-(\d{1,4}))?", text) if isinstance(text, str) else None
+        keys, values = (int(match[1]), int(match[3] or match[1])) if match else (0, 0)
+        if not match or not keys or values % keys or not values:
+            raise EigenAttnError(
+                f"share is written 3 (KV heads to a latent), 1-3 (of keys, and of values a multiple of it) or 3kv "
+                f"(keys and values in one), not {text!r:.60}."
+            )
+        return cls(keys, values, match[2] is not None)
+
+    def __str__(self) -> str:
+        if self.joint:
+            return f"{self.keys}kv"
+        return str(self.keys) if self.keys == self.values else f"{self.keys}-{self.values}"
 
     @property
-    def together(self) -> int:
-        """KV heads that cannot be told apart: they stay on one device, and evict the same tokens."""
-        return max(self)
-
-    def told(self, kv_heads: int) -> str:
-        """So many KV heads, as a message begins: `8 KV heads, 4 to a latent,`."""
-        return f"{kv_heads} KV heads" + (f", {self.together} to a latent," if self.together > 1 else "")
-
-
-# Latents of single heads.
-ALONE = Sharing()
+    def kinds(self) -> tuple[tuple[tuple[str, ...], int], ...]:
+        """The sides that each latent of a token is made of, and of how many KV heads."""
+        if self.joint:
+            return ((("key", "value"), self.keys),)
+        return (("key",), self.keys), (("value",), self.values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,29 +64,26 @@ class EigenAttentionConfig:
 
     The paper's own method is `basis="eigen", ranks="error_budget", window=0`.
 
-    One of the four targets is given; with none of them, `kv_ratio` is 0.6.
+    One of the three targets is given; with none of them, `kv_ratio` is 0.6, or 0.25 if latents are coded.
 
     Args:
         kv_ratio: bytes of the compressed cache over those of the original at 16 bits, in (0, 1]. The rank rule is
             searched for the largest cache that does not exceed it. 1.0 keeps full rank.
         error_budget: relative error allowed at the output of each decoder layer; implies `ranks="error_budget"`.
         energy: share of the squared singular values kept in each head, in (0, 1]; implies `ranks="energy"`.
-        bits_per_element: quantised latents, of so many bits for each element of the original cache (which has 16), in
-            (0, 8]. Ranks and bits are one choice, weighed by `sensitivity`; needs `basis="attention"`.
+        coded: whether each channel of a latent is coded in a few bits, from 0 to 8, or all are kept in the model's
+            dtype. Ranks and bits are then one choice, to a KV ratio of at most 0.5, which is 8 bits for each element of
+            the original; weighed by `sensitivity`.
         basis: name of the basis (`eigenattn.compression.bases.BASES`): `attention`, or the paper's `eigen`.
         ranks: name of the rank rule (`eigenattn.compression.ranks.RANK_RULES`); `sensitivity` for a KV ratio.
         rank_multiple: ranks are multiples of this, or the full head dimension. Quantised latents choose theirs in steps
             of 4 channels, whatever it is.
         window: how many of the last tokens are kept exactly, W; 0 is the paper's method.
-        shared_heads: how many KV heads share one latent, N; it must divide their number. Bytes are those of the KV
-            ratio whatever N is. What heads have in common is stored once, which loses less, and every head decodes from
-            the whole latent, which takes N times the arithmetic.
-        shared_values: how many share one latent of their values, a multiple of `shared_heads`, which it is by default.
-            Values are decoded after attention has summed them, so that this takes hardly any arithmetic.
-        joint: whether a token's keys and values share one latent, of each KV head or of all that share theirs. The same
-            bytes lose less, and both are decoded from the whole latent, which takes twice the arithmetic. With
-            `shared_heads` at the number of KV heads a layer caches one vector a token, as in multi-head latent
-            attention (arXiv 2405.04434).
+        share: which latents are shared (`Sharing`): `1`, `3`, `1-3`, `3kv`. The number of KV heads must be divisible.
+            Bytes are those of the KV ratio whatever is shared. What heads have in common is stored once, which loses
+            less, and every head decodes from the whole latent, which takes N times the arithmetic; values are decoded
+            after attention has summed them, so that sharing theirs alone takes hardly any. With all KV heads of a layer
+            and `kv` it caches one vector a token, as in multi-head latent attention (arXiv 2405.04434).
         shrinkage: share of the covariances of keys and values that is taken not from the calibration text but from what
             the projections make of any text, in [0, 1). It helps where texts to come are of another kind, or the
             calibration text is short.
@@ -77,91 +98,78 @@ class EigenAttentionConfig:
     kv_ratio: float | None = None
     error_budget: float | None = None
     energy: float | None = None
-    bits_per_element: float | None = None
+    coded: bool = False
     basis: str = "attention"
     ranks: str | None = None
     rank_multiple: int = 8
     window: int = 32
-    shared_heads: int = 1
-    shared_values: int | None = None
-    joint: bool = False
+    share: str = "1"
     shrinkage: float = 0.0
     refit: bool | None = None
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
+        if self.version != CONFIG_VERSION:
+            raise EigenAttnError(
+                f"this configuration has version {self.version!r:.60}, and this eigenattn reads version "
+                f"{CONFIG_VERSION}: install the eigenattn that wrote it."
+            )
+        for name, kind, words in _KINDS:
+            value = getattr(self, name)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise EigenAttnError(f"{name} must be {words}, not {value!r:.60}.")
+        self._check_target()
+        if self.rank_multiple < 1:
+            raise EigenAttnError(f"rank_multiple must be a whole number of at least 1, not {self.rank_multiple}.")
+        if self.window < 0:
+            raise EigenAttnError(f"window must be a whole number of tokens, 0 or more, not {self.window}.")
+        if not 0 <= self.shrinkage < 1:
+            raise EigenAttnError(f"shrinkage must lie in [0, 1), not {self.shrinkage!r:.60}: 0.3 is a good deal.")
+        sharing = self.sharing  # raises if it is not in the notation
+        object.__setattr__(self, "share", str(sharing))
+        if self.refit is None:
+            object.__setattr__(self, "refit", self.window == 0 and self.basis == "attention" and not sharing.joint)
+        elif type(self.refit) is not bool:
+            raise EigenAttnError(f"refit must be true or false, not {self.refit!r:.60}.")
+        if self.refit and sharing.joint:
+            raise EigenAttnError("decoders of latents that keys and values share are not refitted: leave out refit.")
+
+    def _check_target(self) -> None:
         targets = {name: getattr(self, name) for name in TARGETS}
         given = [name for name, value in targets.items() if value is not None]
         if len(given) > 1:
             raise EigenAttnError(f"{' and '.join(given)} were given together: choose one target.")
         for name in given:
-            if not isinstance(targets[name], (int, float)) or not abs(targets[name]) < math.inf:
+            if type(targets[name]) not in (int, float) or not abs(targets[name]) < math.inf:
                 raise EigenAttnError(f"{name} must be a number, not {targets[name]!r:.60}.")
-        for name in ("basis", "ranks"):
-            if not isinstance(getattr(self, name), str | None):
-                raise EigenAttnError(f"{name} must be a name, not {getattr(self, name)!r:.60}.")
         if not given:
-            object.__setattr__(self, "kv_ratio", DEFAULT_KV_RATIO)
+            object.__setattr__(self, "kv_ratio", DEFAULT_CODED_RATIO if self.coded else DEFAULT_KV_RATIO)
         if self.kv_ratio is not None and not 0 < self.kv_ratio <= 1:
             raise EigenAttnError(f"kv_ratio must lie in (0, 1], not {self.kv_ratio}: 0.6 keeps 60% of the cache.")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise EigenAttnError(f"energy must lie in (0, 1], not {self.energy}: 0.95 keeps 95% of the energy.")
         if self.error_budget is not None and self.error_budget <= 0:
             raise EigenAttnError(f"error_budget must be above 0, not {self.error_budget}: 0.02 allows 2% a layer.")
-        if self.bits_per_element is not None and not 0 < self.bits_per_element <= 8:
+        if self.coded and self.kv_ratio is None:
+            raise EigenAttnError(f"coded latents are chosen for a kv_ratio, not for {given[0]}.")
+        if self.coded and self.kv_ratio is not None and LARGEST_CODED_RATIO < self.kv_ratio < 1:
             raise EigenAttnError(
-                f"bits_per_element must lie in (0, 8], not {self.bits_per_element}: 3 keeps 3 bits of 16 on average."
+                f"codes have 8 bits at most, a kv_ratio of {LARGEST_CODED_RATIO}, not {self.kv_ratio}: "
+                "ask for less, or for latents that are not coded."
             )
-        if self.bits_per_element is not None and self.basis != "attention":
-            raise EigenAttnError(f"bits_per_element goes with basis='attention', not {self.basis!r}.")
-        if type(self.rank_multiple) is not int or self.rank_multiple < 1:
-            raise EigenAttnError(f"rank_multiple must be a whole number of at least 1, not {self.rank_multiple!r:.60}.")
-        if type(self.window) is not int or self.window < 0:
-            raise EigenAttnError(f"window must be a whole number of tokens, 0 or more, not {self.window!r:.60}.")
-        if type(self.shared_heads) is not int or self.shared_heads < 1:
-            raise EigenAttnError(f"shared_heads must be a whole number of at least 1, not {self.shared_heads!r:.60}.")
-        if self.shared_values is None:
-            object.__setattr__(self, "shared_values", self.shared_heads)
-        if type(self.shared_values) is not int or self.shared_values < 1 or self.shared_values % self.shared_heads:
-            raise EigenAttnError(
-                f"shared_values must be a multiple of shared_heads, {self.shared_heads}, not "
-                f"{self.shared_values!r:.60}."
-            )
-        if self.shared_values > 1 and self.basis != "attention":
-            raise EigenAttnError(f'heads share latents of the basis "attention" only, not of {self.basis!r}.')
-        if type(self.joint) is not bool:
-            raise EigenAttnError(f"joint must be true or false, not {self.joint!r:.60}.")
-        if self.joint and self.shared_values != self.shared_heads:
-            raise EigenAttnError("keys and values share joint latents: leave out shared_values, or joint.")
-        if self.joint and self.basis != "attention":
-            raise EigenAttnError(f'joint latents go with the basis "attention" only, not with {self.basis!r}.')
-        if self.version != CONFIG_VERSION:
-            raise EigenAttnError(
-                f"this configuration has version {self.version!r:.60}, and this eigenattn reads version "
-                f"{CONFIG_VERSION}: install the eigenattn that wrote it."
-            )
-        if type(self.shrinkage) not in (int, float) or not 0 <= self.shrinkage < 1:
-            raise EigenAttnError(f"shrinkage must lie in [0, 1), not {self.shrinkage!r:.60}: 0.3 is a good deal.")
-        if self.shrinkage and self.basis != "attention":
-            raise EigenAttnError(f'shrinkage goes with the basis "attention" only, not with {self.basis!r}.')
-        if self.refit is None:
-            object.__setattr__(self, "refit", self.window == 0 and self.basis == "attention" and not self.joint)
-        elif type(self.refit) is not bool:
-            raise EigenAttnError(f"refit must be true or false, not {self.refit!r:.60}.")
-        if self.refit and self.joint:
-            raise EigenAttnError("decoders of joint latents are not refitted: leave out refit, or joint.")
-        rules = {"error_budget": "error_budget", "energy": "energy", "bits_per_element": "sensitivity"}
-        target = next((name for name in rules if targets[name] is not None), None)
-        implied = rules.get(target)
+        implied = "sensitivity" if self.coded else given[0] if given and given[0] != "kv_ratio" else None
+        if type(self.ranks) not in (str, type(None)):
+            raise EigenAttnError(f"ranks must be a name, not {self.ranks!r:.60}.")
         if self.ranks is None:
             object.__setattr__(self, "ranks", implied or "sensitivity")
         elif implied is not None and self.ranks != implied:
-            raise EigenAttnError(f"{target}={targets[target]} goes with ranks={implied!r}, not {self.ranks!r}.")
+            what = "coded latents go" if self.coded else f"{given[0]}={targets[given[0]]} goes"
+            raise EigenAttnError(f"{what} with ranks={implied!r}, not {self.ranks!r}.")
 
     @property
     def sharing(self) -> Sharing:
-        """KV heads to a latent, of keys and of values."""
-        return Sharing(self.shared_heads, self.shared_values)
+        """Which latents are shared."""
+        return Sharing.of(self.share)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""
@@ -169,12 +177,39 @@ class EigenAttentionConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EigenAttentionConfig:
-        """Read what `to_dict` wrote.
+        """Read what `to_dict` wrote, in this version or in version 1.
 
         Raises:
             EigenAttnError: on a name this version does not know.
         """
+        if values.get("version", CONFIG_VERSION) == 1:
+            values = _from_version_1(values)
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise EigenAttnError(f"unknown configuration name(s) {', '.join(unknown)}: was it written by a newer one?")
         return cls(**values)
+
+
+# Values that a JSON file may hold anything in.
+_KINDS: tuple[tuple[str, type, str], ...] = (
+    ("coded", bool, "true or false"),
+    ("basis", str, "a name"),
+    ("rank_multiple", int, "a whole number of at least 1"),
+    ("window", int, "a whole number of tokens, 0 or more"),
+    ("shrinkage", float, "a number in [0, 1)"),
+)
+
+
+def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 had a target `bits_per_element`, 16 times the KV ratio, and three names for what is shared."""
+    old = {"bits_per_element": None, "shared_heads": 1, "shared_values": None, "joint": False} | values
+    bits, keys, joint = (old.pop(name) for name in ("bits_per_element", "shared_heads", "joint"))
+    share = old.pop("shared_values") or keys
+    if type(keys) is not int or type(share) is not int or type(joint) is not bool:
+        raise EigenAttnError(f"no such latents: {keys!r:.20}, {share!r:.20}, {joint!r:.20}.")
+    new = old | {"share": str(Sharing(keys, share, joint)), "version": CONFIG_VERSION}
+    if bits is not None:
+        if type(bits) not in (int, float) or not 0 < bits <= 8:
+            raise EigenAttnError(f"bits_per_element must lie in (0, 8], not {bits!r:.60}.")
+        new |= {"coded": True, "kv_ratio": bits / 16}
+    return new

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import EigenAttnError
-from .files import lock, synchronise
+from .files import check_name, lock, open_up, synchronise
 
 COMMAND_FILE = "command.json"
 
@@ -31,10 +31,12 @@ class Journal:
         command: everything that the result depends on, as JSON values: options, versions, identities of the inputs.
 
     Raises:
-        EigenAttnError: if `out` exists, its journal is of another command or in use, or the disk cannot be written to.
+        EigenAttnError: if `out` exists or cannot be written by that name, its journal is of another command or in use,
+            or the disk cannot be written to.
     """
 
     def __init__(self, out: Path, command: Mapping[str, Any]) -> None:
+        check_name(out, ".partial")
         self.out = out
         self.folder = out.with_name(f"{out.name}.partial")
         # As JSON gives it back: tuples are lists, keys are strings.
@@ -126,6 +128,7 @@ class Journal:
             with self._writing():
                 result.mkdir()
                 yield result
+                open_up(result)
                 for path in result.rglob("*"):
                     synchronise(path)
                 result.rename(self.out)

@@ -1,14 +1,29 @@
-"""Progress bars on long work."""
+"""Progress bars on long work, and how long its stages take."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from .calibration.statistics import Batch
+# A bar's one task.
+TASK = TaskID(0)
+
+
+class HasTokens(Protocol):
+    """What counts in tokens."""
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        ...
+
+
+AnyBatch = TypeVar("AnyBatch", bound=HasTokens)
 
 
 class TokenProgress:
@@ -20,7 +35,7 @@ class TokenProgress:
 
     @contextmanager
     def bar(self, title: str, total: int | None) -> Iterator[Progress]:
-        """A bar of `total` steps; its task is number 0."""
+        """A bar of `total` steps; its task is `TASK`."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -32,12 +47,30 @@ class TokenProgress:
             progress.add_task(title, total=total, rate="")
             yield progress
 
-    def batches(self, title: str, batches: Iterable[Batch], total: int | None) -> Iterator[Batch]:
+    def batches(self, title: str, batches: Iterable[AnyBatch], total: int | None) -> Iterator[AnyBatch]:
         """Pass batches on, showing tokens a second."""
         tokens = 0
         with self.bar(title, total) as progress:
             for batch in batches:
                 yield batch
                 tokens += batch.tokens
-                elapsed = progress.tasks[0].elapsed or 1e-9
-                progress.update(0, advance=1, rate=f"{tokens / elapsed:,.0f} tokens/s")
+                elapsed = progress.tasks[TASK].elapsed or 1e-9
+                progress.update(TASK, advance=1, rate=f"{tokens / elapsed:,.0f} tokens/s")
+
+
+class Clock:
+    """Wall-clock seconds by stage, added up.
+
+    Args:
+        seconds: where, if some were counted before.
+    """
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds = {} if seconds is None else seconds
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent within to a stage's."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,5 +1,6 @@
 """Benchmarks measure what they say; nothing here asserts a time."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,15 +11,17 @@ from typer.testing import CliRunner
 from eigenattn import EigenAttnError
 from eigenattn.benchmark import shapes
 from eigenattn.benchmark.decode import benchmark_decode, step_seconds
-from eigenattn.benchmark.kernel import baselines, benchmark_kernel
+from eigenattn.benchmark.kernel import Inputs, StepShape, baselines, benchmark_kernel, layouts
 from eigenattn.benchmark.memory import benchmark_memory, fill, largest
 from eigenattn.benchmark.prefill import read
 from eigenattn.benchmark.timing import device_of, file_name, in_turns
+from eigenattn.cache.layout import SIDES, Latent, Layout
 from eigenattn.cli import app
-from eigenattn.models.conversion import eigen_layers
+from eigenattn.kernels.decoding import decode
+from eigenattn.models.conversion import layouts_of
 
 CPU = torch.device("cpu")
-SHAPE = {"batch": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "length": 40, "window": 8}
+SHAPE = StepShape(batch=2, heads=4, kv_heads=2, head_dim=16, length=40, window=8)
 
 
 def test_functions_take_turns():
@@ -29,7 +32,7 @@ def test_functions_take_turns():
 
 
 def test_kernel_rows():
-    found = benchmark_kernel(**SHAPE, ranks=[(8, 4)], dtype="float32", device="cpu", rounds=2)
+    found = benchmark_kernel(SHAPE, ranks=[(8, 4)], dtype="float32", device="cpu", rounds=2)
     rows = {row["name"]: row for row in found["rows"]}
     assert list(rows) == ["sdpa", "torch, none, (8, 4)", "torch, rotary, (8, 4)"]
     assert rows["sdpa"]["bytes"] == 2 * 2 * 2 * 40 * 16 * 4
@@ -40,14 +43,26 @@ def test_kernel_rows():
 
 def test_kernel_rows_of_shared_latents():
     options = {"dtype": "float32", "device": "cpu", "rounds": 1}
-    found = benchmark_kernel(**SHAPE, ranks=[(8, 4)], shared_values=2, joint=True, **options)
+    found = benchmark_kernel(SHAPE, ranks=[(8, 4)], share=["1-2", "1kv"], **options)
     rows = {row["name"]: row["bytes"] for row in found["rows"] if "rotary" in row["name"]}
     assert list(rows) == [
         "torch, rotary, (8, 4)",
-        "torch, rotary, (8, 4), values of 2 heads together",
-        "torch, rotary, (8, 4), keys and values together",
+        "torch, rotary, (8, 4), share 1-2",
+        "torch, rotary, (8, 4), share 1kv",
     ]
     assert len(set(rows.values())) == 1
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_steps_that_are_timed_give_attention(window):
+    """By both ways to compute it, whatever is shared or coded, and again with what was kept of the first."""
+    shape = dataclasses.replace(SHAPE, window=window)
+    inputs = Inputs(shape, CPU, torch.float32)
+    for layout in layouts(shape, [(8, 4)], 2.5, ["2", "1-2", "2kv"]).values():
+        step = dataclasses.replace(inputs.step(layout), rotary=inputs.rotary)
+        expected = decode(step, "reference")
+        for _ in range(2):
+            torch.testing.assert_close(decode(step, "torch"), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_baselines_are_attention():
@@ -93,12 +108,14 @@ def test_shapes_are_those_of_the_models():
 @pytest.mark.parametrize("window", [0, 4])
 def test_a_shape_is_compressed_and_not(tiny_shape, window):
     options = {"kv_ratio": 0.5, "window": window, "dtype": "float32", "device": "cpu"}
-    name, against, loaders = shapes.contenders(None, None, tiny_shape, **options)
-    assert (name, against, list(loaders)) == ("tiny-50", "tiny", ["tiny", "tiny-50"])
-    layers = eigen_layers(loaders[name]())
-    assert [(layer.rank_k, layer.rank_v, layer.window) for layer in layers] == [(8, 8, window)] * 3
-    assert not eigen_layers(loaders[against]())
-    assert loaders[name]()(tokens(1, 20)).logits.isfinite().all()
+    contest = shapes.Contest(shape=tiny_shape, **options)
+    loaders = contest.loaders()
+    assert (contest.name, contest.baseline, list(loaders)) == ("tiny-50", "tiny", ["tiny", "tiny-50"])
+    model = loaders["tiny-50"]()
+    latents = tuple(Latent((side,), 1, 8, 16) for side in SIDES)
+    assert layouts_of(model) == [Layout(2, latents, window)] * 3
+    assert not layouts_of(loaders["tiny"]())
+    assert model(tokens(1, 20)).logits.isfinite().all()
 
 
 def test_decode_prefill_and_calibration_of_a_shape(tiny_shape, tmp_path):
@@ -127,7 +144,7 @@ def test_reading_in_pieces_fills_the_cache():
 
 
 def test_packed_latents_are_measured_too():
-    found = benchmark_kernel(**SHAPE, ranks=[], bits=2.5, dtype="float32", device="cpu", rounds=1, label="x")
+    found = benchmark_kernel(SHAPE, ranks=[], bits=2.5, dtype="float32", device="cpu", rounds=1, label="x")
     rows = {row["name"]: row for row in found["rows"]}
     assert list(rows) == ["sdpa", "torch, none, 2.5 bits", "torch, rotary, 2.5 bits"]
     assert rows["torch, none, 2.5 bits"]["bytes"] == 2 * 2 * (32 * 2 * 5 + 8 * 32 * 4)
@@ -152,18 +169,18 @@ def test_filling_reads_every_token():
 
 def test_mistakes_are_told():
     with pytest.raises(EigenAttnError, match="measured on a GPU"):
-        benchmark_memory("smollm2", against="smollm2", length=8, longest=8, device="cpu")
+        benchmark_memory(shapes.Contest("smollm2", "smollm2", device="cpu"), length=8, longest=8)
     with pytest.raises(EigenAttnError, match="between 1 and the head dimension"):
-        benchmark_kernel(**SHAPE, ranks=[(17, 4)], device="cpu")
+        benchmark_kernel(SHAPE, ranks=[(17, 4)], device="cpu")
     with pytest.raises(EigenAttnError, match="no device"):
         device_of("nowhere")
     with pytest.raises(EigenAttnError, match="2 new tokens"):
-        benchmark_decode("x", against="y", batch=1, length=8, new_tokens=1, rounds=1)
+        benchmark_decode(shapes.Contest("x", "y"), batch=1, length=8, new_tokens=1, rounds=1)
     with pytest.raises(EigenAttnError, match="bits an element"):
-        benchmark_kernel(**SHAPE, ranks=[], bits=8, device="cpu")
+        benchmark_kernel(SHAPE, ranks=[], bits=8, device="cpu")
     for arguments, message in (
         (["kernel", "--ranks", "8"], "R_k,R_v"),
-        (["kernel", "--shared-values", "3"], "3 KV heads cannot share"),
+        (["kernel", "--share", "1-3"], "3 KV heads cannot share"),
         (["kernel", "--shape", "z"], "unknown shape 'z'"),
         (["decode"], "--against"),
         (["prefill", "x", "--shape", "llama-3-8b"], "give no others"),

@@ -7,7 +7,8 @@ from tiny import levels_between
 from eigenattn.cache.codebook import Codebook, level_table
 from eigenattn.cache.packing import Widths
 
-every = pytest.mark.parametrize("widths", [Widths(3, 2, 5, 7), Widths(0, 0, 0, 1), Widths(4, 0, 0, 2)], ids=str)
+COUNTS = {8: 3, 6: 2, 4: 5, 2: 7}, {2: 1}, {8: 4, 2: 2}, {8: 1, 3: 4, 2: 1, 1: 3}, {1: 2}
+every = pytest.mark.parametrize("widths", [Widths.of(x) for x in COUNTS], ids=str)
 
 
 def some(widths, dtype=torch.float32):
@@ -54,13 +55,13 @@ def test_levels_come_back_as_their_codes(widths):
 def test_half_precision_latents_are_quantised_in_fp32():
     """From -1 up in steps of 1/128, and about 100, where bf16 has steps of 1/2."""
     levels = torch.tensor([[[0.0, 1 / 128, 0, 0], [101.0, 1 / 128, 0, 0]]])
-    codebook = Codebook.of(levels, Widths(2, 0, 0, 0))
+    codebook = Codebook.of(levels, Widths.of({8: 2}))
     z = torch.tensor([0.5625, 100 + 3 / 128]).bfloat16()
     assert codebook.quantise(z.view(1, 1, 1, 2)).flatten().tolist() == [200, 0]
 
 
 def test_levels_that_rounding_put_out_of_order_are_in_no_way():
-    codebook = Codebook.of(torch.tensor([[[0.0, 0.2, 0.0, -0.04]]]), Widths(0, 0, 0, 1))
+    codebook = Codebook.of(torch.tensor([[[0.0, 0.2, 0.0, -0.04]]]), Widths.of({2: 1}))
     found = level_table(codebook.levels[0, 0], 2)
     assert (found.diff() < 0).any()
     z = torch.linspace(-1, 1, 21).view(1, 1, -1, 1)

@@ -24,6 +24,7 @@ def allocated(store):
     return store.rows.untyped_storage().nbytes()
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("lengths", [[], [0], [1], [STEP], [7, 1, 1, STEP, 1], [3 * STEP + 1, STEP - 1, 1]])
 def test_holds_what_was_appended_in_whole_steps_of_room(lengths):
     store, expected = filled(*lengths)
@@ -32,6 +33,7 @@ def test_holds_what_was_appended_in_whole_steps_of_room(lengths):
     assert allocated(store) == B * G * WIDTH * room_for(sum(lengths))
 
 
+@torch.no_grad()
 def test_grows_in_place():
     store, _ = filled(3)
     first = store.rows.data_ptr()
@@ -61,6 +63,7 @@ def test_what_is_dropped_in_front_gives_up_its_room():
     assert len(store) == 0
 
 
+@torch.no_grad()
 def test_rows_that_are_kept_take_their_room_alone():
     store, expected = filled(2 * STEP, 5)
     store.drop_first(2)
@@ -82,6 +85,14 @@ def test_batches_change_and_copies_are_their_own():
     store.append(rows(2, 3)[[0, 1, 1]])
     assert torch.equal(store.rows, torch.cat([expected[[1, 1, 0]], rows(2, 3)[[0, 1, 1]]], dim=-2))
     assert torch.equal(twin.rows, expected)
+
+
+def test_nothing_grows_in_place_where_autograd_may_have_seen_it():
+    store, _ = filled(3)
+    first, before = store.rows, store.rows.clone()
+    store.append(rows(1, 1))
+    assert store.rows.data_ptr() != first.data_ptr()
+    assert torch.equal(first, before)
 
 
 def test_autograd_keeps_what_it_saw():

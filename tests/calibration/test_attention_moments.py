@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import tiny, tokens
+from tiny import converted, tiny, tokens
 
 from eigenattn.calibration import attention_moments
 from eigenattn.calibration.attention_moments import AttentionMoments
 from eigenattn.calibration.statistics import Batch, collect_moments
-from eigenattn.config import ALONE, Sharing
+from eigenattn.config import Sharing
 from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.models.rotary import rotate
 
@@ -17,7 +17,7 @@ LENGTH = 12
 NAMES = ["llama", "llama-yarn", "phi3-partial", "qwen3", "opt", "mpt", "bloom", "mistral-sliding", "falcon-alibi"]
 
 
-def turned(attention, x, position, back=False):
+def rotated(attention, x, position, back=False):
     """One vector [D], rotated to a position or, by the transpose, back from it."""
     if not attention.rotates:
         return x
@@ -26,50 +26,57 @@ def turned(attention, x, position, back=False):
 
 
 @torch.no_grad()
-def by_loops(attention, heads, weights, window, sharing, joint):
+def by_loops(attention, heads, weights, window, sharing):
     """Every sum of `AttentionMoments`, from the weights [B, H, T, T] of the model itself."""
-    expected = AttentionMoments.of(attention, window, sharing, joint=joint)
+    expected = AttentionMoments.of(attention, window, sharing)
     b, h, t, _ = heads.query.shape
     for row in range(b):
         for head in range(h):
             g = head // attention.num_key_value_groups
-            latent_k, latent_v = (g // shared for shared in sharing)
-            mates = [slice(g // shared * shared, g // shared * shared + shared) for shared in sharing]
+            latents = [g // shared for shared in sharing[:2]]
+            mates = [slice(i * shared, (i + 1) * shared) for i, shared in zip(latents, sharing[:2], strict=True)]
             for m in range(t):
                 far = range(max(m - window + 1, 0)) if window else range(m + 1)
                 p, o = 0.0, torch.zeros(sharing.values * attention.head_dim, dtype=torch.float64)
                 for n in far:
                     a = weights[row, head, m, n].double()
                     key, value = (x[row, own, n].flatten().double() for x, own in zip(heads[1:], mates, strict=True))
-                    key = torch.cat([key, value]) if joint else key
-                    query = turned(attention, turned(attention, heads.query[row, head, m], m), n, back=True).double()
+                    key = torch.cat([key, value]) if expected.outputs is None else key
+                    query = rotated(attention, rotated(attention, heads.query[row, head, m], m), n, back=True).double()
                     expected.key_metric[g] += a * torch.outer(query, query) * attention.scaling**2
-                    expected.key_second[latent_k] += a * torch.outer(key, key)
-                    expected.key_first[latent_k] += a * key
-                    expected.key_weight[latent_k] += a
+                    add(expected.vectors, latents[0], key, a)
                     p, o = p + a, o + a * value
-                if joint:
-                    continue
-                expected.output_second[latent_v] += torch.outer(o, o)
-                expected.output_first[latent_v] += p * o
-                expected.output_weight[latent_v] += p**2
+                if expected.outputs is not None and p:
+                    add(expected.outputs, latents[1], o / p, p**2)
     return expected
+
+
+def add(sums, latent, x, weight):
+    """Add a vector to one latent's sums."""
+    sums.second[latent] += weight * torch.outer(x, x)
+    sums.first[latent] += weight * x
+    sums.weight[latent] += weight
+
+
+def same_sums(one, other):
+    """Assert that all sums but the metrics agree."""
+    for a, b in ((one.vectors, other.vectors), (one.outputs, other.outputs)):
+        if a is not None:
+            for field in ("second", "first", "weight"):
+                torch.testing.assert_close(getattr(a, field), getattr(b, field), rtol=1e-4, atol=3e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize(
-    ("name", "sharing", "joint"),
+    ("name", "share"),
     [
-        *((name, ALONE, False) for name in NAMES),
-        ("llama", Sharing(2, 2), False),
-        ("opt", Sharing(2, 4), False),
-        ("opt", Sharing(1, 4), False),
-        ("llama", ALONE, True),
-        ("opt", Sharing(2, 2), True),
+        *((name, "1") for name in NAMES),
+        *(("llama", "2"), ("opt", "2-4"), ("opt", "1-4")),
+        *(("llama", "1kv"), ("opt", "2kv")),
     ],
 )
-def test_moments_are_their_definitions(name, sharing, joint, window, monkeypatch):
+def test_moments_are_their_definitions(name, share, window, monkeypatch):
     # With as many draws as make every key's share whole, sampling by mass is only nearly exact: see the next test.
     monkeypatch.setattr(attention_moments, "SAMPLED_KEYS", 4096)
     monkeypatch.setattr(attention_moments, "QUERY_BLOCK", 5)
@@ -80,10 +87,9 @@ def test_moments_are_their_definitions(name, sharing, joint, window, monkeypatch
     class Recorder:
         tokens = 1
 
-        def observe(self, attention, heads, kwargs, valid):
-            mask = attention.mask_for(heads.query, LENGTH, kwargs)
-            angles = kwargs["position_embeddings"] if attention.rotates else None
-            q, k = (rotate(x, *angles) if angles else x for x in heads[:2])
+        def observe(self, attention, heads, this, valid):
+            mask = this.mask(heads.query, LENGTH)
+            q, k = (this.rotated(x) for x in heads[:2])
             k = k.repeat_interleave(attention.num_key_value_groups, 1)
             scores = q @ k.transpose(-1, -2) * attention.scaling
             mask = torch.ones(LENGTH, LENGTH).tril().bool() if mask is None else mask
@@ -91,27 +97,31 @@ def test_moments_are_their_definitions(name, sharing, joint, window, monkeypatch
             seen[attention.layer_idx] = (heads, scores.softmax(-1))
 
     collect_moments(model, layers, [Batch(ids)], lambda attention: Recorder())
-    empty = partial(AttentionMoments.of, window=window, sharing=sharing, joint=joint)
+    empty = partial(AttentionMoments.of, window=window, sharing=Sharing.of(share))
     moments = collect_moments(model, layers, [Batch(ids)], empty)
     for attention, found in zip(layers, moments, strict=True):
-        expected = by_loops(attention, *seen[attention.layer_idx], window, sharing, joint)
+        expected = by_loops(attention, *seen[attention.layer_idx], window, Sharing.of(share))
         assert found.tokens == 2 * LENGTH
-        for field in ("key_second", "key_first", "key_weight", "output_second", "output_first", "output_weight"):
-            torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=1e-4, atol=3e-5)
+        same_sums(found, expected)
         error = (found.key_metric - expected.key_metric).norm() / expected.key_metric.norm()
         assert error < (0.02 if attention.rotates else 1e-5)
-        torch.testing.assert_close(found.value_metric, expected.value_metric)
 
 
 @torch.no_grad()
-def test_value_metric_is_that_of_the_output_projection():
-    model = tiny("llama")
-    convert_attention(model)
-    attention = eigen_layers(model)[0]
-    metric = AttentionMoments.of(attention, 0).value_metric
-    x = torch.randn(16)
-    norms = sum(attention.o_proj.weight[:, 16 * h : 16 * (h + 1)].mul(x).sum(1).square().sum() for h in (2, 3))
-    torch.testing.assert_close((x.double() @ metric[1] @ x.double()).float(), norms)
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "falcon-grouped"])
+def test_value_metric_is_that_of_the_output_projection(name):
+    """`x M x` is what the output projection makes of x in each of a group's heads: the sum of squared lengths."""
+    _, (attention, *_) = converted(name)
+    metric = AttentionMoments.of(attention, 0, Sharing()).value_metric
+    x = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    origin = attention.output_projection(torch.zeros(attention.heads * 16))
+    for g in range(attention.kv_heads):
+        total = 0.0
+        for h in range(g * attention.num_key_value_groups, (g + 1) * attention.num_key_value_groups):
+            alone = torch.zeros(attention.heads, 16)
+            alone[h] = x
+            total += (attention.output_projection(alone.flatten()) - origin).square().sum()
+        torch.testing.assert_close((x.double() @ metric[g] @ x.double()).float(), total)
 
 
 @torch.no_grad()
@@ -123,12 +133,12 @@ def test_padding_does_not_count():
     mask = torch.cat([torch.ones_like(short), torch.zeros(1, 5, dtype=torch.int64)], 1)
 
     def collect(batch):
-        return collect_moments(model, layers, [batch], lambda attention: AttentionMoments.of(attention, 3))
+        return collect_moments(model, layers, [batch], lambda attention: AttentionMoments.of(attention, 3, Sharing()))
 
     for a, b in zip(collect(Batch(short)), collect(Batch(ids, mask)), strict=True):
         assert a.tokens == b.tokens
-        for field in ("key_second", "key_weight", "output_second", "key_metric"):
-            torch.testing.assert_close(getattr(a, field), getattr(b, field), rtol=1e-4, atol=3e-5)
+        torch.testing.assert_close(a.key_metric, b.key_metric, rtol=1e-4, atol=3e-5)
+        same_sums(a, b)
 
 
 @torch.no_grad()
@@ -142,7 +152,7 @@ def test_priors_are_what_the_projections_make_of_white_noise(name, shared):
     moments = AttentionMoments.of(attention, 0, Sharing(shared, shared), 0.1)
     units = torch.eye(model.config.hidden_size)[None]
     for prior, with_bias, bias in zip(
-        (moments.key_prior, moments.value_prior),
+        moments.priors,
         attention.project(units)[1:],
         attention.project(torch.zeros_like(units))[1:],
         strict=True,
@@ -158,7 +168,7 @@ def test_priors_are_what_the_projections_make_of_white_noise(name, shared):
 def test_priors_pass_norms_and_clips(name):
     model = tiny(name)
     convert_attention(model)
-    one, other = (AttentionMoments.of(eigen_layers(model)[0], 0, ALONE, 0.1) for _ in range(2))
-    assert torch.equal(one.key_prior, other.key_prior)
-    assert (torch.linalg.eigvalsh(one.key_prior) > 0).all()
-    assert (torch.linalg.eigvalsh(one.value_prior) > 0).all()
+    one, other = (AttentionMoments.of(eigen_layers(model)[0], 0, Sharing(), 0.1) for _ in range(2))
+    for prior, again in zip(one.priors, other.priors, strict=True):
+        assert torch.equal(prior, again)
+        assert (torch.linalg.eigvalsh(prior) > 0).all()

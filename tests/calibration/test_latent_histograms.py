@@ -4,13 +4,20 @@ import pytest
 import torch
 from tiny import random_basis, tiny, tokens
 
+from eigenattn.cache.layout import SIDES
 from eigenattn.calibration.attention_moments import AttentionMoments
 from eigenattn.calibration.latent_histograms import BINS, REACH, LatentHistograms, Map
 from eigenattn.calibration.statistics import Batch, collect_moments
 from eigenattn.compression.bases import attention as attention_basis
+from eigenattn.config import Sharing
 from eigenattn.models.conversion import convert_attention, eigen_layers
 
 WINDOW = 4
+
+
+def map_of(basis):
+    """What a basis makes of vectors."""
+    return Map(basis.encoder, basis.mean, basis.sides)
 
 
 def collected(name, batches, window=WINDOW):
@@ -18,10 +25,10 @@ def collected(name, batches, window=WINDOW):
     convert_attention(model)
     layers = eigen_layers(model)
     maps = {
-        a.layer_idx: [Map(b.encoder, b.mean) for b in (random_basis(a, 16, True, i), random_basis(a, 16, True, 9))]
+        a.layer_idx: [map_of(random_basis(a, 16, True, seed, (side,))) for side, seed in (("key", i), ("value", 9))]
         for i, a in enumerate(layers)
     }
-    found = collect_moments(model, layers, batches, lambda a: LatentHistograms(*maps[a.layer_idx], window))
+    found = collect_moments(model, layers, batches, lambda a: LatentHistograms(maps[a.layer_idx], window))
     return model, layers, maps, found
 
 
@@ -43,9 +50,9 @@ def test_every_latent_is_in_its_bin_with_its_weight(name):
     model, layers, maps, found = collected(name, batches)
     layer, histograms = layers[1], found[1]
     seen = []
-    layer.observer = lambda attention, heads, kwargs: seen.append(heads)
+    layer.observer = lambda attention, heads, this: seen.append(heads)
     weights = [expected_weights(model, layer, batch) for batch in batches]
-    for side, index, (encoder, mean, _) in zip((histograms.keys, histograms.values), (0, 1), maps[1], strict=True):
+    for side, index, (encoder, mean, _) in zip(histograms.histograms, (0, 1), maps[1], strict=True):
         edges = side.scale[..., None] * torch.linspace(-REACH, REACH, BINS + 1, dtype=torch.float64).sinh()
         expected = torch.zeros(3, layer.kv_heads, 16, BINS, dtype=torch.float64)
         for heads, pair in zip(seen, weights, strict=True):
@@ -61,15 +68,14 @@ def test_every_latent_is_in_its_bin_with_its_weight(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "shared"), [("llama", 1), ("opt", 2)])
-def test_joint_latents_and_what_attention_sums_of_them(name, shared):
+def test_latents_of_both_sides_and_what_attention_sums_of_them(name, shared):
     model, batch = tiny(name, attn_implementation="eager"), Batch(tokens(2, 20))
     convert_attention(model)
     layers = eigen_layers(model)
-    basis = random_basis(layers[1], 12, True, 3, shared, joint=True)
-    maps = Map(basis.encoder, basis.mean, joint=True), Map(basis.encoder[:, :0, :0], None)
-    found = collect_moments(model, layers, [batch], lambda a: LatentHistograms(*maps, WINDOW))[1]
+    basis = random_basis(layers[1], 12, True, 3, SIDES, shared)
+    found = collect_moments(model, layers, [batch], lambda a: LatentHistograms([map_of(basis)], WINDOW))[1]
     seen = []
-    layers[1].observer = lambda attention, heads, kwargs: seen.append(heads)
+    layers[1].observer = lambda attention, heads, this: seen.append(heads)
     weights = model(batch.input_ids, output_attentions=True).attentions[1].double().tril(-WINDOW)
     heads, count = seen[0], len(basis.encoder)
     k, v = (x.double().unflatten(1, (count, shared)).transpose(2, 3).flatten(3) for x in heads[1:])
@@ -79,8 +85,7 @@ def test_joint_latents_and_what_attention_sums_of_them(name, shared):
     torch.testing.assert_close(found.outputs, sums, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.squares, weights.square().sum((0, 2, 3, 4)), rtol=1e-4, atol=0)
     energy = (weights.sum((2, 3)).unsqueeze(-1) * z.square()).sum((0, 2))
-    torch.testing.assert_close(found.keys.sums[2].sum(-1), energy, rtol=1e-4, atol=1e-6)
-    assert not found.values.weight.numel()
+    torch.testing.assert_close(found.histograms[0].sums[2].sum(-1), energy, rtol=1e-4, atol=1e-6)
 
 
 def test_weights_and_spread_are_those_of_the_basis():
@@ -88,19 +93,19 @@ def test_weights_and_spread_are_those_of_the_basis():
     model, batches = tiny("llama"), [Batch(tokens(4, 60))]
     convert_attention(model)
     layers = eigen_layers(model)
-    moments = collect_moments(model, layers, batches, lambda a: AttentionMoments.of(a, WINDOW))
+    moments = collect_moments(model, layers, batches, lambda a: AttentionMoments.of(a, WINDOW, Sharing()))
     bases = [attention_basis(sums) for sums in moments]
-    maps = {a.layer_idx: [Map(b.encoder, b.mean) for b in pair] for a, pair in zip(layers, bases, strict=True)}
-    found = collect_moments(model, layers, batches, lambda a: LatentHistograms(*maps[a.layer_idx], WINDOW))
+    maps = {a.layer_idx: list(map(map_of, pair)) for a, pair in zip(layers, bases, strict=True)}
+    found = collect_moments(model, layers, batches, lambda a: LatentHistograms(maps[a.layer_idx], WINDOW))
     for sums, histograms, (keys, _) in zip(moments, found, bases, strict=True):
-        total = histograms.keys.weight
-        torch.testing.assert_close(total, sums.key_weight[:, None].expand_as(total), rtol=1e-4, atol=0)
-        variance = histograms.keys.sums[2].sum(-1) / total
+        total = histograms.histograms[0].weight
+        torch.testing.assert_close(total, sums.vectors.weight[:, None].expand_as(total), rtol=1e-4, atol=0)
+        variance = histograms.histograms[0].sums[2].sum(-1) / total
         torch.testing.assert_close(variance, keys.spectrum, rtol=1e-3, atol=1e-6)
 
 
 def test_outliers_keep_a_place():
-    side = collected("llama", [Batch(tokens(1, 20))])[-1][0].keys
+    side = collected("llama", [Batch(tokens(1, 20))])[-1][0].histograms[0]
     far, before = side.scale[None, :, None, :] * 1e6, side.weight
     side.add(far, torch.ones(1, 2, 1, dtype=torch.float64))
     assert side.sums[0, ..., -1].min() >= 1

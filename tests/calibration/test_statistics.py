@@ -1,16 +1,9 @@
 import pytest
 import torch
-from tiny import tiny, tokens
+from tiny import converted, tokens
 
 from eigenattn import EigenAttnError
 from eigenattn.calibration.statistics import Batch, LayerMoments, collect_moments, second_moment
-from eigenattn.models.conversion import convert_attention, eigen_layers
-
-
-def converted(name="llama"):
-    model = tiny(name)
-    convert_attention(model)
-    return model, eigen_layers(model)
 
 
 def test_second_moment_against_a_loop():
@@ -87,3 +80,13 @@ def test_batches_as_people_have_them():
     assert torch.equal(Batch.of(ids[0], torch.device("cpu")).input_ids, ids[:1])
     batch = Batch.of({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.device("cpu"))
     assert batch.tokens == 12
+
+
+def test_a_row_of_a_dataset_is_a_batch_of_one():
+    datasets = pytest.importorskip("datasets", reason="needs the extra data")
+    ids, mask = tokens(2, 6), torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": mask.tolist()})
+    found = [Batch.of(row, torch.device("cpu")) for row in rows.with_format("torch")]
+    assert [batch.tokens for batch in found] == [6, 4]
+    assert torch.equal(torch.cat([batch.input_ids for batch in found]), ids)
+    assert torch.equal(torch.cat([batch.attention_mask for batch in found]), mask)

@@ -3,11 +3,11 @@ import dataclasses
 import pytest
 import torch
 
-from eigenattn.calibration.attention_moments import AttentionMoments
+from eigenattn.cache.layout import SIDES
+from eigenattn.calibration.attention_moments import AttentionMoments, Sums
 from eigenattn.calibration.statistics import LayerMoments
-from eigenattn.compression.bases import attention, eigen, floored
-from eigenattn.compression.joint import joint, separate
-from eigenattn.errors import EigenAttnError
+from eigenattn.compression.bases import attention, attention_of_both, eigen, floored
+from eigenattn.compression.basis import truncated
 
 
 def moments_of(keys, queries, values):
@@ -55,9 +55,10 @@ def weighted_problem(seed=0, g=2, d=6, n=40):
     metric, value_metric = metric_root @ metric_root.mT, value_root @ value_root.mT
     rows, shares = k * weight[..., None], output * p[..., None]
     moments = AttentionMoments(
-        *(metric, rows.mT @ k, rows.sum(1), weight.sum(1)),
+        metric,
+        Sums(rows.mT @ k, rows.sum(1), weight.sum(1)),
         value_metric,
-        *(output.mT @ output, shares.sum(1), p.square().sum(1)),
+        Sums(output.mT @ output, shares.sum(1), p.square().sum(1)),
         window=0,
     )
 
@@ -112,26 +113,21 @@ def test_shrinkage_is_a_mixture_of_covariances():
     moments, *_ = weighted_problem()
     generator = torch.Generator().manual_seed(5)
     roots = torch.randn(2, 2, 6, 6, generator=generator, dtype=torch.float64)
-    key_prior, value_prior = roots @ roots.mT
-    given = dataclasses.replace(moments, key_prior=key_prior, value_prior=value_prior)
+    priors = tuple(roots @ roots.mT)
+    given = dataclasses.replace(moments, priors=priors)
     found = attention(dataclasses.replace(given, shrinkage=0.25))
 
-    def mixed(second, first, weight, squared, prior):
+    def mixed(sums, prior):
         """Second moments whose covariance about their mean is three quarters their own and a quarter the prior."""
-        mean = first / weight[:, None]
-        about = mean[..., None] * mean[:, None] * squared[:, None, None]
-        own = second - about
+        mean = sums.first / sums.weight[:, None]
+        about = mean[..., None] * mean[:, None] * sums.weight[:, None, None]
+        own = sums.second - about
         scale = own.diagonal(dim1=1, dim2=2).sum(1) / prior.diagonal(dim1=1, dim2=2).sum(1)
-        return 0.75 * own + 0.25 * prior * scale[:, None, None] + about
+        second = 0.75 * own + 0.25 * prior * scale[:, None, None] + about
+        return dataclasses.replace(sums, second=second)
 
-    keys, outputs = (
-        mixed(*sums)
-        for sums in (
-            (moments.key_second, moments.key_first, moments.key_weight, moments.key_weight, key_prior),
-            (moments.output_second, moments.output_first, moments.output_weight, moments.output_weight, value_prior),
-        )
-    )
-    expected = attention(dataclasses.replace(moments, key_second=keys, output_second=outputs))
+    vectors, outputs = (mixed(*pair) for pair in zip((moments.vectors, moments.outputs), priors, strict=True))
+    expected = attention(dataclasses.replace(moments, vectors=vectors, outputs=outputs))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.encoder, other.encoder)
         torch.testing.assert_close(one.spectrum, other.spectrum)
@@ -139,8 +135,8 @@ def test_shrinkage_is_a_mixture_of_covariances():
         assert torch.equal(one.encoder, other.encoder)
 
 
-def joint_problem(weights, seed=0, g=2, d=4, n=40):
-    """Joint moments of random keys and values, and the weighted error of both that they stand for."""
+def problem_of_both(weights, seed=0, g=2, d=4, n=40):
+    """Moments of random keys and values side by side, and the weighted error of both that they stand for."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -149,14 +145,9 @@ def joint_problem(weights, seed=0, g=2, d=4, n=40):
     mixed, weight = draw(g, 2 * d, 2 * d), draw(g, n).square()
     x = draw(g, n, 2 * d) @ mixed + 2
     metric, value_metric = (root @ root.mT for root in draw(2, g, d, d))
-    rows, nothing = x * weight[..., None], torch.zeros(g, 0, dtype=torch.float64)
-    moments = AttentionMoments(
-        *(metric, rows.mT @ x, rows.sum(1), weight.sum(1)),
-        value_metric,
-        *(nothing.unsqueeze(-1), nothing, weight.sum(1)),
-        window=0,
-        joint=True,
-    )
+    rows = x * weight[..., None]
+    sums = Sums(rows.mT @ x, rows.sum(1), weight.sum(1))
+    moments = AttentionMoments(metric, sums, value_metric, None, window=0)
 
     def error(encoder, decoder, mean):
         rest = (x - mean[:, None]) - (x - mean[:, None]) @ encoder @ decoder
@@ -168,14 +159,14 @@ def joint_problem(weights, seed=0, g=2, d=4, n=40):
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.2, 5.0)])
-def test_joint_basis_is_optimal(weights):
+def test_a_basis_of_both_sides_is_optimal(weights):
     """As for keys and for values apart; and it beats bases of either side that share out the rank in any way."""
-    moments, error = joint_problem(weights)
-    basis, empty = joint(moments, *weights)
-    assert basis.joint and empty.rank == 0 and empty.truncate(0) is None
+    moments, error = problem_of_both(weights)
+    basis = attention_of_both(moments, *weights)
+    assert basis.sides == SIDES and basis.full_rank == 8
     of_keys = weights[0] * (basis.decoder[..., :4] @ floored(moments.key_metric) * basis.decoder[..., :4]).sum(-1)
     torch.testing.assert_close(basis.key_share, of_keys)
-    apart = separate(moments)
+    apart = attention(moments)
     for rank in (1, 3, 5):
         cut = basis.truncate(rank)
         best = float(error(cut.encoder, cut.decoder, cut.mean))
@@ -201,33 +192,28 @@ def test_joint_basis_is_optimal(weights):
             assert error(encoder, decoder, cut.mean) > best
 
 
-def test_joint_priors_are_scaled_side_by_side():
+def test_priors_of_both_sides_are_scaled_each_for_itself():
     """A prior in other units for keys or for values is the same prior."""
-    moments, _ = joint_problem((1.0, 1.0))
+    moments, _ = problem_of_both((1.0, 1.0))
     generator = torch.Generator().manual_seed(5)
     root = torch.randn(2, 8, 8, generator=generator, dtype=torch.float64)
     units = torch.tensor([3.0] * 4 + [0.1] * 4, dtype=torch.float64)
     found = [
-        joint(dataclasses.replace(moments, shrinkage=0.25, key_prior=scale[:, None] * (root @ root.mT) * scale), 1, 1)
+        attention_of_both(
+            dataclasses.replace(moments, shrinkage=0.25, priors=(scale[:, None] * (root @ root.mT) * scale,)), 1, 1
+        )
         for scale in (torch.ones_like(units), units)
     ]
-    torch.testing.assert_close(found[0][0].encoder, found[1][0].encoder)
-    assert not torch.allclose(found[0][0].spectrum, joint(moments, 1, 1)[0].spectrum)
+    torch.testing.assert_close(found[0].encoder, found[1].encoder)
+    assert not torch.allclose(found[0].spectrum, attention_of_both(moments, 1, 1).spectrum)
 
 
 def test_a_side_that_costs_nothing_is_kept_where_it_is_free():
-    moments, error = joint_problem((1.0, 0.0))
-    basis, _ = joint(moments, 1.0, 0.0)
+    moments, error = problem_of_both((1.0, 0.0))
+    basis = attention_of_both(moments, 1.0, 0.0)
     cut = basis.truncate(4)
     assert error(cut.encoder, cut.decoder, cut.mean) < 1e-3 * error(cut.encoder * 0, cut.decoder, cut.mean)
     assert all(x.isfinite().all() for x in (basis.encoder, basis.decoder))
-
-
-def test_the_papers_basis_is_not_shrunk():
-    with pytest.raises(EigenAttnError, match="attention"):
-        LayerMoments.of(None, shrinkage=0.1)
-    with pytest.raises(EigenAttnError, match="attention"):
-        LayerMoments.of(None, joint=True)
 
 
 def test_the_attention_spectrum_is_the_error():
@@ -246,6 +232,10 @@ def test_signs_are_fixed():
 
 
 def test_full_rank_needs_no_basis():
-    basis = eigen(moments_of(*random_vectors()))[0]
-    assert basis.truncate(8) is None
-    assert basis.truncate(5).rank == 5
+    keys, values = eigen(moments_of(*random_vectors()))
+    found = truncated([(keys, values)] * 3, [(8, 8), (5, 8), (8, 3)])
+    assert [[(basis.sides, basis.rank) for basis in layer] for layer in found] == [
+        [],
+        [(("key",), 5)],
+        [(("value",), 3)],
+    ]

@@ -6,6 +6,7 @@ from tiny import random_basis, tiny, tokens
 
 from eigenattn.calibration.statistics import Batch
 from eigenattn.compression import measure
+from eigenattn.compression.basis import truncated as truncated_bases
 from eigenattn.compression.folding import attach, detach
 from eigenattn.compression.measure import Measurement
 from eigenattn.models.conversion import convert_attention, eigen_layers
@@ -18,14 +19,17 @@ def measurement(name, window, mask=None):
     model, ids = tiny(name), tokens(2, 24)
     convert_attention(model)
     layers = eigen_layers(model)
-    bases = [(random_basis(a, 16, True, i), random_basis(a, 16, True, 50 + i)) for i, a in enumerate(layers)]
+    bases = [
+        tuple(random_basis(a, 16, True, i + seed, (side,)) for side, seed in (("key", 0), ("value", 50)))
+        for i, a in enumerate(layers)
+    ]
     batches = [Batch(ids, mask), Batch(tokens(1, 30, seed=7))]
     return model, layers, bases, Measurement(model, layers, bases, window, batches, TokenProgress(False))
 
 
 def truncated(layers, bases, ranks, window):
-    for attention, (keys, values), (rank_k, rank_v) in zip(layers, bases, ranks, strict=True):
-        attach(attention, keys.truncate(rank_k), values.truncate(rank_v), window)
+    for attention, chosen in zip(layers, truncated_bases(bases, ranks), strict=True):
+        attach(attention, chosen, window)
 
 
 @torch.no_grad()
@@ -68,7 +72,7 @@ def test_nothing_truncated_costs_nothing_and_nothing_is_left_behind():
     costs.layer_errors([[(8, 8)]] * 3)
     assert torch.equal(model(tokens(1, 20)).logits, exact)
     assert all("forward" not in vars(layer) for layer in costs.decoder_layers)
-    assert all(attention.window == 0 and attention.rank_k == 16 for attention in layers)
+    assert all(attention.layout.uncompressed and attention.layout.window == 0 for attention in layers)
 
 
 def test_rounding_in_half_precision_is_no_cost():
@@ -105,7 +109,6 @@ def test_layer_errors_are_those_of_the_layer_alone():
         return model.model.layers[1](states[1], position_ids=positions, position_embeddings=angles)
 
     exact = run()
-    keys, values = bases[1]
-    attach(layers[1], keys.truncate(4), values.truncate(16))
+    attach(layers[1], [bases[1][0].truncate(4)])
     expected = float((run() - exact).norm() / exact.norm())
     assert found[1] == [pytest.approx(expected, rel=1e-4), 0.0]

@@ -4,20 +4,18 @@ import sys
 
 import pytest
 import torch
+from helpers import same, state
 from tiny import tiny, tokens
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.size import allocated_bytes, cache_bytes
+from eigenattn.cache.store import room_for
 from eigenattn.compression.bases import BASES
 from eigenattn.compression.ranks import RANK_RULES
-from eigenattn.models.conversion import eigen_layers
+from eigenattn.models.conversion import eigen_layers, layouts_of
 
 SMALL = {"rank_multiple": 2, "window": 4}
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 @torch.no_grad()
@@ -32,14 +30,11 @@ def test_report_is_what_the_cache_allocates(ranks, basis, window):
     cache = DynamicCache(config=model.config)
     model(tokens(2, 30), past_key_values=cache, use_cache=True)
     model(tokens(2, 1), past_key_values=cache, use_cache=True)
-    layers = eigen_layers(model)
-    assert allocated_bytes(cache) == 2 * cache_bytes(layers, 4, 31, window)
+    assert allocated_bytes(cache) == 2 * cache_bytes(layouts_of(model), 4, 31)
     if not window:
-        assert allocated_bytes(cache) == 2 * 31 * report.bytes_per_token
+        assert allocated_bytes(cache) == 2 * room_for(31) * report.bytes_per_token
     assert report.kv_ratio == report.bytes_per_token / report.baseline_bytes_per_token
-    assert [(a.rank_k, a.rank_v) for a in eigen_layers(model)] == [
-        (layer["rank_k"], layer["rank_v"]) for layer in report.layers
-    ]
+    assert report.layers == [layout.to_dict() for layout in layouts_of(model)]
     assert report.tokens == 80
     assert report.forward_seconds > 0
     refitted = {"refit"} if basis == "attention" and not window else set()
@@ -70,7 +65,7 @@ def test_a_model_that_is_low_rank_loses_nothing(basis):
     ids = tokens(4, 40)
     exact = model(ids).logits
     report = compress(model, [ids], EigenAttentionConfig(kv_ratio=0.5, ranks="uniform", basis=basis, window=0))
-    assert report.layers == [{"rank_k": 8, "rank_v": 8}] * 3
+    assert [[latent["rank"] for latent in layer["latents"]] for layer in report.layers] == [[8, 8]] * 3
     torch.testing.assert_close(model(ids).logits, exact, rtol=0, atol=1e-4)
 
 
@@ -93,7 +88,7 @@ def test_compression_is_deterministic():
         model = tiny("llama")
         compress(model, [tokens(2, 40)], EigenAttentionConfig(kv_ratio=0.6, **SMALL))
         results.append(state(model))
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert same(*results)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +110,7 @@ def test_bad_input_leaves_the_model_as_it_was(batches, config):
     assert "\n" not in str(error.value)
     assert [type(m) for m in model.modules()] == classes
     assert model.training
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert same(model.state_dict(), before)
     compress(model, [ids], EigenAttentionConfig(kv_ratio=0.6, **SMALL))  # and it can be tried again
 
 

@@ -5,16 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import random_basis, tiny, tokens
+from tiny import converted, random_basis, tiny, tokens
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.codebook import Codebook, level_table
-from eigenattn.cache.packing import BITS, Widths
+from eigenattn.cache.layout import SIDES
+from eigenattn.cache.packing import Widths
 from eigenattn.calibration.latent_histograms import Histograms
-from eigenattn.compression.bases import Basis
+from eigenattn.compression.basis import Basis
 from eigenattn.compression.codebooks import Fit, fit
-from eigenattn.compression.quantise import CHOICES, allocate, joint_costs, key_costs, quantised, value_costs
-from eigenattn.models.conversion import convert_attention, eigen_layers
+from eigenattn.compression.quantise import ALLOTTED, allocate, costs_of_both, key_costs, quantised, value_costs
+from eigenattn.models.conversion import layouts_of
+
+BITS = ALLOTTED[1:]
 
 
 def samples(kind, n=4000):
@@ -31,11 +34,11 @@ def samples(kind, n=4000):
 def fitted(z, weight):
     histograms = Histograms.empty(z, 1, 1)
     histograms.add(z, weight)
-    return fit(histograms)
+    return fit(histograms, BITS)
 
 
 def error(z, weight, levels, bits):
-    codebook = Codebook.of(levels.view(1, 1, 4), Widths(*(int(bits == b) for b in BITS)))
+    codebook = Codebook.of(levels.view(1, 1, 4), Widths.of({bits: 1}))
     restored = codebook.dequantise(codebook.quantise(z))
     return float(((z - restored).double().square().squeeze(-1) * weight).sum())
 
@@ -95,7 +98,7 @@ def test_more_bits_err_less_and_energy_is_that_of_the_samples():
 
 
 def test_a_head_without_attention_still_has_a_quantiser():
-    found = fit(Histograms.empty(torch.zeros(()), 2, 3))
+    found = fit(Histograms.empty(torch.zeros(()), 2, 3), BITS)
     for bits in BITS:
         assert (level_table(found.levels[bits], bits).diff(dim=-1) > 0).all()
         assert (found.error[bits] == 0).all()
@@ -103,13 +106,13 @@ def test_a_head_without_attention_still_has_a_quantiser():
 
 def test_costs_start_at_the_spectrum_and_fall():
     z, weight = samples("normal")
-    attention = converted()
+    _, (attention, *_) = converted()
     basis = random_basis(attention, 1, True)
     spectrum = float((z.double().square().squeeze(-1) * weight).sum() / weight.sum())
     basis = type(basis)(basis.encoder[:1], basis.decoder[:1], torch.full((1, 1), spectrum), basis.mean)
     found = fitted(z, weight)
     keys = key_costs(found, basis, weight.sum().reshape(1))
-    assert keys.shape == (1, len(CHOICES))
+    assert keys.shape == (1, len(ALLOTTED))
     assert float(keys[0, 1] / keys[0, 0]) == pytest.approx(0.1175, rel=0.05)
     # Values whose errors are independent in all respects have a spectrum of their weighted energy.
     own = type(basis)(basis.encoder, basis.decoder, found.energy, basis.mean)
@@ -121,18 +124,19 @@ def test_costs_start_at_the_spectrum_and_fall():
     assert (costs.diff() < 0).all()
 
 
-def test_joint_costs():
+def test_costs_of_both_sides():
     """Keys' part falls with the error; what values lose is in proportion to what attention's sums do."""
     z, weight = samples("normal")
     found = fitted(z, weight)
     total, energy = weight.sum().reshape(1, 1), found.energy
-    histograms = SimpleNamespace(keys=SimpleNamespace(weight=total), outputs=0.5 * energy, squares=0.1 * total[0])
+    side = SimpleNamespace(weight=total)
+    histograms = SimpleNamespace(histograms=[side], outputs=0.5 * energy, squares=0.1 * total[0])
 
     def costs(share):
         nothing = torch.zeros(1, 1, 1)
         spectrum, key_share = torch.tensor([[8.0, share]], dtype=torch.float64).T.unsqueeze(1)
-        basis = Basis(nothing, nothing, spectrum, key_share=key_share)
-        return joint_costs(found, basis, histograms)[0] / 8
+        basis = Basis(nothing, nothing, spectrum, sides=SIDES, key_share=key_share)
+        return costs_of_both(found, basis, key_share, histograms)[0] / 8
 
     keys, values, both = costs(1.0), costs(0.0), costs(0.25)
     assert keys[0] == values[0] == both[0] == 1
@@ -143,30 +147,24 @@ def test_joint_costs():
     assert (both.diff() < 0).all()
 
 
-def converted():
-    model = tiny("llama")
-    convert_attention(model)
-    return eigen_layers(model)[0]
-
-
 def tables(seed, sides=3, channels=4):
     generator = torch.Generator().manual_seed(seed)
     spectra = torch.rand(sides, channels, generator=generator, dtype=torch.float64).pow(4)
     spectra = spectra.sort(descending=True).values
     # Distortion per width as quantisers have it, a little different from channel to channel.
     shape = torch.tensor([1, 0.12, 0.01, 7e-4, 5e-5], dtype=torch.float64)
-    wobble = 1 + 0.3 * torch.rand(sides, channels, len(CHOICES), generator=generator, dtype=torch.float64)
+    wobble = 1 + 0.3 * torch.rand(sides, channels, len(ALLOTTED), generator=generator, dtype=torch.float64)
     return list(spectra.unsqueeze(-1) * shape * wobble), torch.rand(sides, generator=generator).pow(2).tolist()
 
 
 def bytes_of(widths, heads):
-    counts = [[side.tolist().count(bits) for bits in BITS] for side in widths]
-    return sum(g * Widths(*count).bytes for g, count in zip(heads, counts, strict=True))
+    counts = [{bits: side.tolist().count(bits) for bits in BITS} for side in widths]
+    return sum(g * Widths.of(count).bytes for g, count in zip(heads, counts, strict=True))
 
 
 def cost_of(costs, weights, widths):
     return sum(
-        weight * float(cost[torch.arange(len(cost)), [CHOICES.index(w) for w in side.tolist()]].sum())
+        weight * float(cost[torch.arange(len(cost)), [ALLOTTED.index(w) for w in side.tolist()]].sum())
         for cost, weight, side in zip(costs, weights, widths, strict=True)
     )
 
@@ -176,7 +174,7 @@ def test_allocation_is_as_good_as_brute_force_up_to_one_step(seed):
     """Channels in groups of 4 fill whole bytes, so that every step costs what it says."""
     costs, weights = tables(seed, sides=2, channels=12)
     heads = [1, 2]
-    choices = [choice for choice in itertools.product(CHOICES, repeat=3) if choice[0]]
+    choices = [choice for choice in itertools.product(ALLOTTED, repeat=3) if choice[0]]
     options = [torch.tensor(choice).repeat_interleave(4) for choice in choices]
     every = [(bytes_of(pair, heads), cost_of(costs, weights, pair)) for pair in itertools.product(options, options)]
     largest_step, exact = 2 * 4 * 8 // 8, 0
@@ -207,7 +205,7 @@ def test_budgets_that_cannot_be_met_say_what_is_possible():
 
 
 def test_a_quantised_basis_is_sorted_by_width():
-    attention = converted()
+    _, (attention, *_) = converted()
     basis, widths = random_basis(attention, 6, True), torch.tensor([8, 2, 0, 8, 4, 2])
     error = {bits: torch.full((2, 6), float(bits)) + torch.arange(6) / 10 for bits in BITS}
     levels = {bits: each.unsqueeze(-1) * torch.arange(1, 5) for bits, each in error.items()}
@@ -215,7 +213,7 @@ def test_a_quantised_basis_is_sorted_by_width():
     order = [0, 3, 4, 1, 5]
     assert torch.equal(found.encoder, basis.encoder[..., order])
     assert torch.equal(found.decoder, basis.decoder[:, order])
-    assert found.quantiser.widths == Widths(2, 0, 1, 2)
+    assert found.quantiser.widths == Widths.of({8: 2, 4: 1, 2: 2})
     assert found.quantiser.levels[0, :, 0].tolist() == pytest.approx([8.0, 8.3, 4.4, 2.1, 2.5])
     assert found.quantiser.levels[0, 2].tolist() == pytest.approx([4.4, 8.8, 13.2, 17.6])
 
@@ -226,10 +224,13 @@ def test_more_bits_are_nearer_to_the_original():
     exact, errors = tiny("llama")(ids).logits, []
     for bits in (1.0, 4.0):
         model = tiny("llama")
-        report = compress(model, batches, EigenAttentionConfig(bits_per_element=bits, rank_multiple=4, window=4))
+        report = compress(
+            model, batches, EigenAttentionConfig(coded=True, kv_ratio=bits / 16, rank_multiple=4, window=4)
+        )
         assert bits - 0.5 < report.kv_ratio * 16 <= bits
         errors.append(float((model(ids).logits - exact).square().mean()))
-        assert [layer["widths_k"] for layer in report.layers] == [list(a.widths_k) for a in eigen_layers(model)]
+        assert report.layers == [layout.to_dict() for layout in layouts_of(model)]
+        assert all(layout.coded for layout in layouts_of(model))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0] / 10
 
@@ -238,5 +239,5 @@ def test_more_bits_are_nearer_to_the_original():
 def test_without_a_window_too():
     ids, model = tokens(2, 30), tiny("opt")
     exact = model(ids).logits
-    compress(model, [tokens(4, 60)], EigenAttentionConfig(bits_per_element=7, rank_multiple=4, window=0))
+    compress(model, [tokens(4, 60)], EigenAttentionConfig(coded=True, kv_ratio=7 / 16, rank_multiple=4, window=0))
     assert (model(ids).logits - exact).abs().mean() < 0.3 * exact.std()

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import quantised_basis, random_basis, tiny, tokens
+from tiny import converted, some_bases, tiny, tokens
 
 from eigenattn import EigenAttentionConfig, compress
 from eigenattn.cache.packing import Widths
@@ -12,9 +12,7 @@ from eigenattn.calibration.statistics import Batch
 from eigenattn.compression import refit as refitting
 from eigenattn.compression.folding import attach, detach
 from eigenattn.compression.refit import LeastSquares, refit
-from eigenattn.config import ALONE, Sharing
 from eigenattn.journal import Journal
-from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.progress import TokenProgress
 
 BARS = TokenProgress(False)
@@ -22,22 +20,9 @@ RANK = 6
 BATCHES = [Batch(tokens(2, 40)), Batch(tokens(1, 50, seed=7))]
 
 
-def converted(name):
-    model = tiny(name)
-    convert_attention(model)
-    return model, eigen_layers(model)
-
-
-def random_pairs(layers, sharing=ALONE, quantised=False):
-    def basis(attention, seed, shared):
-        if quantised:
-            return quantised_basis(attention, Widths(4, 0, 4, 4), True, seed, shared)
-        return random_basis(attention, RANK, True, seed, shared)
-
-    return [
-        (basis(attention, i, sharing.keys), basis(attention, 50 + i, sharing.values))
-        for i, attention in enumerate(layers)
-    ]
+def random_bases(layers, share="1", coded=False):
+    size = Widths.of({8: 4, 4: 4, 2: 4}) if coded else RANK
+    return [tuple(some_bases(attention, share, (size, size), i)) for i, attention in enumerate(layers)]
 
 
 def outputs(model, attention, batch):
@@ -52,29 +37,26 @@ def outputs(model, attention, batch):
 @torch.no_grad()
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize(
-    ("name", "sharing", "quantised"),
+    ("name", "share", "coded"),
     [
-        *(
-            (name, ALONE, False)
-            for name in ("llama", "llama3", "opt", "mpt-clip", "qwen3", "gemma2", "bloom", "granite")
-        ),
-        *((name, ALONE, False) for name in ("falcon-grouped", "mistral-sliding", "phi3-partial")),
-        *((name, Sharing(2, 2), False) for name in ("llama", "opt")),
-        *((name, ALONE, True) for name in ("llama", "mpt")),
-        ("llama", Sharing(2, 2), True),
-        ("llama", Sharing(1, 2), False),
+        *((name, "1", False) for name in ("llama", "llama3", "opt", "mpt-clip", "qwen3", "gemma2", "bloom", "granite")),
+        *((name, "1", False) for name in ("falcon-grouped", "mistral-sliding", "phi3-partial")),
+        *((name, "2", False) for name in ("llama", "opt")),
+        *((name, "1", True) for name in ("llama", "mpt")),
+        ("llama", "2", True),
+        ("llama", "1-2", False),
     ],
 )
-def test_the_output_changes_as_sums_over_latents_foretell(name, sharing, quantised, window):
+def test_the_output_changes_as_sums_over_latents_foretell(name, share, coded, window):
     model, (attention, *_) = converted(name)
-    keys, values = random_pairs([attention], sharing, quantised)[0]
+    keys, values = random_bases([attention], share, coded)[0]
     fit = LeastSquares(attention, values.rank)
-    attach(attention, keys, values, window, sharing)
+    attach(attention, [keys, values], window)
     attention.observer = fit.observe
     before = outputs(model, attention, BATCHES[0])
     attention.observer = None
     change = torch.randn(attention.kv_heads, values.rank, attention.head_dim, dtype=torch.float64)
-    attach(attention, keys, refitting._changed(values, change, sharing.values), window, sharing)
+    attach(attention, [keys, refitting._changed(values, change)], window)
     after = outputs(model, attention, BATCHES[0])
     by_head = change.repeat_interleave(attention.num_key_value_groups, 0)
     foretold = torch.einsum("bhtr,hrd,hdc->btc", fit.sums.double(), by_head, fit.weight)
@@ -119,14 +101,14 @@ def test_least_squares_is_that_of_the_whole_matrix():
 def test_no_decoder_near_the_refitted_one_has_a_lower_error(name, window, monkeypatch):
     monkeypatch.setattr(refitting, "RIDGE", 1e-9)
     model, layers = converted(name)
-    chosen = random_pairs(layers)
-    found = refit(model, layers, chosen, window, ALONE, BATCHES, BARS)
+    chosen = random_bases(layers)
+    found = refit(model, layers, chosen, window, BATCHES, BARS)
     last = layers[-1]
     targets = [outputs(model, last, batch) for batch in BATCHES]
 
     def error(pair):
         for attention, earlier in zip(layers, [*found[:-1], pair], strict=True):
-            attach(attention, *earlier, window)
+            attach(attention, earlier, window)
         made = [outputs(model, last, batch) for batch in BATCHES]
         for attention in layers:
             detach(attention)
@@ -158,33 +140,32 @@ def test_a_refitted_model_predicts_more_like_the_original():
 
 def test_padding_does_not_count():
     model, layers = converted("llama")
-    chosen = random_pairs(layers)
+    chosen = random_bases(layers)
     short, long = tokens(1, 30), tokens(1, 44, seed=3)
     mask = torch.ones(2, 44, dtype=torch.int64)
     mask[0, :14] = 0
     padded = torch.cat([torch.cat([torch.zeros_like(short[:, :14]), short], dim=1), long])
-    one = refit(model, layers, chosen, 5, ALONE, [Batch(padded, mask)], BARS)
-    other = refit(model, layers, chosen, 5, ALONE, [Batch(short), Batch(long)], BARS)
+    one = refit(model, layers, chosen, 5, [Batch(padded, mask)], BARS)
+    other = refit(model, layers, chosen, 5, [Batch(short), Batch(long)], BARS)
     for (_, a), (_, b) in zip(one, other, strict=True):
         torch.testing.assert_close(a.decoder, b.decoder, rtol=1e-3, atol=1e-4)
 
 
 def test_a_side_at_full_rank_is_left_alone():
     model, layers = converted("llama")
-    keys, values = random_pairs(layers)[0]
+    keys, values = random_bases(layers)[0]
     exact = model(BATCHES[0].input_ids).logits
-    found = refit(model, layers, [(None, None), (keys, None), (None, values)], 0, ALONE, BATCHES, BARS)
-    assert found[:2] == [(None, None), (keys, None)]
-    assert found[2][0] is None
-    assert not torch.equal(found[2][1].decoder, values.decoder)
+    found = refit(model, layers, [(), (keys,), (values,)], 0, BATCHES, BARS)
+    assert found[:2] == [(), (keys,)]
+    assert not torch.equal(found[2][0].decoder, values.decoder)
     assert torch.equal(model(BATCHES[0].input_ids).logits, exact)
 
 
 def test_layers_that_were_refitted_are_taken_up(tmp_path, monkeypatch):
     model, layers = converted("llama")
-    chosen = random_pairs(layers)
+    chosen = random_bases(layers)
     monkeypatch.setattr(refitting.resuming, "SAVE_SECONDS", 0.0)
-    expected = refit(model, layers, chosen, 5, ALONE, BATCHES, BARS)
+    expected = refit(model, layers, chosen, 5, BATCHES, BARS)
     solve = LeastSquares.solve
     solved = []
 
@@ -196,11 +177,11 @@ def test_layers_that_were_refitted_are_taken_up(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt), Journal(tmp_path / "out", {}) as journal:
         monkeypatch.setattr(LeastSquares, "solve", killed_at_the_third)
-        refit(model, layers, chosen, 5, ALONE, BATCHES, BARS, journal)
+        refit(model, layers, chosen, 5, BATCHES, BARS, journal)
     monkeypatch.setattr(LeastSquares, "solve", lambda fit: (solved.append(fit), solve(fit))[1])
     model, layers = converted("llama")
     with Journal(tmp_path / "out", {}) as journal:
-        found = refit(model, layers, chosen, 5, ALONE, BATCHES, BARS, journal)
+        found = refit(model, layers, chosen, 5, BATCHES, BARS, journal)
     assert len(solved) == 3
     for (_, a), (_, b) in zip(found, expected, strict=True):
         assert torch.equal(a.decoder, b.decoder)

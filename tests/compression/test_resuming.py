@@ -1,7 +1,7 @@
-"""What is kept of a compression is taken up, not done again, and changes no bit."""
+"""What is saved of a compression is taken up, not done again, and changes no bit."""
 
 import pytest
-import torch
+from helpers import Killed, same
 from tiny import tiny, tokens
 
 from eigenattn import EigenAttentionConfig, compress
@@ -14,10 +14,6 @@ from eigenattn.journal import Journal
 BATCHES = list(tokens(6, 40).split(1))
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.fixture(autouse=True)
 def _save_always(monkeypatch):
     monkeypatch.setattr(resuming, "SAVE_SECONDS", 0.0)
@@ -27,10 +23,6 @@ def finished(config, journal=None, batches=None):
     model = tiny("llama")
     report = compress(model, batches or BATCHES, config, journal=journal)
     return model.state_dict(), report
-
-
-def same(one, other) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("basis", ["attention", "eigen"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import random_basis, tiny, tokens
+from tiny import compressed, random_basis, tiny, tokens
 
 from eigenattn.compression.folding import attach
 from eigenattn.errors import EigenAttnError
@@ -17,7 +17,7 @@ def models():
     original, compressed = tiny("llama"), tiny("llama")
     convert_attention(compressed)
     for attention in eigen_layers(compressed):
-        attach(attention, random_basis(attention, 8, centred=True), None, window=4)
+        attach(attention, [random_basis(attention, 8, centred=True)], window=4)
     return original, compressed
 
 
@@ -80,3 +80,16 @@ def test_windows_lie_side_by_side_by_default():
         windows_of(text, 100, 30, 31)
     with pytest.raises(EigenAttnError, match="one window"):
         windows_of(text, 29, 30)
+
+
+@torch.no_grad()
+def test_tokens_that_a_model_rules_out():
+    """By logits of -inf, as some do with the padding of their vocabulary."""
+
+    def without_some(model, ids, keep):
+        return model(ids).logits[:, -keep:].masked_fill(torch.arange(128) < 3, -torch.inf)
+
+    base = read(tiny("llama"), tokens(2, 12), logits_of=without_some, keep=True)
+    found = read(compressed("llama", 4), tokens(2, 12), logits_of=without_some, original=base.predictions)
+    assert min(found.divergence) > 0
+    assert max(found.divergence) < 1e3

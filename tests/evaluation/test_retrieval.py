@@ -78,7 +78,7 @@ def test_needles_need_room_and_text():
 
 
 def test_copying():
-    windows = torch.randperm(100)[None, :80]
+    windows = torch.randperm(100, generator=torch.Generator().manual_seed(0))[None, :80]
     assert copying(LookingBack(suffix=1), windows) == [1.0]
     assert copying(LookingBack(suffix=1, reach=20), windows) == [0.0]
     with pytest.raises(EigenAttnError, match="copying needs"):

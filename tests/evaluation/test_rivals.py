@@ -2,24 +2,21 @@
 
 import pytest
 import torch
+from helpers import skip_without
 from tiny import tiny, tokens
 
-from eigenattn.errors import EigenAttnError
 from eigenattn.evaluation.reading import uncached
-from eigenattn.evaluation.rivals import NAMES, Rival
+from eigenattn.evaluation.rivals import RIVALS, Rival
 from eigenattn.models.conversion import convert_attention, eigen_layers
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", NAMES.split(", "))
+@pytest.mark.parametrize("name", RIVALS)
 def test_every_rival_reads(name):
-    """Skipped where its package is absent, or this transformers has no such cache."""
+    skip_without(name.split("-")[0])
     model, ids = tiny("opt"), tokens(1, 48)
-    try:
-        rival = Rival.of(name)
-        rival.check(model.config, 8)
-    except EigenAttnError as error:
-        pytest.skip(str(error))
+    rival = Rival.of(name)
+    rival.check(model.config, 8)
     exact = uncached(model, ids, 48)
     convert_attention(model)
     with rival.reading(eigen_layers(model), 8) as logits_of:

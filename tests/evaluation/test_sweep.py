@@ -7,31 +7,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import same, skip_without
 from tiny import save_tiny, tiny, tokens
-from transformers import cache_utils
 
 from eigenattn import EigenAttentionConfig, compress
 from eigenattn.cache.store import room_for
 from eigenattn.calibration.statistics import Batch
 from eigenattn.calibration.text import Text
-from eigenattn.compression.ranks import RankProblem, sensitivity
+from eigenattn.compression.folding import fold
+from eigenattn.compression.rank_problem import RankProblem
+from eigenattn.compression.sensitivity import sensitivity
 from eigenattn.compression.shared_costs import SharedCosts
 from eigenattn.errors import EigenAttnError
-from eigenattn.evaluation.measuring import Plan
+from eigenattn.evaluation.grid import Cell, Grid
+from eigenattn.evaluation.measuring import EvaluationPlan
 from eigenattn.evaluation.reading import read, uncached
-from eigenattn.evaluation.rivals import Rival, rounded_in_groups
-from eigenattn.evaluation.sweep import Cell, Grid, SweepModel, sizes
-from eigenattn.evaluation.sweep_folder import Calibration, Results, read_sweep, run_sweep, sweep_texts
+from eigenattn.evaluation.rivals import RIVALS, Rival, rounded_in_groups
+from eigenattn.evaluation.sweep import SweepModel, sizes
+from eigenattn.evaluation.sweep_folder import SweepFolder, read_sweep
 from eigenattn.evaluation.sweep_folder import table as rows_of
-from eigenattn.models.checkpoint import layer_entry
 from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.models.loading import Source, load_model
 from eigenattn.progress import TokenProgress
 from eigenattn.report.figures import calibration_study, frontier
 from eigenattn.report.tables import sweep_table
+from eigenattn.workflows.sweep import Calibration, run_sweep, sweep_texts
 
 CONTENT = "The quick brown fox jumps over the lazy dog; it was not amused. " * 40
-PLAN = Plan([Text("held out", CONTENT)], tokens=192, length=64, copies=1)
+PLAN = EvaluationPlan([Text("held out", CONTENT)], tokens=192, length=64, copies=1)
 QUIET = TokenProgress(False)
 
 
@@ -40,40 +43,68 @@ def base(tmp_path_factory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("base"))
 
 
-def sweep(base: Path, out: Path, grid: Grid, plan: Plan = PLAN, **options) -> dict:
+def sweep(base: Path, out: Path, grid: Grid, plan: EvaluationPlan = PLAN, **options) -> dict:
     options = {"calibrations": [Calibration((Text("fox", CONTENT),), 4)], **options}
     return run_sweep(str(base), out, grid, plan, length=64, seed=0, **options)
 
 
 @pytest.mark.parametrize(
-    ("cell", "shared"),
+    ("method", "asked", "share_costs"),
     [
-        (Cell("attention", "error_budget", 8, 1, 0.5), True),
-        (Cell("attention", "sensitivity", 8, 1, 0.5), False),
-        (Cell("attention", "sensitivity", 8, 1, None, 2.0), False),
-        (Cell("attention", "uniform", 0, 1, 0.5, refit=True), True),
-        (Cell("attention", "sensitivity", 8, 1, 0.5, shrinkage=0.3), False),
-        (Cell("attention", "sensitivity", 8, 1, 0.5, joint=True), False),
-        (Cell("attention", "uniform", 8, 2, 0.5, joint=True), True),
-        (Cell("attention", "sensitivity", 8, 2, None, 2.0, joint=True), False),
+        ("attention/error_budget/8", 0.5, True),
+        ("attention/sensitivity/8", 0.5, False),
+        ("attention/bits/8", 2.0, False),
+        ("attention+refit/uniform/0", 0.5, True),
+        ("attention+refit/bits/0", 3.0, False),
+        ("attention~0.3/sensitivity/8", 0.5, False),
+        ("attention:2/sensitivity/0", 0.5, False),
+        ("attention:1-2+refit/sensitivity/8", 0.5, False),
+        ("attention:1kv/sensitivity/8", 0.5, False),
+        ("attention:2kv/uniform/8", 0.5, True),
+        ("attention:2kv/bits/8", 2.0, False),
+        ("eigen/sensitivity/8", 0.5, False),
+        ("attention/sensitivity/8", 1.0, False),
     ],
 )
-def test_a_cell_is_what_compress_gives(cell, shared):
+def test_a_cell_is_what_compress_gives(method, asked, share_costs):
+    """To the bit: the maps, and with a window what the model makes of them."""
     batches, window = list(tokens(4, 64, seed=5).split(1)), tokens(2, 64)
-    grid = Grid([0.75, 0.5], rank_multiple=2, bits_per_element=[2])
-    subject = SweepModel(tiny("llama"), [Batch(ids) for ids in batches], grid, QUIET, share_costs=shared)
+    cell = Cell.of(method, asked, rank_multiple=2)
+    assert (cell.method, cell.asked) == (method, asked)
+    grid = Grid([0.75, 0.5], rank_multiple=2)
+    subject = SweepModel(tiny("llama"), [Batch(ids) for ids in batches], grid, QUIET, share_costs=share_costs)
     original = read(subject.model, window).nll
-    for before in (cell._replace(kv_ratio=0.75), cell):  # what came before leaves no trace
-        subject.compress(before, {})
+    for before in (Cell.of(method, 1.5 * asked if asked < 1 else 0.9 * asked, rank_multiple=2), cell):
+        subject.compress(before, {})  # what came before leaves no trace
     swept = read(subject.model, window).nll
     model = tiny("llama")
-    report = compress(model, batches, grid.config(cell))
-    assert [layer_entry(attention) for attention in subject.layers] == report.layers
-    assert sizes(subject.layers, 64)["kv_ratio"] == report.kv_ratio
+    report = compress(model, batches, cell.config)
+    assert [layout.to_dict() for layout in subject.layouts] == report.layers
+    assert sizes(subject.layouts, 64)["kv_ratio"] == report.kv_ratio
+    if cell.config.window:
+        assert swept == read(model, window).nll
     assert swept == pytest.approx(read(model, window).nll, rel=1e-5)
+    if asked < 1 or cell.config.coded:
+        assert swept != pytest.approx(original, rel=1e-3)
     subject.restore()
     assert read(subject.model, window).nll == pytest.approx(original, rel=1e-6)
-    assert swept != pytest.approx(original, rel=1e-3)
+    subject.compress(cell, {})
+    for attention in subject.layers:
+        fold(attention)
+    assert same(subject.model.state_dict(), model.state_dict())
+
+
+def test_names_of_cells():
+    """As results that were written before have them."""
+    for name, asked in (("attention/sensitivity/32", 0.4), ("attention:1-3/bits/32", 2.5), ("kq-svd/uniform/8", 0.4)):
+        assert Cell.of(name, asked).key == f"{name}/{asked}"
+    coded = Cell.of("attention/bits/32", 3.0)
+    assert (coded.config.kv_ratio, coded.bits_per_element, coded.asked) == (3 / 16, 3.0, 3.0)
+    plain = Cell.of("attention:3kv~0.3/sensitivity/32", 0.6)
+    assert (plain.bits_per_element, plain.asked, plain.statistics) == (None, 0.6, "attention:3kv~0.3/32")
+    for wrong in ("attention", "attention/sensitivity", "attention/sensitivity/x", "attention:3kv+refit/uniform/0"):
+        with pytest.raises(EigenAttnError):
+            Cell.of(wrong, 0.5)
 
 
 def test_every_shrinkage_is_a_cell_and_decoders_are_refitted_without_a_window():
@@ -97,7 +128,7 @@ def test_a_sweep_of_five_costs_less_than_two_calibrations_and_five_evaluations(b
             layer.mlp.register_forward_hook(lambda module, args, out: passes.update({stage: args[0].shape[1]}))
         return model
 
-    monkeypatch.setattr("eigenattn.evaluation.sweep_folder.load_model", counted)
+    monkeypatch.setattr("eigenattn.workflows.sweep.load_model", counted)
     sweep(base, tmp_path / "sweep", Grid([0.9, 0.8, 0.7, 0.6, 0.5], windows=[8], rank_multiple=2))
     model = counted(Source.of(str(base)))
     stage = "evaluation"
@@ -150,8 +181,8 @@ def test_figures_of_a_sweep(base, tmp_path):
     assert float(rows[1]["divergence (held out)"]) == small["texts"][0]["divergence"]
 
 
-@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8 cache")
 def test_a_rival_reads_through_a_quantised_cache(base, tmp_path):
+    skip_without("fp8")
     grid = Grid([1.0], windows=[8], ranks=["uniform"])
     sweep(base, tmp_path / "sweep", grid)
     rival = sweep(base, tmp_path / "sweep", grid, rivals=[Rival.of("fp8")])["cells"]["fp8/8"]
@@ -164,7 +195,7 @@ def test_a_rival_reads_through_a_quantised_cache(base, tmp_path):
     # The first piece sees nothing that went through the cache.
     assert torch.allclose(found[:, :8], exact[:, :8], atol=1e-4)
     assert not torch.allclose(found[:, 8:], exact[:, 8:], atol=1e-3)
-    assert Rival("quanto-4", "quanto", 4).bits_per_element(16) == 4.5
+    assert RIVALS["quanto-4"].bits_per_element(16) == 4.5
 
 
 def test_the_plain_rival_keeps_the_window(base, tmp_path):
@@ -192,15 +223,17 @@ def test_values_of_a_group_are_rounded_to_its_levels():
 
 
 def test_bits_stand_beside_ratios(base, tmp_path):
-    grid = Grid([0.5], windows=[8], ranks=["uniform"], rank_multiple=2, bits_per_element=[4, 2])
-    values = sweep(base, tmp_path / "sweep", grid)
+    sweep(base, tmp_path / "sweep", Grid([0.5], windows=[8], ranks=["uniform"], rank_multiple=2))
+    values = sweep(base, tmp_path / "sweep", Grid([4 / 16, 2 / 16], windows=[8], rank_multiple=2, coded=True))
+    assert "fox/4/attention/uniform/8/0.5" in values["cells"]
     four, two = (values["cells"][f"fox/4/attention/bits/8/{bits}"] for bits in (4, 2))
     assert two["kv_ratio"] <= 2 / 16 < four["kv_ratio"] <= 4 / 16
-    assert len(two["layers"][0]["widths_k"]) == 4
+    assert all("widths" in latent for latent in two["layers"][0]["latents"])
+    assert (two["bits_per_element"], two["asked"]) == (2, 2)
     assert 0 < four["texts"][0]["divergence"] < two["texts"][0]["divergence"]
     assert values["seconds"]["quantisers"] > 0
-    with pytest.raises(EigenAttnError, match='the basis "attention"'):
-        Grid([0.5], bases=["eigen"], bits_per_element=[4])
+    with pytest.raises(EigenAttnError, match="'eigen' does not support coded"):
+        Grid([0.25], bases=["eigen"], coded=True)
 
 
 def test_each_calibration_is_a_sweep_of_its_own(base, tmp_path):
@@ -245,7 +278,7 @@ def test_shared_costs_stand_for_measured_ones():
             ]
 
     def problem(ratio, costs):
-        return RankProblem(spectra, spectra, EigenAttentionConfig(kv_ratio=ratio, rank_multiple=1), costs)
+        return RankProblem([(s, s) for s in spectra], EigenAttentionConfig(kv_ratio=ratio, rank_multiple=1), costs)
 
     counting = Tails()
     shared, found = SharedCosts(problem(0.5, counting)), []
@@ -254,19 +287,19 @@ def test_shared_costs_stand_for_measured_ones():
         assert found[-1] == sensitivity(problem(ratio, Tails()))
     assert len({str(each) for each in found}) == 3
     assert counting.calls == 2
-    kept = SharedCosts(problem(0.5, None), shared.curves)
-    assert sensitivity(problem(0.3, kept)) == found[-1]
+    known = SharedCosts(problem(0.5, None), shared.curves)
+    assert sensitivity(problem(0.3, known)) == found[-1]
 
 
 def test_heads_share_latents(base, tmp_path):
-    grid = Grid([0.5], windows=[8], shared_heads=[1, 2], ranks=["uniform"], rank_multiple=2)
+    grid = Grid([0.5], windows=[8], share=["1", "2"], ranks=["uniform"], rank_multiple=2)
     values = sweep(base, tmp_path / "sweep", grid)
     single, shared = (values["cells"][f"fox/4/{kind}/uniform/8/0.5"] for kind in ("attention", "attention:2"))
     assert single["bytes_per_token"] == shared["bytes_per_token"]
     assert single["texts"][0]["divergence"] != shared["texts"][0]["divergence"]
     with pytest.raises(EigenAttnError, match="choose 1, 2"):
-        sweep(base, tmp_path / "other", Grid([0.5], windows=[8], shared_heads=[3]))
-    values = sweep(base, tmp_path / "values", Grid([0.5], windows=[8], shared_values=[2], rank_multiple=2))
+        sweep(base, tmp_path / "other", Grid([0.5], windows=[8], share=["3"]))
+    values = sweep(base, tmp_path / "values", Grid([0.5], windows=[8], share=["1-2"], rank_multiple=2))
     cell = values["cells"]["fox/4/attention:1-2/sensitivity/8/0.5"]
     assert cell["kv_ratio"] <= 0.5 and cell["texts"][0]["divergence"] > 0
 
@@ -286,9 +319,9 @@ def test_files_hold_their_last_fifth_out(tmp_path):
 
 
 def test_a_second_process_leaves_the_first_ones_folder_alone(tmp_path):
-    with Results(tmp_path / "out", {}, []) as first:
+    with SweepFolder(tmp_path / "out", {}, {}) as first:
         with pytest.raises(EigenAttnError, match="another process is writing"):
-            Results(tmp_path / "out", {}, [])
+            SweepFolder(tmp_path / "out", {}, {})
         first.save()
     assert read_sweep(tmp_path / "out")["cells"] == {}
 

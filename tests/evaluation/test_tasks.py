@@ -58,11 +58,45 @@ def test_names():
 
 
 @pytest.mark.parametrize(
-    "row", ["{", {"query": "a", "choices": ["b"]}, {**ITEMS[0], "gold": 3}, {**ITEMS[0], "choices": 5}]
+    "row",
+    [
+        "{",
+        "7",
+        {"query": "a", "choices": ["b"]},
+        {**ITEMS[0], "gold": 3},
+        {**ITEMS[0], "choices": 5},
+        {**ITEMS[0], "choices": "abcd"},
+        {**ITEMS[0], "choices": ["a", ""]},
+        {**ITEMS[0], "query": None},
+        {**ITEMS[0], "query": "\ud800"},
+    ],
 )
 def test_a_malformed_file_names_the_line(tmp_path, row):
     with pytest.raises(EigenAttnError, match="line 2: expected"):
         load_tasks([write(tmp_path / "bad.jsonl", [ITEMS[0], row])])
+
+
+@pytest.mark.parametrize("name", ["quiz.JSONL", "quiz.ndjson", "quiz.json"])
+def test_json_by_other_names_and_as_an_array(tmp_path, name):
+    for rows in (ITEMS, [json.dumps(ITEMS)]):
+        assert len(load_tasks([write(tmp_path / name, rows)])["quiz"].dataset["test"]) == len(ITEMS)
+
+
+def test_breaks_inside_lines_and_a_byte_order_mark(tmp_path):
+    row = {**ITEMS[0], "query": "one\u2028two\x85three"}
+    name = write(tmp_path / "quiz.jsonl", ["\ufeff" + json.dumps(row, ensure_ascii=False), ITEMS[1]])
+    assert [doc["query"] for doc in load_tasks([name])["quiz"].dataset["test"]] == [row["query"], ITEMS[1]["query"]]
+
+
+def test_a_local_task_is_not_the_hub_s_fault(tmp_path, monkeypatch):
+    import datasets
+
+    def broken(rows):
+        raise ValueError("no such type")
+
+    monkeypatch.setattr(datasets.Dataset, "from_list", broken)
+    with pytest.raises(EigenAttnError, match=r"quiz\.jsonl could not be made of its items \(no such type\)"):
+        load_tasks([write(tmp_path / "quiz.jsonl", ITEMS)])
 
 
 def test_what_cannot_be_read_is_said(tmp_path):

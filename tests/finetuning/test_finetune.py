@@ -4,25 +4,26 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Killed, run, same, state
 from tiny import save_tiny, tiny, tokens
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import eigenattn
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
-from eigenattn.cli import app
 from eigenattn.finetuning import FinetuneConfig, finetune, trainable, training
 from eigenattn.finetuning.trainable import Trainable
 from eigenattn.journal import Journal
-from eigenattn.kernels import windowed
+from eigenattn.kernels import blocks
 from eigenattn.models.conversion import eigen_layers
-from eigenattn.models.maps import MAPS
+from eigenattn.models.maps import MAPS, QUANTISERS
 
 # peft still reads an attribute that transformers retires.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 TRAINING, VALIDATION = tokens(8, 40), tokens(2, 40, seed=7)
 QUICK = FinetuneConfig(steps=6, batch_size=2, validate_every=3, lora_rank=4, lora_alpha=4)
+# What is trained of a Llama whose projections are folded.
+FOLDED_LLAMA = {"k_proj.weight", "v_proj.weight", "o_proj.weight", "key_decoder", "key_mean"}
 
 
 def small(name="llama", window=4, **overrides):
@@ -32,15 +33,11 @@ def small(name="llama", window=4, **overrides):
     return model
 
 
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 @pytest.mark.parametrize(
     ("name", "backend"), [("llama", "sdpa"), ("llama", "eager"), ("opt", "sdpa"), ("qwen3", "sdpa"), ("mpt-clip", None)]
 )
 def test_gradients_through_the_window_are_those_of_finite_differences(name, backend, monkeypatch):
-    monkeypatch.setattr(windowed, "QUERY_BLOCK", 7)  # several blocks of queries
+    monkeypatch.setattr(blocks, "QUERY_BLOCK", 7)  # several blocks of queries
     model = tiny(name, attn_implementation=backend).double()
     compress(model, [tokens(2, 40)], EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=4, ranks="uniform"))
     attention, ids = eigen_layers(model)[1], tokens(1, 20, seed=5)
@@ -76,22 +73,23 @@ def test_distillation_wins_back_what_was_lost(name, window):
 
 
 @pytest.mark.parametrize("window", [0, 4])
-def test_quantised_latents_train_through_their_quantisers(window):
+def test_coded_latents_train_through_their_quantisers(window):
     model = tiny("llama")
-    compress(model, [tokens(4, 40, seed=3)], EigenAttentionConfig(bits_per_element=3, rank_multiple=4, window=window))
+    compress(model, [tokens(4, 40, seed=3)], EigenAttentionConfig(coded=True, kv_ratio=0.1875, window=window))
     before = state(model)
     config = FinetuneConfig(steps=6, batch_size=8, validate_every=3, learning_rate=1e-3, lora_rank=4, lora_alpha=4)
     model, report = finetune(model, TRAINING, TRAINING, config, baseline=tiny("llama"))
     assert report.after < report.before
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert not any(name.endswith(("_offset", "_step")) for name in changed)
+    assert {name.split("attn.", 1)[1] for name in changed} == (set(MAPS) if window else FOLDED_LLAMA)
+    assert set(QUANTISERS) <= {name.split(".")[-1] for name in before}  # they are there, and stay as they are
 
 
-@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("share", ["2", "2kv"])
 @pytest.mark.parametrize("window", [0, 4])
-def test_latents_that_heads_share(window, joint):
+def test_latents_that_heads_share(window, share):
     model = tiny("llama")
-    settings = {"kv_ratio": 0.5, "rank_multiple": 2, "ranks": "uniform", "shared_heads": 2, "joint": joint}
+    settings = {"kv_ratio": 0.5, "rank_multiple": 2, "ranks": "uniform", "share": share}
     compress(model, [tokens(4, 40, seed=3)], EigenAttentionConfig(**settings, window=window))
     before = state(model)
     model, report = finetune(model, TRAINING, TRAINING[:2], QUICK, baseline=tiny("llama"))
@@ -120,7 +118,7 @@ def test_with_a_window_the_maps_are_trained_and_nothing_else():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("llama", {"k_proj.weight", "v_proj.weight", "o_proj.weight", "key_decoder", "key_mean"}),
+        ("llama", FOLDED_LLAMA),
         ("opt", {"q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight"}),
         ("gpt2", {"c_attn.weight", "c_proj.weight"}),
         ("qwen3", {"v_proj.weight", "o_proj.weight", "key_encoder", "key_decoder", "key_mean"}),
@@ -143,7 +141,7 @@ def test_nothing_better_than_the_start_changes_nothing(window):
     model, report = finetune(model, TRAINING, VALIDATION, config, baseline=tiny("llama"))
     assert report.best_step == 0
     assert report.after == report.before
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert same(model.state_dict(), before)
 
 
 def test_half_precision_trains_in_full():
@@ -168,10 +166,6 @@ def test_maps_are_trained_in_units_of_their_size():
     assert torch.equal(attention.key_encoder, before)
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize(("window", "steps_done"), [(0, 1), (4, 3), (0, 5)])
 def test_going_on_gives_the_bits_of_an_uninterrupted_run(window, steps_done, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
@@ -193,7 +187,7 @@ def test_going_on_gives_the_bits_of_an_uninterrupted_run(window, steps_done, tmp
             small(window=window), TRAINING, VALIDATION, QUICK, baseline=tiny("llama"), journal=journal
         )
     assert report.curve == full.curve
-    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert same(model.state_dict(), expected.state_dict())
 
 
 def test_adapters_need_peft(monkeypatch):
@@ -262,12 +256,6 @@ def workshop(tmp_path_factory) -> Path:
     return folder
 
 
-def run(*arguments) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
 @pytest.mark.parametrize("kind", ["windowed", "folded", "bases"])
 def test_the_command_writes_what_it_was_given(workshop, kind, tmp_path):
     before = {path.name: path.read_bytes() for path in (workshop / kind).iterdir()}
@@ -280,10 +268,9 @@ def test_the_command_writes_what_it_was_given(workshop, kind, tmp_path):
     assert "## Fine-tuning" in (tmp_path / "tuned" / "README.md").read_text()
     found = json.loads(run("inspect", tmp_path / "tuned", "--json", "-"))
     assert found["provenance"]["finetuning"]["after"] == report["after"]
-    measured = json.loads(
-        run("evaluate", tmp_path / "tuned", "--text", workshop / "fox.txt", "--length", "48", "--json", "-")
-    )
-    assert measured["texts"][0]["perplexity"] > 1
+    measure = ["--baseline", workshop / "base", "--text", workshop / "fox.txt", "--length", "48", "--json", "-"]
+    original, tuned = (json.loads(run("evaluate", each, *measure)) for each in (workshop / kind, tmp_path / "tuned"))
+    assert 0 < tuned["texts"][0]["divergence"] < original["texts"][0]["divergence"]
 
 
 def test_trained_bases_fit_the_original_model(workshop, tmp_path):

@@ -3,12 +3,14 @@
 Triton asks its driver for the target, so a driver of our own that only knows a target is enough.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
 from eigenattn.cache.packing import Widths
-from eigenattn.kernels.decoding import Near, Rotary, Side, decode, fused
+from eigenattn.kernels.decoding import Rotary, Side, Step, Window, decode, fused
 
 
 class TargetOnly:
@@ -47,11 +49,11 @@ def main() -> None:
         return torch.randn(*shape, dtype=torch.bfloat16)
 
     length = torch.full((b,), s, dtype=torch.int32)
-    near = Near(normal(b, g, n, d), normal(b, g, n, d), length, length + n)
+    window = Window(normal(b, g, n, d), normal(b, g, n, d), length, length + n)
     rotary = Rotary(1e4 ** -(torch.arange(0, d, 2) / d))
     cases = (
         (32, rotary, None, 1, 1),
-        (24, None, Widths(8, 8, 8, 0), 1, 1),
+        (24, None, Widths.of({8: 8, 6: 8, 4: 4, 3: 2, 1: 2}), 1, 1),
         (32, rotary, None, 1, 2),
         (24, None, None, 2, 2),
     )
@@ -61,22 +63,22 @@ def main() -> None:
         else:
             z = torch.zeros(b, g, s, widths.bytes, dtype=torch.uint8)
             quantiser = {"widths": widths, "levels": torch.ones(g, rank, 4)}
-        side = Side(normal(g, rank, d), normal(g, d), **quantiser)
-        q = normal(b, h, d)
+        keys = Side(0, normal(g, rank, d), normal(g, d), **quantiser)
         capped = {} if widths is None else {"softcap": 30.0, "mask": torch.ones(b, h, s + n, dtype=torch.bool)}
-        decode(
-            q,
-            z[:, ::shared_k],
-            z[:, ::shared_v],
-            keys=side,
-            values=side,
+        step = Step(
+            q=normal(b, h, d),
+            rows=(z[:, ::shared_k], z[:, ::shared_v]),
+            keys=keys,
+            values=replace(keys, row=1),
             scale=0.1,
             length=length,
+            positions=torch.arange(s + n).expand(b, -1),
+            query=length + n,
             rotary=positions,
-            near=near,
-            backend="triton",
+            window=window,
             **capped,
         )
+        decode(step, "triton")
 
 
 if __name__ == "__main__":

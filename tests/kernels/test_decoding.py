@@ -14,8 +14,8 @@ from tiny import levels_between
 
 from eigenattn import EigenAttnError
 from eigenattn.cache.packing import Widths, pack
-from eigenattn.kernels.decoding import Near, Rotary, Side, decode
-from eigenattn.kernels.decoding.reference import rotate_to
+from eigenattn.kernels.decoding import Rotary, Side, Step, Window
+from eigenattn.kernels.decoding import decode as decode_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 without_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
@@ -46,6 +46,11 @@ def _poisoned_outputs(monkeypatch):
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def decode(backend: str, **arguments) -> torch.Tensor:
+    """A step with these arguments."""
+    return decode_step(Step(**arguments), backend)
 
 
 def rotary_of(kind: str, d: int) -> Rotary | None:
@@ -81,29 +86,30 @@ def problem(name: str, widths: Widths | None = None) -> dict:
         low = torch.randn(g, rank_k) - 2
         levels = levels_between(low, low + 2 + 4 * torch.rand(g, rank_k), widths).to(DEVICE)
         extra = {"widths": widths, "levels": levels}
-    near = None
+    window = None
     if slots:
         # The window begins some columns before what is latent ends, and has a free slot in front and one behind.
-        near = Near(normal(b, g, slots, d), normal(b, g, slots, d), length - 2, length - 2 + slots - 1)
-        near.keys[:, :, -1] = near.values[:, :, -1] = NAN
-        near.keys[:, :, 0] = near.values[:, :, 0] = NAN
+        window = Window(normal(b, g, slots, d), normal(b, g, slots, d), length - 2, length - 2 + slots - 1)
+        window.keys[:, :, -1] = window.values[:, :, -1] = NAN
+        window.keys[:, :, 0] = window.values[:, :, 0] = NAN
     return {
         "q": normal(b, h, d),
-        "far_keys": latents[0],
-        "far_values": latents[1],
-        "keys": Side(normal(g, rank_k, d) / rank_k**0.5, normal(g, d), **extra),
-        "values": Side(normal(g, rank_v, d) / rank_v**0.5, normal(g, d), **extra),
+        "rows": tuple(latents),
+        "keys": Side(0, normal(g, rank_k, d) / rank_k**0.5, normal(g, d), **extra),
+        "values": Side(1, normal(g, rank_v, d) / rank_v**0.5, normal(g, d), **extra),
         "scale": 0.4,
         "length": length,
         "first": first,
+        "positions": torch.arange(s + slots, device=DEVICE) - first[:, None],
+        "query": length - first + slots,
         "rotary": rotary_of(positions, d),
         "slopes": torch.rand(h, device=DEVICE) if positions == "alibi" else None,
-        "near": near,
+        "window": window,
     }
 
 
 def assert_same(found: torch.Tensor, arguments: dict) -> None:
-    expected = decode(**arguments, backend="reference")
+    expected = decode("reference", **arguments)
     assert found.dtype == expected.dtype
     error = (found.float() - expected.float()).norm() / expected.float().norm()
     assert error < {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}[found.dtype]
@@ -113,82 +119,167 @@ def assert_same(found: torch.Tensor, arguments: dict) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_backends_equal_the_reference(name, backend):
     arguments = problem(name)
-    assert_same(decode(**arguments, backend=backend), arguments)
+    assert_same(decode(backend, **arguments), arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("widths", [(3, 0, 10, 7), (2, 7, 5, 3), (0, 0, 21, 0), (0, 20, 0, 0)], ids=str)
+@pytest.mark.parametrize(
+    "widths",
+    [{8: 3, 4: 10, 2: 7}, {8: 2, 6: 7, 4: 5, 2: 3}, {4: 21}, {6: 20}, {4: 5, 3: 11, 1: 9}, {1: 17}],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["small-space-window", "rotary"])
 def test_packed_codes(name, widths, backend):
-    arguments = problem(name, Widths(*widths))
-    assert_same(decode(**arguments, backend=backend), arguments)
+    arguments = problem(name, Widths.of(widths))
+    assert_same(decode(backend, **arguments), arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_full_rank_needs_no_decoder(backend):
     arguments = problem("rotary-window")
     b, g, s, d = 3, 2, 50, 40
-    arguments |= {"far_keys": torch.randn(b, g, s, d, device=DEVICE), "keys": Side()}
-    arguments |= {"far_values": torch.randn(b, g, s, d, device=DEVICE), "values": Side()}
-    assert_same(decode(**arguments, backend=backend), arguments)
+    arguments["rows"] = torch.randn(b, g, s, d, device=DEVICE), torch.randn(b, g, s, d, device=DEVICE)
+    arguments |= {"keys": Side(0), "values": Side(1)}
+    assert_same(decode(backend, **arguments), arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_folded_projections_leave_values_in_their_space(backend):
     arguments = problem("small-space")
-    arguments |= {"keys": Side(), "values": Side(), "q": arguments["q"][..., :8].contiguous()}
-    assert decode(**arguments, backend=backend).shape == (2, 4, 16)
-    assert_same(decode(**arguments, backend=backend), arguments)
+    arguments |= {"keys": Side(0), "values": Side(1), "q": arguments["q"][..., :8].contiguous()}
+    assert decode(backend, **arguments).shape == (2, 4, 16)
+    assert_same(decode(backend, **arguments), arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_that_sees_nothing_gives_zeros(backend):
     arguments = problem("small-space")
     arguments["length"] = arguments["first"].clone()
-    assert torch.equal(decode(**arguments, backend=backend), torch.zeros(2, 4, 16, device=DEVICE))
+    assert torch.equal(decode(backend, **arguments), torch.zeros(2, 4, 16, device=DEVICE))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_far_positions_and_room_to_spare(backend):
     """Only distances matter: moving queries and keys by 100,000 positions changes little more than fp32 rounds."""
     arguments = problem("rotary-window")
-    rotary, q = arguments["rotary"], arguments["q"]
-    here, there = torch.full((3, 4), 60), torch.full((3, 4), 100_060)
-    moved = arguments | {"q": rotate_to(q, there.to(DEVICE), rotary), "position": 100_000 - arguments["first"]}
+    moved = arguments | {
+        "query": arguments["query"] + 100_000,
+        "positions": torch.nn.functional.pad(arguments["positions"] + 100_000, (0, 14)),
+    }
     # The latents as a static cache holds them: a part of a tensor with room for more, tokens before heads.
-    for name in ("far_keys", "far_values"):
-        room = torch.full((3, 64, 2, moved[name].shape[-1]), NAN, device=DEVICE)
-        room[:, :50] = moved[name].transpose(1, 2)
-        moved[name] = room.transpose(1, 2)
-    expected = decode(**arguments | {"q": rotate_to(q, here.to(DEVICE), rotary)}, backend="reference")
-    torch.testing.assert_close(decode(**moved, backend=backend), expected, rtol=0.02, atol=0.02)
+    rows = []
+    for row in arguments["rows"]:
+        room = torch.full((3, 64, 2, row.shape[-1]), NAN, device=DEVICE)
+        room[:, :50] = row.transpose(1, 2)
+        rows.append(room.transpose(1, 2))
+    moved["rows"] = tuple(rows)
+    expected = decode("reference", **arguments)
+    torch.testing.assert_close(decode(backend, **moved), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["small-space-window", "rotary-partial", "rotary-interleaved"])
+def test_bases_through_the_origin(name, backend):
+    arguments = problem(name)
+    arguments |= {side: replace(arguments[side], mean=None) for side in ("keys", "values")}
+    assert_same(decode(backend, **arguments), arguments)
+
+
+@pytest.mark.parametrize("name", ["small-space-window", "alibi-window", *(n for n in CASES if n.startswith("rotary"))])
+def test_other_dtypes_than_that_of_the_fast_way(name):
+    """PyTorch's own operations have one way for fp32 on a CPU, and one for everything else."""
+    arguments = problem(name)
+    expected = decode("reference", **arguments)
+
+    def wide(x):
+        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    for side in ("keys", "values"):
+        arguments[side] = Side(arguments[side].row, wide(arguments[side].decoder), wide(arguments[side].mean))
+    if arguments["window"] is not None:
+        window = arguments["window"]
+        arguments["window"] = replace(window, keys=wide(window.keys), values=wide(window.values))
+    arguments |= {"rows": tuple(map(wide, arguments["rows"])), "q": wide(arguments["q"])}
+    found = decode("torch", **arguments)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["rotary", "rotary-window", "rotary-interleaved", "full-rank"])
+def test_what_the_cache_holds_stays_as_it_is(name, backend):
+    arguments = problem("rotary-window" if name == "full-rank" else name)
+    if name == "full-rank":
+        arguments["rows"] = tuple(torch.randn(3, 2, 50, 40, device=DEVICE) for _ in range(2))
+        arguments |= {"keys": Side(0), "values": Side(1)}
+    window = arguments["window"]
+    held = [*arguments["rows"], arguments["q"], *(() if window is None else (window.keys, window.values))]
+    before = [x.clone() for x in held]
+    decode(backend, **arguments)
+    for now, then in zip(held, before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["rotary", "rotary-window", "rotary-interleaved"])
+def test_positions_with_gaps(name, backend):
+    """Padding inside a row, packed texts and images: each column has a position of its own."""
+    arguments = problem(name)
+    steps = torch.randint(0, 4, arguments["positions"].shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    arguments["positions"] = steps.cumsum(-1) + 40 * (torch.arange(steps.shape[1], device=DEVICE) > 9)
+    assert_same(decode(backend, **arguments), arguments)
+    same_for_all = arguments | {"positions": arguments["positions"][:1]}
+    assert_same(decode(backend, **same_for_all), same_for_all)
+
+
+@pytest.mark.parametrize("name", ["small-space-window", "alibi", "rotary", "rotary-window"])
+def test_evicted_tokens(name):
+    """Each head has rows of its own tokens; a mask, slopes and positions are of columns."""
+    arguments = problem(name)
+    b, g, s = arguments["rows"][0].shape[:3]
+    arguments["rows"] = tuple(torch.randn(*row.shape, device=DEVICE) for row in arguments["rows"])
+    drawn = torch.rand(b, g, 3 * s, generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :s]
+    columns = drawn.sort(-1).values.to(DEVICE)
+    slots = 0 if arguments["window"] is None else arguments["window"].keys.shape[2]
+    total = 3 * s + slots
+    arguments |= {"first": None, "length": 3 * s, "columns": columns, "mask": torch.rand(b, 1, total) > 0.2}
+    arguments["positions"] = torch.arange(total, device=DEVICE).expand(b, -1)
+    if slots:
+        window = arguments["window"]
+        near = (torch.randn(*window.keys.shape, device=DEVICE) for _ in range(2))
+        arguments["window"] = Window(*near, 3 * s - 2, total - 2)
+    assert_same(decode("torch", **arguments), arguments)
 
 
 def test_reference_against_formulas():
     """One head, no window: softmax of `q . rotate(mean + z U)` over the columns seen."""
     arguments = problem("rotary")
     row, head, g = 1, 4, 1
-    z_k, z_v = (arguments[name][row, g, :17] for name in ("far_keys", "far_values"))
+    z_k, z_v = (stored[row, g, :17] for stored in arguments["rows"])
     k = z_k @ arguments["keys"].decoder[g] + arguments["keys"].mean[g]
     angles = torch.arange(17, device=DEVICE)[:, None] * arguments["rotary"].inverse_frequencies
     turn = torch.polar(torch.ones_like(angles), angles)
+    angle = float(arguments["query"][row]) * arguments["rotary"].inverse_frequencies
+    own = torch.complex(*arguments["q"][row, head].chunk(2)) * torch.polar(torch.ones_like(angle), angle)
+    q = torch.cat([own.real, own.imag])
     pairs = torch.complex(k[:, :16], k[:, 16:]) * turn
     k = torch.cat([pairs.real, pairs.imag], dim=-1)
-    weights = (k @ arguments["q"][row, head] * 0.4).softmax(0)
+    weights = (k @ q * 0.4).softmax(0)
     expected = weights @ z_v @ arguments["values"].decoder[g] + arguments["values"].mean[g]
-    torch.testing.assert_close(decode(**arguments, backend="reference")[row, head], expected)
+    torch.testing.assert_close(decode("reference", **arguments)[row, head], expected)
 
 
 @without_triton
 def test_ranks_are_cut_with_little_waste():
-    from eigenattn.kernels.decoding.fused import cut, pieces
+    from eigenattn.kernels.decoding.pieces import cut, pieces
 
     assert [cut(size) for size in (8, 64, 72, 80, 88, 96, 112, 120)] == [
         (16,), (64,), (64, 16), (64, 16), (64, 32), (64, 32), (64, 32, 16), (128,),
     ]  # fmt: skip
     for size in range(8, 257, 8):
         assert size <= sum(cut(size)) < size + 16
-    for widths in (Widths(3, 5, 10, 7), Widths(24, 8, 40, 16), Widths(0, 13, 1, 2), Widths(128, 0, 0, 0)):
+    for counts in ({8: 3, 6: 5, 4: 10, 2: 7}, {8: 24, 6: 8, 4: 40, 2: 16}, {6: 13, 3: 5, 2: 2, 1: 11}, {8: 128}):
+        widths = Widths.of(counts)
         channels = sorted(channel for piece in pieces(0, widths) for channel in range(piece[0], piece[0] + piece[2]))
         assert channels == list(range(widths.channels))
 
@@ -213,12 +304,12 @@ def test_masks_and_soft_caps(name, kind, backend):
     mask = torch.rand(shape, device=DEVICE) > 0.4 if kind.startswith("boolean") else torch.randn(shape, device=DEVICE)
     if kind == "boolean":
         mask[0] = False
-        assert not decode(**arguments, mask=mask, backend=backend)[0].any()  # it sees nothing
+        assert not decode(backend, **arguments, mask=mask)[0].any()  # it sees nothing
     masked = arguments | {"mask": mask, "softcap": 1.5}
-    assert_same(decode(**masked, backend=backend), masked)
-    everything = decode(**arguments, backend="reference")
-    assert (decode(**arguments, mask=mask, backend=backend) - everything).norm() > 0.05 * everything.norm()
-    assert (decode(**arguments, softcap=1.5, backend=backend) - everything).norm() > 0.05 * everything.norm()
+    assert_same(decode(backend, **masked), masked)
+    everything = decode("reference", **arguments)
+    assert (decode(backend, **arguments, mask=mask) - everything).norm() > 0.05 * everything.norm()
+    assert (decode(backend, **arguments, softcap=1.5) - everything).norm() > 0.05 * everything.norm()
 
 
 def apart(monkeypatch) -> None:
@@ -236,26 +327,26 @@ def apart(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("widths", [None, Widths(4, 0, 8, 4)], ids=["plain", "packed"])
+@pytest.mark.parametrize("widths", [None, Widths.of({8: 4, 4: 8, 2: 4})], ids=["plain", "packed"])
 @pytest.mark.parametrize("sharing", [(4, 4), (1, 4), (2, 4), (1, 2), (2, 1)], ids=str)
 @pytest.mark.parametrize("name", ["many-rotary", "many-alibi"])
 def test_heads_share_latents(name, sharing, widths, backend, monkeypatch):
-    arguments, repeated = problem(name, widths), {}
+    arguments = problem(name, widths)
     if name == "many-rotary":
         arguments["mask"] = torch.randn(2, 8, 60, device=DEVICE)
-    for side, shared in zip(("keys", "values"), sharing, strict=True):
-        latents, quantiser = arguments[f"far_{side}"][:, ::shared], arguments[side]
-        arguments[f"far_{side}"] = latents
-        repeated[f"far_{side}"] = latents.repeat_interleave(shared, dim=1)
-        if widths is not None:
-            together = quantiser.levels[::shared].repeat_interleave(shared, dim=0)
-            arguments[side] = replace(quantiser, levels=together)
-    found = decode(**arguments, backend=backend)
+    rows = tuple(row[:, ::shared] for row, shared in zip(arguments["rows"], sharing, strict=True))
+    arguments["rows"] = rows
+    repeated = {"rows": tuple(row.repeat_interleave(shared, dim=1) for row, shared in zip(rows, sharing, strict=True))}
+    if widths is not None:
+        for side, shared in zip(("keys", "values"), sharing, strict=True):
+            together = arguments[side].levels[::shared].repeat_interleave(shared, dim=0)
+            arguments[side] = replace(arguments[side], levels=together)
+    found = decode(backend, **arguments)
     assert_same(found, arguments)
     assert_same(found, arguments | repeated)
     if backend == "triton":
         apart(monkeypatch)
-        assert_same(decode(**arguments, backend=backend), arguments)
+        assert_same(decode(backend, **arguments), arguments)
 
 
 @without_triton
@@ -274,20 +365,21 @@ def test_programs_of_several_heads_are_tried_where_heads_share():
 @pytest.mark.parametrize("name", ["many-rotary", "many-alibi"])
 def test_keys_and_values_share_latents(name, shared, backend):
     arguments = problem(name)
-    latents = arguments["far_keys"][:, ::shared]
+    latents = arguments["rows"][0][:, ::shared]
     decoder = torch.randn(4, 24, arguments["q"].shape[-1], device=DEVICE)
-    arguments |= {"far_keys": latents, "far_values": latents, "values": replace(arguments["values"], decoder=decoder)}
-    found = decode(**arguments, backend=backend)
+    values = replace(arguments["values"], row=0, decoder=decoder)
+    arguments |= {"rows": (latents,), "values": values}
+    found = decode(backend, **arguments)
     assert_same(found, arguments)
-    assert_same(found, arguments | {"far_values": latents.clone()})
+    assert_same(found, arguments | {"rows": (latents, latents.clone()), "values": replace(values, row=1)})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_codes_without_decoders(backend):
     """What folded projections leave: queries in the keys' small space, and outputs in that of the values."""
-    arguments = problem("small-space", Widths(4, 0, 8, 4))
+    arguments = problem("small-space", Widths.of({8: 4, 4: 8, 2: 4}))
     arguments |= {name: replace(arguments[name], decoder=None, mean=None) for name in ("keys", "values")}
-    assert_same(decode(**arguments, backend=backend), arguments)
+    assert_same(decode(backend, **arguments), arguments)
 
 
 @without_triton
@@ -303,12 +395,17 @@ def test_kernels_compile_for_a_gpu():
 def test_mistakes_are_told():
     arguments = problem("rotary")
     with pytest.raises(EigenAttnError, match="backend 'fast'"):
-        decode(**arguments, backend="fast")
+        decode("fast", **arguments)
     with pytest.raises(EigenAttnError, match="keys of rank 24"):
-        decode(**arguments | {"keys": arguments["values"]})
+        decode("torch", **arguments | {"keys": replace(arguments["values"], row=0)})
     with pytest.raises(EigenAttnError, match="no decoder"):
-        decode(**arguments | {"keys": Side()})
+        decode("torch", **arguments | {"keys": Side(0)})
     with pytest.raises(EigenAttnError, match="query heads"):
-        decode(**arguments | {"q": arguments["q"][:, :5]})
+        decode("torch", **arguments | {"q": arguments["q"][:, :5]})
+    with pytest.raises(EigenAttnError, match="need positions"):
+        decode("torch", **arguments | {"positions": None})
+    with pytest.raises(EigenAttnError, match="need positions"):
+        decode("torch", **arguments | {"query": None})
+    packed = problem("rotary", Widths.of({8: 1, 4: 2, 2: 3}))
     with pytest.raises(EigenAttnError, match="widths"):
-        decode(**problem("rotary", Widths(1, 0, 2, 3)) | {"far_values": torch.zeros(2, 2, 35, 9, dtype=torch.uint8)})
+        decode("torch", **packed | {"rows": (packed["rows"][0], torch.zeros(2, 2, 35, 9, dtype=torch.uint8))})

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from eigenattn.models.bases_file import save_bases
 from eigenattn.models.conversion import eigen_layers
 from eigenattn.models.loading import Source, load_model
 from eigenattn.report.inspection import inspect_checkpoint
+from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
 
 IDS = tokens(2, 30)
 
@@ -79,6 +81,89 @@ def test_bases_of_another_model_leave_the_model_as_it_was(bases, name):
 def test_bases_of_another_shape(bases):
     with pytest.raises(EigenAttnError, match="made for another model"):
         eigenattn.attach(tiny("opt"), bases)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("other", DTYPES)
+def test_bases_know_their_base_in_any_dtype(tmp_path, dtype, other):
+    model = tiny("llama").to(dtype)
+    compress(model, [IDS], EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=4, ranks="uniform"))
+    save_bases(model, tmp_path)
+    eigenattn.attach(tiny("llama").to(other), tmp_path)
+    eigenattn.attach(tiny("llama").to(dtype).to(other).float(), tmp_path)
+    with pytest.raises(EigenAttnError, match="another model, whose weights differ"):
+        eigenattn.attach(nudged(1e-3).to(other), tmp_path)
+
+
+@torch.no_grad()
+def nudged(size: float, name: str = "proj") -> torch.nn.Module:
+    """The base model trained further: some of its parameters have moved by so much of their size."""
+    model = tiny("llama")
+    generator = torch.Generator().manual_seed(0)
+    for each, parameter in model.named_parameters():
+        if name in each:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std() * size)
+    return model
+
+
+@pytest.mark.parametrize("name", ["q_proj", "v_proj", "layers.2.self_attn.o_proj"])
+def test_bases_of_a_model_that_was_trained_further(bases, name):
+    model = nudged(1e-2, name)
+    exact = model(IDS).logits
+    with pytest.raises(EigenAttnError, match="load 'base', or compress this one"):
+        eigenattn.attach(model, bases)
+    assert torch.equal(model(IDS).logits, exact)
+
+
+@pytest.mark.parametrize("value", [7, "", "zz", "00", "00 " * 9, ["0"], {}])
+def test_fingerprints_that_are_none(bases, value):
+    config = json.loads((bases / "eigenattn_config.json").read_text())
+    (bases / "eigenattn_config.json").write_text(json.dumps(config | {"base_model_weights": value}))
+    with pytest.raises(EigenAttnError, match="another model"):
+        eigenattn.attach(tiny("llama"), bases)
+
+
+def compress_bases(name: str, out: Path, text: Path) -> dict:
+    text.write_text("the quick brown fox " * 30)
+    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=4, ranks="uniform")
+    calibration = CalibrationText([str(text)], samples=2, length=40)
+    compress_checkpoint(name, out, config, calibration, bases_only=True)
+    return json.loads((out / "eigenattn_config.json").read_text())["provenance"]
+
+
+def test_a_base_model_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "base")
+    assert compress_bases("base", tmp_path / "bases", tmp_path / "fox.txt")["base_model"] == str(tmp_path / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    nudged(1).save_pretrained("base")
+    assert len(eigen_layers(load_model(Source.of("../bases")))) == 3
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(EigenAttnError, match="is gone: put it back, or load it"):
+        Source.of("../bases")
+
+
+def test_a_base_model_of_a_hub_is_loaded_at_its_commit(tmp_path, monkeypatch):
+    commits = ["a" * 40, "b" * 40]
+    repository = tmp_path / "hub" / "models--some--base"
+    for commit in commits:
+        save_tiny(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commits[0])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    facts = compress_bases("some/base", tmp_path / "bases", tmp_path / "fox.txt")
+    assert (facts["base_model"], facts["base_model_revision"]) == ("some/base", commits[0])
+    nudged(1).save_pretrained(repository / "snapshots" / commits[1])  # the hub moves on
+    (repository / "refs" / "main").write_text(commits[1])
+    source = Source.of(str(tmp_path / "bases"))
+    assert source.revision == commits[0]
+    assert len(eigen_layers(load_model(source))) == 3
+    with pytest.raises(EigenAttnError, match=f"load 'some/base' at revision '{commits[0]}'"):
+        eigenattn.attach(load_model(Source.of("some/base")), tmp_path / "bases")
 
 
 def test_missing_and_broken_files(bases, tmp_path):

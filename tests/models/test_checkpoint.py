@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -6,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import character_tokenizer, tiny, tokens
+from tiny import character_tokenizer, compressed, tiny, tokens
+from torch import multiprocessing
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
-from eigenattn.models.checkpoint import EigenAttnCheckpointConfig
+from eigenattn.cache.layout import BOTH, Latent, Layout
+from eigenattn.cache.packing import Widths
+from eigenattn.models.checkpoint_format import EigenAttnCheckpointConfig
 from eigenattn.models.conversion import eigen_layers
 
 IDS = tokens(2, 20)
@@ -21,15 +26,16 @@ def window(request) -> int:
     return request.param
 
 
+def small(window: int) -> torch.nn.Module:
+    model = tiny("llama")
+    config = EigenAttentionConfig(kv_ratio=0.6, rank_multiple=2, window=window, ranks="uniform")
+    compress(model, [IDS], config, provenance={"seed": 0})
+    return model
+
+
 @pytest.fixture
 def checkpoint(tmp_path, window) -> Path:
-    model = tiny("llama")
-    compress(
-        model,
-        [IDS],
-        EigenAttentionConfig(kv_ratio=0.6, rank_multiple=2, window=window, ranks="uniform"),
-        provenance={"seed": 0},
-    )
+    model = small(window)
     model.save_pretrained(tmp_path / "checkpoint")
     torch.save(model(IDS).logits, tmp_path / "logits.pt")
     return tmp_path / "checkpoint"
@@ -45,6 +51,16 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from tiny import tokens
 print("EQUAL" if torch.equal(model(tokens(2, 20)).logits, logits) else "DIFFERENT")
+"""
+
+
+LOAD_WHOLE = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+model, logits = (torch.load(Path(sys.argv[1]) / name, weights_only=False) for name in ("model.pt", "logits.pt"))
+ids = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(1))
+print("EQUAL" if torch.equal(model(ids).logits, logits) else "DIFFERENT")
 """
 
 
@@ -84,6 +100,14 @@ def test_dtype_device_map_and_base_model(checkpoint):
     assert base(IDS).last_hidden_state.isfinite().all()
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_half_and_float(checkpoint, window, loaded):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto") if loaded else small(window)
+    expected = small(window).to(torch.float16)
+    assert torch.equal(model.half()(IDS).logits, expected(IDS).logits)
+    assert {p.dtype for p in model.float().parameters()} == {torch.float32}
+
+
 def test_pipeline(checkpoint):
     generate = pipeline("text-generation", model=str(checkpoint), tokenizer=character_tokenizer())
     (out,) = generate("hello", max_new_tokens=4, do_sample=False)
@@ -99,21 +123,64 @@ def test_saved_again_it_is_the_same(checkpoint, tmp_path):
     assert again.config.quantization_config.provenance["seed"] == 0
 
 
+@pytest.mark.parametrize("name", ["llama", "falcon", "gpt2", "gemma3"])
+@pytest.mark.parametrize("coded", [False, True])
+def test_pickled(name, coded):
+    """Also after it has decoded, when what follows from its weights is memoised."""
+    model = compressed(name, 4, coded)
+    model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    own, original = eigen_layers(again)[0], eigen_layers(model)[0]
+    assert type(own) is type(original) and own.layout == original.layout
+    assert torch.equal(copy.deepcopy(again)(IDS).logits, model(IDS).logits)
+
+
+def test_whole_models_load_in_a_new_process(tmp_path):
+    model = small(window=4)
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(model(IDS).logits, tmp_path / "logits.pt")
+    done = subprocess.run([sys.executable, "-c", LOAD_WHOLE, tmp_path], capture_output=True, text=True)
+    assert "EQUAL" in done.stdout, done.stderr
+
+
+def test_spawned_processes_get_models():
+    model = small(window=4)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert torch.equal(pool.apply(logits_of, (model,)), model(IDS).logits)
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    torch.set_num_threads(1)
+    return model(IDS).logits.detach()
+
+
 def edit(checkpoint: Path, change) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     change(config["quantization_config"])
     (checkpoint / "config.json").write_text(json.dumps(config))
 
 
+def key_latent(quantization_config: dict) -> dict:
+    """The first layer's latents of keys."""
+    return quantization_config["layers"][0]["latents"][0]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (lambda q: q["layers"].pop(), "ranks for 2 layers"),
-        (lambda q: q["layers"][0].update(rank_k=99), "above full rank"),
-        (lambda q: q["layers"][0].update(rank_k=-2), "whole positive ranks"),
-        (lambda q: q["layers"][0].update(rank_k="8"), "whole positive ranks"),
-        (lambda q: q.update(layers=[]), "whole positive ranks"),
-        (lambda q: q.update(layers={"rank_k": 1}), "whole positive ranks"),
+        (lambda q: key_latent(q).update(rank=99), "layer 0 of the checkpoint: rank 99 is above full rank, 16"),
+        (lambda q: key_latent(q).update(rank=-2), "layer 0 of the checkpoint: no heads and rank"),
+        (lambda q: key_latent(q).update(rank="8"), "no heads and rank"),
+        (lambda q: key_latent(q).update(heads=3), "3 KV heads share a latent, and the model has 2"),
+        (lambda q: key_latent(q).update(sides=["query"]), "no sides"),
+        (lambda q: key_latent(q).update(sides=["value"]), "keys and values are not each in one latent"),
+        (lambda q: key_latent(q).update(widths={"8": 1}), "widths of 1 channels and rank"),
+        (lambda q: key_latent(q).update(widths={"5": 8}), "no widths"),
+        (lambda q: q["layers"][0].update(latents=7), "no latents"),
+        (lambda q: q.update(layers=[]), "has no layers"),
+        (lambda q: q.update(layers={"latents": 1}), "has no layers"),
         (lambda q: q.update(format_version=99), "format 99"),
         (lambda q: q["method"].update(version=99), "version 99"),
     ],
@@ -124,9 +191,12 @@ def test_wrong_configurations_are_refused(checkpoint, change, says):
         AutoModelForCausalLM.from_pretrained(checkpoint)
 
 
-@pytest.mark.parametrize("side", ["rank_k", "rank_v"])
+@pytest.mark.parametrize("side", [0, 1])
 def test_ranks_that_are_not_the_weights(checkpoint, side):
-    edit(checkpoint, lambda q: q["layers"][1].update({side: q["layers"][1][side] - 2}))
+    def lower(quantization_config: dict) -> None:
+        quantization_config["layers"][1]["latents"][side]["rank"] -= 2
+
+    edit(checkpoint, lower)
     with pytest.raises((EigenAttnError, RuntimeError), match=r"shape|mismatch"):
         AutoModelForCausalLM.from_pretrained(checkpoint)
 
@@ -150,5 +220,69 @@ def test_missing_projections_are_refused(checkpoint):
 
 
 def test_configuration_round_trip():
-    config = EigenAttnCheckpointConfig([{"rank_k": 4, "rank_v": 2}], provenance={"seed": 1})
-    assert EigenAttnCheckpointConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    layer = {"latents": [{"sides": ["key", "value"], "heads": 2, "rank": 4, "widths": {"6": 1, "3": 3}}]}
+    config = EigenAttnCheckpointConfig([layer], provenance={"seed": 1})
+    again = EigenAttnCheckpointConfig.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
+    assert again.layouts(2, 16) == [Layout(2, (Latent(BOTH, 2, 4, 16, Widths.of({6: 1, 3: 3})),), 32)]
+
+
+@pytest.mark.parametrize(
+    ("layer", "method", "expected"),
+    [
+        ({"rank_k": 8, "rank_v": 4}, {}, (Latent(("key",), 1, 8, 16), Latent(("value",), 1, 4, 16))),
+        (
+            {"rank_k": 24, "rank_v": 32},
+            {"shared_heads": 2},
+            (Latent(("key",), 2, 24, 16), Latent(("value",), 1, 16, 16)),
+        ),
+        (
+            {"rank_k": 16, "rank_v": 20},
+            {"shared_values": 2},
+            (Latent(("key",), 1, 16, 16), Latent(("value",), 2, 20, 16)),
+        ),
+        ({"rank_k": 24, "rank_v": 0}, {"shared_heads": 2, "joint": True}, (Latent(BOTH, 2, 24, 16),)),
+        ({"rank_k": 16, "rank_v": 16}, {"joint": True}, Layout.full(2, 16).latents),
+        (
+            {"rank_k": 16, "rank_v": 6, "widths_k": [0, 4, 4, 8], "widths_v": [1, 0, 0, 5]},
+            {"kv_ratio": None, "bits_per_element": 3.0},
+            (
+                Latent(("key",), 1, 16, 16, Widths.of({6: 4, 4: 4, 2: 8})),
+                Latent(("value",), 1, 6, 16, Widths.of({8: 1, 2: 5})),
+            ),
+        ),
+        (
+            {"rank_k": 8, "rank_v": 0, "widths_k": [0, 0, 8, 0], "widths_v": [0, 0, 0, 0]},
+            {"joint": True},
+            (Latent(BOTH, 1, 8, 16, Widths.of({4: 8})),),
+        ),
+    ],
+)
+def test_format_1_is_read(layer, method, expected):
+    method = {"kv_ratio": 0.5, "window": 8, **method, "version": 1}
+    config = EigenAttnCheckpointConfig([layer], method=method, format_version=1)
+    shares = bool(method.keys() & {"shared_heads", "shared_values"})
+    assert config.layouts(2, 16) == [Layout(2, expected, 8, beside=shares)]
+    again = EigenAttnCheckpointConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.format_version == 2
+    assert again.layouts(2, 16) == config.layouts(2, 16)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {},
+        [],
+        {"rank_k": 8},
+        {"rank_k": 0, "rank_v": 8},
+        {"rank_k": 8, "rank_v": False},
+        {"rank_k": 8, "rank_v": 8, "widths_k": [8, 0, 0]},
+        {"rank_k": 8, "rank_v": 8, "widths_k": [4, 0, 0, 0], "widths_v": [8, 0, 0, 0]},
+        {"rank_k": 8, "rank_v": 8, "widths_k": [9, 0, -1, 0], "widths_v": [8, 0, 0, 0]},
+    ],
+)
+def test_malformed_layers_of_format_1_are_one_line(layer):
+    config = EigenAttnCheckpointConfig([layer], format_version=1)
+    with pytest.raises(EigenAttnError, match="layer 0 of the checkpoint") as error:
+        config.layouts(2, 16)
+    assert "\n" not in str(error.value)

@@ -7,36 +7,29 @@ import inspect
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
-from tiny import HEAD_DIM, TINY, random_basis, tiny, tokens
+from helpers import (
+    LENGTH,
+    NO_STATIC_CACHE_WITHOUT_MASK,
+    WINDOW,
+    close,
+    generate,
+    has_static,
+    in_pieces,
+    padded,
+    windows,
+)
+from tiny import HEAD_DIM, TINY, some_bases, tiny, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from eigenattn import EigenAttentionConfig, compress
 from eigenattn.compression.folding import attach, fold
 from eigenattn.kernels import BACKENDS
-from eigenattn.models.conversion import convert_attention, eigen_layers
+from eigenattn.models.conversion import convert_attention, eigen_layers, layouts_of
 from eigenattn.models.families import FAMILIES
 
 NAMES = list(TINY)
 RANK_K, RANK_V = 12, 8
-TOLERANCE = 1e-4
-LENGTH = 30
-WINDOW = 6
-# Where the original itself fails: Falcon's ALiBi does not fit a static cache's mask.
-NO_STATIC_CACHE = {"falcon-alibi"}
-# Nor did BLOOM's before transformers 5.21, unless the mask was as long as the cache: `generate` makes it so.
-OLD_BLOOM = {"bloom"} if Version(transformers.__version__) < Version("5.21") else set()
-NO_STATIC_CACHE_WITHOUT_MASK = NO_STATIC_CACHE | OLD_BLOOM
-# A window beside nothing but sliding layers: refused with a static cache (see test_window.py).
-NO_STATIC_WINDOW = {"mistral-sliding"}
-
-
-def has_static(name: str, window: int, masked: bool = False) -> bool:
-    fails = NO_STATIC_CACHE if masked else NO_STATIC_CACHE_WITHOUT_MASK
-    return name not in fails and not (window and name in NO_STATIC_WINDOW)
-
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
 
@@ -52,33 +45,10 @@ def with_bases(
     model = copy.deepcopy(model)
     convert_attention(model)
     for index, attention in enumerate(eigen_layers(model)):
-        keys = random_basis(attention, rank_k, centred, seed=index)
-        attach(attention, keys, random_basis(attention, rank_v, centred, seed=100 + index), window)
+        attach(attention, some_bases(attention, sizes=(rank_k, rank_v), seed=index, centred=centred), window)
         if folded:
             fold(attention)
     return model
-
-
-def padded(ids: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left padding in front of each row, and the attention mask."""
-    pad = torch.zeros(ids.shape[0], room, dtype=ids.dtype)
-    return torch.cat([pad, ids], 1), torch.cat([pad, torch.ones_like(ids)], 1)
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
-
-
-@torch.no_grad()
-def in_pieces(model: nn.Module, ids: torch.Tensor, cache, sizes: list[int]) -> torch.Tensor:
-    """Logits of a text that goes through a cache in pieces."""
-    logits, start = [], 0
-    for size in sizes:
-        end = start + size
-        out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
-        logits.append(out.logits)
-        start = end
-    return torch.cat(logits, dim=1)
 
 
 @torch.no_grad()
@@ -93,7 +63,7 @@ def test_full_rank_bases_change_nothing(name, centred, folded, window):
     close(in_pieces(small, ids, DynamicCache(config=model.config), [1] * LENGTH), exact)
     close(in_pieces(small, ids, DynamicCache(config=model.config), [13, 1, 16]), exact)
     static = StaticCache(config=model.config, max_cache_len=48)
-    if has_static(name, window):
+    if has_static(name):
         close(in_pieces(small, ids, static, [20] + [1] * 10), exact)
     elif name in NO_STATIC_CACHE_WITHOUT_MASK:
         with pytest.raises(RuntimeError):
@@ -111,7 +81,7 @@ def test_truncated_cached_equals_uncached(name, folded, window):
     config = small.config
     close(in_pieces(small, ids, DynamicCache(config=config), [1] * LENGTH), exact)
     close(in_pieces(small, ids, DynamicCache(config=config), [13, 1, 16]), exact)
-    if has_static(name, window):
+    if has_static(name):
         close(in_pieces(small, ids, StaticCache(config=config, max_cache_len=48), [20] + [1] * 10), exact)
 
 
@@ -143,12 +113,6 @@ def test_left_padding_equals_single(name, folded, window):
     close(batched[1:, 8:], small(short).logits)
 
 
-def generate(model, ids, mask=None, **options):
-    mask = torch.ones_like(ids) if mask is None else mask
-    settings = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0, **options}
-    return model.generate(ids, attention_mask=mask, **settings)
-
-
 @torch.no_grad()
 @ways
 def test_generate(name, folded, window):
@@ -157,7 +121,7 @@ def test_generate(name, folded, window):
     greedy = generate(small, ids, use_cache=True)
     assert torch.equal(greedy, generate(small, ids, use_cache=False))
     assert torch.equal(greedy, generate(small, ids, use_cache=True, prefill_chunk_size=4))
-    if has_static(name, window, masked=True):
+    if has_static(name, masked=True):
         static = {"cache_implementation": "static", "disable_compile": True}
         assert torch.equal(greedy, generate(small, ids, use_cache=True, **static))
     beams = {"num_beams": 3}
@@ -169,7 +133,7 @@ def test_generate(name, folded, window):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("window", [0, WINDOW])
+@windows
 def test_save_and_load(name, window, tmp_path):
     small, ids = tiny(name), tokens(2, LENGTH)
     compress(small, [ids], EigenAttentionConfig(kv_ratio=0.6, ranks="uniform", rank_multiple=2, window=window))
@@ -178,7 +142,7 @@ def test_save_and_load(name, window, tmp_path):
     backend = small.config._attn_implementation
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", attn_implementation=backend)
     assert torch.equal(loaded(ids).logits, small(ids).logits)
-    assert [(a.rank_k, a.rank_v) for a in eigen_layers(loaded)] == [(a.rank_k, a.rank_v) for a in eigen_layers(small)]
+    assert layouts_of(loaded) == layouts_of(small)
 
 
 @ways
@@ -262,3 +226,10 @@ def test_attention_weights_are_returned(name, folded, window):
     last = small(ids[:, -1:], past_key_values=cache, use_cache=True, output_attentions=True)
     for a, b in zip(last.attentions, ours.attentions, strict=True):
         close(a, b[:, :, -1:, -a.shape[-1] :])  # a sliding layer no longer holds the first columns
+    if has_static(name):
+        cache = StaticCache(config=small.config, max_cache_len=LENGTH + 6)
+        small(ids[:, :-1], past_key_values=cache, use_cache=True)
+        last = small(ids[:, -1:], past_key_values=cache, use_cache=True, output_attentions=True)
+        for a, b in zip(last.attentions, ours.attentions, strict=True):
+            close(a[..., :LENGTH], b[:, :, -1:])
+            assert not a[..., LENGTH:].any()

@@ -2,32 +2,20 @@
 
 import pytest
 import torch
-from tiny import random_basis, tiny, tokens
+from helpers import close, generate, windows
+from tiny import converted, some_bases, tokens
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
 from eigenattn.compression.folding import compress_layer
-from eigenattn.models.conversion import convert_attention, eigen_layers
 
 ROTARY = ["llama", "llama3", "mistral", "qwen2"]
-windows = pytest.mark.parametrize("window", [0, 6])
 
 
 def small(name, seed=0, window=0):
-    model = tiny(name)
-    convert_attention(model)
-    for index, attention in enumerate(eigen_layers(model)):
-        keys, values = (
-            random_basis(attention, rank, True, seed + index + offset) for rank, offset in ((12, 0), (8, 50))
-        )
-        compress_layer(attention, keys, values, window)
+    model, layers = converted(name)
+    for index, attention in enumerate(layers):
+        compress_layer(attention, some_bases(attention, seed=seed + index), window)
     return model
-
-
-def generate(model, ids, **options):
-    mask = options.pop("attention_mask", torch.ones_like(ids))
-    return model.generate(
-        ids, attention_mask=mask, do_sample=False, pad_token_id=0, **{"max_new_tokens": 24, **options}
-    )
 
 
 @torch.no_grad()
@@ -35,9 +23,9 @@ def generate(model, ids, **options):
 @pytest.mark.parametrize("name", [*ROTARY, "opt", "mpt"])
 def test_256_greedy_tokens(name, window):
     model, ids = small(name, window=window), tokens(1, 8)
-    cached = generate(model, ids, use_cache=True, max_new_tokens=256, min_new_tokens=256)
+    cached = generate(model, ids, length=256, use_cache=True)
     assert cached.shape[1] == 264
-    assert torch.equal(cached, generate(model, ids, use_cache=False, max_new_tokens=256, min_new_tokens=256))
+    assert torch.equal(cached, generate(model, ids, length=256, use_cache=False))
 
 
 @torch.no_grad()
@@ -49,9 +37,9 @@ def test_padded_batches_generate_what_single_prompts_do(name, window):
     ids = torch.cat([long, torch.cat([room, short], 1)])
     mask = torch.ones_like(ids)
     mask[1, :11] = 0
-    both = generate(model, ids, attention_mask=mask, min_new_tokens=24)
-    assert torch.equal(both[0, 20:], generate(model, long, min_new_tokens=24)[0, 20:])
-    assert torch.equal(both[1, 20:], generate(model, short, min_new_tokens=24)[0, 9:])
+    both = generate(model, ids, mask, 24)
+    assert torch.equal(both[0, 20:], generate(model, long, length=24)[0, 20:])
+    assert torch.equal(both[1, 20:], generate(model, short, length=24)[0, 9:])
 
 
 @torch.no_grad()
@@ -62,12 +50,12 @@ def test_a_cache_carried_over_turns(name, window):
     cache = DynamicCache(config=model.config)
     conversation = tokens(1, 7)
     for turn in range(4):
-        conversation = generate(model, conversation, past_key_values=cache, max_new_tokens=6, min_new_tokens=6)
+        conversation = generate(model, conversation, length=6, past_key_values=cache)
         conversation = torch.cat([conversation, tokens(1, 3, seed=20 + turn)], 1)
     fresh = model(conversation).logits[:, -1]
     seen = cache.get_seq_length()
     continued = model(conversation[:, seen:], past_key_values=cache).logits[:, -1]
-    torch.testing.assert_close(continued, fresh, rtol=0, atol=1e-4)
+    close(continued, fresh)
 
 
 @torch.no_grad()
@@ -75,10 +63,9 @@ def test_a_cache_carried_over_turns(name, window):
 @pytest.mark.parametrize("name", [*ROTARY, "opt"])
 def test_assisted_decoding_crops_the_cache(name, window):
     model, assistant, ids = small(name, window=window), small(name, seed=7, window=window), tokens(1, 9)
-    expected = generate(model, ids, max_new_tokens=20, min_new_tokens=20)
-    options = {"max_new_tokens": 20, "min_new_tokens": 20}
-    assert torch.equal(generate(model, ids, assistant_model=assistant, **options), expected)
-    assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=3, **options), expected)
+    expected = generate(model, ids, length=20)
+    assert torch.equal(generate(model, ids, length=20, assistant_model=assistant), expected)
+    assert torch.equal(generate(model, ids, length=20, prompt_lookup_num_tokens=3), expected)
 
 
 @torch.no_grad()
@@ -92,7 +79,7 @@ def test_one_graph_with_a_static_cache(window):
     logits = [model(ids[:, :6], past_key_values=cache).logits]
     for i in range(6, 10):
         logits.append(compiled(ids[:, i : i + 1], past_key_values=cache).logits)
-    torch.testing.assert_close(torch.cat(logits, 1), exact, rtol=0, atol=1e-4)
+    close(torch.cat(logits, 1), exact)
 
 
 @torch.no_grad()
@@ -101,7 +88,7 @@ def test_flex_attention_takes_unequal_sizes():
     model, ids = small("llama"), tokens(1, 10)
     exact = model(ids).logits
     model.set_attn_implementation("flex_attention")
-    torch.testing.assert_close(model(ids).logits, exact, rtol=0, atol=1e-4)
+    close(model(ids).logits, exact)
 
 
 def test_continuous_batching_is_refused():

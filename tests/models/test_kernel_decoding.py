@@ -5,22 +5,20 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from tiny import TINY, quantised_basis, random_basis, tiny, tokens
+from helpers import windows
+from tiny import TINY, compressed, tiny, tokens
 from torch._dynamo.backends.debugging import aot_eager
 from transformers import DynamicCache, StaticCache
 
 from eigenattn import EigenAttnError, kernels
-from eigenattn.cache.packing import Widths
-from eigenattn.compression.folding import compress_layer
-from eigenattn.config import ALONE, Sharing
-from eigenattn.kernels import selection
-from eigenattn.models import decoding
+from eigenattn.kernels import decoding, selection
+from eigenattn.kernels.decoding import batched
+from eigenattn.models import maps
 from eigenattn.models.conversion import convert_attention, eigen_layers
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WIDTHS = Widths(3, 0, 5, 3), Widths(2, 0, 1, 6)
 ONE, TWO = {"num_hidden_layers": 1}, {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 # Rotary positions of every kind, ALiBi as families pass it, none, norms, soft caps, and layers that slide: interpreting
 # takes time, so each meets what it may not get along with.
@@ -33,25 +31,16 @@ DYNAMIC += [("bloom", 0), ("falcon-alibi", 6)]
 def triton(monkeypatch):
     """Decode by the fused kernel, and count how often."""
     calls = []
-    plain = decoding.decode
-    monkeypatch.setattr(decoding, "decode", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    plain = decoding.DECODE_BACKENDS["triton"]
+    monkeypatch.setitem(decoding.DECODE_BACKENDS, "triton", lambda step: calls.append(1) or plain(step))
     before = kernels.use("triton")
     yield calls
     kernels.use(before)
 
 
-def small(name, window, quantised=False, sharing=ALONE, joint=False):
-    model = tiny(name, **(ONE if "layer_types" not in TINY[name][1] else TWO))
-    convert_attention(model)
-    for index, attention in enumerate(eigen_layers(model)):
-        if quantised:
-            sides = zip(WIDTHS, sharing, strict=True)
-            keys, values = (quantised_basis(attention, each, True, index, n, joint) for each, n in sides)
-        else:
-            sides = zip((12, 8), sharing, strict=True)
-            keys, values = (random_basis(attention, rank, True, index, n, joint) for rank, n in sides)
-        compress_layer(attention, keys, None if joint else values, window, sharing)
-    return model.to(DEVICE)
+def small(name, window, coded=False, share="1"):
+    layers = ONE if "layer_types" not in TINY[name][1] else TWO
+    return compressed(name, window, coded, share, **layers).to(DEVICE)
 
 
 @torch.no_grad()
@@ -97,28 +86,21 @@ def test_static_caches(name, window, triton):
     compare(model, triton, static(model))
 
 
-@pytest.mark.parametrize("window", [0, 6])
+@windows
 @pytest.mark.parametrize("name", ["llama", "mpt"])
 def test_quantised_latents_go_to_the_kernel_packed(name, window, triton, monkeypatch):
-    model = small(name, window, quantised=True)
-    attention = eigen_layers(model)[0]
-    unpacked, plain = [], attention.restored
-    monkeypatch.setattr(attention, "restored", lambda *a: unpacked.append(1) or plain(*a))
+    model, unpacked = small(name, window, coded=True), []
+    for module in (maps, batched):
+        plain = module.unpack
+        monkeypatch.setattr(module, "unpack", lambda *a, plain=plain: unpacked.append(1) or plain(*a))
     compare(model, triton, dynamic(model))
-    assert len(unpacked) == 3  # the prompt once, and then all without the kernel
+    assert len(unpacked) == 3 * 2  # keys and values: of the prompt once, and then of all without the kernel
 
 
-@pytest.mark.parametrize("sharing", [Sharing(2, 2), Sharing(1, 2)])
-@pytest.mark.parametrize(("name", "window", "quantised"), [("llama", 6, True), ("llama", 0, False), ("opt", 6, False)])
-def test_heads_that_share_latents(name, window, quantised, sharing, triton):
-    model = small(name, window, quantised, sharing)
-    compare(model, triton, dynamic(model))
-
-
-@pytest.mark.parametrize("shared_heads", [1, 2])
-@pytest.mark.parametrize(("name", "window", "quantised"), [("llama", 6, True), ("llama", 0, False), ("opt", 6, False)])
-def test_keys_and_values_that_share_latents(name, window, quantised, shared_heads, triton):
-    model = small(name, window, quantised, Sharing(shared_heads, shared_heads), joint=True)
+@pytest.mark.parametrize("share", ["2", "1-2", "1kv", "2kv"])
+@pytest.mark.parametrize(("name", "window", "coded"), [("llama", 6, True), ("llama", 0, False), ("opt", 6, False)])
+def test_latents_that_are_shared(name, window, coded, share, triton):
+    model = small(name, window, coded, share)
     compare(model, triton, dynamic(model))
 
 
@@ -130,10 +112,10 @@ def test_left_padding(name, window, make_cache, triton):
     compare(model, triton, make_cache(model), mask=mask)
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_one_graph_with_a_static_cache(joint, monkeypatch):
+@pytest.mark.parametrize("share", ["1", "1kv"])
+def test_one_graph_with_a_static_cache(share, monkeypatch):
     """The kernel is an operator in the graph, which does not break there."""
-    model, ids = small("llama", 6, joint=joint), tokens(1, 16).to(DEVICE)
+    model, ids = small("llama", 6, share=share), tokens(1, 16).to(DEVICE)
     monkeypatch.setattr(selection, "_chosen", "triton")
     torch._dynamo.reset()
     graphs = []
@@ -154,7 +136,7 @@ def test_one_graph_with_a_static_cache(joint, monkeypatch):
 
 def test_changed_weights_are_seen(triton):
     """What follows from weights is kept between steps, and no longer than it is true."""
-    model = small("llama", 6, quantised=True)
+    model = small("llama", 6, coded=True)
     before = decoded(model, dynamic(model)())
     with torch.no_grad():
         eigen_layers(model)[0].value_levels.mul_(1.5)

@@ -2,19 +2,14 @@
 
 import pytest
 import torch
-from test_families import NO_STATIC_WINDOW, in_pieces, padded
-from test_generation import generate
-from tiny import quantised_basis, random_basis, tiny, tokens
+from helpers import close, generate, has_static, in_pieces, padded, windows
+from tiny import compressed, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StaticCache
 
-from eigenattn.cache.packing import Widths
-from eigenattn.compression.folding import compress_layer
-from eigenattn.config import ALONE, Sharing
 from eigenattn.kernels import chunked
 from eigenattn.kernels.reference import attend, causal_mask
-from eigenattn.models.conversion import convert_attention, eigen_layers
 
 CASES = [("llama", 0), ("llama", 6), ("llama-yarn", 6), ("cohere-norm", 6), ("gemma2", 6), ("gemma3", 0)]
 CASES += [("mistral-sliding", 0), ("mistral-sliding", 6), ("opt", 0), ("opt", 6), ("mpt", 0), ("mpt", 6)]
@@ -22,24 +17,12 @@ CASES += [("bloom", 6), ("falcon-alibi", 6), ("stablelm", 6), ("phi3-partial", 6
 cases = pytest.mark.parametrize(("name", "window"), CASES)
 
 
-def small(name, window, quantised=False, sharing=ALONE, joint=False, **overrides):
-    model = tiny(name, **overrides)
-    convert_attention(model)
-    for index, attention in enumerate(eigen_layers(model)):
-        if quantised:
-            widths = Widths(3, 0, 5, 3), Widths(2, 0, 1, 6)
-            sides = zip(widths, sharing, strict=True)
-            keys, values = (quantised_basis(attention, each, True, index, n, joint) for each, n in sides)
-        else:
-            sides = zip((12, 8), sharing, strict=True)
-            keys, values = (random_basis(attention, rank, True, index, n, joint) for rank, n in sides)
-        compress_layer(attention, keys, None if joint else values, window, sharing)
-    return model
-
-
 @pytest.fixture
 def chunks(monkeypatch):
-    """A function that makes chunks small, which counts them; before it is called all fits in one."""
+    """A function that makes chunks small, which counts them; before it is called all fits in one.
+
+    Every test that has it reads some in the end.
+    """
     calls = []
     plain = chunked.attend_far
 
@@ -49,30 +32,27 @@ def chunks(monkeypatch):
         monkeypatch.setattr(chunked, "attend_far", lambda *a, **k: calls.append(1) or plain(*a, **k))
         return calls
 
-    return begin
-
-
-def close(a, b, tolerance=1e-4):
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+    yield begin
+    assert calls
 
 
 @torch.no_grad()
 @cases
 def test_chunks_change_nothing(name, window, chunks):
-    model, ids = small(name, window), tokens(2, 40)
+    model, ids = compressed(name, window), tokens(2, 40)
     whole = model(ids, use_cache=False).logits
     calls = chunks()
     close(model(ids, use_cache=False).logits, whole)
     assert len(calls) == 3
     close(in_pieces(model, ids, DynamicCache(config=model.config), [3, 17, 1, 19]), whole)
-    if name != "falcon-alibi" and not (window and name in NO_STATIC_WINDOW) and name != "bloom":
+    if has_static(name):
         close(in_pieces(model, ids, StaticCache(config=model.config, max_cache_len=48), [20, 1, 19]), whole)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "window"), [("llama", 0), ("llama", 6), ("opt", 6), ("mpt", 6), ("gemma2", 6)])
 def test_left_padding(name, window, chunks):
-    model, ids = small(name, window), tokens(2, 30)
+    model, ids = compressed(name, window), tokens(2, 30)
     whole = model(ids).logits
     chunks()
     with_room, mask = padded(ids, 5)
@@ -83,22 +63,22 @@ def test_left_padding(name, window, chunks):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.parametrize("window", [0, 6])
+@pytest.mark.parametrize("share", ["1", "1kv"])
+@windows
 @pytest.mark.parametrize("name", ["llama", "mpt"])
-def test_quantised_latents(name, window, joint, chunks):
+def test_quantised_latents(name, window, share, chunks):
     # Norms and angles are fp32 even so: with another seed a latent may lie as near to the middle of two codes as that.
-    model, ids = small(name, window, quantised=True, joint=joint).double(), tokens(2, 40, seed=2)
+    model, ids = compressed(name, window, coded=True, share=share).double(), tokens(2, 40, seed=2)
     whole = model(ids, use_cache=False).logits
     chunks()
     close(in_pieces(model, ids, DynamicCache(config=model.config), [3, 17, 1, 19]), whole)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("sharing", "joint"), [(Sharing(2, 2), False), (Sharing(2, 2), True), (Sharing(1, 2), False)])
+@pytest.mark.parametrize("share", ["2", "2kv", "1-2"])
 @pytest.mark.parametrize(("name", "window"), [("llama", 6), ("llama", 0), ("opt", 6)])
-def test_heads_that_share_latents(name, window, sharing, joint, chunks):
-    model, ids = small(name, window, sharing=sharing, joint=joint), tokens(2, 40)
+def test_heads_that_share_latents(name, window, share, chunks):
+    model, ids = compressed(name, window, share=share), tokens(2, 40)
     whole = model(ids, use_cache=False).logits
     chunks()
     close(in_pieces(model, ids, DynamicCache(config=model.config), [3, 17, 1, 19]), whole)
@@ -108,7 +88,7 @@ def test_heads_that_share_latents(name, window, sharing, joint, chunks):
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_tokens_whose_exact_form_is_gone(name, chunks):
     """After `crop` took back more than is kept, some tokens inside the window are known by their latents alone."""
-    model, ids = small(name, 6), tokens(1, 60)
+    model, ids = compressed(name, 6), tokens(1, 60)
     found = []
     for chunk in (100, 7):
         chunks(chunk)
@@ -121,13 +101,13 @@ def test_tokens_whose_exact_form_is_gone(name, chunks):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("window", [0, 6])
+@windows
 def test_generate(window, chunks):
-    model, ids = small("llama", window), tokens(2, 30)
-    whole = generate(model, ids, min_new_tokens=24)
+    model, ids = compressed("llama", window), tokens(2, 30)
+    whole = generate(model, ids, length=24)
     chunks()
-    assert torch.equal(generate(model, ids, min_new_tokens=24), whole)
-    assert torch.equal(generate(model, ids, min_new_tokens=24, prefill_chunk_size=11), whole)
+    assert torch.equal(generate(model, ids, length=24), whole)
+    assert torch.equal(generate(model, ids, length=24, prefill_chunk_size=11), whole)
 
 
 class Largest(TorchDispatchMode):
@@ -159,7 +139,7 @@ def largest_tensor(model, length):
 @pytest.mark.parametrize("quantised", [False, True], ids=["plain", "quantised"])
 @pytest.mark.parametrize(("name", "window"), [("llama", 0), ("llama", 16), ("opt", 16), ("mpt", 16)])
 def test_memory_is_that_of_the_cache_and_one_chunk(name, window, quantised, chunks):
-    model = small(name, window, quantised, num_hidden_layers=1)
+    model = compressed(name, window, quantised, num_hidden_layers=1)
     at_once, held = largest_tensor(model, 480)
     mask = 2 * 48 * 480 * (4 if name == "mpt" else 1)  # transformers' own: additive for eager attention
     chunks(32)
@@ -169,18 +149,18 @@ def test_memory_is_that_of_the_cache_and_one_chunk(name, window, quantised, chun
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("kind", ["causal", "boolean", "additive", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_and_its_mass(kind, softcap, dtype):
+def test_attention_and_its_log_sum_exp(kind, softcap, dtype):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, h, 9, n).to(dtype) for h, n in ((6, 8), (2, 8), (2, 5)))
     mask = {"boolean": torch.rand(2, 1, 9, 9) > 0.3, "additive": torch.randn(1, 6, 9, 9).to(dtype)}.get(kind)
     whole = mask if mask is not None else causal_mask(9, 9, q.device) if kind == "causal" else torch.ones(9, 9).bool()
     expected, _ = attend(q.float(), k.float(), v.float(), mask=whole, scale=0.3, softcap=softcap)
-    out, mass = chunked.attend_with_mass(q, k, v, mask=mask, causal=kind == "causal", scale=0.3, softcap=softcap)
-    assert out.dtype == dtype and mass.dtype == torch.float32
+    out, lse = chunked.attend_with_lse(q, k, v, mask=mask, causal=kind == "causal", scale=0.3, softcap=softcap)
+    assert out.dtype == dtype and lse.dtype == torch.float32
     scores = q.float().view(2, 2, 3, 9, 8) @ k.float()[:, :, None].mT * 0.3
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores.view(2, 6, 9, 9)
     scores = scores.masked_fill(~whole, -1e30) if whole.dtype == torch.bool else scores + whole
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     close(out.float(), expected, tolerance)
-    close(mass, scores.logsumexp(-1, keepdim=True), tolerance)
+    close(lse, scores.logsumexp(-1, keepdim=True), tolerance)

@@ -15,24 +15,27 @@ import eigenattn
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.size import allocated_bytes
 from eigenattn.models import parallel
+from eigenattn.models.conversion import eigen_layers
+from eigenattn.models.maps import MAPS, QUANTISERS
 
 SIZE = 2
 RATIO = {"kv_ratio": 0.5, "rank_multiple": 2, "ranks": "uniform"}
-BITS = {"bits_per_element": 3.0}
+CODED = {"coded": True, "kv_ratio": 0.1875}
 CASES = {
     **{f"{name}-32": (name, {**RATIO, "window": 32}) for name in ("llama", "qwen3", "phi3", "olmo2", "opt", "mpt")},
     **{f"{name}-0": (name, {**RATIO, "window": 0}) for name in ("llama", "qwen3", "phi3", "olmo2", "opt", "mpt")},
     **{f"{name}-8": (name, {**RATIO, "window": 8}) for name in ("gpt_neox", "stablelm-norm", "cohere-norm", "mixtral")},
-    "llama-bits": ("llama", {**BITS, "window": 8}),
-    "llama-bits-0": ("llama", {**BITS, "window": 0}),
-    "opt-shared": ("opt", {**RATIO, "window": 8, "shared_heads": 2}),
-    "opt-values": ("opt", {**RATIO, "window": 8, "shared_values": 2}),
-    "llama-joint": ("llama", {**RATIO, "window": 8, "joint": True}),
-    "opt-joint": ("opt", {**BITS, "window": 0, "joint": True, "shared_heads": 2}),
+    "llama-coded": ("llama", {**CODED, "window": 8}),
+    "llama-coded-0": ("llama", {**CODED, "window": 0}),
+    "opt-shared": ("opt", {**RATIO, "window": 8, "share": "2"}),
+    "opt-values": ("opt", {**RATIO, "window": 8, "share": "1-2"}),
+    "llama-both": ("llama", {**RATIO, "window": 8, "share": "1kv"}),
+    "opt-both": ("opt", {**CODED, "window": 0, "share": "2kv"}),
 }
+NO_MAPS = {"opt-0", "mpt-0"}  # all of them are folded
 REFUSED = {
-    "llama-values": ("llama", {**RATIO, "window": 8, "shared_values": 2}, "2 KV heads, 2 to a latent, cannot be split"),
-    "llama-shared": ("llama", {**RATIO, "window": 8, "shared_heads": 2}, "2 KV heads, 2 to a latent, cannot be split"),
+    "llama-values": ("llama", {**RATIO, "window": 8, "share": "1-2"}, "2 KV heads, 2 to a latent, cannot be split"),
+    "llama-shared": ("llama", {**RATIO, "window": 8, "share": "2"}, "2 KV heads, 2 to a latent, cannot be split"),
     "gpt2": ("gpt2", {**RATIO, "window": 8}, "no tensor-parallel plan for GPT-2"),
 }
 
@@ -55,6 +58,7 @@ def found(tmp_path_factory) -> dict[str, tuple[dict, list[dict]]]:
             "following": following.logits,
             "generated": model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False),
             "cache_bytes": allocated_bytes(following.past_key_values),
+            "heads": [(attention.heads, attention.kv_heads) for attention in eigen_layers(model)],
             "sizes": {name: parameter.numel() for name, parameter in model.named_parameters()},
         }
     run(folder, list(single))
@@ -110,12 +114,12 @@ def test_each_holds_its_share(case, found):
     one, parts = found[case]
     for part in parts:
         assert part["cache_bytes"] * SIZE == one["cache_bytes"]
-        maps = [name for name in one["sizes"] if name.endswith(("encoder", "decoder", "offset", "step"))]
+        maps = [name for name in one["sizes"] if name.split(".")[-1] in (*MAPS, *QUANTISERS)]
         weights = [name for name in one["sizes"] if ".layers." in name and name.endswith("proj.weight")]
-        assert maps or case.endswith("-0")
+        assert maps or case in NO_MAPS
+        assert any(name.endswith(QUANTISERS) for name in maps) == CASES[case][1].get("coded", False)
         assert all(part["own"][name] * SIZE == one["sizes"][name] for name in (*maps, *weights))
-    heads = {count for part in parts for count in part["heads"]}
-    assert len(heads) == 1
+        assert part["heads"] == [(heads // SIZE, kv_heads // SIZE) for heads, kv_heads in one["heads"]]
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers import Killed, same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny, tokens
@@ -11,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, attach, compress
 from eigenattn.compression import measure, resuming
-from eigenattn.compression.checkpoint import compress_checkpoint
 from eigenattn.journal import Journal
 from eigenattn.models.bases_file import save_bases
 from eigenattn.models.conversion import eigen_layers
 from eigenattn.models.loading import Source, load_model
-from eigenattn.models.placement import loaded, put_off, save_model
+from eigenattn.models.placement import loaded, offloaded, save_model
+from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
 
 # transformers before 5.23 takes the meta device of embeddings on disk for the model's.
 pytestmark = pytest.mark.filterwarnings(
@@ -59,20 +60,16 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def same(one, other) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize(
     "name, config",
     [
         ("llama", {"kv_ratio": 0.5, "window": 8}),
         ("llama", {"kv_ratio": 0.5, "window": 0}),
-        ("llama", {"bits_per_element": 3.0, "window": 8}),
+        ("llama", {"coded": True, "kv_ratio": 0.1875, "window": 8}),
         ("llama", {"error_budget": 0.05, "window": 0}),
         ("phi3", {"kv_ratio": 0.5, "window": 0}),
-        ("qwen3", {"kv_ratio": 0.5, "window": 0, "shared_heads": 2}),
-        ("llama", {"kv_ratio": 0.5, "window": 8, "shared_heads": 2, "joint": True}),
+        ("qwen3", {"kv_ratio": 0.5, "window": 0, "share": "2"}),
+        ("llama", {"kv_ratio": 0.5, "window": 8, "share": "2kv"}),
         ("opt", {"kv_ratio": 0.5, "window": 0}),
         ("gpt2", {"kv_ratio": 0.5, "window": 0, "basis": "eigen"}),
     ],
@@ -80,7 +77,7 @@ def same(one, other) -> bool:
 def test_compressed_as_in_memory(name, config, tmp_path):
     settings = EigenAttentionConfig(rank_multiple=2, **config)
     whole, spread = made(name, tmp_path / "base")
-    assert any(map(put_off, spread.modules()))
+    assert any(map(offloaded, spread.modules()))
     reports = [compress(model, BATCHES, settings) for model in (whole, spread)]
     assert reports[0].layers == reports[1].layers
     save_model(whole, tmp_path / "whole")
@@ -95,28 +92,25 @@ def test_compressed_as_in_memory(name, config, tmp_path):
     options = {"max_new_tokens": 12, "do_sample": False, "min_new_tokens": 12}
     written = whole.generate(ids, **options)
     assert torch.equal(again.generate(ids, **options), written)
-    # Between forward passes nothing that was put off is in memory.
+    # Between forward passes nothing that was offloaded is in memory.
     layer = eigen_layers(again)[2]
     assert all(parameter.is_meta for parameter in layer.parameters())
-    assert all(module.weight.is_meta for module in eigen_layers(spread)[2].children() if put_off(module))
+    assert all(module.weight.is_meta for module in eigen_layers(spread)[2].children() if offloaded(module))
 
 
 def test_layers_measured_together_cost_what_they_cost_alone(tmp_path, monkeypatch):
     whole, spread = made("llama", tmp_path / "base", torch.bfloat16)
     config = EigenAttentionConfig(kv_ratio=0.4, rank_multiple=2, window=8)
     expected = compress(whole, BATCHES, config)
-    monkeypatch.setattr(measure, "LAYERS_TOGETHER", 3)
+    monkeypatch.setattr(measure, "LAYERS_A_PASS", 3)
     assert compress(spread, BATCHES, config).layers == expected.layers
 
 
 def test_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(resuming, "SAVE_SECONDS", 0.0)
-    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=0)
+    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=0, refit=False)
     whole, spread = made("llama", tmp_path / "base")
     compress(whole, BATCHES, config)
-
-    class Killed(BaseException):
-        pass
 
     def interrupted():
         yield from BATCHES[:3]
@@ -124,7 +118,7 @@ def test_goes_on_where_it_was(tmp_path, monkeypatch):
 
     with pytest.raises(Killed), Journal(tmp_path / "out", {}) as journal:
         compress(spread, interrupted(), config, journal=journal)
-    assert put_off(spread.model.layers[1].self_attn.q_proj)
+    assert offloaded(spread.model.layers[1].self_attn.q_proj)
     with Journal(tmp_path / "out", {}) as journal:
         assert journal.read("statistics")[1]["batches"] == 3
         compress(spread, BATCHES, config, journal=journal)
@@ -140,10 +134,10 @@ def test_command(tmp_path):
     places |= {f"model.layers.{i}": "disk" if i else "cpu" for i in range(3)}
     (tmp_path / "places.json").write_text(json.dumps(places))
     config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=0)
-    options = {"texts": [str(tmp_path / "fox.txt"), "self"], "samples": 4, "length": 32, "seed": 0}
+    text = CalibrationText([str(tmp_path / "fox.txt"), "self"], samples=4, length=32)
     found = []
     for name, device in (("whole", "cpu"), ("spread", str(tmp_path / "places.json"))):
-        compress_checkpoint(str(base), tmp_path / name, config, device=device, **options)
+        compress_checkpoint(str(base), tmp_path / name, config, text, device=device)
         found.append(weights(tmp_path / name))
     assert same(*found)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "fox.txt", "places.json", "whole", "spread"}

@@ -1,19 +1,14 @@
 """transformers' own quantised caches: they hold plain latents where their groups fit, and say what else to do."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 import pytest
 import torch
-from test_quantised import small as quantised
-from tiny import random_basis, tiny, tokens
+from helpers import skip_without
+from tiny import compressed, quantised_model, tokens
 from transformers import QuantizedCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
 from eigenattn import EigenAttnError
-from eigenattn.compression.folding import compress_layer
-from eigenattn.models.conversion import convert_attention, eigen_layers
-
-RANK_K, RANK_V = 12, 8
+from eigenattn.models.conversion import eigen_layers
 
 
 class StandInQuantizedLayer(QuantizedLayer):
@@ -28,30 +23,15 @@ class StandInQuantizedLayer(QuantizedLayer):
         return q_tensor[0] * q_tensor[1]
 
 
-def small(window):
-    model = tiny("llama")
-    convert_attention(model)
-    for index, attention in enumerate(eigen_layers(model)):
-        keys = random_basis(attention, RANK_K, True, index)
-        compress_layer(attention, keys, random_basis(attention, RANK_V, True, 9), window)
-    return model
-
-
 def stand_in(model, group):
     layers = [StandInQuantizedLayer(q_group_size=group, residual_length=4) for _ in eigen_layers(model)]
     return Cache(layers=layers)
 
 
 def backend(name, model, **options):
+    skip_without(name)
     if name == "fp8":
-        try:
-            return QuantizedCache(backend=name, config=model.config)
-        except ValueError:
-            pytest.skip("transformers has no fp8 cache yet")
-    try:
-        version({"quanto": "optimum-quanto"}.get(name, name))
-    except PackageNotFoundError:
-        pytest.skip(f"{name} is not installed")
+        return QuantizedCache(backend=name, config=model.config)
     axis = {"axis_key": 1, "axis_value": 1} if name == "hqq" else {}
     return QuantizedCache(backend=name, config=model.config, residual_length=4, **axis, **options)
 
@@ -66,29 +46,36 @@ def relative_error(model, cache):
 
 
 def test_latents_are_held_where_groups_fit():
-    model = small(0)
+    model = compressed("llama", 0)
     assert relative_error(model, stand_in(model, 8)) < 0.1
 
 
 @pytest.mark.parametrize("name", ["fp8", "quanto", "hqq"])
 def test_every_backend_holds_latents(name):
-    model = small(0)
+    model = compressed("llama", 0)
     assert relative_error(model, backend(name, model, q_group_size=8)) < 0.2
 
 
 def test_groups_that_do_not_fit_say_which_would():
-    model = small(0)
-    with pytest.raises(EigenAttnError, match=r"24 and 16: .*such as 8, or compress with bits_per_element"):
+    model = compressed("llama", 0)
+    with pytest.raises(EigenAttnError, match=r"24 and 16: .*such as 8, or compress with coded latents"):
         relative_error(model, stand_in(model, 64))
 
 
 def test_beside_a_window_ours_is_named():
-    model = small(6)
-    with pytest.raises(EigenAttnError, match=r"exact window.*bits_per_element"):
+    model = compressed("llama", 6)
+    with pytest.raises(EigenAttnError, match=r"exact window.*coded latents"):
         relative_error(model, stand_in(model, 8))
 
 
 def test_codes_are_not_quantised_again():
-    model = quantised(window=0, dtype=torch.float32)
-    with pytest.raises(EigenAttnError, match="quantised already"):
+    model = quantised_model(window=0, dtype=torch.float32)
+    with pytest.raises(EigenAttnError, match="coded already"):
         relative_error(model, stand_in(model, 1))
+
+
+@pytest.mark.parametrize("share", ["1kv", "2kv"])
+def test_latents_of_keys_and_values_together_are_refused(share):
+    model = compressed("llama", 0, share=share)
+    with pytest.raises(EigenAttnError, match="cannot hold latents that keys and values share"):
+        relative_error(model, stand_in(model, 8))

@@ -5,7 +5,7 @@ import torch
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
 
-from eigenattn.models.rotary import once_a_pass, rotate
+from eigenattn.models.rotary import at_columns, rotate
 
 HEAD_DIM = 16
 
@@ -29,16 +29,10 @@ def test_rotate_is_exactly_the_original(interleaved, dtype):
     assert rotate(q, cos, sin, interleaved).dtype == dtype
 
 
-def test_layers_share_what_they_compute_within_a_pass():
-    positions = torch.arange(4)[None]
-
-    def one_pass() -> list[int]:
-        return [once_a_pass(positions, layer, "sum", lambda: int(positions.sum())) for layer in range(3)]
-
-    assert one_pass() == [6, 6, 6]
-    calls = []
-    for layer in range(3):
-        once_a_pass(positions, layer, "other", lambda: calls.append(None))
-    assert len(calls) == 1
-    positions += 1  # the same tensor, written over before the next pass
-    assert one_pass() == [10, 10, 10]
+@pytest.mark.parametrize("rows", [1, 2])
+def test_angles_at_columns_are_those_of_each_head_s_rows(rows):
+    table = torch.randn(rows, 9, 6)
+    columns = torch.tensor([[[0, 3, 8], [1, 2, 3]], [[4, 5, 6], [0, 7, 8]]])
+    found = at_columns(table, columns)
+    for b, head, place in torch.cartesian_prod(*map(torch.arange, columns.shape)).tolist():
+        assert torch.equal(found[b, head, place], table[b if rows > 1 else 0, columns[b, head, place]])

@@ -1,38 +1,24 @@
 """KV heads that share a latent: like latents of single heads, and the same with a cache, in batches, in files."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
-from test_families import close, generate, has_static, in_pieces, padded
-from tiny import HEAD_DIM, quantised_basis, random_basis, tiny, tokens
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from helpers import LENGTH, WINDOW, check_caches, check_generation, close, in_pieces, names, windows
+from tiny import HEAD_DIM, compressed, converted, some_bases, tiny, tokens
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.packing import Widths
-from eigenattn.cache.size import allocated_bytes, cache_bytes, kv_ratio
-from eigenattn.compression.bases import Basis
-from eigenattn.compression.folding import attach, compress_layer
+from eigenattn.cache.size import kv_ratio
+from eigenattn.compression.folding import attach
 from eigenattn.config import Sharing
-from eigenattn.models.conversion import convert_attention, eigen_layers
+from eigenattn.models.conversion import eigen_layers, layouts_of
 
-# Grouped queries, rotary in part and scaled, norms, learned positions, ALiBi, fused projections, sliding windows.
-NAMES = ["llama", "phi3-partial", "qwen3", "opt", "mpt", "bloom", "gpt_neox", "gemma3", "mistral-sliding"]
-LENGTH, WINDOW = 30, 6
-names = pytest.mark.parametrize("name", NAMES)
-windows = pytest.mark.parametrize("window", [0, WINDOW])
-BOTH, VALUES = Sharing(2, 2), Sharing(1, 2)
-sharings = pytest.mark.parametrize("sharing", [BOTH, VALUES])
-
-
-def small(name, window, sharing, rank_k=14, rank_v=20):
-    model = tiny(name)
-    convert_attention(model)
-    for index, attention in enumerate(eigen_layers(model)):
-        keys = random_basis(attention, rank_k, True, index, sharing.keys)
-        values = random_basis(attention, rank_v, True, 100 + index, sharing.values)
-        compress_layer(attention, keys, values, window, sharing)
-    return model
+BOTH, VALUES = "2", "1-2"
+SIZES = 14, 20
+shares = pytest.mark.parametrize("share", [BOTH, VALUES])
 
 
 def side_by_side(basis):
@@ -41,131 +27,99 @@ def side_by_side(basis):
     def blocks(x):
         return torch.stack([torch.block_diag(*pair) for pair in x.unflatten(0, (-1, 2))])
 
-    return Basis(
-        blocks(basis.encoder), blocks(basis.decoder), basis.spectrum, basis.mean.unflatten(0, (-1, 2)).flatten(1)
-    )
+    mean = basis.mean.unflatten(0, (-1, 2)).flatten(1)
+    return dataclasses.replace(basis, encoder=blocks(basis.encoder), decoder=blocks(basis.decoder), mean=mean, heads=2)
 
 
 @torch.no_grad()
-@sharings
+@shares
 @windows
 @names
-def test_latents_side_by_side_are_those_of_single_heads(name, window, sharing):
-    single = tiny(name)
-    convert_attention(single)
+def test_latents_side_by_side_are_those_of_single_heads(name, window, share):
+    single, layers = converted(name)
     shared = copy.deepcopy(single)
-    for index, (one, two) in enumerate(zip(eigen_layers(single), eigen_layers(shared), strict=True)):
-        pair = random_basis(one, 6, True, index), random_basis(one, 9, True, 100 + index)
-        attach(one, *pair, window)
-        together = (side_by_side(basis) if n == 2 else basis for basis, n in zip(pair, sharing, strict=True))
-        attach(two, *together, window, sharing)
+    for index, (one, two) in enumerate(zip(layers, eigen_layers(shared), strict=True)):
+        pair = some_bases(one, sizes=(6, 9), seed=index)
+        attach(one, pair, window)
+        numbers = Sharing.of(share)[:2]
+        attach(two, [side_by_side(x) if n == 2 else x for x, n in zip(pair, numbers, strict=True)], window)
     ids = tokens(2, LENGTH)
     exact = single(ids).logits
     close(shared(ids).logits, exact)
     close(in_pieces(shared, ids, DynamicCache(config=single.config), [13] + [1] * 17), exact)
-    assert kv_ratio(eigen_layers(shared)) == kv_ratio(eigen_layers(single)) == 15 / 32
+    assert kv_ratio(layouts_of(shared)) == kv_ratio(layouts_of(single)) == 15 / 32
 
 
 @torch.no_grad()
-@sharings
+@shares
 @windows
 @names
-def test_full_rank_changes_nothing(name, window, sharing):
+def test_full_rank_changes_nothing(name, window, share):
     model, ids = tiny(name), tokens(2, LENGTH)
-    full = small(name, window, sharing, *(shared * HEAD_DIM for shared in sharing))
+    sizes = [heads * HEAD_DIM for heads in Sharing.of(share)[:2]]
+    full = compressed(name, window, share=share, sizes=sizes)
     close(full(ids).logits, model(ids).logits)
     close(in_pieces(full, ids, DynamicCache(config=model.config), [13, 1, 16]), model(ids).logits)
 
 
-@torch.no_grad()
-def check_caches(model, name, window):
-    """Through every kind of cache a model gives what it gives without one, and a cache takes the bytes planned."""
-    ids = tokens(2, LENGTH)
-    exact = model(ids, use_cache=False).logits
-    assert (exact - tiny(name)(ids).logits).abs().max() > 1e-2
-    close(in_pieces(model, ids, DynamicCache(config=model.config), [1] * LENGTH), exact)
-    close(in_pieces(model, ids, DynamicCache(config=model.config), [13, 1, 16]), exact)
-    if has_static(name, window):
-        close(in_pieces(model, ids, StaticCache(config=model.config, max_cache_len=48), [20] + [1] * 10), exact)
-    if name != "mistral-sliding":
-        cache = DynamicCache(config=model.config)
-        model(ids[:, :-1], past_key_values=cache, use_cache=True)
-        model(ids[:, -1:], past_key_values=cache, use_cache=True)
-        if name != "gemma3":  # whose sliding layers hold less
-            assert allocated_bytes(cache) == 2 * cache_bytes(eigen_layers(model), 4, LENGTH, window)
-
-
-@sharings
+@shares
 @windows
 @names
-def test_cached_equals_uncached(name, window, sharing):
-    check_caches(small(name, window, sharing), name, window)
+def test_cached_equals_uncached(name, window, share):
+    check_caches(compressed(name, window, share=share, sizes=SIZES), name)
 
 
-@torch.no_grad()
-def check_generation(model):
-    """Greedy decoding and beams give the same with a cache and without one, and in padded batches."""
-    short = tokens(1, 9)
-    ids, mask = padded(short, 6)
-    greedy = generate(model, short)
-    assert torch.equal(generate(model, short, use_cache=False), greedy)
-    assert torch.equal(generate(model, ids, mask)[:, 6:], greedy)
-    assert torch.equal(generate(model, short, num_beams=3), generate(model, short, num_beams=3, use_cache=False))
-
-
-@sharings
+@shares
 @windows
 @pytest.mark.parametrize("name", ["llama", "mpt"])
-def test_left_padding_and_generation(name, window, sharing):
-    check_generation(small(name, window, sharing))
+def test_left_padding_and_generation(name, window, share):
+    check_generation(compressed(name, window, share=share, sizes=SIZES))
 
 
 @torch.no_grad()
-@sharings
+@shares
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_quantised(name, sharing):
-    model, ids, widths = tiny(name), tokens(2, LENGTH), {1: Widths(3, 0, 6, 6), 2: Widths(5, 0, 9, 6)}
-    convert_attention(model)
-    for index, attention in enumerate(eigen_layers(model)):
-        seeds = zip((index, 100 + index), sharing, strict=True)
-        pair = (quantised_basis(attention, widths[n], True, seed, n) for seed, n in seeds)
-        compress_layer(attention, *pair, WINDOW, sharing)
-    model = model.double()
+def test_quantised(name, share):
+    ids, widths = tokens(2, LENGTH), {1: Widths.of({8: 3, 4: 6, 2: 6}), 2: Widths.of({8: 5, 4: 9, 2: 6})}
+    sizes = [widths[heads] for heads in Sharing.of(share)[:2]]
+    model = compressed(name, WINDOW, share=share, sizes=sizes).double()
     exact = model(ids, use_cache=False).logits
     close(in_pieces(model, ids, DynamicCache(config=model.config), [13] + [1] * 17), exact)
     # Bytes of the codes of a latent, for each of the heads that share it.
-    held = {BOTH: 2 * (5 + 5 + 2) / 2, VALUES: 3 + 3 + 2 + (5 + 5 + 2) / 2}[sharing]
-    assert kv_ratio(eigen_layers(model)) == held / (2 * HEAD_DIM * 2)
+    held = {BOTH: 2 * (5 + 5 + 2) / 2, VALUES: 3 + 3 + 2 + (5 + 5 + 2) / 2}[share]
+    assert kv_ratio(layouts_of(model)) == held / (2 * HEAD_DIM * 2)
 
 
 @torch.no_grad()
-@sharings
+@shares
 @windows
-@pytest.mark.parametrize(("target", "name"), [("kv_ratio", "llama"), ("kv_ratio", "mpt"), ("bits_per_element", "opt")])
-def test_save_and_load(target, name, window, sharing, tmp_path):
+@pytest.mark.parametrize(("coded", "name"), [(False, "llama"), (False, "mpt"), (True, "opt")])
+def test_save_and_load(coded, name, window, share, tmp_path):
     model, ids = tiny(name), tokens(2, 60)
-    goal = {"kv_ratio": 0.5, "bits_per_element": 4}[target]
-    shared = {"shared_heads": sharing.keys, "shared_values": sharing.values}
-    report = compress(model, [ids], EigenAttentionConfig(**{target: goal}, rank_multiple=2, window=window, **shared))
+    target = {"kv_ratio": 0.25 if coded else 0.5, "coded": coded}
+    report = compress(model, [ids], EigenAttentionConfig(**target, rank_multiple=2, window=window, share=share))
     model.save_pretrained(tmp_path)
     backend = model.config._attn_implementation
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", attn_implementation=backend)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert 0.2 < report.kv_ratio <= 0.5
-    assert all(attention.sharing == sharing for attention in eigen_layers(loaded))
+    assert layouts_of(loaded) == layouts_of(model)
+    assert all(layout.together == 2 for layout in layouts_of(loaded))
 
 
-def test_what_cannot_be_shared():
+@pytest.mark.parametrize("share", ["3", "1-3"])
+def test_what_cannot_be_shared(share):
     with pytest.raises(EigenAttnError, match="3 KV heads cannot share a latent where there are 2: choose 1, 2"):
-        compress(tiny("llama"), [tokens(1, 60)], EigenAttentionConfig(shared_heads=3))
-    with pytest.raises(EigenAttnError, match="3 KV heads cannot share a latent"):
-        compress(tiny("llama"), [tokens(1, 60)], EigenAttentionConfig(shared_values=3))
-    for name in ("shared_heads", "shared_values"):
-        with pytest.raises(EigenAttnError, match="eigen"):
-            EigenAttentionConfig(**{name: 2}, basis="eigen")
-    with pytest.raises(EigenAttnError, match="multiple of shared_heads, 2, not 3"):
-        EigenAttentionConfig(shared_heads=2, shared_values=3)
-    with pytest.raises(EigenAttnError, match="leave out shared_values"):
-        EigenAttentionConfig(joint=True, shared_values=2)
-    with pytest.raises(EigenAttnError, match="whole number"):
-        EigenAttentionConfig(shared_heads=0)
+        compress(tiny("llama"), [tokens(1, 60)], EigenAttentionConfig(share=share))
+
+
+@pytest.mark.parametrize("share", [BOTH, VALUES])
+def test_the_paper_s_bases_share_nothing(share):
+    with pytest.raises(EigenAttnError, match="eigen"):
+        compress(tiny("llama"), [tokens(1, 60)], EigenAttentionConfig(share=share, basis="eigen"))
+
+
+@pytest.mark.parametrize("share", ["2-3", "0", "2kv-2", "2-2kv", "kv", "", "-1", "1.5", 2, None])
+def test_what_is_not_in_the_notation(share):
+    with pytest.raises(EigenAttnError, match="share is written 3"):
+        EigenAttentionConfig(share=share)

@@ -2,27 +2,21 @@
 
 import pytest
 import torch
-from tiny import HEAD_DIM, random_basis, tiny, tokens
+from helpers import windows
+from tiny import HEAD_DIM, compressed, tiny, tokens
 from transformers import DynamicCache, StaticCache
 
 from eigenattn import EigenAttnError
-from eigenattn.cache.layers import ROLLBACK, WindowedLayer
-from eigenattn.compression.folding import attach
-from eigenattn.kernels import windowed
-from eigenattn.models.conversion import convert_attention, eigen_layers
+from eigenattn.cache.layers import LatentLayer
+from eigenattn.kernels import blocks
+from eigenattn.models.conversion import eigen_layers
 from eigenattn.models.rotary import rotate
 
 WINDOW, RANK_K, RANK_V = 5, 6, 4
 
 
-def small(name="llama", window=WINDOW):
-    model = tiny(name)
-    convert_attention(model)
-    for index, attention in enumerate(eigen_layers(model)):
-        attach(
-            attention, random_basis(attention, RANK_K, True, index), random_basis(attention, RANK_V, True, 9), window
-        )
-    return model
+def small(name="llama", window=WINDOW, **overrides):
+    return compressed(name, window, sizes=(RANK_K, RANK_V), **overrides)
 
 
 @torch.no_grad()
@@ -61,7 +55,7 @@ def test_against_the_definition(name):
 def test_blocks_of_queries_change_nothing(name, monkeypatch):
     model, ids = small(name), tokens(2, 30)
     whole = model(ids).logits
-    monkeypatch.setattr(windowed, "QUERY_BLOCK", 7)
+    monkeypatch.setattr(blocks, "QUERY_BLOCK", 7)
     torch.testing.assert_close(model(ids).logits, whole, rtol=0, atol=1e-4)
     cache = DynamicCache(config=model.config)
     pieces = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 11), (11, 12), (12, 30))]
@@ -76,7 +70,7 @@ def test_what_the_cache_holds():
     for step in range(3):
         model(tokens(2, 1, seed=step), past_key_values=cache)
     for layer in cache.layers:
-        assert isinstance(layer, WindowedLayer)
+        assert isinstance(layer, LatentLayer)
         assert layer.keys.shape == (2, 2, 23 - WINDOW, RANK_K)
         assert layer.values.shape == (2, 2, 23 - WINDOW, RANK_V)
         # The current token can still be taken back without loss, so its neighbour at the far end stays too.
@@ -112,23 +106,28 @@ def test_cropping_what_the_last_update_brought_is_exact(name):
 
 
 @torch.no_grad()
-def test_cropping_further_falls_back_on_latents():
-    model, ids = small(), tokens(1, 60)
+@pytest.mark.parametrize("name", ["llama", "opt", "mpt"])
+def test_cropping_further_falls_back_on_latents(name):
+    """The window of the n-th token afterwards is one of n tokens, until it is full of new ones again."""
+    ids, kept = tokens(1, 60), 30
+    model = small(name, num_hidden_layers=1)  # what a second one held would have seen the whole window
     cache = DynamicCache(config=model.config)
     for token in ids.split(1, dim=1):
         model(token, past_key_values=cache)
-    cache.crop(-30)
-    assert cache.get_seq_length() == 30
-    exact = model(ids).logits[:, 30:]
-    again = model(ids[:, 30:], past_key_values=cache).logits
-    assert again.isfinite().all()
-    # Once the window is full of new tokens, nothing recalls the crop but the states it left behind.
-    assert (again - exact).abs().mean() < exact.std()
-    assert ROLLBACK < 60
+    cache.crop(kept - 60)
+    assert cache.get_seq_length() == kept
+    found = model(ids[:, kept:], past_key_values=cache).logits
+    whole = model(ids).logits[:, kept:]
+    torch.testing.assert_close(found[:, WINDOW - 1 :], whole[:, WINDOW - 1 :], rtol=0, atol=1e-4)
+    for n in range(1, WINDOW):
+        expected = small(name, n, num_hidden_layers=1)(ids).logits[:, kept + n - 1]
+        torch.testing.assert_close(found[:, n - 1], expected, rtol=0, atol=1e-4)
+    assert (found - whole)[:, 0].abs().max() > 0.1  # latents are not the vectors they stand for
 
 
-def test_static_caches_that_only_slide_are_refused():
-    model = small("mistral-sliding")
+@windows
+def test_static_caches_that_only_slide_are_refused(window):
+    model = small("mistral-sliding", window)
     cache = StaticCache(config=model.config, max_cache_len=40)
     with pytest.raises(EigenAttnError, match="dynamic cache"):
         model(tokens(1, 8), past_key_values=cache)

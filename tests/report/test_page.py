@@ -7,10 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import run
 from tiny import save_tiny
-from typer.testing import CliRunner
 
-from eigenattn.cli import app
+from eigenattn.cache.layout import BOTH, Latent, Layout
+from eigenattn.cache.packing import Widths
 from eigenattn.config import EigenAttentionConfig
 from eigenattn.errors import EigenAttnError
 from eigenattn.report.inspection import Inspection
@@ -34,12 +35,6 @@ document.body.innerHTML = JSON.stringify({
   width: window.innerWidth, back: colours.backgroundColor, ink: colours.color,
 });
 </script>"""
-
-
-def run(*arguments) -> str:
-    result = CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -93,42 +88,44 @@ def test_page_loads_nothing(made):
     assert "<script" not in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
-    assert {
-        target for target in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page) for target in target if target
-    } <= set(ids)
+    targets = {each for pair in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page) for each in pair if each}
+    assert targets and targets <= set(ids)
 
 
-def test_page_of_quantised_and_shared_latents():
-    """Widths are listed, ranks are drawn against all heads that share a latent, and the target comes back."""
-    layer = {"rank_k": 24, "rank_v": 16, "widths_k": [8, 0, 8, 8], "widths_v": [0, 0, 16, 0]}
-    method = {"kv_ratio": None, "bits_per_element": 3.0, "shared_heads": 2, "basis": "attention", "version": 1}
+def page_of(config: EigenAttentionConfig, *layers: tuple[Latent, ...]) -> str:
+    """Of a checkpoint with two KV heads of 16 dimensions, and these latents by layer."""
     facts = {"base_model": "base", "text": [{"source": "self", "sha256": None}]}
-    found = Inspection("llama", True, 0.2, 100, 500, 16, 2, [layer], [100], 8, {1024: 0.25}, method, facts)
-    page = build(Material("some/model", found))
-    assert "rank 24 of 32" in page
-    assert "<td>8, 0, 8, 8</td><td>0, 0, 16, 0</td><td>100</td>" in page
-    assert "eigenattn compress base some/model --bits-per-element 3.0 --shared-heads 2 --text self" in page
+    layouts = [Layout(2, latents, config.window) for latents in layers]
+    return build(Material("some/model", Inspection("llama", True, layouts, 4, config.to_dict(), facts)))
+
+
+def test_page_of_coded_and_shared_latents():
+    """Widths are listed, ranks are drawn against all heads that share a latent, and the target comes back."""
+    keys = Latent(("key",), 2, 24, 16, Widths.of({8: 8, 4: 8, 2: 8}))
+    values = Latent(("value",), 2, 16, 16, Widths.of({4: 16}))
+    page = page_of(EigenAttentionConfig(coded=True, kv_ratio=0.1875, share="2"), (keys, values))
+    assert "layer 0, keys: rank 24 of 32" in page
+    assert "<td>24 of 32</td><td>8, 8, 8</td><td>16 of 32</td><td>0, 16, 0</td><td>22</td>" in page
+    assert "eigenattn compress base some/model --kv-ratio 0.1875 --coded --share 2 --text self" in page
 
 
 def test_page_of_latents_of_values_that_heads_share():
     """Either side is drawn against its own full rank, and the command says what is not the default."""
-    method = EigenAttentionConfig(kv_ratio=0.6, shared_values=2).to_dict()
-    layers = [{"rank_k": 8, "rank_v": 24}, {"rank_k": 12, "rank_v": 32}]
-    found = Inspection("llama", True, 0.6, 100, 500, 16, 2, layers, [100, 250], 8, {1024: 0.6}, method, {})
-    page = build(Material("some/model", found))
-    assert "rank 8 of 16" in page and "rank 24 of 32" in page and "full rank, 16 and 32." in page
-    assert "eigenattn compress MODEL some/model --kv-ratio 0.6 --shared-values 2\n" in page.replace("</", "\n</")
+    layers = [(Latent(("key",), 1, k, 16), Latent(("value",), 2, v, 16)) for k, v in ((8, 24), (12, 28))]
+    page = page_of(EigenAttentionConfig(kv_ratio=0.6, share="1-2"), *layers)
+    assert "keys: rank 8 of 16" in page and "values: rank 24 of 32" in page
+    assert "latents of keys of one KV head, values of 2 KV heads" in page
+    assert "eigenattn compress base some/model --kv-ratio 0.6 --share 1-2 --text self" in page
 
 
-def test_page_of_joint_latents():
-    """Ranks are drawn against keys and values together, and values have none of their own."""
-    method = {"kv_ratio": 0.6, "shared_heads": 2, "joint": True, "basis": "attention", "version": 1}
-    facts = {"base_model": "base", "text": [{"source": "self", "sha256": None}]}
-    layers = [{"rank_k": 24, "rank_v": 0}, {"rank_k": 32, "rank_v": 32}]
-    found = Inspection("llama", True, 0.6, 100, 500, 16, 2, layers, [100, 250], 8, {1024: 0.6}, method, facts)
-    page = build(Material("some/model", found))
-    assert "rank 24 of 64" in page
-    assert "eigenattn compress base some/model --kv-ratio 0.6 --shared-heads 2 --joint --text self" in page
+def test_page_of_latents_of_keys_and_values():
+    """Ranks are drawn against keys and values together; a layer at full rank has them apart."""
+    layers = (Latent(BOTH, 2, 24, 16),), Layout.full(2, 16).latents
+    page = page_of(EigenAttentionConfig(kv_ratio=0.6, share="2kv", refit=False, window=0), *layers)
+    assert page.count("layer 0, keys and values: rank 24 of 64") == 2
+    assert "layer 1, values: rank 16 of 16" in page
+    assert "<td>1</td><td></td><td>16 of 16</td><td>16 of 16</td><td>256</td>" in page
+    assert "eigenattn compress base some/model --kv-ratio 0.6 --window 0 --share 2kv --text self" in page
 
 
 def browse(page: Path, *options: str) -> tuple[str, str]:

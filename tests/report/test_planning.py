@@ -62,7 +62,11 @@ def test_llama_8b_by_hand(tmp_path):
 
 def test_groups_of_gpus(tmp_path):
     name = llama_8b(tmp_path)
-    options = {"gpu_memory": 24, "context": 32768, "config": EigenAttentionConfig(bits_per_element=3.0, window=0)}
+    options = {
+        "gpu_memory": 24,
+        "context": 32768,
+        "config": EigenAttentionConfig(coded=True, kv_ratio=0.1875, window=0),
+    }
     one = plan_capacity(name, **options, tensor_parallel_size=2)
     many = plan_capacity(name, **options, tensor_parallel_size=2, gpus=16)
     matrices = 8_030_261_248 - 65 * 4096
@@ -115,10 +119,20 @@ def test_bases_are_planned_with_their_model(tmp_path):
     assert found.window == 8
 
 
-@pytest.mark.parametrize("config", [{"kv_ratio": 0.6}, {"kv_ratio": 0.37, "window": 0}, {"bits_per_element": 3.0}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"kv_ratio": 0.6},
+        {"kv_ratio": 0.37, "window": 0},
+        {"kv_ratio": 0.37, "share": "1-4"},
+        {"kv_ratio": 0.5, "share": "8kv"},
+        {"kv_ratio": 0.1875, "coded": True},
+        {"kv_ratio": 0.1875, "coded": True, "share": "2kv"},
+    ],
+)
 def test_supposed_ratio_is_met(config, tmp_path):
     found = plan_capacity(llama_8b(tmp_path), gpu_memory=80, context=4096, config=EigenAttentionConfig(**config))
-    ratio = config.get("kv_ratio") or config["bits_per_element"] / 16
+    ratio = config["kv_ratio"]
     assert 0.999 * ratio < found.compressed.bytes_per_token / found.original.bytes_per_token <= ratio
     assert found.hypothetical
 
@@ -133,11 +147,12 @@ def test_no_room(tmp_path):
 
 def test_command(tmp_path):
     arguments = ["plan", llama_8b(tmp_path / "model"), "--gpu-memory", "80", "--context", "128k", "--kv-ratio", "0.5"]
-    result = CliRunner().invoke(app, [*arguments, "--json", str(tmp_path / "plan.json")])
-    assert result.exit_code == 0, result.output
-    assert "not compressed" in result.output
-    found = json.loads((tmp_path / "plan.json").read_text())
-    assert (found["original"]["sequences"], found["compressed"]["sequences"]) == (3, 7)
+    for options in ((), ("--share", "4kv"), ("--coded", "--share", "1-2")):
+        result = CliRunner().invoke(app, [*arguments, *options, "--json", str(tmp_path / "plan.json")])
+        assert result.exit_code == 0, result.output
+        assert "not compressed" in result.output
+        found = json.loads((tmp_path / "plan.json").read_text())
+        assert (found["original"]["sequences"], found["compressed"]["sequences"]) == (3, 7)
 
 
 @pytest.mark.parametrize("text, expected", [("4096", 4096), ("128k", 131072), ("1.5K", 1536), ("1m", 2**20)])
@@ -148,12 +163,14 @@ def test_contexts(text, expected):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"tensor_parallel_size": 3}, "8 KV heads cannot be split evenly over 3 GPUs"),
+        ({"tensor_parallel_size": 3}, "8 KV heads cannot be split evenly over 3 devices"),
         ({"tensor_parallel_size": 2, "gpus": 3}, "3 GPUs cannot be split into groups"),
         ({"gpu_memory": -1}, "above 0"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
         ({"dtype": "int3"}, "unknown dtype"),
-        ({"config": EigenAttentionConfig(error_budget=0.1)}, "kv_ratio or bits_per_element"),
+        ({"config": EigenAttentionConfig(error_budget=0.1)}, "needs a kv_ratio"),
+        ({"config": EigenAttentionConfig(share="3kv")}, "3 KV heads cannot share a latent, of 8"),
+        ({"config": EigenAttentionConfig(share="8kv"), "tensor_parallel_size": 2}, "8 to a latent, cannot be split"),
     ],
 )
 def test_bad_numbers_are_one_line(options, message, tmp_path):

@@ -1,20 +1,24 @@
 """Models and texts that are not as they should be: a right result, or an error that names layer and cause."""
 
+import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import character_tokenizer, save_tiny, tiny, tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, QuantoConfig
 
-from eigenattn import EigenAttentionConfig, EigenAttnError, compress
+from eigenattn import EigenAttentionConfig, EigenAttnError, attach, compress
 from eigenattn.calibration.text import load_text
-from eigenattn.compression import pipeline
 from eigenattn.compression.bases import BASES
-from eigenattn.compression.checkpoint import compress_checkpoint
 from eigenattn.compression.ranks import RANK_RULES
 from eigenattn.evaluation.perplexity import perplexity
+from eigenattn.models.bases_file import save_bases
 from eigenattn.models.conversion import eigen_layers
+from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
 
 SETTINGS = {"kv_ratio": 0.5, "rank_multiple": 2}
 IDS = tokens(4, 40)
@@ -78,9 +82,9 @@ def test_bases_past_the_range_of_half_precision(monkeypatch):
     method = BASES["eigen"]
 
     def huge(moments):
-        return tuple(type(b)(b.encoder * 1e6, b.decoder / 1e6, b.spectrum) for b in method.build(moments))
+        return tuple(replace(b, encoder=b.encoder * 1e6, decoder=b.decoder / 1e6) for b in method.build(moments))
 
-    monkeypatch.setitem(pipeline.BASES, "eigen", type(method)(method.moments, huge))
+    monkeypatch.setitem(BASES, "eigen", replace(method, build=huge))
     message = refused(model, basis="eigen", ranks="uniform")
     assert "layer 0's key_encoder does not fit float16" in message
     assert not eigen_layers(model)
@@ -111,7 +115,9 @@ def test_fewer_tokens_than_dimensions(basis, window):
     exact = model(ids).logits
     compress(model, [ids], EigenAttentionConfig(kv_ratio=0.75, ranks="uniform", basis=basis, window=window))
     assert finite(model)
-    assert (model(ids).logits - exact).abs().max() < exact.std()
+    error = (model(ids).logits - exact).abs().max() / exact.std()
+    # Queries and keys of 10 tokens fill more than the 12 dimensions that stay, and `eigen` holds both alike.
+    assert error < (0.2 if basis == "eigen" and window else 1e-4)
 
 
 @pytest.mark.parametrize("window", [0, 4])
@@ -147,10 +153,7 @@ def test_a_tokenizer_of_another_model(tmp_path):
             str(tmp_path / "base"),
             tmp_path / "out",
             EigenAttentionConfig(**SETTINGS, window=4),
-            texts=[str(tmp_path / "fox.txt")],
-            samples=2,
-            length=40,
-            seed=0,
+            CalibrationText([str(tmp_path / "fox.txt")], samples=2, length=40),
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "fox.txt"]
 
@@ -194,13 +197,23 @@ def test_layers_that_share_one_attention():
     assert "share one attention module" in refused(model)
 
 
+def test_models_without_a_language_head():
+    model = tiny("llama").model
+    assert "this LlamaModel has no language head" in refused(model)
+    assert "load it with AutoModelForCausalLM" in refused(model, share="1kv", ranks="uniform")
+    classifier = AutoModelForSequenceClassification.from_config(tiny("llama").config)
+    assert "this LlamaForSequenceClassification has no language head" in refused(classifier)
+    compress(model, [IDS], EigenAttentionConfig(**SETTINGS, window=0, ranks="uniform"))  # decoders are refitted, too
+    assert model(IDS).last_hidden_state.isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_model_that_carries_an_adapter():
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=2, target_modules=["k_proj", "o_proj"], init_lora_weights=False)
     adapted = get_peft_model(tiny("llama"), settings)
-    assert "layers.0.self_attn.k_proj carries an adapter" in refused(adapted)
+    assert "this model carries an adapter" in refused(adapted)
     exact = adapted(IDS).logits
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(IDS).logits, exact, rtol=0, atol=1e-3)
@@ -209,11 +222,157 @@ def test_a_model_that_carries_an_adapter():
     torch.testing.assert_close(late(IDS).logits, merged(IDS).logits)
 
 
-def test_projections_that_are_quantised():
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("PrefixTuningConfig", {"num_virtual_tokens": 5}),
+        ("PromptTuningConfig", {"num_virtual_tokens": 5}),
+        ("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 2}),
+        ("LoraConfig", {"target_modules": ["up_proj"]}),
+    ],
+)
+def test_adapters_that_are_not_in_attention(kind, settings):
+    import peft
+
+    settings = getattr(peft, kind)(task_type="CAUSAL_LM", **settings)
+    assert "this model carries an adapter" in refused(peft.get_peft_model(tiny("llama"), settings))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("window", [0, 4])
+def test_prefixes_on_a_compressed_model(window):
+    """A prefix is of whole keys, which were rotated already where there are rotary positions; a prompt is of tokens."""
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
     model = tiny("llama")
-    projection = model.model.layers[1].self_attn.v_proj
-    projection.weight = torch.nn.Parameter(projection.weight.detach().to(torch.int8), requires_grad=False)
-    assert "layers.1.self_attn.v_proj is a Linear of torch.int8" in refused(model)
+    compress(model, [IDS], EigenAttentionConfig(**SETTINGS, window=window, ranks="uniform"))
+    settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
+    with pytest.raises(EigenAttnError, match=r"peft's prefix tuning.* tune prompts or LoRA"):
+        get_peft_model(model, PrefixTuningConfig(**settings))(IDS)
+    prompted = get_peft_model(model, PromptTuningConfig(**settings))
+    prompted(IDS, labels=IDS).loss.backward()
+    assert prompted.prompt_encoder.default.embedding.weight.grad.isfinite().all()
+
+
+class Packed(torch.Tensor):
+    """A tensor of a class of its own, as torchao's and quanto's weights are."""
+
+
+def packed(tensor: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor.detach().as_subclass(Packed), requires_grad=False)
+
+
+def cast(dtype: torch.dtype):
+    return lambda tensor: torch.nn.Parameter(tensor.detach().to(dtype), requires_grad=False)
+
+
+@pytest.mark.parametrize("where", ["model.layers.1.self_attn.v_proj", "model.layers.2.mlp.up_proj", "lm_head"])
+@pytest.mark.parametrize(
+    ("hold", "says"),
+    [
+        (cast(torch.int8), "of torch.int8"),
+        (cast(torch.uint8), "of torch.uint8"),  # a GGUF file's blocks
+        (cast(torch.float8_e4m3fn), "of torch.float8_e4m3fn"),
+        (packed, "a Packed"),
+    ],
+)
+def test_weights_that_are_quantised(hold, says, where):
+    model = tiny("llama")
+    projection = model.get_submodule(where)
+    projection.weight = hold(projection.weight)
+    message = refused(model)
+    assert f"{where}.weight of this model is {says}: take the model as it was before it was quantised" in message
+    assert message == refused(model, ranks="uniform", window=0)
+
+
+class WithoutWeight(torch.nn.Module):
+    """As AWQ's and GPTQ's layers: codes in a buffer, and no `weight`."""
+
+    def __init__(self, codes: bool) -> None:
+        super().__init__()
+        if codes:
+            self.register_buffer("qweight", torch.zeros(8, 64, dtype=torch.int32))
+
+
+def test_layers_without_weights():
+    model = tiny("llama")
+    model.model.layers[0].mlp.up_proj = WithoutWeight(True)
+    assert "layers.0.mlp.up_proj.qweight of this model is of torch.int32" in refused(model)
+    model = tiny("llama")
+    model.model.layers[0].self_attn.q_proj = WithoutWeight(False)
+    assert "layers.0.self_attn.q_proj is a WithoutWeight, not a linear layer of transformers" in refused(model)
+
+
+def held_by(method) -> SimpleNamespace:
+    return SimpleNamespace(quantization_config=SimpleNamespace(quant_method=method))
+
+
+@pytest.mark.parametrize("place", ["quantizer", "configuration", "dequantised"])
+def test_models_that_a_quantizer_holds(place, bases_of_llama):
+    """As quanto's with `modules_to_not_convert`, whose attention is plain, and what was dequantised on loading."""
+    model = tiny("llama")
+    if place == "quantizer":
+        model.hf_quantizer = held_by("quanto")
+    elif place == "configuration":  # transformers passes over methods that it does not know
+        model.config.quantization_config = {"quant_method": "quanto"}
+    else:
+        model._weight_conversions = [SimpleNamespace(operations=[SimpleNamespace(hf_quantizer=held_by("quanto"))])]
+    assert "quanto quantises weights of this model: take the model as it was before" in refused(model)
+    with pytest.raises(EigenAttnError, match="quanto quantises weights"):
+        attach(model, bases_of_llama)
+    assert not eigen_layers(model)
+
+
+@pytest.fixture
+def bases_of_llama(tmp_path):
+    model = tiny("llama")
+    compress(model, [IDS], EigenAttentionConfig(**SETTINGS, window=4, ranks="uniform"))
+    save_bases(model, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("layers", ["some", "all"])
+def test_quanto(layers, tmp_path):
+    pytest.importorskip("optimum.quanto")
+    kept = ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"] if layers == "some" else None
+    settings = QuantoConfig(weights="int8", modules_to_not_convert=kept)
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "base"), quantization_config=settings)
+    assert "quanto quantises weights of this model" in refused(model)
+
+
+def test_torchao():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = tiny("llama")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    assert "q_proj.weight of this model is a" in refused(model)
+
+
+def test_a_checkpoint_in_fp8(tmp_path):
+    """Without a GPU transformers dequantises it, and quantises again what is saved."""
+    folder = save_tiny(tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "_proj" in name]:
+        rows, columns = (size // 16 for size in tensors[name].shape)
+        blocks = tensors[name].view(rows, 16, columns, 16)
+        scale = blocks.abs().amax((1, 3)) / 448
+        tensors[name] = (blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert "fp8 quantises weights of this model" in refused(model)
+
+
+def test_a_gguf_file_whose_weights_are_unpacked(tmp_path):
+    model = tiny("llama")
+    model.hf_quantizer = held_by("gguf")
+    compress(model, [IDS], EigenAttentionConfig(**SETTINGS, window=4, ranks="uniform"))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
 def test_nothing_is_kept_of_what_was_refused(tmp_path):
@@ -228,9 +387,6 @@ def test_nothing_is_kept_of_what_was_refused(tmp_path):
             str(base),
             tmp_path / "out",
             EigenAttentionConfig(**SETTINGS, window=4),
-            texts=[str(tmp_path / "fox.txt")],
-            samples=2,
-            length=40,
-            seed=0,
+            CalibrationText([str(tmp_path / "fox.txt")], samples=2, length=40),
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "fox.txt"]

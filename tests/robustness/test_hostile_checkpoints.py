@@ -16,7 +16,7 @@ from tiny import save_tiny, tiny, tokens
 import eigenattn
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.models.bases_file import BASES_FILE, CONFIG_FILE, save_bases
-from eigenattn.models.checkpoint import EigenAttnCheckpointConfig, allocate
+from eigenattn.models.checkpoint_format import EigenAttnCheckpointConfig, allocate
 from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.models.loading import Source, load_model
 from eigenattn.models.maps import MAPS, QUANTISERS
@@ -46,9 +46,9 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def quantised():
+def coded():
     model = tiny("llama")
-    compress(model, [tokens(4, 40)], EigenAttentionConfig(bits_per_element=3, rank_multiple=4, window=4))
+    compress(model, [tokens(4, 40)], EigenAttentionConfig(coded=True, kv_ratio=0.1875, window=4))
     return model
 
 
@@ -68,7 +68,9 @@ NUMBERS = st.one_of(
     st.integers(-3, 40),
     st.sampled_from([2**31, 2**63, -(2**63), 10**300, 10**4000, 1e308, float("nan"), float("inf"), 0.5, -0.0]),
 )
-WORDS = st.sampled_from(["", "8", "rank_k", "../../etc/passwd", "/dev/zero", "\x00", "eigenattn", "a" * 300, "NaN"])
+WORDS = st.sampled_from(
+    ["", "8", "rank_k", "latents", "self", "../../etc/passwd", "/dev/zero", "\x00", "eigenattn", "a" * 300, "NaN"]
+)
 VALUES = st.recursive(
     st.one_of(NUMBERS, WORDS, st.booleans(), st.none()),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(WORDS, inner, max_size=3)),
@@ -109,8 +111,26 @@ def tampered(draw, tree):
     return tree
 
 
-def test_configurations(model, quantised):
-    valid = [each.config.quantization_config.to_dict() for each in (model, quantised)]
+def in_format_1(values: dict) -> dict:
+    """The same configuration as versions before format 2 wrote it."""
+    layers = []
+    for layer in values["layers"]:
+        entry = {f"rank_{latent['sides'][0][0]}": latent["rank"] for latent in layer["latents"]}
+        for latent in layer["latents"]:
+            if "widths" in latent:
+                widths = [latent["widths"].get(bits, 0) for bits in ("8", "6", "4", "2")]
+                entry[f"widths_{latent['sides'][0][0]}"] = widths
+        layers.append(entry)
+    method = {name: value for name, value in values["method"].items() if name not in ("coded", "share", "version")}
+    if values["method"]["coded"]:
+        method |= {"kv_ratio": None, "bits_per_element": 16 * method["kv_ratio"]}
+    old = {"shared_heads": 1, "shared_values": 1, "joint": False, "version": 1}
+    return {**values, "layers": layers, "method": method | old, "format_version": 1}
+
+
+def test_configurations(model, coded):
+    valid = [each.config.quantization_config.to_dict() for each in (model, coded)]
+    valid += [in_format_1(each) for each in valid]
     with torch.device("meta"):
         empty = tiny("llama")
     convert_attention(empty)
@@ -136,7 +156,7 @@ def test_configurations(model, quantised):
         outcomes["taken"] += 1
         for attention in layers:
             sizes = {n: p.numel() for n, p in attention.named_parameters() if n in (*MAPS, *QUANTISERS)}
-            assert all(size <= (2 * 16) ** 2 for size in sizes.values())  # both heads in one latent
+            assert all(size <= 2 * (2 * 16) ** 2 for size in sizes.values())  # both sides of both heads in one latent
 
     attempt()
     assert min(outcomes.values()) > EXAMPLES // 50
@@ -169,6 +189,8 @@ def test_configuration_files_of_bases(bases, original, tmp_path_factory):
     folder = copied(bases, tmp_path_factory)
     valid = json.loads((bases / CONFIG_FILE).read_text())
 
+    refused = set()
+
     @fuzz(4)
     @given(tampered(valid), st.binary(max_size=3), st.integers(0, 2000))
     def attempt(values, noise, where):
@@ -176,9 +198,10 @@ def test_configuration_files_of_bases(bases, original, tmp_path_factory):
         if noise:
             content = content[:where] + noise + content[where + 1 :]
         (folder / CONFIG_FILE).write_bytes(content)
-        attach_or_refuse(folder, original)
+        refused.add(attach_or_refuse(folder, original))
 
     attempt()
+    assert refused == {True, False}  # inputs of both kinds were tried
 
 
 def test_headers_of_bases(bases, original, tmp_path_factory):
@@ -188,49 +211,60 @@ def test_headers_of_bases(bases, original, tmp_path_factory):
     (length,) = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
 
+    refused = set()
+
     @fuzz(4)
     @given(tampered(header), st.sampled_from([0, 0, 0, 1, -1, 2**40, 2**63]))
     def attempt(values, off):
         text = json.dumps(values).encode()
         announced = max(len(text) + off, 0)
         (folder / BASES_FILE).write_bytes(struct.pack("<Q", announced) + text + data)
-        attach_or_refuse(folder, original)
+        refused.add(attach_or_refuse(folder, original))
 
     attempt()
+    assert refused == {True, False}  # inputs of both kinds were tried
 
 
-def test_quantised_bases(quantised, original, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quantised")
-    save_bases(quantised, folder)
+def test_coded_bases(coded, original, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("coded")
+    save_bases(coded, folder)
     valid = json.loads((folder / CONFIG_FILE).read_text())
+
+    refused = set()
 
     @fuzz(4)
     @given(tampered(valid["layers"]))
     def attempt(layers):
         (folder / CONFIG_FILE).write_text(json.dumps({**valid, "layers": layers}))
-        attach_or_refuse(folder, original)
+        refused.add(attach_or_refuse(folder, original))
 
     attempt()
+    assert refused == {True, False}  # inputs of both kinds were tried
 
 
 def test_bytes_of_bases(bases, original, tmp_path_factory):
     folder = copied(bases, tmp_path_factory)
     content = (bases / BASES_FILE).read_bytes()
 
+    refused = set()
+
     @fuzz(4)
     @given(st.integers(0, len(content) - 1), st.binary(min_size=1, max_size=16), st.booleans())
     def attempt(where, noise, cut):
         changed = content[:where] if cut else content[:where] + noise + content[where + len(noise) :]
         (folder / BASES_FILE).write_bytes(changed)
-        attach_or_refuse(folder, original)
+        refused.add(attach_or_refuse(folder, original))
 
     attempt()
+    assert refused == {True, False}  # inputs of both kinds were tried
 
 
 def test_whole_checkpoints(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     model.save_pretrained(folder)
     valid = json.loads((folder / "config.json").read_text())
+
+    refused = set()
 
     @fuzz(20)
     @given(tampered(valid["quantization_config"]))
@@ -240,10 +274,13 @@ def test_whole_checkpoints(model, tmp_path_factory):
             loaded = load_model(Source.of(str(folder)), device="cpu")
         except EigenAttnError as error:
             assert "\n" not in str(error)
+            refused.add(True)
             return
+        refused.add(False)
         assert loaded(IDS).logits.isfinite().all()
 
     attempt()
+    assert refused == {True, False}
 
 
 def refuses(folder, original) -> str:
@@ -279,8 +316,8 @@ def change(folder: Path, edit) -> None:
         (lambda v: v.update(centred="no"), "centred"),
         (lambda v: v.update(format_version=True), "format True"),
         (lambda v: v.update(quant_method="gptq"), "not a configuration of bases"),
-        (lambda v: v.pop("layers"), "whole positive ranks"),
-        (lambda v: v["layers"][0].update(rank_v=10**30), "above full rank"),
+        (lambda v: v.pop("layers"), "has no layers"),
+        (lambda v: v["layers"][0]["latents"][1].update(rank=10**30), "above full rank"),
         (lambda v: v.update(layers=v["layers"] * 100_000), "larger than any configuration"),
     ],
 )

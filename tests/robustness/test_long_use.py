@@ -6,28 +6,25 @@ import threading
 
 import pytest
 import torch
-from tiny import HEAD_DIM, random_basis, tiny, tokens
+from helpers import windows
+from tiny import some_bases, tiny, tokens
 from transformers import DynamicCache
 
 from eigenattn.cache.layers import ROLLBACK
 from eigenattn.cache.size import allocated_bytes, cache_bytes
 from eigenattn.compression.folding import compress_layer
-from eigenattn.models.conversion import convert_attention, eigen_layers
+from eigenattn.models.conversion import convert_attention, eigen_layers, layouts_of
 
 # `make long` raises both.
 LENGTH = int(os.environ.get("EIGENATTN_LONG", "300"))
 TURNS = max(LENGTH // 20, 20)
-WINDOW = 6
-
-windows = pytest.mark.parametrize("window", [0, WINDOW])
 
 
 def small(name, window):
     model = tiny(name, max_position_embeddings=max(2 * LENGTH, 512))
     convert_attention(model)
     for index, attention in enumerate(eigen_layers(model)):
-        keys, values = (random_basis(attention, rank, True, index + rank) for rank in (12, 8))
-        compress_layer(attention, keys, values, window)
+        compress_layer(attention, some_bases(attention, seed=index), window)
     return model
 
 
@@ -51,7 +48,7 @@ def test_many_tokens_one_by_one(name, window):
         errors.append(float((logits - whole[position]).abs().max()))
         if position in (LENGTH // 2, LENGTH - 1) and os.path.exists("/proc/self/statm"):
             held.append((resident(), allocated_bytes(cache)))
-    assert allocated_bytes(cache) == cache_bytes(eigen_layers(model), 4, LENGTH, window)
+    assert allocated_bytes(cache) == cache_bytes(layouts_of(model), 4, LENGTH)
     assert max(errors) < 1e-3
     # No drift: the last quarter is no worse than the first, beyond rounding.
     quarter = LENGTH // 4
@@ -133,4 +130,3 @@ def test_threads_with_caches_of_their_own(window):
     for thread in threads:
         thread.join()
     assert all(torch.equal(one, expected[number]) for number in range(4) for one in found[number])
-    assert {attention.head_dim for attention in eigen_layers(model)} == {HEAD_DIM}

@@ -1,83 +1,131 @@
 """Attention over pages: what vLLM calls, without vLLM."""
 
-from dataclasses import replace
+import dataclasses
 
 import pytest
 import torch
+from tiny import converted
 
+from eigenattn.cache.layout import Latent, Layout
 from eigenattn.kernels.decoding import Rotary, Side
-from eigenattn.vllm.attend import Head, Pages, attend_prompt, decode_rows, write
+from eigenattn.models.rotary import rotate
+from eigenattn.vllm.attend import DecodingRows, PagedAttention, attend_prompt, decode_rows, rotary_of, slopes_of
+from eigenattn.vllm.pages import Pages, from_page, page_shape, to_page, write
 
 H, G, D, R_K, R_V, BLOCK, LENGTHS = 4, 2, 8, 6, 4, 4, (19, 3, 10)
+LAYOUTS = {
+    "1": ((("key",), 1, R_K), (("value",), 1, R_V)),
+    "1-2": ((("key",), 1, R_K), (("value",), 2, 2 * R_V)),
+    "2kv": ((("key", "value"), 2, 2 * R_K),),
+    "2 of keys": ((("key",), 2, R_K), (("value",), 1, D)),
+}
+ROTARY = Rotary(torch.tensor([1.0, 0.3, 0.1, 0.03]))
+POSITIONS = ["none", "rotary", "interleaved", "alibi"]
 
 
-def a_head(window: int, positions: str) -> Head:
-    generator = torch.Generator().manual_seed(2)
-
-    def side(rank: int) -> Side:
-        decoder, mean = (torch.randn(G, n, D, generator=generator) for n in (rank, 1))
-        return Side(decoder, mean[:, 0])
-
-    return Head(
-        keys=side(R_K),
-        values=side(R_V) if window else Side(),
-        size_k=R_K,
-        scale=0.3,
-        window=window,
-        rotary=Rotary(torch.tensor([1.0, 0.3, 0.1, 0.03])) if positions == "rotary" else None,
-        slopes=torch.tensor([0.5, 0.25, 0.1, 0.0]) if positions == "alibi" else None,
-    )
+def layout_of(share: str, window: int = 0, kv_heads: int = G) -> Layout:
+    return Layout(kv_heads, tuple(Latent(*latent, head_dim=D) for latent in LAYOUTS[share]), window)
 
 
-def test_pages_hold_latents_of_several_heads():
-    """Beside a latent of values those of its heads' keys, or vectors of a side at full rank, or none of values."""
-    head, held = a_head(4, "none"), torch.arange(2.0 * 3 * 20).view(1, 2, 3, 20)
-    keys, values = replace(head, size_k=12, in_page=(2, 1)).split(held)
-    assert keys.shape == (1, 4, 3, 6) and values.shape == (1, 2, 3, 8)
-    assert torch.equal(keys[0, 3, 1], held[0, 1, 1, 6:12]) and torch.equal(values[0, 1, 2], held[0, 1, 2, 12:])
-    keys, values = replace(head, size_k=4, in_page=(1, 2)).split(held)
-    assert values.shape == (1, 4, 3, 8) and torch.equal(values[0, 2, 0], held[0, 1, 0, 4:12])
-    keys, values = replace(head, size_k=20).split(held)
-    assert torch.equal(keys, held) and torch.equal(values, held)
+def a_layer(window: int, positions: str, share: str) -> PagedAttention:
+    """Without a window, latents of values of single heads stay what they are, as where their decoder is folded."""
+    generator, layout = torch.Generator().manual_seed(2), layout_of(share, window)
+
+    def side(name: str) -> Side:
+        latent = layout.of(name)
+        if latent.verbatim or (name == "value" and not layout.at_run_time):
+            return Side(layout.index(name))
+        decoder, mean = (torch.randn(G, n, D, generator=generator) for n in (latent.rank, 1))
+        return Side(layout.index(name), decoder, mean[:, 0])
+
+    rotary = {"rotary": ROTARY, "interleaved": dataclasses.replace(ROTARY, interleaved=True)}.get(positions)
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.0]) if positions == "alibi" else None
+    return PagedAttention(layout, side("key"), side("value"), 0.3, rotary, slopes)
 
 
-def filled(channels: int, seed: int) -> Pages:
+@pytest.mark.parametrize(
+    ("share", "shape"), [("1", (4, 10)), ("1-2", (2, 20)), ("2kv", (2, 12)), ("2 of keys", (2, 22))]
+)
+def test_pages_hold_latents_of_the_same_heads_beside_each_other(share, shape):
+    layout = layout_of(share, kv_heads=4)
+    assert page_shape(layout) == shape
+    latents = tuple(torch.randn(layout.count(latent), 3, latent.rank) for latent in layout.latents)
+    page = to_page(layout, latents)
+    assert page.shape == (3, *shape)
+    for found, latent in zip(from_page(layout, page.transpose(0, 1).unsqueeze(0)), latents, strict=True):
+        assert torch.equal(found[0], latent)
+    if share == "1-2":
+        assert torch.equal(page[2, 1], torch.cat([latents[0][2, 2], latents[0][3, 2], latents[1][1, 2]]))
+
+
+def filled(shape: tuple[int, int], seed: int) -> Pages:
     """Pages in no order; what was not written is NaN."""
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randperm(15, generator=generator) + 1
-    pages = Pages(torch.full((16, G, BLOCK, channels), torch.nan), blocks.view(3, 5))
+    pages = Pages(torch.full((16, shape[0], BLOCK, shape[1]), torch.nan), blocks.view(3, 5))
     for row, length in enumerate(LENGTHS):
         columns = torch.arange(length)
         slots = pages.table[row, columns // BLOCK] * BLOCK + columns % BLOCK
-        write(pages.cache, slots, torch.randn(length, G, channels, generator=generator))
+        write(pages.cache, slots, torch.randn(length, *shape, generator=generator))
     return pages
 
 
+def batch_of(rows: list[int], lengths: list[int]) -> DecodingRows:
+    longest = max(lengths)
+    positions = torch.arange(longest, dtype=torch.int32).unsqueeze(0)
+    tokens = torch.arange(len(rows))
+    return DecodingRows(torch.tensor(rows), tokens, torch.tensor(lengths, dtype=torch.int32), longest, positions)
+
+
+def case(window: int, positions: str, share: str) -> tuple[PagedAttention, Pages, Pages | None]:
+    layer = a_layer(window, positions, share)
+    return layer, filled(page_shape(layer.layout), 3), filled((G, 2 * D), 4) if window else None
+
+
 @pytest.mark.parametrize("window", [0, 4])
-@pytest.mark.parametrize("positions", ["none", "rotary", "alibi"])
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("share", LAYOUTS)
 @pytest.mark.parametrize("chunk", [1, 7, 19])
-def test_prompts_attend_as_decoding_does(window, positions, chunk):
-    head, far = a_head(window, positions), filled(R_K + R_V, 3)
-    near = filled(2 * D, 4) if window else None
+def test_prompts_attend_as_decoding_does(window, positions, share, chunk):
+    layer, far, near = case(window, positions, share)
     q = torch.randn(len(LENGTHS), max(LENGTHS), H, D, generator=torch.Generator().manual_seed(5))
     for row, length in enumerate(LENGTHS):
-        for stop in range(1, length + 1):
+        for stop in range(length, 0, -3):
             start = max(stop - chunk, 0)
-            out = attend_prompt(head, q[row, start:stop], torch.tensor([row]), stop, far, near)
-            lengths = torch.tensor([stop], dtype=torch.int32)
-            alone = decode_rows(head, q[row, stop - 1 : stop], torch.tensor([row]), lengths, stop, far, near)
+            out = attend_prompt(layer, q[row, start:stop], torch.tensor([row]), stop, far, near)
+            alone = decode_rows(layer, q[row, stop - 1 : stop], batch_of([row], [stop]), far, near)
             torch.testing.assert_close(out[-1:], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [0, 4])
-@pytest.mark.parametrize("positions", ["none", "rotary", "alibi"])
-def test_rows_decode_together_as_alone(window, positions):
-    head, far = a_head(window, positions), filled(R_K + R_V, 3)
-    near = filled(2 * D, 4) if window else None
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("share", LAYOUTS)
+def test_rows_decode_together_as_alone(window, positions, share):
+    """In every layer of a pass, for all of which some things are computed once."""
+    layer, far, near = case(window, positions, share)
     q = torch.randn(len(LENGTHS), H, D, generator=torch.Generator().manual_seed(5))
-    rows, lengths = torch.tensor([2, 0, 1]), torch.tensor([LENGTHS[2], LENGTHS[0], LENGTHS[1]], dtype=torch.int32)
-    together = decode_rows(head, q, rows, lengths, max(LENGTHS), far, near)
-    for place in range(len(LENGTHS)):
-        one = slice(place, place + 1)
-        alone = decode_rows(head, q[one], rows[one], lengths[one], int(lengths[place]), far, near)
-        torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-5)
+    rows = [2, 0, 1]
+    batch = batch_of(rows, [LENGTHS[row] for row in rows])
+    together = [decode_rows(layer, q, batch, far, near) for _ in range(2)]
+    assert torch.equal(*together)
+    for place, row in enumerate(rows):
+        alone = decode_rows(layer, q[place : place + 1], batch_of([row], [LENGTHS[row]]), far, near)
+        torch.testing.assert_close(together[0][place : place + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama-yarn", "cohere", "phi3-partial"])
+def test_rotary_positions_are_the_models(name):
+    """Scaling, pairs that are neighbours, dimensions that stay: nothing that a family has may be left out."""
+    _, (layer, *_) = converted(name)
+    x = torch.randn(1, 2, 5, layer.head_dim)
+    positions = torch.tensor([[0, 1, 7, 40, 300]])
+    cos, sin = layer.angles(x, positions)
+    expected = rotate(x, cos, sin, layer.family.interleaved)
+    torch.testing.assert_close(rotary_of(layer).rotate(x, positions[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_other_positions():
+    layers = {name: converted(name)[1][0] for name in ("llama", "opt", "mpt")}
+    assert [name for name, layer in layers.items() if rotary_of(layer) is not None] == ["llama"]
+    assert [name for name, layer in layers.items() if slopes_of(layer) is not None] == ["mpt"]
+    assert torch.equal(slopes_of(layers["mpt"]), torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8]))

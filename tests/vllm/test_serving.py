@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import character_tokenizer, quantised_basis, tiny, tokens
+from tiny import character_tokenizer, compressed, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
-from eigenattn.cache.packing import Widths
-from eigenattn.compression.folding import attach
-from eigenattn.models.checkpoint import EigenAttnCheckpointConfig, layer_entry, mark_compressed
-from eigenattn.models.conversion import convert_attention, eigen_layers
+from eigenattn.models.checkpoint_format import EigenAttnCheckpointConfig, mark_compressed
+from eigenattn.models.conversion import layouts_of
 from eigenattn.vllm import SUPPORTED, check_version
 
 # This folder is a namespace package of the same name, which has no origin.
@@ -33,7 +31,7 @@ SMALL = {"max_model_len": 256, "max_num_seqs": 8}
 # Attention heads of 32 dimensions, the smallest that vLLM's own attention has.
 WIDE = {"hidden_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 4096}
 
-# name -> (tiny model, window, rank rule, options of the engine, and of compressing if any)
+# name -> (tiny model, window, rank rule, options of the engine, and what is shared if anything)
 SERVED = {
     "llama-folded": ("llama", 0, "uniform", {}),
     "llama": ("llama3", 32, "sensitivity", {}),
@@ -49,25 +47,25 @@ SERVED = {
     "mpt-folded": ("mpt", 0, "uniform", {}),
     "mpt": ("mpt", 8, "uniform", {"max_num_batched_tokens": 32}),
     "mpt-clip-folded": ("mpt-clip", 0, "uniform", {}),
-    "llama-shared": ("llama", 8, "sensitivity", {}, {"shared_heads": 2}),
-    "opt-shared-0": ("opt", 0, "uniform", {}, {"shared_heads": 2, "shared_values": 4}),
-    "llama-values": ("llama3", 32, "sensitivity", {}, {"shared_values": 2}),
-    "opt-values": ("opt", 8, "uniform", {"max_num_batched_tokens": 32}, {"shared_values": 2}),
-    "qwen3-joint": ("qwen3", 8, "sensitivity", {}, {"joint": True}),
-    "mpt-joint-0": ("mpt", 0, "uniform", {}, {"shared_heads": 4, "joint": True}),
+    "llama-shared": ("llama", 8, "sensitivity", {}, "2"),
+    "opt-shared-0": ("opt", 0, "uniform", {}, "2-4"),
+    "llama-values": ("llama3", 32, "sensitivity", {}, "1-2"),
+    "opt-values": ("opt", 8, "uniform", {"max_num_batched_tokens": 32}, "1-2"),
+    "qwen3-joint": ("qwen3", 8, "sensitivity", {}, "1kv"),
+    "mpt-joint-0": ("mpt", 0, "uniform", {}, "4kv"),
 }
 PARALLEL = {
     "tensor": ("llama", 8, "uniform", {"tensor_parallel_size": 2}),
-    "tensor-values": ("opt", 8, "uniform", {"tensor_parallel_size": 2}, {"shared_values": 2}),
+    "tensor-values": ("opt", 8, "uniform", {"tensor_parallel_size": 2}, "1-2"),
     # With enforce_eager vLLM 0.32 fails here for its own models too.
     "pipeline": ("opt", 8, "uniform", {"pipeline_parallel_size": 2, "enforce_eager": False}),
 }
 
 
-def save(folder: Path, name: str, window: int, ranks: str, sharing: dict | None = None, **overrides) -> float:
+def save(folder: Path, name: str, window: int, ranks: str, share: str = "1", **overrides) -> float:
     """Write a compressed tiny model, and give its KV ratio."""
     model = tiny(name, **overrides)
-    method = EigenAttentionConfig(kv_ratio=0.6, rank_multiple=2, window=window, ranks=ranks, **sharing or {})
+    method = EigenAttentionConfig(kv_ratio=0.6, rank_multiple=2, window=window, ranks=ranks, share=share)
     report = compress(model, [tokens(4, 96)], method)
     model.save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
@@ -102,8 +100,8 @@ def job(model: Path | str, prompts: list | None = None, **options) -> dict:
 def serve(root: Path, served: dict) -> dict[str, dict]:
     """Results by name, with what `generate` gives as `expected`."""
     expected, jobs = {}, []
-    for name, (model, window, ranks, options, *sharing) in served.items():
-        save(root / name, model, window, ranks, *sharing)
+    for name, (model, window, ranks, options, *share) in served.items():
+        save(root / name, model, window, ranks, *share)
         expected[name] = generated(root / name)
         jobs.append(job(root / name, PROMPTS, **SMALL | options))
     results = run_engines(root, jobs)
@@ -126,10 +124,13 @@ class TestServed:
         assert result["tokens"] == result["expected"]
         assert result["again"] == result["expected"]
 
-    def test_prefixes_are_reused(self, served, name):
-        # Without a window the blocks have 128 tokens on a CPU, and the last token of a prompt is always computed.
-        if SERVED[name][1]:
-            assert max(served[name]["reused"]) >= 80
+
+@pytest.mark.vllm
+@pytest.mark.skipif(SPEC is None or SPEC.origin is None, reason="vLLM is not installed")
+@pytest.mark.parametrize("name", [name for name in SERVED if SERVED[name][1]])
+def test_prefixes_are_reused(served, name):
+    """Without a window the blocks have 128 tokens on a CPU, and the last token of a prompt is always computed."""
+    assert max(served[name]["reused"]) >= 80
 
 
 @pytest.mark.vllm
@@ -161,8 +162,8 @@ def engines(tmp_path_factory) -> dict[str, dict]:
     jobs["sliding"] = job(root / "sliding", **SMALL)
     save(root / "family", "granite", 0, "uniform")
     jobs["family"] = job(root / "family", **SMALL)
-    save_quantised(root / "quantised")
-    jobs["quantised"] = job(root / "quantised", **SMALL)
+    save_coded(root / "coded")
+    jobs["coded"] = job(root / "coded", **SMALL)
     truncate(root / "window-32", root / "truncated")
     jobs["truncated"] = job(root / "truncated", **SMALL)
     results = run_engines(root, list(jobs.values()))
@@ -170,14 +171,11 @@ def engines(tmp_path_factory) -> dict[str, dict]:
     return found | {"ratios": ratios}
 
 
-def save_quantised(folder: Path) -> None:
-    model = tiny("llama")
-    convert_attention(model)
-    layers = eigen_layers(model)
-    for attention in layers:
-        attach(attention, *(quantised_basis(attention, Widths(4, 0, 4, 0), centred=True) for _ in range(2)), window=4)
-    method = EigenAttentionConfig(bits_per_element=4, window=4).to_dict()
-    mark_compressed(model, EigenAttnCheckpointConfig([layer_entry(x) for x in layers], True, method))
+def save_coded(folder: Path) -> None:
+    model = compressed("llama", 4, coded=True)
+    method = EigenAttentionConfig(coded=True, window=4).to_dict()
+    layers = [layout.to_dict() for layout in layouts_of(model)]
+    mark_compressed(model, EigenAttnCheckpointConfig(layers, True, method))
     model.save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
 
@@ -209,7 +207,7 @@ class TestEngines:
             ("fp8", "leave --kv-cache-dtype at auto"),
             ("sliding", "sliding window of their own"),
             ("family", "compressed GraniteForCausalLM is not served"),
-            ("quantised", "quantised latents are not served"),
+            ("coded", "coded latents are not served"),
             ("truncated", r"lacks model.layers.1.self_attn.key_mean"),
         ],
     )

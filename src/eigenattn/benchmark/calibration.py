@@ -6,24 +6,27 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
-from ..calibration.statistics import Batch, collect_moments, forward_hidden
-from ..compression.bases import BASES
+from ..calibration.checks import check_length
+from ..calibration.statistics import Batch, forward_hidden
 from ..compression.pipeline import compress
+from ..compression.recipe import Recipe
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
 from ..models.loading import Source, load_model
 from ..models.placement import input_device
+from ..progress import TokenProgress
 from .shapes import random_model
 from .timing import in_turns, machine
 
 
 @torch.no_grad()
-def _passes(model: nn.Module, batches: list[Batch], config: EigenAttentionConfig, rounds: int) -> dict[str, float]:
+def _passes(
+    model: PreTrainedModel, batches: list[Batch], config: EigenAttentionConfig, rounds: int
+) -> dict[str, float]:
     """Seconds of a plain forward pass over the batches, and of one that collects statistics."""
-    method = BASES[config.basis]
     device = batches[0].input_ids.device
 
     def plain() -> None:
@@ -32,7 +35,7 @@ def _passes(model: nn.Module, batches: list[Batch], config: EigenAttentionConfig
 
     def statistics() -> None:
         originals = convert_attention(model)
-        collect_moments(model, eigen_layers(model), batches, lambda attention: method.moments(attention, config.window))
+        Recipe(model, eigen_layers(model), config, batches, TokenProgress(False)).moments()
         restore_attention(model, originals)
 
     return in_turns({"forward": plain, "statistics": statistics}, device, rounds, warm_up=1)
@@ -63,14 +66,18 @@ def benchmark_calibration(
     Raises:
         EigenAttnError: if not exactly one of a model and a shape is given, or it cannot be loaded.
     """
-    if (name is None) == (shape is None):
+    if name is not None and shape is None:
+        model = load_model(Source.of(name), dtype, device)
+    elif shape is not None and name is None:
+        model = random_model(shape, dtype, device)
+    else:
         raise EigenAttnError("give a model, or --shape for one with random weights.")
     config = config or EigenAttentionConfig()
-    model = load_model(Source.of(name), dtype, device) if shape is None else random_model(shape, dtype, device)
     where = input_device(model)
     size = model.config.get_text_config().vocab_size
     ids = torch.randint(3, size, (samples, length), generator=torch.Generator().manual_seed(0))
     batches = [Batch.of(row, where) for row in ids[: max(samples // 4, 1)].split(1)]
+    check_length(model.config, length)
     passes = _passes(model, batches, config, rounds)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)

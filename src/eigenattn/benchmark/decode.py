@@ -9,14 +9,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from ..cache.size import kv_ratio
+from ..calibration.checks import check_length
 from ..errors import EigenAttnError
-from ..models.conversion import eigen_layers
 from ..models.placement import input_device
-from .shapes import contenders
+from .shapes import Contest
 from .timing import machine
 
 # Compiling takes a compiler, and minutes: without a GPU the first two are measured unless others are asked for.
@@ -37,7 +37,7 @@ class StepTimes(StoppingCriteria):
 
 
 @torch.no_grad()
-def step_seconds(model: nn.Module, ids: Tensor, new_tokens: int, cache: str) -> list[float]:
+def step_seconds(model: Any, ids: Tensor, new_tokens: int, cache: str) -> list[float]:
     """Seconds of each step of decoding that follows a prompt [B, T]; reading the prompt is not among them."""
     clock = StepTimes()
     kind, _, compiled = cache.partition("-")
@@ -61,7 +61,7 @@ def step_seconds(model: nn.Module, ids: Tensor, new_tokens: int, cache: str) -> 
 
 
 @contextmanager
-def _compiled(model: nn.Module, cache: str) -> Iterator[None]:
+def _compiled(model: PreTrainedModel, cache: str) -> Iterator[None]:
     """With a dynamic cache, generate leaves compiling to who wants it."""
     plain = model.forward
     if cache == "dynamic-compiled":
@@ -74,25 +74,18 @@ def _compiled(model: nn.Module, cache: str) -> Iterator[None]:
 
 
 def benchmark_decode(
-    name: str | None,
+    contest: Contest,
     *,
-    against: str | None = None,
-    shape: str | None = None,
-    ratio: float = 0.6,
-    window: int = 32,
     batch: int,
     length: int,
     new_tokens: int,
     rounds: int,
     caches: tuple[str, ...] | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
 ) -> dict[str, Any]:
     """Decode with a model and a baseline in turns, on the same random tokens.
 
     Args:
-        name, against: a model and its baseline: folder, hub id, `.gguf` file or `smollm2`.
-        shape: instead of both, one of `SHAPES` with random weights, compressed to `ratio` with a window, and not.
+        contest: what is compared.
         length: tokens of the prompt.
         new_tokens: tokens decoded in a round, at least 2.
         rounds: rounds; the median step of all rounds counts. One round before them warms up.
@@ -106,8 +99,10 @@ def benchmark_decode(
     """
     if new_tokens < 2:
         raise EigenAttnError("at least 2 new tokens are needed: the first comes from reading the prompt.")
-    name, against, loaders = contenders(name, against, shape, kv_ratio=ratio, window=window, dtype=dtype, device=device)
-    models = {each: load() for each, load in loaders.items()}
+    name, against = contest.name, contest.baseline
+    models = {each: load() for each, load in contest.loaders().items()}
+    for model in models.values():
+        check_length(model.config, length + new_tokens - 1)
     sizes = {model.config.get_text_config().vocab_size for model in models.values()}
     if len(sizes) > 1:
         raise EigenAttnError(f"{name} and {against} have different vocabularies: they cannot be compared.")
@@ -125,7 +120,7 @@ def benchmark_decode(
                     for each, model in models.items():
                         taken = step_seconds(model, ids, new_tokens, cache)
                         steps[each] += taken if turn else []
-        except (torch._dynamo.exc.TorchDynamoException, NotImplementedError) as error:
+        except (TorchDynamoException, NotImplementedError) as error:
             failed.append({"cache": cache, "reason": str(error).strip().splitlines()[0]})
             continue
         medians = {each: statistics.median(found) for each, found in steps.items()}
@@ -140,12 +135,7 @@ def benchmark_decode(
     return {
         "kind": "decode",
         **machine(where),
-        "model": name,
-        "against": against,
-        "shape": shape,
-        "ratio": ratio,
-        "kv_ratio": kv_ratio(eigen_layers(models[name])),
-        "dtype": str(models[name].dtype).removeprefix("torch."),
+        **contest.facts(models[name]),
         "batch": batch,
         "length": length,
         "new_tokens": new_tokens,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,9 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..cache.layout import SIDES, Latent, Layout
 from ..cache.packing import Widths
+from ..compression.checks import check_sharing
+from ..config import Sharing
 from ..errors import EigenAttnError
-from ..kernels.decoding import Near, Rotary, Side, decode
+from ..kernels.decoding import Rotary, Side, Step, Window, decode
 from ..kernels.selection import HAS_TRITON
 from ..models.loading import DTYPES
 from .timing import copy_bandwidth, device_of, in_turns, machine, recorded
@@ -50,6 +55,30 @@ def baselines(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]
     return usable
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """How large a step of decoding is.
+
+    Args:
+        batch, heads, kv_heads, head_dim, length: B, H, G, D and S.
+        window: exact tokens, of the S; 0 for none.
+
+    Raises:
+        EigenAttnError: on sizes that do not fit.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    length: int
+    window: int
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads or not 0 <= self.window < self.length:
+            raise EigenAttnError("KV heads must divide the heads, and the window must be shorter than the text.")
+
+
 def widths_of(bits: float, head_dim: int) -> Widths:
     """Channels of 6, 4 and 2 bits as transform coding shares out so many an original element, about.
 
@@ -60,36 +89,115 @@ def widths_of(bits: float, head_dim: int) -> Widths:
     four = int((bits * head_dim - 6 * six - 2 * two) // 4)
     if not 0 <= four <= head_dim - six - two:
         raise EigenAttnError(f"{bits:g} bits an element are not measured: choose between 1 and 3.5.")
-    return Widths(0, six, four, two)
+    return Widths.of({6: six, 4: four, 2: two})
+
+
+def layouts(
+    shape: StepShape, ranks: Sequence[tuple[int, int]], bits: float | None, share: Sequence[str]
+) -> dict[str, Layout]:
+    """What is attended to, by the name of it; arguments as for `benchmark_kernel`.
+
+    Raises:
+        EigenAttnError: on what does not fit the shape.
+    """
+    d, found = shape.head_dim, {}
+    if any(not 0 < rank <= d for pair in ranks for rank in pair):
+        raise EigenAttnError(f"ranks must lie between 1 and the head dimension, {d}.")
+    for sharing in (Sharing(), *map(Sharing.of, share)):
+        check_sharing(shape.kv_heads, sharing)
+        for pair in ranks:
+            rank: dict[str, int] = dict(zip(SIDES, pair, strict=True))
+            name = f"({pair[0]}, {pair[1]})" + ("" if sharing == Sharing() else f", share {sharing}")
+            found[name] = [Latent(s, n, n * sum(rank[side] for side in s), d) for s, n in sharing.kinds]
+    if bits is not None:
+        widths = widths_of(bits, d)
+        found[f"{bits:g} bits"] = [Latent((side,), 1, widths.channels, d, widths) for side in SIDES]
+    return {name: Layout(shape.kv_heads, tuple(latents), shape.window) for name, latents in found.items()}
+
+
+class Inputs:
+    """Random tensors of a step, on a device and in a dtype."""
+
+    def __init__(self, shape: StepShape, device: torch.device, dtype: torch.dtype) -> None:
+        self.shape, self.device, self.dtype = shape, device, dtype
+        torch.manual_seed(0)
+        self.q = self.normal(shape.batch, shape.heads, shape.head_dim)
+        self.k, self.v = (self.normal(shape.batch, shape.kv_heads, shape.length, shape.head_dim) for _ in SIDES)
+        exponents = torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim
+        self.rotary = Rotary(10000.0**-exponents)
+        self.positions = torch.arange(shape.length, device=device).expand(shape.batch, -1)
+
+    def normal(self, *size: int) -> Tensor:
+        """Elements of a normal distribution."""
+        return torch.randn(*size, device=self.device, dtype=self.dtype)
+
+    def step(self, layout: Layout) -> Step:
+        """A step over latents, without rotary positions, as a model with a dynamic cache asks for it."""
+        shape = self.shape
+        far = shape.length - shape.window
+        rows = []
+        for latent in layout.latents:
+            size = shape.batch, layout.count(latent), far, latent.elements
+            coded = latent.widths is not None
+            rows.append(
+                torch.randint(256, size, device=self.device, dtype=torch.uint8) if coded else self.normal(*size)
+            )
+        return Step(
+            q=self.q,
+            rows=tuple(rows),
+            keys=self._side(layout, "key"),
+            values=self._side(layout, "value"),
+            scale=shape.head_dim**-0.5,
+            length=far,
+            positions=self.positions,
+            query=self.positions[:, -1],
+            window=Window(self.k[:, :, far:], self.v[:, :, far:], far, shape.length) if shape.window else None,
+            memoised=_memo(),
+        )
+
+    def _side(self, layout: Layout, name: str) -> Side:
+        latent, levels = layout.of(name), None
+        if latent.widths is not None:
+            scale = torch.rand(layout.count(latent), latent.rank, device=self.device)
+            # A little further apart at the ends than in the middle.
+            levels = scale.unsqueeze(-1) * torch.tensor([0, 1, 0, 1e-4], device=self.device)
+        decoder = self.normal(layout.kv_heads, latent.rank, layout.head_dim)
+        mean = self.normal(layout.kv_heads, layout.head_dim)
+        return Side(layout.index(name), decoder, mean, latent.widths, levels)
+
+
+def _memo() -> Callable[[Hashable, Callable[[], Any]], Any]:
+    held: dict[Hashable, Any] = {}
+
+    def memoised(name: Hashable, compute: Callable[[], Any]) -> Any:
+        if name not in held:
+            held[name] = compute()
+        return held[name]
+
+    return memoised
 
 
 def benchmark_kernel(
+    shape: StepShape,
     *,
-    batch: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    length: int,
     ranks: Sequence[tuple[int, int]],
-    window: int,
+    bits: float | None = None,
+    share: Sequence[str] = (),
+    rounds: int = 50,
+    label: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
-    rounds: int = 50,
-    bits: float | None = None,
-    shared_values: int = 1,
-    joint: bool = False,
-    label: str | None = None,
 ) -> dict[str, Any]:
-    """Time one step of decoding, with rotary positions and without, at some ranks.
+    """Time one step of decoding in one layer, with rotary positions and without, at some ranks.
+
+    It is what models run, in a layer that is not the first of a pass: that one computes the rotations for all.
 
     Args:
-        batch, heads, kv_heads, head_dim, length: B, H, G, D and S of both.
+        shape: how large it is.
         ranks: pairs (R_k, R_v).
-        window: exact tokens, of the S; 0 for none.
+        bits: of an original element; adds rows for coded latents, in 6, 4 and 2 bits.
+        share: adds rows for latents that are shared (`eigenattn.config.Sharing`), of the same bytes.
         rounds: timings of each, of which the median counts.
-        bits: of an original element; adds rows for quantised latents, in 8, 4 and 2 bits.
-        shared_values: adds rows in which so many KV heads share a latent of values, of the same bytes.
-        joint: adds rows in which keys and values of a head share one.
         label: names what was measured, in the file of results.
 
     Returns:
@@ -103,73 +211,26 @@ def benchmark_kernel(
     name = dtype or ("bfloat16" if where.type == "cuda" else "float32")
     if name not in DTYPES:
         raise EigenAttnError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}.")
-    if heads % kv_heads or not 0 <= window < length:
-        raise EigenAttnError("KV heads must divide the heads, and the window must be shorter than the text.")
-    if kv_heads % shared_values:
-        raise EigenAttnError(f"{shared_values} KV heads cannot share a latent where there are {kv_heads}.")
-    if any(not 0 < rank <= head_dim for pair in ranks for rank in pair):
-        raise EigenAttnError(f"ranks must lie between 1 and the head dimension, {head_dim}.")
-    torch.manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=where, dtype=DTYPES[name])
-
-    q = normal(batch, heads, head_dim)
-    k, v = normal(batch, kv_heads, length, head_dim), normal(batch, kv_heads, length, head_dim)
-    functions: dict[str, Callable[[], Tensor]] = dict(baselines(q.unsqueeze(2), k, v))
+    cases = layouts(shape, ranks, bits, share)
+    inputs = Inputs(shape, where, DTYPES[name])
+    functions = baselines(inputs.q.unsqueeze(2), inputs.k, inputs.v)
     full = list(functions)
-    element = q.element_size()
-    bytes_of = dict.fromkeys(full, 2 * batch * kv_heads * length * head_dim * element)
-    far = length - window
-    lengths = torch.full((batch,), far, dtype=torch.int32, device=where)
-    near = Near(k[:, :, far:], v[:, :, far:], lengths, lengths + window) if window else None
-    exponents = torch.arange(0, head_dim, 2, device=where) / head_dim
+    bytes_of = dict.fromkeys(full, inputs.k.nbytes + inputs.v.nbytes)
     fused = where.type == "cuda" and HAS_TRITON
     # PyTorch decodes all keys at once, which must fit.
-    kernels = [*(["torch"] if not fused or batch * length <= 2**18 else []), *(["triton"] if fused else [])]
-
-    def latents(rank: int | Widths, shared: int = 1) -> tuple[Tensor, Side]:
-        extra, channels = {}, rank
-        if isinstance(rank, Widths):
-            channels = rank.channels
-            scale = torch.rand(kv_heads, channels, device=where)
-            # A little further apart at the ends than in the middle.
-            extra = {"widths": rank, "levels": scale.unsqueeze(-1) * torch.tensor([0, 1, 0, 1e-4], device=where)}
-            stored = torch.randint(256, (batch, kv_heads, far, rank.bytes), device=where, dtype=torch.uint8)
-        else:
-            stored = normal(batch, kv_heads // shared, far, rank)
-        return stored, Side(normal(kv_heads, channels, head_dim), normal(kv_heads, head_dim), **extra)
-
-    cases = {f"({k}, {v})": (latents(k), latents(v)) for k, v in ranks}
-    if bits is not None:
-        cases[f"{bits:g} bits"] = tuple(latents(widths_of(bits, head_dim)) for _ in range(2))
-    if shared_values > 1:
-        for k, v in ranks:
-            together = latents(shared_values * v, shared_values)
-            cases[f"({k}, {v}), values of {shared_values} heads together"] = latents(k), together
-    if joint:
-        for k, v in ranks:
-            z, side = latents(k + v)
-            cases[f"({k}, {v}), keys and values together"] = (z, side), (z, latents(k + v)[1])
-    for case, ((z_k, side_k), (z_v, side_v)) in cases.items():
-        sides = [side_k, side_v]
-        for positions, rotary in (("none", None), ("rotary", Rotary(10000.0**-exponents))):
+    kernels = [
+        *(["torch"] if not fused or shape.batch * shape.length <= 2**18 else []),
+        *(["triton"] if fused else []),
+    ]
+    far, element = shape.length - shape.window, DTYPES[name].itemsize
+    for case, layout in cases.items():
+        plain = inputs.step(layout)
+        for positions, step in (("none", plain), ("rotary", dataclasses.replace(plain, rotary=inputs.rotary))):
             for kernel in kernels:
                 row = f"{kernel}, {positions}, {case}"
-                functions[row] = lambda kernel=kernel, z_k=z_k, z_v=z_v, sides=sides, rotary=rotary: decode(
-                    q,
-                    z_k,
-                    z_v,
-                    keys=sides[0],
-                    values=sides[1],
-                    scale=head_dim**-0.5,
-                    length=lengths,
-                    rotary=rotary,
-                    near=near,
-                    backend=kernel,
-                )
-                latent = sum(z.nbytes for z in ((z_k,) if z_v is z_k else (z_k, z_v)))
-                bytes_of[row] = latent + batch * kv_heads * window * 2 * head_dim * element
+                functions[row] = lambda step=step, kernel=kernel: decode(step, kernel)
+                exact = shape.window * layout.original_elements * element
+                bytes_of[row] = shape.batch * (far * layout.bytes_per_token(element) + exact)
     with torch.no_grad():
         bandwidth = copy_bandwidth(where, rounds)
         taken = in_turns({name: recorded(function, where) for name, function in functions.items()}, where, rounds)
@@ -178,19 +239,10 @@ def benchmark_kernel(
         "kind": "kernel",
         **({} if label is None else {"model": label}),
         **machine(where),
-        "shape": {
-            "batch": batch,
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "length": length,
-            "window": window,
-            "dtype": name,
-        },
+        "shape": dataclasses.asdict(shape) | {"dtype": name},
         "ranks": [list(pair) for pair in ranks],
         "bits": bits,
-        "shared_values": shared_values,
-        "joint": joint,
+        "share": list(share),
         "rounds": rounds,
         "copy_bandwidth": bandwidth,
         "best_baseline": best,

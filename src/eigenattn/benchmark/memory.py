@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
+from ..calibration.checks import check_length, most_positions
 from ..errors import EigenAttnError
 from ..models.placement import input_device
 from .prefill import read
-from .shapes import contenders
+from .shapes import Contest
 from .timing import device_of, machine
 
 # Tokens read at a time (chosen): what a pass needs beside the cache stays small.
@@ -35,14 +37,14 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, batch: int, length: int) -> None:
+def fill(model: PreTrainedModel, batch: int, length: int) -> None:
     """Read `length` tokens a row piece by piece, and decode one more, with a dynamic cache."""
     ids = torch.full((batch, length), 3, device=input_device(model))
     cache = read(model, ids, CHUNK)
     model(ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def _fits(model: nn.Module, batch: int, length: int) -> bool:
+def _fits(model: PreTrainedModel, batch: int, length: int) -> bool:
     try:
         fill(model, batch, length)
         torch.cuda.synchronize()
@@ -55,42 +57,37 @@ def _fits(model: nn.Module, batch: int, length: int) -> bool:
 
 
 def benchmark_memory(
-    name: str | None,
+    contest: Contest,
     *,
-    against: str | None = None,
-    shape: str | None = None,
-    ratio: float = 0.6,
-    window: int = 32,
     length: int,
     longest: int,
-    dtype: str | None = None,
-    device: str | None = None,
 ) -> dict[str, Any]:
     """Search for the largest batch at a context, and for the longest context of one row.
 
     Args:
-        name, against, shape, ratio, window: what is compared, as in `benchmark_decode`.
+        contest: what is compared.
         length: the context of the batch.
         longest: contexts beyond it are not tried.
 
     Raises:
         EigenAttnError: without a GPU, or on a model that cannot be loaded.
     """
-    where = device_of(device)
+    where = device_of(contest.device)
     if where.type != "cuda":
         raise EigenAttnError(
             "memory is measured on a GPU: a CPU does not run out of memory at a line that can be tested. "
             "`eigenattn inspect` plans the bytes of a cache anywhere."
         )
-    name, _, loaders = contenders(name, against, shape, kv_ratio=ratio, window=window, dtype=dtype, device=str(where))
     rows = []
-    for each, load in loaders.items():
+    for each, load in dataclasses.replace(contest, device=str(where)).loaders().items():
         model = load()
+        check_length(model.config, length + 1)
+        most = min(longest, (most_positions(model.config) or longest + 1) - 1)  # one more is decoded
         rows.append(
             {
                 "model": each,
                 "batch": largest(lambda batch, model=model: _fits(model, batch, length), 65536),
-                "context": largest(lambda tokens, model=model: _fits(model, 1, tokens), longest),
+                "context": largest(lambda tokens, model=model: _fits(model, 1, tokens), most),
             }
         )
         del model
@@ -100,7 +97,7 @@ def benchmark_memory(
     return {
         "kind": "memory",
         **machine(where),
-        "model": name,
+        "model": contest.name,
         "memory": memory,
         "length": length,
         "longest": longest,

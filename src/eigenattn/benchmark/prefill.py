@@ -6,18 +6,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
-from ..cache.size import allocated_bytes, kv_ratio
-from ..models.conversion import eigen_layers
+from ..cache.size import allocated_bytes
+from ..calibration.checks import check_length
 from ..models.placement import input_device
-from .shapes import contenders
+from .shapes import Contest
 from .timing import in_turns, machine
 
 
 @torch.no_grad()
-def read(model: nn.Module, ids: Tensor, chunk: int) -> DynamicCache:
+def read(model: PreTrainedModel, ids: Tensor, chunk: int) -> DynamicCache:
     """Read a prompt [B, T], `chunk` tokens a pass, into a dynamic cache."""
     cache = DynamicCache(config=model.config)
     for piece in ids.split(chunk, dim=1):
@@ -25,7 +25,7 @@ def read(model: nn.Module, ids: Tensor, chunk: int) -> DynamicCache:
     return cache
 
 
-def _peak(model: nn.Module, ids: Tensor, chunk: int) -> int | None:
+def _peak(model: PreTrainedModel, ids: Tensor, chunk: int) -> int | None:
     """Bytes that reading allocates at most beyond the cache it leaves, on a GPU."""
     if not ids.is_cuda:
         return None
@@ -37,23 +37,17 @@ def _peak(model: nn.Module, ids: Tensor, chunk: int) -> int | None:
 
 
 def benchmark_prefill(
-    name: str | None,
+    contest: Contest,
     *,
-    against: str | None = None,
-    shape: str | None = None,
-    ratio: float = 0.6,
-    window: int = 32,
     batch: int,
     lengths: tuple[int, ...],
     chunk: int | None = None,
     rounds: int,
-    dtype: str | None = None,
-    device: str | None = None,
 ) -> dict[str, Any]:
     """Read random prompts with a model and a baseline in turns.
 
     Args:
-        name, against, shape, ratio, window: what is compared, as in `benchmark_decode`.
+        contest: what is compared.
         lengths: of the prompts.
         chunk: tokens a pass; by default the whole prompt.
         rounds: timings of each, of which the median counts.
@@ -65,8 +59,10 @@ def benchmark_prefill(
     Raises:
         EigenAttnError: on a model that cannot be loaded.
     """
-    name, against, loaders = contenders(name, against, shape, kv_ratio=ratio, window=window, dtype=dtype, device=device)
-    models = {each: load() for each, load in loaders.items()}
+    name, against = contest.name, contest.baseline
+    models = {each: load() for each, load in contest.loaders().items()}
+    for model in models.values():
+        check_length(model.config, max(lengths))
     where = input_device(models[name])
     size = min(model.config.get_text_config().vocab_size for model in models.values())
     generator, rows = torch.Generator().manual_seed(0), []
@@ -96,12 +92,7 @@ def benchmark_prefill(
     return {
         "kind": "prefill",
         **machine(where),
-        "model": name,
-        "against": against,
-        "shape": shape,
-        "ratio": ratio,
-        "kv_ratio": kv_ratio(eigen_layers(models[name])),
-        "dtype": str(models[name].dtype).removeprefix("torch."),
+        **contest.facts(models[name]),
         "batch": batch,
         "lengths": list(lengths),
         "chunk": chunk,

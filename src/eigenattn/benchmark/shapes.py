@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..cache.layout import SIDES, Latent, Layout
+from ..cache.size import kv_ratio
 from ..errors import EigenAttnError
-from ..models.conversion import convert_attention, eigen_layers
+from ..models.conversion import convert_attention, eigen_layers, layouts_of
 from ..models.loading import DTYPES, Source, load_model
 from .timing import device_of
 
@@ -72,19 +75,21 @@ def uniform_ranks(kv_ratio: float, size: int) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def shrink(model: nn.Module, kv_ratio: float, window: int) -> nn.Module:
+def shrink(model: PreTrainedModel, kv_ratio: float, window: int) -> PreTrainedModel:
     """Compress a model in place by random bases of uniform ranks: as fast as real ones, and good for nothing else."""
     convert_attention(model)
     for attention in eigen_layers(model):
         before = {name for name, _ in attention.named_parameters()}
-        attention.allocate(*uniform_ranks(kv_ratio, attention.head_dim), centred=True, window=window)
+        ranks = zip(SIDES, uniform_ranks(kv_ratio, attention.head_dim), strict=True)
+        latents = [Latent((side,), 1, rank, attention.head_dim) for side, rank in ranks]
+        attention.allocate(Layout(attention.kv_heads, tuple(latents), window), centred=True)
         for name, parameter in attention.named_parameters():
             if name not in before or not window:
                 nn.init.normal_(parameter, std=0.02)
     return model
 
 
-def random_model(name: str, dtype: str | None, device: str | None) -> nn.Module:
+def random_model(name: str, dtype: str | None, device: str | None) -> PreTrainedModel:
     """A preset with random weights, in evaluation mode.
 
     Raises:
@@ -101,41 +106,68 @@ def random_model(name: str, dtype: str | None, device: str | None) -> nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes), dtype=DTYPES[dtype]).eval()
 
 
-def contenders(
-    model: str | None,
-    against: str | None,
-    shape: str | None,
-    *,
-    kv_ratio: float,
-    window: int,
-    dtype: str | None,
-    device: str | None,
-) -> tuple[str, str, dict[str, Callable[[], nn.Module]]]:
+@dataclass(frozen=True)
+class Contest:
     """What is compared: a model and its baseline, or a preset compressed and not.
 
-    Returns:
-        The name of the model, of its baseline, and functions that load each.
+    Args:
+        model, against: names of models: folders, hub ids, `.gguf` files or `smollm2`.
+        shape: instead of them, a preset with random weights.
+        kv_ratio, window: what the preset is compressed to.
+        dtype, device: see `load_model`.
 
     Raises:
-        EigenAttnError: if neither is given, or both.
+        EigenAttnError: if neither models nor a preset are given, or both.
     """
-    if shape is None:
-        if model is None or against is None:
+
+    model: str | None = None
+    against: str | None = None
+    shape: str | None = None
+    kv_ratio: float = 0.6
+    window: int = 32
+    dtype: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.shape is None and (self.model is None or self.against is None):
             raise EigenAttnError("give a model and --against its baseline, or --shape for one with random weights.")
-        loaders = {
-            name: lambda name=name: load_model(Source.of(name), dtype, device)
-            for name in dict.fromkeys((against, model))
+        if self.shape is not None and (self.model is not None or self.against is not None):
+            raise EigenAttnError("--shape brings a model and its baseline: give no others.")
+        if self.shape is not None:
+            head_shape(self.shape)
+
+    @property
+    def name(self) -> str:
+        """What the compressed model is called."""
+        return self.model or f"{self.shape}-{round(100 * self.kv_ratio)}"
+
+    @property
+    def baseline(self) -> str:
+        """What the original is called."""
+        return self.against or self.shape or ""
+
+    def loaders(self) -> dict[str, Callable[[], PreTrainedModel]]:
+        """Functions that load each by its name, the baseline first; one where a model is compared with itself."""
+        shape, where = self.shape, (self.dtype, self.device)
+        if shape is None:
+            names = dict.fromkeys((self.baseline, self.name))
+            return {name: lambda name=name: load_model(Source.of(name), *where) for name in names}
+        return {
+            self.baseline: lambda: random_model(shape, *where),
+            self.name: lambda: shrink(random_model(shape, *where), self.kv_ratio, self.window),
         }
-        return model, against, loaders
-    if model is not None or against is not None:
-        raise EigenAttnError("--shape brings a model and its baseline: give no others.")
-    head_shape(shape)
-    name = f"{shape}-{round(100 * kv_ratio)}"
-    return (
-        name,
-        shape,
-        {
-            shape: lambda: random_model(shape, dtype, device),
-            name: lambda: shrink(random_model(shape, dtype, device), kv_ratio, window),
-        },
-    )
+
+    def facts(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What results say of it.
+
+        Args:
+            model: the compressed one.
+        """
+        return {
+            "model": self.name,
+            "against": self.baseline,
+            "shape": self.shape,
+            "ratio": self.kv_ratio,
+            "kv_ratio": kv_ratio(layouts_of(model)),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }

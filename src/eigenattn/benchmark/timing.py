@@ -52,7 +52,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def file_name(kind: str, device: torch.device, model: str | None = None) -> str:
     """`kernel-nvidia-h100-80gb-hbm3.json`, `decode-nvidia-h100-80gb-hbm3-llama-50.json`."""
     parts = [device_name(device)] + ([Path(model).name] if model else [])
-    return f"{kind}-{re.sub(r'[^a-z0-9]+', '-', ' '.join(parts).lower()).strip('-')}.json"
+    return f"{kind}-{re.sub(r'[^a-z0-9]+', '-', ' '.join(parts).lower()).strip('-')[:200]}.json"
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .packing import BITS, Widths
+from .packing import Widths
 
 # Levels are a polynomial of the code of this degree: even steps would serve a few large latents badly or the many small
 # ones, and four levels may lie anywhere.
@@ -51,8 +51,7 @@ class Codebook:
     @classmethod
     def of(cls, levels: Tensor, widths: Widths) -> Codebook:
         """The codebook of levels [G, R, 4]."""
-        planes = zip(BITS, levels.split(widths, dim=1), strict=True)
-        tables = [level_table(plane.float(), bits) for bits, plane in planes]
+        tables = [level_table(plane.float(), bits) for bits, plane in widths.split(levels, dim=1)]
         # What rounding in the dtype of levels may have put out of order is in no code's way.
         thresholds = [((table[..., 1:] + table[..., :-1]) / 2).cummax(-1).values for table in tables]
         at = middles(widths, levels.device)
@@ -63,8 +62,8 @@ class Codebook:
     def quantise(self, z: Tensor) -> Tensor:
         """The codes of the levels nearest to latents [B, G, T, R], in uint8."""
         rows = z.float().permute(1, 3, 0, 2).flatten(2)  # [G, R, B * T]
-        planes = zip(self.thresholds, rows.split(self.widths, dim=1), strict=True)
-        found = [torch.searchsorted(at, plane.contiguous(), out_int32=True) for at, plane in planes]
+        planes = zip(self.thresholds, self.widths.split(rows, dim=1), strict=True)
+        found = [torch.searchsorted(at, plane.contiguous(), out_int32=True) for at, (_, plane) in planes]
         codes = torch.cat(found, dim=1).to(torch.uint8)
         return codes.unflatten(2, (z.shape[0], z.shape[2])).permute(2, 0, 3, 1)
 

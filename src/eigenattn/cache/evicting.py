@@ -10,19 +10,21 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..errors import EigenAttnError
-from .layers import WindowedLayer
+from .context import CacheContext
+from .layers import LatentLayer
 from .rules import Eviction, Held
 from .store import Store
 
 
-class EvictingLayer(WindowedLayer):
-    """A `WindowedLayer` that evicts some of its latents, and so knows of each row which token it is.
+class EvictingLayer(LatentLayer):
+    """A `LatentLayer` that evicts some of its latents, and so knows of each row which token it is.
 
-    From the first eviction on `columns` [B, heads, F] holds the tokens of the rows of `keys` and `values`, ascending;
-    KV heads that share a latent, of keys or of values, keep the same tokens, and have one row of columns. The model
-    still counts all tokens, and its masks and positions have a column for each.
+    From the first eviction on `columns` [B, heads, F] holds the tokens of the rows, ascending; KV heads that share a
+    latent, of keys or of values, keep the same tokens, and have one row of columns. The model still counts all tokens,
+    and its masks and positions have a column for each.
 
     Args:
+        context, layer_idx, sliding_window: as for `LatentLayer`.
         window: exact tokens, W, which are never evicted; 0 for latents alone.
         eviction: rule and budget.
 
@@ -32,90 +34,134 @@ class EvictingLayer(WindowedLayer):
 
     is_croppable = False  # not as transformers means it, at any time and without loss
 
-    def __init__(self, window: int, eviction: Eviction) -> None:
-        super().__init__(window)
+    def __init__(
+        self,
+        context: CacheContext,
+        layer_idx: int,
+        window: int,
+        sliding_window: int | None = None,
+        *,
+        eviction: Eviction,
+    ) -> None:
+        super().__init__(context, layer_idx, window, sliding_window)
         if isinstance(eviction.budget, int) and eviction.budget <= window:
             raise EigenAttnError(
                 f"a budget of {eviction.budget} tokens leaves none beyond the exact window of {window}: raise it."
             )
         self.eviction = eviction
         self.evicted = 0  # tokens
+        self.columns: Tensor | None = None
+        self._column_store: Store | None = None
+        self._tally: Tensor | None = None
         self._settled = 0  # rows that an eviction left, which crop cannot reach behind
 
-    def _left(self) -> int:
-        return super()._left() + self.evicted
+    def _tokens_left(self) -> int:
+        return super()._tokens_left() + self.evicted
+
+    def _columns_held(self) -> Tensor | None:
+        return self.columns
 
     def _append(self, rows: tuple[Tensor, ...]) -> None:
-        if self.evicted:
-            rows = (*rows, self._columns(self._left(), rows))
+        if self._column_store is not None:
+            self._column_store.append(self._neighbours(self._tokens_left(), rows))
         super()._append(rows)
 
     @staticmethod
-    def _columns(first: int, rows: tuple[Tensor, ...]) -> Tensor:
-        """Columns [B, heads, n, 1] of neighbouring rows of keys and values [B, G or fewer, n, width]."""
+    def _neighbours(first: int, rows: tuple[Tensor, ...]) -> Tensor:
+        """Columns [B, heads, n, 1] of neighbouring rows [B, G/N, n, width] of latents."""
         b, _, n, _ = rows[0].shape
         heads = min(x.shape[1] for x in rows)
         columns = torch.arange(first, first + n, dtype=torch.int32, device=rows[0].device)
         return columns.view(1, 1, n, 1).expand(b, heads, n, 1)
 
     def _show(self) -> None:
-        self.keys, self.values = (store.rows for store in self._stores[:2])
-        self.columns = self._stores[2].rows.squeeze(-1) if self.evicted else None
+        super()._show()
+        self.columns = None if self._column_store is None else self._column_store.rows.squeeze(-1)
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        beside = [x for x in (self.columns, self._tally) if x is not None]
+        return super().tensors() + beside
 
     def rows_to_keep(self) -> int:
         """Rows that the budget has room for."""
         return max(self.eviction.kept(self.get_seq_length()) - self.window, 0)
 
-    def evict(self, queries: int, first: Callable[[], Tensor], votes: Callable[[int], Tensor]) -> None:
+    def evict(self, queries: int, describe: Callable[..., Held]) -> None:
         """Evict what is over the budget, after a pass.
 
         Args:
             queries: of the pass.
-            first: gives the first token of each row that is no padding, [B or 1].
-            votes: gives the mean attention [B, H, F] that so many last queries pay to each row.
+            describe: gives what a rule may look at, for `columns`, `kept` and `tally`.
         """
-        rule, count = self.eviction.rule, self.rows_to_keep()
-        over = self.keys.shape[-2] - count
-        if over <= 0 or queries < rule.observes:
+        rule, rows, kept_rows = self.eviction.rule, self._rows(), self.rows_to_keep()
+        columns = self._neighbours(0, rows).squeeze(-1) if self.columns is None else self.columns
+        if rule.tally is not None:
+            counted = rule.tally(describe(columns, kept_rows))
+            if self._tally is not None:
+                counted[..., : self._tally.shape[-1]] += self._tally
+            self._tally = counted
+        over = columns.shape[-1] - kept_rows
+        if over <= 0 or queries < rule.queries:
             return
-        if not self.evicted:
-            columns = self._columns(0, (self.keys, self.values))  # the rows are tokens 0 .. F - 1 still
-            store = Store(columns[:, :, :0].contiguous())
-            store.append(columns)
-            self._stores = (*self._stores, store)
-        columns = self._stores[2].rows.squeeze(-1)
-        seen = votes(rule.observes).unflatten(1, (columns.shape[1], -1)).mean(2) if rule.observes else None
-        held = Held(columns, first().view(-1, 1, 1), self.get_seq_length(), seen)
-        kept = self.eviction.choose(held, count)
-        for store in self._stores:
+        held = describe(columns, kept_rows, self._tally)
+        if self._column_store is None:
+            self._column_store = Store(columns[:, :, :0].unsqueeze(-1).contiguous())
+            self._column_store.append(columns.unsqueeze(-1))
+        kept = self.eviction.choose(held)
+        for store in (*self.stores, self._column_store):
             store.keep(kept)
-        self.evicted, self._settled = self.evicted + over, count
+        if self._tally is not None:
+            self._tally = self._tally.gather(-1, kept)
+        self.evicted, self._settled = self.evicted + over, held.kept
         self._show()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As of other layers, but of what no eviction has looked at.
+
+        Raises:
+            EigenAttnError: if tokens were evicted since, or the attention of those to be taken back was counted.
+        """
+        if tokens_to_remove < 0 and self._tally is not None:
+            raise EigenAttnError(
+                f"{self.eviction.name} counts attention, that of tokens to be taken back too: start a new cache."
+            )
+        super().crop(tokens_to_remove)
 
     def _crop_left(self, left: int) -> None:
         if self.evicted and left - self.evicted < self._settled:
             raise EigenAttnError(
                 "tokens were evicted since those to be taken back came, and are gone: start a new cache."
             )
+        if self._column_store is not None:
+            self._column_store.crop(left - self.evicted)
         super()._crop_left(left - self.evicted)
+
+    def _map(self, change: Any, batch: bool = True) -> None:
+        if self._column_store is not None:
+            self._column_store.map(change)
+        if self._tally is not None:
+            self._tally = change(self._tally)
+        super()._map(change, batch)
 
     def reset(self) -> None:
         super().reset()
-        self.columns, self.evicted, self._settled = None, 0, 0
+        self.columns, self._column_store, self._tally = None, None, None
+        self.evicted = self._settled = 0
 
 
 class EigenCache(DynamicCache):
     """A dynamic cache for compressed models, which may evict tokens: pass it as `past_key_values`.
 
-    Eviction, low rank and quantisation multiply: what is evicted are latents, of each head its own tokens (of all
-    that share a latent the same). Kept tokens keep their positions. Exact tokens of the window are never evicted, nor
-    are tokens of layers with sliding-window attention. A pass sees what was held before it and all of itself, and
-    tokens are evicted after it: `streaming` after every pass, `snapkv` after passes of at least 32 tokens, which are
-    prompts.
+    Eviction, low rank and coding multiply: what is evicted are latents, of each head its own tokens (of all that share
+    a latent the same). Kept tokens keep their positions. Exact tokens of the window are never evicted, nor are tokens
+    of layers with sliding-window attention. A pass sees what was held before it and all of itself, and tokens are
+    evicted after it: by most rules after every pass, by `snapkv` after passes of at least 32 tokens, which are prompts.
 
     Args:
         config: the model's, for layers with sliding-window attention.
-        evict: a rule of `EVICTION_RULES`, `streaming` or `snapkv`; None keeps all tokens.
+        evict: a rule of `eigenattn.cache.rules.EVICTION_RULES`: `streaming`, `snapkv`, `tova`, `h2o`, `knorm` or
+            `keydiff`; None keeps all tokens.
         budget: tokens to keep of each sequence, the exact window and padding included, or as a fraction below 1 of the
             tokens seen when the rule evicts.
 
@@ -131,7 +177,7 @@ class EigenCache(DynamicCache):
         super().__init__(config=config)
         if (evict is None) != (budget is None):
             raise EigenAttnError("eviction takes both a rule (evict) and a budget.")
-        self.eviction = None if evict is None else Eviction(evict, budget)
+        self.eviction = None if evict is None or budget is None else Eviction(evict, budget)
         if self.eviction is not None and self.layers and all(self.is_sliding):
             raise EigenAttnError("all layers of this model slide, and forget by themselves: there is nothing to evict.")
 
@@ -141,7 +187,7 @@ class EigenCache(DynamicCache):
         Raises:
             EigenAttnError: if tokens are to be evicted of a model that was not compressed.
         """
-        if self.eviction is not None and not isinstance((*self.layers, None)[layer_idx], WindowedLayer):
+        if self.eviction is not None and not isinstance((*self.layers, None)[layer_idx], LatentLayer):
             raise EigenAttnError("this model was not compressed by eigenattn, and its tokens cannot be evicted.")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -155,11 +201,8 @@ class EigenCache(DynamicCache):
             raise EigenAttnError("an assistant's drafts would drive out tokens for good: use a cache that evicts none.")
         super().activate_past_recording()
 
-    def evicting_layer(self, window: int) -> EvictingLayer:
-        """An empty layer, for a model with such a window."""
-        return EvictingLayer(window, self.eviction)
-
     @property
     def kept_tokens(self) -> int:
         """Tokens of a sequence that the layers hold at most."""
-        return max((layer.get_seq_length() - getattr(layer, "evicted", 0) for layer in self.layers), default=0)
+        held = (self.get_seq_length(i) - getattr(layer, "evicted", 0) for i, layer in enumerate(self.layers))
+        return max(held, default=0)

@@ -1,44 +1,65 @@
-"""Codes of 8, 6, 4 and 2 bits, packed in bytes, and back."""
+"""Codes of a few bits, packed in bytes, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What codes of each width are stored as, upper bits first: parts that fill bytes evenly.
-PARTS = {8: (8,), 6: (4, 2), 4: (4,), 2: (2,)}
-BITS = tuple(PARTS)
+# Widths that a channel may have, widest first, and what codes of each are stored as, upper bits first: parts that fill
+# bytes evenly. Another package adds a width here.
+PARTS: dict[int, tuple[int, ...]] = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
 
 
-class Widths(NamedTuple):
-    """How many channels of a head have codes of 8, of 6, of 4 and of 2 bits. Channels lie in this order."""
+@dataclass(frozen=True)
+class Widths:
+    """How many channels of a latent have codes of how many bits. Channels lie widest first.
 
-    eight: int
-    six: int
-    four: int
-    two: int
+    Args:
+        counts: pairs of bits and channels, widest first, each with at least one channel.
+    """
+
+    counts: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, counts: Mapping[int, int]) -> Widths:
+        """From channels by bits.
+
+        Raises:
+            ValueError: on a width that is not in `PARTS`, or a count below zero.
+        """
+        if not all(bits in PARTS and count >= 0 for bits, count in counts.items()):
+            raise ValueError(f"no widths: {counts}")
+        return cls(tuple((bits, counts[bits]) for bits in sorted(counts, reverse=True) if counts[bits]))
 
     @property
     def channels(self) -> int:
         """Channels in all: the rank."""
-        return sum(self)
+        return sum(count for _, count in self.counts)
 
     @property
     def bytes(self) -> int:
-        """Bytes of one head's packed latent; every plane is filled up to whole bytes."""
-        return sum(plane_bytes(channels, bits) for channels, parts in self.planes() for bits in parts)
-
-    def planes(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """Of each width in turn, how many channels have it and the parts of `PARTS` that their codes lie in."""
-        return zip(self, PARTS.values(), strict=True)
+        """Bytes of one packed latent; every plane is filled up to whole bytes."""
+        return sum(plane_bytes(count, part) for bits, count in self.counts for part in PARTS[bits])
 
     def each(self) -> list[int]:
         """The bits of each channel."""
-        return [bits for bits, count in zip(BITS, self, strict=True) for _ in range(count)]
+        return [bits for bits, count in self.counts for _ in range(count)]
+
+    def split(self, x: Tensor, dim: int = -1) -> Iterator[tuple[int, Tensor]]:
+        """Bits, and the channels of x along a dimension that have so many."""
+        parts = x.split([count for _, count in self.counts], dim=dim)
+        return zip((bits for bits, _ in self.counts), parts, strict=True)
+
+    def to_dict(self) -> dict[str, int]:
+        """Channels by bits, as JSON has it."""
+        return {str(bits): count for bits, count in self.counts}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} of {bits}" for bits, count in self.counts)
 
 
 def plane_bytes(channels: int, bits: int) -> int:
@@ -49,16 +70,16 @@ def plane_bytes(channels: int, bits: int) -> int:
 def pack(codes: Tensor, widths: Widths) -> Tensor:
     """Codes [..., R] in uint8 to bytes [..., widths.bytes]: planes of bytes for each width, one behind the other.
 
-    From its low bits up, byte `j` of a plane of `n` bytes holds the plane's channels `j`, `j + n` and, of 2 bits,
-    `j + 2n` and `j + 3n`: unpacking is shifts of whole planes and needs no interleaving. Codes of 6 bits lie in a plane
-    of their upper 4 bits, and one of their lower 2 behind it.
+    From its low bits up, byte `j` of a plane of `n` bytes holds the plane's channels `j`, `j + n`, `j + 2n` ... :
+    unpacking is shifts of whole planes and needs no interleaving. Codes whose bits do not fill bytes evenly lie in a
+    plane of their upper bits, and one of the rest behind it.
     """
     packed = []
-    for parts, plane in zip(PARTS.values(), codes.split(widths, dim=-1), strict=True):
-        below = sum(parts)
-        for bits in parts:
-            below -= bits
-            packed.append(_pack_plane(plane >> below & 2**bits - 1, bits))
+    for bits, plane in widths.split(codes):
+        below = bits
+        for part in PARTS[bits]:
+            below -= part
+            packed.append(_pack_plane(plane >> below & 2**part - 1, part))
     return torch.cat(packed, dim=-1)
 
 
@@ -73,15 +94,15 @@ def _pack_plane(parts: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, widths: Widths) -> Tensor:
     """What `pack` was given."""
-    planes = [(count, bits) for count, parts in widths.planes() for bits in parts]
+    planes = [(count, part) for bits, count in widths.counts for part in PARTS[bits]]
     stored = iter(packed.split([plane_bytes(*plane) for plane in planes], dim=-1))
     codes = []
-    for count, parts in widths.planes():
+    for bits, count in widths.counts:
         code = None
-        for bits in parts:
+        for part in PARTS[bits]:
             plane = next(stored)
-            shares = [plane >> bits * i & 2**bits - 1 for i in range(8 // bits)]
-            part = torch.cat(shares, dim=-1)[..., :count]
-            code = part if code is None else code << bits | part
+            shares = [plane >> part * i & 2**part - 1 for i in range(8 // part)]
+            found = torch.cat(shares, dim=-1)[..., :count]
+            code = found if code is None else code << part | found
         codes.append(code)
     return torch.cat(codes, dim=-1)

@@ -38,8 +38,8 @@ class Store:
     def append(self, new: Tensor) -> None:
         """Add rows [B, G, n, width] behind those held."""
         length = self._length + new.shape[-2]
-        if new.requires_grad or self._room.requires_grad:
-            self._room, self._first = torch.cat([self.rows, new], dim=-2), 0  # autograd keeps the old tensor
+        if torch.is_grad_enabled():
+            self._room, self._first = torch.cat([self.rows, new], dim=-2), 0  # autograd may hold on to the old tensor
         else:
             frozen = self._room.is_inference() and not torch.is_inference_mode_enabled()
             if self._first + length > self._room.shape[-2] or frozen:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import ALONE, Sharing
-from ..kernels.reference import cap_and_mask, causal_mask
+from ..config import Sharing
+from ..errors import EigenAttnError
+from ..kernels.reference import cap_and_mask
 from ..models.attention import EigenAttention
+from ..models.forward_pass import ForwardPass
 from ..models.maps import joined
 from ..models.placement import execution_device, loaded
 from ..models.projections import Heads, weight_of
@@ -18,10 +19,43 @@ from ..models.rotary import rotate
 
 # Queries at a time, so that memory is O(T x block) (chosen).
 QUERY_BLOCK = 256
-# Keys of a sequence at which the metric of rotated queries is sampled; see `_sampled_metric`.
+# Keys of a sequence at which the metric of rotated queries is sampled; see `_add_sampled_metric`.
 SAMPLED_KEYS = 16
 # Random hidden states that the priors are made of (chosen: a covariance of a head is then known to some percent).
 PRIOR_STATES = 4096
+
+
+@dataclass
+class Sums:
+    """Weighted sums of vectors x of n dimensions, for G/N latents, in float64.
+
+    Args:
+        second, first, weight: `sum w x x^T` [G/N, n, n], `sum w x` [G/N, n] and `sum w` [G/N].
+    """
+
+    second: Tensor
+    first: Tensor
+    weight: Tensor
+
+    @classmethod
+    def zeros(cls, like: Tensor, latents: int, n: int) -> Sums:
+        """Of nothing yet, on the device of `like`."""
+        shapes = ((latents, n, n), (latents, n), (latents,))
+        return cls(*(like.new_zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def add(self, x: Tensor, weight: Tensor) -> None:
+        """Add vectors [B, G/N, T, n] with weights [B, G/N, T]."""
+        rows, share = x.transpose(0, 1).flatten(1, 2).double(), weight.transpose(0, 1).flatten(1).unsqueeze(-1)
+        self.second += (rows * share).transpose(1, 2) @ rows
+        self.first += (rows * share).sum(1)
+        self.weight += share.sum((1, 2))
+
+    def add_means(self, sums: Tensor, weight: Tensor) -> None:
+        """Add the means `sums / weight` with `weight^2`: `sums` [B, G/N, heads, T, n] and `weight` [..., 1]."""
+        rows, share = (y.transpose(0, 1).flatten(1, 3).double() for y in (sums, weight))
+        self.second += rows.transpose(1, 2) @ rows
+        self.first += (rows * share).sum(1)
+        self.weight += share.square().sum((1, 2))
 
 
 @dataclass
@@ -31,100 +65,78 @@ class AttentionMoments:
     `a` is an attention weight, `p` the sum of a query's weights outside the window, `o` the sum of `a * v` there. Where
     N KV heads share a latent, `k` or `v` are the vectors of all of them, N * D dimensions: a key's weights are summed
     over the heads, and each query head has an `o` of all values under its own attention. Where keys and values share a
-    latent too, `k` is both of them side by side, twice as many dimensions, and there is no `o`.
+    latent too, `k` is both of them side by side, twice as many dimensions.
 
     Args:
         key_metric: `sum a q q^T` [G, D, D], each query seen in its key's frame and scaled to scores.
-        key_second, key_first, key_weight: `sum a k k^T` [G/N, N * D, N * D], `sum a k` [G/N, N * D], `sum a` [G/N].
+        vectors: of `k`, weighted by `a`.
         value_metric: `sum W_O^T W_O` over the heads of a group [G, D, D].
-        output_second, output_first, output_weight: `sum o o^T`, `sum p o` and `sum p^2`, in the same shapes, or of no
-            dimensions.
+        outputs: of `o / p`, weighted by `p^2`; None where keys and values share a latent.
         window: tokens kept exactly, W.
-        key_prior, value_prior: covariances of keys and values [G/N, N * D, N * D] where hidden states are white noise,
-            that is, what the projections alone make of any text; None without shrinkage. A joint one, of keys and
-            values side by side, stands in the place of the keys'.
+        priors: covariances of `k`, and of values, [G/N, n, n] where hidden states are white noise, that is, what the
+            projections alone make of any text; none without shrinkage.
         shrinkage: share of the covariances that is to be taken from them, in [0, 1).
-        joint: whether keys and values share a latent.
     """
 
     key_metric: Tensor
-    key_second: Tensor
-    key_first: Tensor
-    key_weight: Tensor
+    vectors: Sums
     value_metric: Tensor
-    output_second: Tensor
-    output_first: Tensor
-    output_weight: Tensor
+    outputs: Sums | None
     window: int
-    key_prior: Tensor | None = None
-    value_prior: Tensor | None = None
+    priors: tuple[Tensor, ...] = ()
     shrinkage: float = 0.0
-    joint: bool = False
     tokens: int = 0
 
     @classmethod
-    def of(
-        cls,
-        attention: EigenAttention,
-        window: int,
-        sharing: Sharing = ALONE,
-        shrinkage: float = 0.0,
-        joint: bool = False,
-    ) -> AttentionMoments:
+    def of(cls, attention: EigenAttention, window: int, sharing: Sharing, shrinkage: float = 0.0) -> AttentionMoments:
         """Empty moments for a layer."""
         g, d = attention.kv_heads, attention.head_dim
-        size_k, size_v = (heads * d for heads in sharing)
-        priors = _priors(attention, sharing, joint) if shrinkage else (None, None)
+        priors = _priors(attention, sharing) if shrinkage else ()
         with loaded(attention.output_projection):
             by_group = weight_of(attention.output_projection).detach().unflatten(1, (g, -1, d))  # [C, G, H/G, D]
             # A group at a time: a large model's whole weight takes much memory in float64.
             value_metric = torch.stack([_outer_products(group) for group in by_group.unbind(1)])
+        vectors = Sums.zeros(value_metric, g // sharing.keys, (2 if sharing.joint else 1) * sharing.keys * d)
+        outputs = None if sharing.joint else Sums.zeros(value_metric, g // sharing.values, sharing.values * d)
+        return cls(torch.zeros_like(value_metric), vectors, value_metric, outputs, window, priors, shrinkage)
 
-        def zeros(*shape: int) -> Tensor:
-            return value_metric.new_zeros(shape)
-
-        keys, outputs = (
-            (zeros(g // heads, n, n), zeros(g // heads, n), zeros(g // heads))
-            for heads, n in zip(sharing, (2 * size_k, 0) if joint else (size_k, size_v), strict=True)
-        )
-        return cls(zeros(g, d, d), *keys, value_metric, *outputs, window, *priors, shrinkage, joint)
-
-    def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
-        """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
+    def observe(self, attention: EigenAttention, heads: Heads[Tensor], this: ForwardPass, valid: Tensor | None) -> None:
+        """Add one batch: queries, keys and values before rotation, and the pass that they are of."""
         q, k, v = heads
-        latents_k, latents_v = len(self.key_weight), len(self.output_weight)
-        shared_k, shared_v = joined(k, latents_k), joined(v, latents_v)
-        t = q.shape[-2]
-        mask = whole_mask(attention, q, kwargs)
-        q_turned, k_turned = turned(attention, kwargs, q, k)
+        t, latents, outputs = q.shape[-2], len(self.vectors.weight), self.outputs
+        values = joined(v, latents if outputs is None else len(outputs.weight))
+        mask = this.whole_mask(q)
+        q_rotated, k_rotated = this.rotated(q), this.rotated(k)
         log_sums = []
         column_weight = torch.zeros(k.shape[:-1], dtype=torch.float64, device=k.device)  # [B, G, T]
         for start in range(0, t, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, t)
             scores = masked_scores(
-                attention, q_turned[:, :, start:stop], k_turned[:, :, :stop], mask[..., start:stop, :stop]
+                attention, q_rotated[:, :, start:stop], k_rotated[:, :, :stop], mask[..., start:stop, :stop]
             )
             log_sums.append(scores.logsumexp(-1, keepdim=True))
             weights = (scores - log_sums[-1]).exp().tril(start - self.window)  # n <= m - W
             if valid is not None:
                 weights = weights * valid[:, None, start:stop, None]
-            by_latent = weights.unflatten(1, (latents_v, -1))  # [B, G/N, H/G * N, block, stop]
+            if outputs is not None:
+                by_latent = weights.unflatten(1, (values.shape[1], -1))  # [B, G/N, H/G * N, block, stop]
+                sums = by_latent.to(v.dtype) @ values[:, :, None, :stop]
+                outputs.add_means(sums, by_latent.sum(-1, keepdim=True))
             weights = weights.unflatten(1, (self.groups, -1))  # [B, G, H/G, block, stop]
             column_weight[..., :stop] += weights.sum((2, 3))
-            if not self.joint:
-                outputs = by_latent.to(v.dtype) @ shared_v[:, :, None, :stop]
-                self._add_outputs(outputs, by_latent.sum(-1, keepdim=True))
             if not attention.rotates:
                 share = weights.sum(-1, keepdim=True)
                 self.key_metric += self._gram(q[:, :, start:stop], share) * attention.scaling**2
-        kept = torch.cat([shared_k, shared_v], dim=-1) if self.joint else shared_k
-        self._add_keys(kept, column_weight.unflatten(1, (latents_k, -1)).sum(2))
+        vectors = joined(k, latents)
+        vectors = torch.cat([vectors, values], dim=-1) if outputs is None else vectors
+        self.vectors.add(vectors, column_weight.unflatten(1, (latents, -1)).sum(2))
         if attention.rotates:
             log_sum = torch.cat(log_sums, dim=-2)
-            self._add_sampled_metric(attention, q_turned, k_turned, mask, column_weight, log_sum, kwargs, valid)
+            self._add_sampled_metric(attention, (q_rotated, k_rotated), mask, column_weight, log_sum, this, valid)
 
     @property
     def groups(self) -> int:
+        """KV heads, G."""
         return len(self.key_metric)
 
     def _gram(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -136,27 +148,14 @@ class AttentionMoments:
         rows = x.unflatten(1, (self.groups, -1)).transpose(0, 1).flatten(1, 3).double()  # [G, B * H/G * n, D]
         return (rows * weight.transpose(0, 1).flatten(1, 3)).transpose(1, 2) @ rows
 
-    def _add_outputs(self, outputs: Tensor, share: Tensor) -> None:
-        rows, share = (y.transpose(0, 1).flatten(1, 3).double() for y in (outputs, share))
-        self.output_second += rows.transpose(1, 2) @ rows
-        self.output_first += (rows * share).sum(1)
-        self.output_weight += share.square().sum((1, 2))
-
-    def _add_keys(self, k: Tensor, weight: Tensor) -> None:
-        rows, share = k.transpose(0, 1).flatten(1, 2).double(), weight.transpose(0, 1).flatten(1).unsqueeze(-1)
-        self.key_second += (rows * share).transpose(1, 2) @ rows
-        self.key_first += (rows * share).sum(1)
-        self.key_weight += share.sum((1, 2))
-
     def _add_sampled_metric(
         self,
         attention: EigenAttention,
-        q: Tensor,
-        k: Tensor,
+        rotated: tuple[Tensor, Tensor],
         mask: Tensor,
         column_weight: Tensor,
         log_sum: Tensor,
-        kwargs: dict[str, Any],
+        this: ForwardPass,
         valid: Tensor | None,
     ) -> None:
         """`sum a q_mn q_mn^T` with `q_mn = R_n^T R_m q_m`, estimated at some keys of each batch.
@@ -164,6 +163,7 @@ class AttentionMoments:
         Turning back is the same for all queries of one key, so it is done to their D x D sum. Keys are drawn in
         proportion to the attention they get, by systematic sampling: a sink is drawn many times, but summed only once.
         """
+        q, k = rotated
         mass = column_weight.sum((0, 1))  # [T]
         if not mass.sum() > 0:
             return
@@ -178,7 +178,9 @@ class AttentionMoments:
             weights = weights * valid[:, None, :, None]
         weights = weights.unflatten(1, (self.groups, -1))
         shares = times * mass.sum() / (SAMPLED_KEYS * mass[drawn]) * attention.scaling**2
-        cos, sin = attention.angles(q.double(), kwargs["position_ids"][:1, drawn])
+        if this.position_ids is None:
+            raise EigenAttnError("this model calls its attention without position_ids, which keys rotate by.")
+        cos, sin = attention.angles(q.double(), this.position_ids[:1, drawn])
         # One sum over a batch's queries is taken in fp32, at twice the speed; sums over batches are in float64.
         rows = q.float().unflatten(1, (self.groups, -1)).transpose(0, 1).flatten(1, 3)  # [G, B * H/G * T, D]
         weights = weights.transpose(0, 1).flatten(1, 3).sqrt()  # [G, B * H/G * T, drawn]
@@ -186,47 +188,33 @@ class AttentionMoments:
             weighted = rows * weights[..., i : i + 1]
             metric = (weighted.transpose(1, 2) @ weighted).double()
             for _ in range(2):  # R^T on the right side, then, transposed, on the left
-                turned = rotate(metric[None], cos[:, i : i + 1], -sin[:, i : i + 1], attention.family.interleaved)
-                metric = turned[0].transpose(-1, -2)
+                back = rotate(metric[None], cos[:, i : i + 1], -sin[:, i : i + 1], attention.family.interleaved)
+                metric = back[0].transpose(-1, -2)
             self.key_metric += share * metric
 
 
 @torch.no_grad()
-def _priors(attention: EigenAttention, sharing: Sharing, joint: bool) -> tuple[Tensor, Tensor | None]:
+def _priors(attention: EigenAttention, sharing: Sharing) -> tuple[Tensor, ...]:
     """Covariances of keys and of values of white hidden states, [G/N, N * D, N * D] in float64; always the same.
 
-    With joint latents there is one of keys and values side by side, in the place of the keys'.
+    Where keys and values share a latent there is one of them side by side.
     """
     output = attention.output_projection
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, PRIOR_STATES, attention.config.hidden_size, generator=generator)
     with loaded(attention):
-        _, *sides = attention.project(states.to(execution_device(output), output.weight.dtype))
-    rows = [joined(x, x.shape[1] // heads)[0].double() for x, heads in zip(sides, sharing, strict=True)]
-    rows = [torch.cat(rows, dim=-1)] if joint else rows  # [G/N, n, N * D] each
+        _, *sides = attention.project(states.to(execution_device(output), weight_of(output).dtype))
+    shared = sharing.keys, sharing.values
+    rows = [joined(x, x.shape[1] // heads)[0].double() for x, heads in zip(sides, shared, strict=True)]
+    rows = [torch.cat(rows, dim=-1)] if sharing.joint else rows  # [G/N, n, N * D] each
     centred = [x - x.mean(1, keepdim=True) for x in rows]
-    priors = [x.transpose(1, 2) @ x / PRIOR_STATES for x in centred]
-    return (priors[0], None) if joint else tuple(priors)
+    return tuple(x.transpose(1, 2) @ x / PRIOR_STATES for x in centred)
 
 
 def _outer_products(x: Tensor) -> Tensor:
     """Sum of outer products of vectors [..., D] in float64: [D, D]."""
     rows = x.double().flatten(0, -2)
     return rows.T @ rows
-
-
-def whole_mask(attention: EigenAttention, q: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """The mask of a forward pass without a cache, [B or 1, H or 1, T, T], also where the model leaves it out."""
-    t = q.shape[-2]
-    mask = attention.mask_for(q, t, kwargs)
-    return causal_mask(t, t, q.device)[None, None] if mask is None else mask
-
-
-def turned(attention: EigenAttention, kwargs: dict[str, Any], *vectors: Tensor) -> tuple[Tensor, ...]:
-    """Queries and keys [B, heads, T, D] at their positions in a forward pass without a cache."""
-    if not attention.rotates:
-        return vectors
-    return tuple(rotate(x, *kwargs["position_embeddings"], attention.family.interleaved) for x in vectors)
 
 
 def masked_scores(attention: EigenAttention, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..models.attention import EigenAttention
+from ..models.forward_pass import ForwardPass
 from ..models.maps import joined
 from ..models.projections import Heads
-from .attention_moments import QUERY_BLOCK, masked_scores, turned, whole_mask
+from .attention_moments import QUERY_BLOCK, masked_scores
 
 # Bins between -REACH and REACH in `asinh(z / scale)` (chosen): fine near zero, in proportion to z far out, and an
 # outlier of a thousand scales still has its place.
@@ -20,19 +22,19 @@ REACH = 8.0
 
 
 class Map(NamedTuple):
-    """What gives latents: `z = (x - mean) @ encoder`, with encoder [G, D, R] and mean [G, D] or None.
+    """What gives a latent: `z = (x - mean) @ encoder`, with encoder [G, D, R] and mean [G, D] or None.
 
-    Joint latents, which stand in the place of the keys', are of keys and values side by side.
+    `x` is of the keys, the values, or both side by side, as `sides` says.
     """
 
     encoder: Tensor
     mean: Tensor | None
-    joint: bool = False
+    sides: tuple[str, ...]
 
 
 @dataclass
 class Histograms:
-    """Weighted histograms of the latents of keys, or of values, of one layer.
+    """Weighted histograms of one latent of one layer.
 
     Each bin knows the mean and the spread of what fell into it: an attention sink is a point that holds half of all the
     weight, and its place within a bin matters.
@@ -80,32 +82,34 @@ class LatentHistograms:
     `sum_m a_mn^2`, for the errors of independent tokens average in a query's output. Both are sums over the queries of
     a group, or of all the groups that share a latent.
 
+    A latent of both sides counts as keys do. The squares of attention's sums over it are added up as well, `outputs`
+    [G/N, R], and the squared weights, `squares` [G/N].
+
     Args:
-        keys, values: what gives the latents. Of joint ones, whose weights are those of keys, the squares of attention's
-            sums over them are added up as well, `outputs` [G/N, R], and the squared weights, `squares` [G/N].
+        maps: what gives each of the layer's latents.
         window: tokens kept exactly, W.
     """
 
-    def __init__(self, keys: Map, values: Map, window: int) -> None:
-        self.maps, self.window, self.tokens = (keys, values), window, 0
-        self.keys, self.values = (
-            Histograms.empty(each.encoder, len(each.encoder), each.encoder.shape[-1]) for each in self.maps
-        )
-        self.outputs = torch.zeros_like(self.keys.sums[0, ..., 0])
+    def __init__(self, maps: Sequence[Map], window: int) -> None:
+        self.maps, self.window, self.tokens = tuple(maps), window, 0
+        self.histograms = [Histograms.empty(each.encoder, len(each.encoder), each.encoder.shape[-1]) for each in maps]
+        self.of_both = len(maps[0].sides) > 1  # there is no other map then
+        self.outputs = torch.zeros_like(self.histograms[0].sums[0, ..., 0])
         self.squares = torch.zeros_like(self.outputs[:, 0])
 
-    def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
-        """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
+    def observe(self, attention: EigenAttention, heads: Heads[Tensor], this: ForwardPass, valid: Tensor | None) -> None:
+        """Add one batch: queries, keys and values before rotation, and the pass that they are of."""
         q, k, v = heads
         t, groups = q.shape[-2], k.shape[1]
-        latents_k, latents_v = self._latents(k, v)  # [B, G/N, T, R] each
-        mask = whole_mask(attention, q, kwargs)
-        q_turned, k_turned = turned(attention, kwargs, q, k)
+        latents = [_latents(each, k, v) for each in self.maps]  # [B, G/N, T, R] each
+        both = latents[0] if self.of_both else None
+        mask = this.whole_mask(q)
+        q_rotated, k_rotated = this.rotated(q), this.rotated(k)
         first, second = (torch.zeros(k.shape[:-1], dtype=torch.float64, device=k.device) for _ in range(2))  # [B, G, T]
         for start in range(0, t, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, t)
             scores = masked_scores(
-                attention, q_turned[:, :, start:stop], k_turned[:, :, :stop], mask[..., start:stop, :stop]
+                attention, q_rotated[:, :, start:stop], k_rotated[:, :, :stop], mask[..., start:stop, :stop]
             )
             weights = scores.softmax(-1).tril(start - self.window)  # n <= m - W
             if valid is not None:
@@ -113,23 +117,19 @@ class LatentHistograms:
             weights = weights.unflatten(1, (groups, -1))  # [B, G, H/G, block, stop]
             first[..., :stop] += weights.sum((2, 3))
             second[..., :stop] += weights.square().sum((2, 3))
-            if self.maps[0].joint:
-                by_latent = weights.flatten(1, 2).unflatten(1, (latents_k.shape[1], -1))  # [B, G/N, heads, block, stop]
-                self.outputs += (by_latent @ latents_k[:, :, None, :stop]).double().square().sum((0, 2, 3))
-        for side, z, weight in ((self.keys, latents_k, first), (self.values, latents_v, second)):
-            if z.shape[-1]:
-                side.add(z, weight.unflatten(1, (z.shape[1], -1)).sum(2))
-        if self.maps[0].joint:
-            self.squares += second.unflatten(1, (latents_k.shape[1], -1)).sum((0, 2, 3))
+            if both is not None:
+                by_latent = weights.flatten(1, 2).unflatten(1, (both.shape[1], -1))  # [B, G/N, heads, block, stop]
+                self.outputs += (by_latent.to(both.dtype) @ both[:, :, None, :stop]).double().square().sum((0, 2, 3))
+        for each, histograms, z in zip(self.maps, self.histograms, latents, strict=True):
+            weight = first if "key" in each.sides else second
+            histograms.add(z, weight.unflatten(1, (z.shape[1], -1)).sum(2))
+        if both is not None:
+            self.squares += second.unflatten(1, (both.shape[1], -1)).sum((0, 2, 3))
 
-    def _latents(self, k: Tensor, v: Tensor) -> list[Tensor]:
-        """Latents [B, G/N, T, R] of keys, or joint ones, and of values, in fp32."""
-        found = []
-        for x, (encoder, mean, joint) in zip((k, v), self.maps, strict=True):
-            x = joined(x.float(), len(encoder))  # [B, G/N, T, N * D]
-            if joint:
-                x = torch.cat([x, joined(v.float(), len(encoder))], dim=-1)
-            x = x[..., : encoder.shape[-2]]  # none of the values, where they share the keys'
-            x = x if mean is None else x - mean.float().unsqueeze(1)
-            found.append(x @ encoder.float())
-        return found
+
+def _latents(what: Map, k: Tensor, v: Tensor) -> Tensor:
+    """Latents [B, G/N, T, R] of keys and values [B, G, T, D], in fp32."""
+    sides = [x for x, side in ((k, "key"), (v, "value")) if side in what.sides]
+    x = torch.cat([joined(x.float(), len(what.encoder)) for x in sides], dim=-1)  # [B, G/N, T, N * D]
+    x = x if what.mean is None else x - what.mean.float().unsqueeze(1)
+    return x @ what.encoder.float()

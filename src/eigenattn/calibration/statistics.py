@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from ..config import ALONE, Sharing
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
+from ..models.forward_pass import ForwardPass
 from ..models.placement import execution_device
 from ..models.projections import Heads
 
@@ -29,26 +31,14 @@ class LayerMoments:
     tokens: int = 0
 
     @classmethod
-    def of(
-        cls,
-        attention: EigenAttention,
-        window: int = 0,
-        sharing: Sharing = ALONE,
-        shrinkage: float = 0.0,
-        joint: bool = False,
-    ) -> LayerMoments:
-        """Empty moments for a layer. They are over all tokens, whatever the window, and of single heads.
-
-        Raises:
-            EigenAttnError: if shrinkage or joint latents are asked for, which the paper does not have.
-        """
-        if shrinkage or joint:
-            raise EigenAttnError('shrinkage and joint latents go with the basis "attention" only.')
+    def of(cls, attention: EigenAttention) -> LayerMoments:
+        """Empty moments for a layer."""
         shape = (attention.kv_heads, attention.head_dim, attention.head_dim)
         device = execution_device(attention.output_projection)
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)))
+        query, key, value = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3))
+        return cls(query, key, value)
 
-    def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
+    def observe(self, attention: EigenAttention, heads: Heads[Tensor], this: ForwardPass, valid: Tensor | None) -> None:
         """Add one batch."""
         for sums, x in zip((self.query, self.key, self.value), heads, strict=True):
             sums += second_moment(x, valid, attention.kv_heads)
@@ -69,12 +59,31 @@ def second_moment(x: Tensor, valid: Tensor | None, kv_heads: int) -> Tensor:
 
 
 class Moments(Protocol):
-    """What a basis is made of: sums over calibration text for one layer."""
+    """What a basis is made of: sums over calibration text for one layer.
+
+    Its tensors, and those of data classes in it, are what an interrupted command takes up: they are changed in place.
+    """
 
     tokens: int
 
-    def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any], valid: Tensor | None) -> None:
-        """Add one batch: queries, keys and values before rotation, and what the attention was called with."""
+    def observe(self, attention: EigenAttention, heads: Heads[Tensor], this: ForwardPass, valid: Tensor | None) -> None:
+        """Add one batch: queries, keys and values before rotation, and the pass that they are of.
+
+        Args:
+            valid: [B, T] of booleans, or None; other tokens (padding) do not count.
+        """
+
+
+def tensors_of(moments: Any) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of moments, by name."""
+    for name, value in vars(moments).items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif dataclasses.is_dataclass(value):
+            yield from ((f"{name}.{inner}", tensor) for inner, tensor in tensors_of(value))
+
+
+AnyMoments = TypeVar("AnyMoments", bound=Moments)
 
 
 @dataclass(frozen=True)
@@ -88,12 +97,17 @@ class Batch:
     def of(cls, value: Any, device: torch.device) -> Batch:
         """Read one element of a user's `batches`: a tensor of token ids, or a mapping as tokenizers return it.
 
+        A single sequence, as `Dataset.with_format("torch")` gives rows, is a batch of one. A batch that was read
+        already goes to the device.
+
         Raises:
             EigenAttnError: on anything else, or on sequences of fewer than 2 tokens.
         """
         mask = None
         if isinstance(value, Tensor):
             ids = value
+        elif isinstance(value, Batch):
+            ids, mask = value.input_ids, value.attention_mask
         elif hasattr(value, "get") and isinstance(value.get("input_ids"), Tensor):
             ids, mask = value["input_ids"], value.get("attention_mask")
         else:
@@ -101,7 +115,8 @@ class Batch:
                 "batches must yield token-id tensors [B, T] or dictionaries with input_ids and attention_mask, not "
                 f"{type(value).__name__}."
             )
-        ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
+        if ids.dim() == 1:
+            ids, mask = ids[None], None if mask is None else mask[None]
         if ids.dim() != 2 or ids.shape[1] < 2 or ids.is_floating_point():
             raise EigenAttnError(f"token ids must be whole numbers [B, T], T at least 2, not {tuple(ids.shape)}.")
         if mask is not None and mask.shape != ids.shape:
@@ -110,25 +125,27 @@ class Batch:
 
     @property
     def valid(self) -> Tensor | None:
+        """Which tokens are no padding, [B, T] of booleans; None if none is."""
         return None if self.attention_mask is None else self.attention_mask.bool()
 
     @property
     def tokens(self) -> int:
+        """How many they are, padding left out."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
 
 @torch.no_grad()
-def forward_hidden(model: nn.Module, batch: Batch) -> None:
+def forward_hidden(model: PreTrainedModel, batch: Batch) -> None:
     """Run a causal language model on a batch for its side effects: no cache, and logits of one position only."""
     model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
 
 
 def collect_moments(
-    model: nn.Module,
-    layers: list[EigenAttention],
+    model: PreTrainedModel,
+    layers: Sequence[EigenAttention],
     batches: Iterable[Batch],
-    empty: Callable[[EigenAttention], Moments],
-) -> list[Moments]:
+    empty: Callable[[EigenAttention], AnyMoments],
+) -> list[AnyMoments]:
     """Moments of every layer over all batches; memory does not grow with their number.
 
     Args:
@@ -140,8 +157,8 @@ def collect_moments(
     moments = [empty(attention) for attention in layers]
     valid: Tensor | None = None
     for attention, sums in zip(layers, moments, strict=True):
-        attention.observer = lambda layer, heads, kwargs, sums=sums: sums.observe(
-            layer, heads, kwargs, None if valid is None else valid.to(heads.key.device)
+        attention.observer = lambda layer, heads, this, sums=sums: sums.observe(
+            layer, heads, this, None if valid is None else valid.to(heads.key.device)
         )
     try:
         for batch in batches:
@@ -155,8 +172,8 @@ def collect_moments(
     for attention, sums in zip(layers, moments, strict=True):
         if sums.tokens == 0:
             raise EigenAttnError("the calibration batches held no tokens.")
-        for name, value in vars(sums).items():
-            if isinstance(value, Tensor) and not value.isfinite().all():
+        for name, value in tensors_of(sums):
+            if not value.isfinite().all():
                 raise EigenAttnError(
                     f"layer {attention.layer_idx} gives NaN or infinite {name} vectors on the calibration text: "
                     "try --dtype float32, or check the model's weights."

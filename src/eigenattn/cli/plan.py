@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ..config import EigenAttentionConfig
+from ..config import DEFAULT_CODED_RATIO, DEFAULT_KV_RATIO, EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..report.planning import GIB, CapacityPlan, plan_capacity
-from .common import Dtype, Json, Model, app, emit, examples
+from .common import Json, Model, app, emit, examples
+from .options import CODED_HELP, SHARE_HELP, WINDOW_HELP
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20}
 
@@ -20,42 +21,54 @@ UNITS = {"": 1, "k": 2**10, "m": 2**20}
     epilog=examples(
         "eigenattn plan meta-llama/Llama-3.1-8B --gpu-memory 80 --context 128k",
         "eigenattn plan meta-llama/Llama-3.1-70B --gpu-memory 80 --context 32k --tensor-parallel-size 4 --gpus 8",
-        "eigenattn plan meta-llama/Llama-3.1-8B --gpu-memory 24 --context 32k --bits-per-element 3",
+        "eigenattn plan meta-llama/Llama-3.1-8B --gpu-memory 24 --context 32k --coded --kv-ratio 0.2 --share 4kv",
         "eigenattn plan llama-60 --gpu-memory 80 --context 128k --json plan.json",
     )
 )
 def plan(
     model: Model,
-    gpu_memory: Annotated[float, typer.Option(help="GiB of each GPU.")],
-    context: Annotated[str, typer.Option(help="Tokens of a sequence, prompt and answer: 32768, or 32k.")],
+    gpu_memory: Annotated[float, typer.Option(help="How many GiB of memory each GPU has.")],
+    context: Annotated[str, typer.Option(help="How many tokens a sequence has, prompt and answer: 32768, or 32k.")],
     kv_ratio: Annotated[
-        float | None, typer.Option(help="Of an original: the KV ratio it would be compressed to. 0.6 by default.")
+        float | None,
+        typer.Option(
+            help="The share of its cache's bytes that the model would be compressed to. By default "
+            f"{DEFAULT_KV_RATIO}, and {DEFAULT_CODED_RATIO} with --coded. Only for an original."
+        ),
     ] = None,
-    bits_per_element: Annotated[
-        float | None, typer.Option(help="Instead of a ratio: bits of quantised latents an element.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="Of an original: tokens kept exactly. 32 by default.")] = None,
-    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that share one copy of the model.")] = 1,
+    coded: Annotated[bool, typer.Option("--coded", help=f"{CODED_HELP} Only for an original.")] = False,
+    window: Annotated[int | None, typer.Option(help=f"{WINDOW_HELP}; 32 by default. Only for an original.")] = None,
+    share: Annotated[str | None, typer.Option(help=f"{SHARE_HELP} Only for an original.")] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="How many GPUs share the heads of one copy of the model.")
+    ] = 1,
     gpus: Annotated[
-        int | None, typer.Option(help="All GPUs, on all nodes; groups of them hold a copy each. One copy by default.")
+        int | None,
+        typer.Option(
+            help="How many GPUs there are, on all nodes. Each group of --tensor-parallel-size holds a copy; by default "
+            "there is one group."
+        ),
     ] = None,
     gpu_memory_utilization: Annotated[
         float,
-        typer.Option(help="Share of a GPU's memory for weights and cache; the rest is for activations and the engine."),
+        typer.Option(
+            help="The share of a GPU's memory for weights and cache. The rest is for activations and the engine."
+        ),
     ] = 0.9,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of weights and cache: float32, bfloat16 or float16. By default as the checkpoint has them."),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Say how many sequences fit on GPUs, before and after. Only the configuration is read."""
-    supposed = None
-    if (kv_ratio, bits_per_element, window) != (None, None, None):
-        given = {} if window is None else {"window": window}
-        supposed = EigenAttentionConfig(kv_ratio=kv_ratio, bits_per_element=bits_per_element, **given)
+    options = {"kv_ratio": kv_ratio, "coded": coded or None, "window": window, "share": share}
+    chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     found = plan_capacity(
         model,
         gpu_memory=gpu_memory,
         context=tokens(context),
-        config=supposed,
+        config=EigenAttentionConfig(**chosen) if chosen else None,
         dtype=dtype,
         tensor_parallel_size=tensor_parallel_size,
         gpus=gpus,
@@ -75,7 +88,7 @@ def tokens(text: str) -> int:
     Raises:
         EigenAttnError: if it is written otherwise.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([km]?)", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d+)?)([km]?)", text.strip().lower())
     if match is None:
         raise EigenAttnError(f"a context is written 32768 or 32k, not {text!r}.")
     return int(float(match[1]) * UNITS[match[2]])
@@ -86,7 +99,7 @@ def _table(found: CapacityPlan) -> Table:
     table = Table(
         "of one GPU", "original", "compressed", title=f"{found.model}, {found.dtype}, {found.context:,} tokens"
     )
-    sides = (found.original, found.compressed)
+    models = (found.original, found.compressed)
 
     def row(name: str, values: list[str]) -> None:
         table.add_row(name, *values)
@@ -94,14 +107,16 @@ def _table(found: CapacityPlan) -> Table:
     share = f"{found.gpu_memory_utilization:g} of {found.gpu_memory:g} GiB"
     row(f"memory to use, {share}", [_gib(found.budget)] * 2)
     split = f", 1/{found.tensor_parallel_size} of the matrices" if found.tensor_parallel_size > 1 else ""
-    row(f"- weights{split}", [_gib(side.weights) for side in sides])
-    row("= left for the cache", [_gib(side.cache) for side in sides])
-    row("bytes a token", [f"{side.bytes_per_token:,}" for side in sides])
+    row(f"- weights{split}", [_gib(each.weights) for each in models])
+    row("= left for the cache", [_gib(each.cache) for each in models])
+    row("bytes a token", [f"{each.bytes_per_token:,}" for each in models])
     window = f", {found.window} of its tokens exact" if found.window else ""
-    row(f"/ one sequence (compressed{window})" if window else "/ one sequence", [_gib(side.sequence) for side in sides])
+    row(
+        f"/ one sequence (compressed{window})" if window else "/ one sequence", [_gib(each.sequence) for each in models]
+    )
     copies = f" x {groups} copies" if groups > 1 else ""
-    row(f"= sequences{copies}", [f"{side.sequences:,}" for side in sides])
-    row("longest single sequence, tokens", [f"{side.longest:,}" for side in sides])
+    row(f"= sequences{copies}", [f"{each.sequences:,}" for each in models])
+    row("longest single sequence, tokens", [f"{each.longest:,}" for each in models])
     return table
 
 

@@ -10,9 +10,10 @@ import typer
 from rich.console import Console
 
 from ..errors import EigenAttnError
-from ..files import whole
+from ..files import check_name, whole
 from ..report.page import PROMPTS, build, gather
-from .common import Device, Dtype, Model, app, examples
+from .common import Model, app, examples
+from .options import LoadingOptions, grouped
 
 
 @app.command(
@@ -21,8 +22,10 @@ from .common import Device, Dtype, Model, app, examples
         "eigenattn report smollm2-60 --sweep smollm2-sweep --spectrum smollm2-spectrum --baseline smollm2",
     )
 )
+@grouped
 def report(
     model: Model,
+    *,
     out: Annotated[
         Path | None, typer.Option(help="The page to write; report.html in the checkpoint's folder by default.")
     ] = None,
@@ -36,10 +39,10 @@ def report(
         list[str], typer.Option(help=f"What both continue; may be repeated. {len(PROMPTS)} are built in.")
     ] = [],  # noqa: B006 (typer copies it)
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
-    dtype: Dtype = None,
-    device: Device = None,
+    loading: LoadingOptions,
 ) -> None:
     """Write one HTML page on a checkpoint: ranks, bytes, quality, spectra, where it comes from. It loads nothing."""
+    check_name(Path(model))
     if out is None and not Path(model).is_dir():
         raise EigenAttnError(f"{model} is no folder: say with --out where the page is to be written.")
     target = out or Path(model) / "report.html"
@@ -50,8 +53,7 @@ def report(
         spectra=spectrum,
         baseline=baseline,
         prompts=prompt,
-        dtype=dtype,
-        device=device,
+        **vars(loading),
     )
     content = build(material)
     with whole(target) as beside:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +12,11 @@ from ..calibration.text import DEFAULT_SOURCE
 from ..calibration.windows import load_texts
 from ..compression.bases import BASES
 from ..evaluation.spectra import FILE, SIDES, measure_spectra
+from ..files import to_json
 from ..journal import Journal
 from ..report.figures import decay, effective_ranks, energy, new_figure, save_figure
-from .common import TEXT_HELP, Device, Dtype, Json, Model, app, emit, examples
+from .common import SEEDS, Json, Model, app, emit, examples
+from .options import TEXT_HELP, WINDOW_HELP, LoadingOptions, grouped
 
 # Energies whose ranks the table shows.
 SHOWN = (0.9, 0.99)
@@ -27,24 +28,34 @@ SHOWN = (0.9, 0.99)
         "eigenattn spectrum ./my-model spectra --text prompts.jsonl --basis attention --window 32",
     )
 )
+@grouped
 def spectrum(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    *,
     basis: Annotated[
-        str, typer.Option(help=f"One of {', '.join(BASES)}: eigen shows keys, queries and values as they are.")
+        str,
+        typer.Option(
+            help=f"One of {', '.join(BASES)}: eigen shows keys, queries and values as they are, attention the error "
+            "that leaving a direction out would make."
+        ),
     ] = "eigen",
     window: Annotated[
-        int, typer.Option(min=0, help="With the attention basis: look only at what lies further back.")
+        int,
+        typer.Option(min=0, help=f"{WINDOW_HELP}: with the attention basis, only what lies further back is looked at."),
     ] = 0,
     text: Annotated[
         list[str],
-        typer.Option("--text", help=f"{TEXT_HELP}, or `self`. May be repeated.", metavar="SOURCE"),
+        typer.Option(
+            "--text",
+            help=f"What to read: {TEXT_HELP}, or `self`, which is text that the model writes. May be repeated.",
+            metavar="SOURCE",
+        ),
     ] = [DEFAULT_SOURCE],  # noqa: B006 (typer copies it)
-    samples: Annotated[int, typer.Option(min=1, help="Windows to draw from the text.")] = 16,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
-    dtype: Dtype = None,
-    device: Device = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many windows to draw from the text.")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="How many tokens a window has.")] = 1024,
+    seed: Annotated[int, typer.Option(**SEEDS, help="The seed of the draw.")] = 0,
+    loading: LoadingOptions,
     json_file: Json = None,
 ) -> None:
     """Show how fast eigenvalues fall, by layer and head: pictures and JSON."""
@@ -55,13 +66,12 @@ def spectrum(
         "seed": seed,
         "basis": basis,
         "window": window,
-        "dtype": dtype,
-        "device": device,
+        **vars(loading),
     }
     with Journal(out, {"verb": "spectrum", "model": model, "text": text, **options}) as journal:
         found = measure_spectra(model, calibration=load_texts(text), progress=True, **options)
         with journal.output() as folder:
-            (folder / FILE).write_text(json.dumps(found) + "\n", encoding="utf-8")
+            (folder / FILE).write_text(to_json(found), encoding="utf-8")
             for name, draw in (("decay", decay), ("energy", energy), ("effective-rank", effective_ranks)):
                 save_figure(draw(found), folder / name)
     console = emit(found, json_file)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,147 +12,146 @@ from ..calibration.text import DEFAULT_SOURCE
 from ..compression.bases import BASES
 from ..compression.ranks import RANK_RULES
 from ..errors import EigenAttnError
-from ..evaluation.measuring import Plan
-from ..evaluation.rivals import NAMES, Rival
-from ..evaluation.sweep import Grid
-from ..evaluation.sweep_folder import Calibration, run_sweep, sweep_texts, table
-from ..evaluation.tasks import load_tasks, task_names
+from ..evaluation.grid import Grid
+from ..evaluation.rivals import RIVALS, Rival
+from ..evaluation.sweep_folder import table
 from ..report.figures import calibration_study, frontier, new_figure, save_figure
 from ..report.tables import calibrations, sweep_table
-from .common import TEXT_HELP, Device, Dtype, Json, Model, app, emit, examples, rich_table
-from .evaluate import TASKS_HELP, needles_of
+from ..workflows.sweep import Calibration, run_sweep, sweep_texts
+from .common import SEEDS, Json, Model, app, emit, examples, rich_table
+from .options import (
+    CODED_HELP,
+    SHARE_HELP,
+    TEXT_HELP,
+    WINDOW_HELP,
+    EvaluationOptions,
+    LoadingOptions,
+    grouped,
+    names,
+    numbers,
+)
+
+# By default, of latents in 16 bits and of coded ones.
+RATIOS, CODED_RATIOS = "0.9,0.8,0.7,0.6,0.5", "0.25,0.1875,0.125"
+LIST = "Several are separated by commas."
 
 
-def _numbers(option: str, text: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise EigenAttnError(f"{option} takes numbers with commas between them, not {text!r}.") from None
+@dataclass(frozen=True)
+class GridOptions:
+    """Which compressions are compared: all combinations."""
 
+    kv_ratio: Annotated[
+        str,
+        typer.Option(
+            help=f"Compress the cache to these shares of its bytes. {LIST} By default {RATIOS}, and with --coded "
+            f"{CODED_RATIOS}.",
+            metavar="LIST",
+        ),
+    ] = ""
+    coded: Annotated[bool, typer.Option("--coded", help=CODED_HELP)] = False
+    basis: Annotated[str, typer.Option(help=f"How subspaces are found: {', '.join(BASES)}. {LIST}")] = "attention"
+    ranks: Annotated[
+        str, typer.Option(help=f"How ranks are shared out over the layers: {', '.join(RANK_RULES)}. {LIST}")
+    ] = "sensitivity"
+    window: Annotated[str, typer.Option(help=f"{WINDOW_HELP}. {LIST}")] = "32"
+    share: Annotated[str, typer.Option(help=f"{SHARE_HELP} {LIST}")] = "1"
+    rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this number.")] = 8
+    shrinkage: Annotated[
+        str,
+        typer.Option(
+            help=f"Take these shares of the statistics from the weights and not from the text. {LIST}", metavar="LIST"
+        ),
+    ] = "0"
+    refit: Annotated[
+        bool | None,
+        typer.Option(
+            "--refit/--no-refit",
+            help="Fit the decoders of values anew once ranks are chosen. By default only without a window.",
+        ),
+    ] = None
 
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    def grid(self) -> Grid:
+        """The cells asked for.
 
-
-RATIOS = "0.9,0.8,0.7,0.6,0.5"
+        Raises:
+            EigenAttnError: if one of them is none.
+        """
+        return Grid(
+            kv_ratios=numbers("--kv-ratio", self.kv_ratio or (CODED_RATIOS if self.coded else RATIOS), float),
+            coded=self.coded,
+            bases=names(self.basis),
+            ranks=names(self.ranks),
+            windows=numbers("--window", self.window, int),
+            share=names(self.share),
+            rank_multiple=self.rank_multiple,
+            shrinkage=numbers("--shrinkage", self.shrinkage, float),
+            refit=self.refit,
+        )
 
 
 @app.command(
     epilog=examples(
         "eigenattn sweep smollm2 smollm2-sweep --kv-ratio 0.9,0.8,0.7,0.6,0.5",
         "eigenattn sweep my-model sweep --kv-ratio 0.6,0.4 --basis attention,eigen --window 0,32 --text prompts.jsonl",
-        "eigenattn sweep smollm2 sweep --bits-per-element 4,3,2 --rivals plain-4,plain-2 --tasks my-task.jsonl",
+        "eigenattn sweep smollm2 sweep --coded --share 1,3kv --rivals plain-4,plain-2 --tasks my-task.jsonl",
         "eigenattn sweep smollm2 study --each-text --text wikitext2 --text python-docs --text self --samples 4,8,16,32",
     )
 )
+@grouped
 def sweep(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder of results; a sweep that is there goes on.")],
-    kv_ratio: Annotated[
-        str,
-        typer.Option(
-            help=f"KV ratios, with commas between them; {RATIOS} if no bits are given either.", metavar="LIST"
-        ),
+    *,
+    grid: GridOptions,
+    evaluation: EvaluationOptions,
+    rivals: Annotated[
+        str, typer.Option(help=f"Compare with plain quantised caches: {', '.join(RIVALS)}. {LIST}", metavar="LIST")
     ] = "",
-    bits_per_element: Annotated[
-        str, typer.Option(help="Bits an element of quantised latents, with commas between them.", metavar="LIST")
-    ] = "",
-    basis: Annotated[str, typer.Option(help=f"Of {', '.join(BASES)}, with commas between them.")] = "attention",
-    ranks: Annotated[
-        str, typer.Option(help=f"Rank rules, of {', '.join(RANK_RULES)}, with commas between them.")
-    ] = "sensitivity",
-    window: Annotated[str, typer.Option(help="Exact tokens, with commas between them.")] = "32",
-    shared_heads: Annotated[str, typer.Option(help="KV heads that share one latent, with commas between them.")] = "1",
-    shared_values: Annotated[
-        str,
-        typer.Option(
-            help="KV heads that share one latent of their values, with commas between them; by default --shared-heads.",
-            metavar="LIST",
-        ),
-    ] = "",
-    joint: Annotated[bool, typer.Option("--joint", help="Keys and values share latents too.")] = False,
-    rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 8,
-    shrinkage: Annotated[
-        str, typer.Option(help="Shares of statistics taken from the weights, with commas between them.", metavar="LIST")
-    ] = "0",
-    refit: Annotated[
-        bool | None,
-        typer.Option("--refit/--no-refit", help="Fit value decoders anew. By default without a window."),
-    ] = None,
-    rivals: Annotated[str, typer.Option(help=f"Plain quantised caches to compare with: {NAMES}.")] = "",
     text: Annotated[
         list[str],
-        typer.Option("--text", help=f"{TEXT_HELP}, or `self`: to calibrate on. May be repeated.", metavar="SOURCE"),
+        typer.Option(
+            "--text",
+            help=f"What to calibrate on: {TEXT_HELP}, or `self`, which is text that the model writes. May be repeated.",
+            metavar="SOURCE",
+        ),
     ] = [DEFAULT_SOURCE],  # noqa: B006 (typer copies it)
     evaluation_text: Annotated[
         list[str],
         typer.Option(
-            help="To evaluate on; by default what named sources hold out, and the last fifth of files.",
+            help="What to evaluate on. By default what named sources hold out, and the last fifth of files.",
             metavar="SOURCE",
         ),
     ] = [],  # noqa: B006
     each_text: Annotated[
         bool, typer.Option("--each-text", help="Calibrate on each text by itself, not on all together.")
     ] = False,
-    samples: Annotated[
-        str, typer.Option(help="Calibration windows to draw from the text: a number, or several with commas.")
-    ] = "32",
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each text to evaluate on.")] = 16384,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a window, of calibration and evaluation.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
-    tasks: Annotated[list[str], typer.Option(help=TASKS_HELP)] = [],  # noqa: B006
-    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
-    needles: Annotated[str, typer.Option(help="Lengths in tokens at which to hide needles, with commas.")] = "",
-    copies: Annotated[int, typer.Option(min=0, help="Windows to measure copying on.")] = 4,
-    dtype: Dtype = None,
-    device: Device = None,
+    samples: Annotated[str, typer.Option(help=f"How many calibration windows to draw from the text. {LIST}")] = "32",
+    seed: Annotated[int, typer.Option(**SEEDS, help="The seed of the draw.")] = 0,
+    loading: LoadingOptions,
     json_file: Json = None,
 ) -> None:
     """Measure quality against cache size: statistics are collected once, for all ratios.
 
-    With several texts by themselves, or several numbers of samples, it tells which text to calibrate on, and how much.
+    With several texts by themselves, or several numbers of samples, it says which text to calibrate on, and how much.
     """
-    ratios = kv_ratio or ("" if bits_per_element else RATIOS)
-    grid = Grid(
-        _numbers("--kv-ratio", ratios, float),
-        _names(basis),
-        _names(ranks),
-        _numbers("--window", window, int),
-        _numbers("--shared-heads", shared_heads, int),
-        rank_multiple,
-        _numbers("--bits-per-element", bits_per_element, float),
-        refit,
-        _numbers("--shrinkage", shrinkage, float),
-        joint,
-        _numbers("--shared-values", shared_values, int) or (None,),
-    )
-    sizes = _numbers("--samples", samples, int)
+    cells = grid.grid()
+    sizes = numbers("--samples", samples, int)
     if min(sizes, default=0) < 1:
         raise EigenAttnError("--samples must be 1 or more.")
     new_figure(1, 1)  # without matplotlib it ends here, not after the work
-    chosen = [Rival.of(name) for name in _names(rivals)]
+    chosen = [Rival.of(name) for name in names(rivals)]
     calibration, held_out = sweep_texts(text, evaluation_text)
     groups = [[each] for each in calibration] if each_text else [calibration]
-    plan = Plan(
-        held_out,
-        tokens=tokens,
-        length=length,
-        copies=copies,
-        needles=needles_of(needles),
-        tasks=load_tasks(task_names(tasks)),
-        limit=limit,
-    )
     results = run_sweep(
         model,
         out,
-        grid,
-        plan,
+        cells,
+        evaluation.plan(held_out),
         calibrations=[Calibration(tuple(texts), size) for texts in groups for size in sizes],
-        length=length,
+        length=evaluation.length,
         seed=seed,
         rivals=chosen,
-        dtype=dtype,
-        device=device,
+        **vars(loading),
         progress=True,
     )
     pictures = {"frontier": frontier}
@@ -161,7 +161,7 @@ def sweep(
         save_figure(draw(results), out / name)
     console = emit(results, json_file)
     texts = [row["text"] for row in results["baseline"]["texts"]]
-    title = f"increase of perplexity against the KV ratio, and the whole cache's at {length:,} tokens"
+    title = f"increase of perplexity against the KV ratio, and the whole cache's at {evaluation.length:,} tokens"
     console.print(rich_table(sweep_table(table(results), texts), title))
     took = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds"].items())
     drawn = ", ".join(f"{name}.png, {name}.svg" for name in pictures)

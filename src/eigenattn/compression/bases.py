@@ -3,92 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cache.packing import Widths
-from ..calibration.attention_moments import AttentionMoments
+from ..cache.layout import SIDES
+from ..calibration.attention_moments import AttentionMoments, Sums
 from ..calibration.statistics import LayerMoments, Moments
+from ..config import Sharing
+from ..models.attention import EigenAttention
+from .basis import Basis, orthonormal
 
-
-@dataclass(frozen=True)
-class Quantiser:
-    """Static quantisers of the channels of one layer's latents, for keys or for values.
-
-    Args:
-        levels: [G, R, 4], what codes stand for (`eigenattn.cache.codebook.Codebook`).
-        widths: how many channels have codes of 8, 6, 4 and 2 bits, the same for all heads; channels lie in this order.
-    """
-
-    levels: Tensor
-    widths: Widths
-
-
-@dataclass(frozen=True)
-class Basis:
-    """Encoder, decoder, mean and spectrum of each KV head of one layer, for keys or for values.
-
-    Where N KV heads share a latent, they count as one of G/N heads of N * D dimensions. A joint basis is of keys and
-    values side by side, twice as many, and there is an empty one in the place of the values'.
-
-    Args:
-        encoder: [G, D, R]; `z = (x - mean) @ encoder`.
-        decoder: [G, R, D]; `x_hat = mean + z @ decoder`.
-        spectrum: [G, D], descending: what each direction carries, in the units of the basis (for `eigen`, squared
-            singular values). Not shortened by `truncate`.
-        mean: [G, D], or None for a basis through the origin.
-        quantiser: of the latents, or None for latents in the model's dtype.
-        key_share: of a joint basis the part of each direction's cost that is due to keys, [G, D]; None for others.
-    """
-
-    encoder: Tensor
-    decoder: Tensor
-    spectrum: Tensor
-    mean: Tensor | None = None
-    quantiser: Quantiser | None = None
-    key_share: Tensor | None = None
-
-    @property
-    def joint(self) -> bool:
-        """Whether it is of keys and values together."""
-        return self.key_share is not None
-
-    @property
-    def rank(self) -> int:
-        return self.encoder.shape[-1]
-
-    def truncate(self, rank: int) -> Basis | None:
-        """The basis of the first `rank` directions; None at full rank, where there is nothing to gain from a basis."""
-        if rank == self.encoder.shape[-2]:
-            return None
-        encoder, decoder = self.encoder[..., :rank], self.decoder[:, :rank]
-        return dataclasses.replace(self, encoder=encoder, decoder=decoder)
-
-
-# Of keys and of values, for each layer.
-Bases = list[tuple[Basis, Basis]]
-
-
-def truncated(bases: Bases, ranks: Sequence[tuple[int, int]]) -> list[tuple[Basis | None, Basis | None]]:
-    """The bases of chosen ranks `(R_k, R_v)`, as `Basis.truncate` gives them."""
-    return [
-        (keys.truncate(rank_k), values.truncate(rank_v))
-        for (keys, values), (rank_k, rank_v) in zip(bases, ranks, strict=True)
-    ]
-
-
-def _orthonormal(moment: Tensor) -> Basis:
-    """All eigenvectors of second moments [G, D, D], by descending eigenvalue."""
-    values, vectors = torch.linalg.eigh(moment.double())
-    values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
-    # An eigenvector's sign is free: fixing it (largest entry positive) makes results the same on every machine.
-    largest = vectors.abs().argmax(dim=-2, keepdim=True)
-    vectors = vectors * vectors.gather(-2, largest).sign()
-    return Basis(vectors, vectors.transpose(-1, -2), values)
+TINY = torch.finfo(torch.float64).tiny
+# A metric's smallest eigenvalues are raised by this share of their mean, for no calibration text shows every query
+# (chosen: small, so that it decides only among directions that hardly matter).
+METRIC_FLOOR = 1e-4
+# The KV ratio at which errors of keys are weighed against those of values in latents of both sides, whatever is asked
+# for: bases are then the same for all ratios, as other bases are (chosen).
+WEIGHED_AT = 0.6
+# What a unit of error counts at least, in proportion to what that of the other side does (chosen: a side that was
+# measured to cost nothing is kept where it is free).
+LEAST_SHARE = 1e-6
 
 
 def eigen(moments: LayerMoments) -> tuple[Basis, Basis]:
@@ -99,7 +37,8 @@ def eigen(moments: LayerMoments) -> tuple[Basis, Basis]:
     Returns:
         The bases of keys and of values at full rank, in float64.
     """
-    return _orthonormal(moments.key + moments.query), _orthonormal(moments.value)
+    keys, values = orthonormal(moments.key + moments.query), orthonormal(moments.value)
+    return keys, dataclasses.replace(values, sides=("value",))
 
 
 def attention(moments: AttentionMoments) -> tuple[Basis, Basis]:
@@ -110,49 +49,107 @@ def attention(moments: AttentionMoments) -> tuple[Basis, Basis]:
     `M^(1/2) C M^(1/2)`, the encoder is `M^(1/2) W` and the decoder `W^T M^(-1/2)`. Where heads share a latent, C is of
     all their vectors together, and M has a block for each. See docs/mathematics.md.
 
+    From moments of keys and values side by side values are taken token by token, not as they are summed up in outputs.
+
     Returns:
         The bases of keys and of values at full rank, in float64; the spectrum is in units of the error itself.
     """
-    key_covariance, key_mean = covariance_under_attention(moments)
-    key_covariance = _shrunk(key_covariance, moments.key_prior, moments.shrinkage)
-    keys = best_maps(floored(blocks(moments.key_metric, len(key_mean))), key_covariance, key_mean)
-    share = moments.output_weight.clamp_min(TINY)
-    value_mean = moments.output_first / share[:, None]
-    value_covariance = moments.output_second - outer(value_mean) * share[:, None, None]
-    value_covariance = _shrunk(value_covariance, moments.value_prior, moments.shrinkage)
-    values = best_maps(floored(blocks(moments.value_metric, len(share))), value_covariance, value_mean)
+    metrics = moments.key_metric, moments.value_metric
+    keys, values = (
+        dataclasses.replace(
+            best_maps(floored(blocks(metric, len(mean))), covariance, mean),
+            sides=(side,),
+            heads=len(metric) // len(mean),
+        )
+        for side, metric, (covariance, mean) in zip(SIDES, metrics, _spreads(moments), strict=True)
+    )
     return keys, values
 
 
-def covariance_under_attention(moments: AttentionMoments) -> tuple[Tensor, Tensor]:
-    """Covariance [G, D, D] and mean [G, D] of tokens, each counted with the attention it gets.
+def attention_of_both(moments: AttentionMoments, key_weight: float, value_weight: float) -> Basis:
+    """The best map of each rank for keys and values side by side (compare arXiv 2405.04434, section 2.1).
+
+    As `attention`, with a metric that has the blocks of keys and of values, each times what a unit of its error costs
+    the model: the spectrum is in units of that cost. Values are taken token by token, for that is how they share a
+    latent with keys.
+
+    Returns:
+        The basis at full rank, in float64.
+    """
+    covariance, mean = _spread_of_both(moments)
+    most = max(key_weight, value_weight)
+    weights = [max(weight, LEAST_SHARE * most) if most > 0 else 1.0 for weight in (key_weight, value_weight)]
+    sides = [
+        weight * floored(blocks(metric, len(mean)))
+        for weight, metric in zip(weights, (moments.key_metric, moments.value_metric), strict=True)
+    ]
+    metric = torch.stack([torch.block_diag(*pair) for pair in zip(*sides, strict=True)])
+    found = best_maps(metric, covariance, mean)
+    # A squared error in a direction costs `u M u^T = 1`, of which this is the keys' part.
+    of_keys = found.decoder[..., _halves(mean)[0]]
+    key_share = (of_keys @ sides[0] * of_keys).sum(-1).clamp(0, 1)
+    heads = len(moments.key_metric) // len(mean)
+    return dataclasses.replace(found, sides=SIDES, heads=heads, key_share=key_share)
+
+
+def _spreads(moments: AttentionMoments) -> list[tuple[Tensor, Tensor]]:
+    """Covariance [G/N, N * D, N * D] and mean [G/N, N * D] that keys' errors, and values', are weighed by."""
+    if moments.outputs is None:
+        covariance, mean = _spread_of_both(moments)
+        return [(covariance[:, half, half], mean[:, half]) for half in _halves(mean)]
+    share = moments.outputs.weight.clamp_min(TINY)
+    mean = moments.outputs.first / share[:, None]
+    found = [_spread(moments.vectors), (moments.outputs.second - outer(mean) * share[:, None, None], mean)]
+    if not moments.shrinkage:
+        return found
+    return [
+        (_shrunk(covariance, prior, moments.shrinkage), mean)
+        for (covariance, mean), prior in zip(found, moments.priors, strict=True)
+    ]
+
+
+def _spread(sums: Sums) -> tuple[Tensor, Tensor]:
+    """Covariance [G/N, n, n] and mean [G/N, n] of tokens, each counted with the attention it gets.
 
     Divided by the weight here, not in the metric: the product is the sum of squared errors over all pairs.
     """
-    weight = moments.key_weight.clamp_min(TINY)
-    mean = moments.key_first / weight[:, None]
-    return moments.key_second / weight[:, None, None] - outer(mean), mean
+    weight = sums.weight.clamp_min(TINY)
+    mean = sums.first / weight[:, None]
+    return sums.second / weight[:, None, None] - outer(mean), mean
 
 
-def trace(x: Tensor) -> Tensor:
-    return x.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-def _shrunk(covariance: Tensor, prior: Tensor | None, shrinkage: float) -> Tensor:
+def _shrunk(covariance: Tensor, prior: Tensor, shrinkage: float) -> Tensor:
     """A covariance [G, D, D], part of which is replaced by the prior, scaled to have its trace."""
-    if not shrinkage:
-        return covariance
-    own, other = (trace(x)[:, None, None] for x in (covariance, prior))
+    own, other = (_trace(x)[:, None, None] for x in (covariance, prior))
     return (1 - shrinkage) * covariance + shrinkage * prior * own / other.clamp_min(TINY)
 
 
-TINY = torch.finfo(torch.float64).tiny
-# A metric's smallest eigenvalues are raised by this share of their mean, for no calibration text shows every query
-# (chosen: small, so that it decides only among directions that hardly matter).
-METRIC_FLOOR = 1e-4
+def _spread_of_both(moments: AttentionMoments) -> tuple[Tensor, Tensor]:
+    """Covariance [G/N, 2 * N * D, 2 * N * D] and mean of keys and values side by side, shrunk if asked for."""
+    covariance, mean = _spread(moments.vectors)
+    if not moments.shrinkage:
+        return covariance, mean
+    # Keys and values have units of their own, so the prior of each is scaled for itself.
+    (prior,), scale = moments.priors, torch.empty_like(mean)
+    for half in _halves(mean):
+        own, other = (_trace(x[:, half, half]) for x in (covariance, prior))
+        scale[:, half] = (own / other.clamp_min(TINY)).sqrt().unsqueeze(-1)
+    return (1 - moments.shrinkage) * covariance + moments.shrinkage * prior * outer(scale), mean
+
+
+def _halves(x: Tensor) -> tuple[slice, slice]:
+    """Where keys and where values lie in the last dimension."""
+    middle = x.shape[-1] // 2
+    return slice(0, middle), slice(middle, None)
+
+
+def _trace(x: Tensor) -> Tensor:
+    """[G, D, D] to [G]."""
+    return x.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def outer(x: Tensor) -> Tensor:
+    """Vectors [..., D] times themselves: [..., D, D]."""
     return x.unsqueeze(-1) * x.unsqueeze(-2)
 
 
@@ -174,23 +171,43 @@ def best_maps(metric: Tensor, covariance: Tensor, mean: Tensor) -> Basis:
     values, vectors = torch.linalg.eigh(metric)
     root = (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
     inverse = (vectors / values.clamp_min(TINY).sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
-    basis = _orthonormal(root @ covariance @ root)
+    basis = orthonormal(root @ covariance @ root)
     return Basis(root @ basis.encoder, basis.decoder @ inverse, basis.spectrum, mean)
 
 
 @dataclass(frozen=True)
 class BasisMethod:
-    """A kind of basis: what makes its empty moments, and what it makes of moments.
+    """A kind of basis. Another package adds its own to `BASES`.
 
     Args:
-        moments: `of(attention, window, sharing=ALONE, shrinkage=0.0, joint=False)`.
+        moments: the empty moments of a layer, `(attention, window, sharing, shrinkage)`; they hold sums over all pairs,
+            or over what the window leaves.
+        build: the bases of keys and of values at full rank that moments give.
+        supports: the features (`eigenattn.compression.recipe.FEATURES`) that the basis goes with. `coded` needs a
+            spectrum in whose units a squared error of a latent counts.
+        build_both: one basis of both sides, `(moments, key_weight, value_weight)`, where a unit of error of either
+            costs the model so much; None if keys and values cannot share latents. Moments for them have to give bases
+            by `build`, too.
     """
 
-    moments: Callable[..., Moments]
+    moments: Callable[[EigenAttention, int, Sharing, float], Moments]
     build: Callable[[Any], tuple[Basis, Basis]]
+    supports: frozenset[str] = frozenset()
+    build_both: Callable[[Any, float, float], Basis] | None = None
+
+    @property
+    def features(self) -> frozenset[str]:
+        """All that it supports."""
+        return self.supports if self.build_both is None else self.supports | {"both sides"}
 
 
+# The paper's moments are over all tokens, whatever the window, and of single heads.
 BASES: dict[str, BasisMethod] = {
-    "eigen": BasisMethod(LayerMoments.of, eigen),
-    "attention": BasisMethod(AttentionMoments.of, attention),
+    "eigen": BasisMethod(lambda attention, *_: LayerMoments.of(attention), eigen, frozenset({"window", "refit"})),
+    "attention": BasisMethod(
+        AttentionMoments.of,
+        attention,
+        frozenset({"window", "coded", "shared heads", "shrinkage", "refit"}),
+        attention_of_both,
+    ),
 }

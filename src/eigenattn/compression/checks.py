@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from ..config import Sharing
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
-from ..models.placement import loaded, put_off
-from .bases import Basis
+from ..models.placement import loaded, offloaded
+from ..models.projections import weight_of
+from .basis import Basis
 
 
-def check_weights(model: nn.Module) -> None:
+def check_weights(model: PreTrainedModel) -> None:
     """Raise an `EigenAttnError` that names the first weight with a NaN or an infinity."""
     for where, module in model.named_modules():
-        with loaded(module) if put_off(module) else nullcontext():  # one at a time
+        with loaded(module) if offloaded(module) else nullcontext():  # one at a time
             for name, parameter in module.named_parameters(where, recurse=False):
                 if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
                     continue
@@ -28,28 +31,26 @@ def check_weights(model: nn.Module) -> None:
                     )
 
 
-def check_vocabulary(input_ids: Tensor, model: nn.Module) -> None:
-    """Raise an `EigenAttnError` if there are token ids [B, T] that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    least, most = (int(extreme) for extreme in input_ids.aminmax())
-    if least < 0 or most >= rows:
-        wrong = least if least < 0 else most
-        raise EigenAttnError(
-            f"the text has token {wrong}, and the model knows tokens 0 to {rows - 1}: is the tokenizer another model's?"
-        )
+def check_sharing(kv_heads: int, sharing: Sharing) -> None:
+    """Raise an `EigenAttnError` if KV heads cannot be dealt out to latents evenly."""
+    for count in (sharing.keys, sharing.values):
+        if kv_heads % count:
+            divisors = [str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+            raise EigenAttnError(
+                f"{count} KV heads cannot share a latent where there are {kv_heads}: choose {', '.join(divisors)}."
+            )
 
 
-def check_range(attention: EigenAttention, bases: Sequence[Basis | None]) -> None:
-    """Raise an `EigenAttnError` if bases of keys and values do not fit the layer's dtype."""
-    dtype = attention.output_projection.weight.dtype
-    for side, basis in zip(("key", "value"), bases, strict=True):
-        if basis is None:
-            continue
+def check_range(attention: EigenAttention, bases: Iterable[Basis]) -> None:
+    """Raise an `EigenAttnError` if a layer's bases do not fit its dtype."""
+    dtype = weight_of(attention.output_projection).dtype
+    for basis in bases:
         for name, tensor in (("encoder", basis.encoder), ("decoder", basis.decoder), ("mean", basis.mean)):
             if tensor is not None and not _fits(tensor, dtype):
+                kind = str(dtype).removeprefix("torch.")
                 raise EigenAttnError(
-                    f"layer {attention.layer_idx}'s {side}_{name} does not fit {str(dtype).removeprefix('torch.')}: "
-                    "compress in bfloat16 or float32."
+                    f"layer {attention.layer_idx}'s {basis.sides[0]}_{name} does not fit {kind}: compress in bfloat16 "
+                    "or float32."
                 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache.codebook import DEGREE, level_table, middle
-from ..cache.packing import BITS
 from ..calibration.latent_histograms import Histograms
 from .bases import TINY
 
@@ -29,11 +29,11 @@ RIDGE = 1e-10
 
 @dataclass(frozen=True)
 class Fit:
-    """The best quantisers of one side's channels at each width that stores something.
+    """The best quantisers of one latent's channels at some widths.
 
     Args:
-        levels: for each width of `BITS` [G, R, 4]: see `eigenattn.cache.codebook.Codebook`.
-        error: the weighted sum of squared errors they leave, for each width of `BITS`, [G, R].
+        levels: for each width [G, R, 4]: see `eigenattn.cache.codebook.Codebook`.
+        error: the weighted sum of squared errors they leave, for each width, [G, R].
         energy: the weighted sum of squares of the latents, [G, R].
     """
 
@@ -42,18 +42,21 @@ class Fit:
     energy: Tensor
 
 
-def fit(histograms: Histograms) -> Fit:
+def fit(histograms: Histograms, widths: Sequence[int]) -> Fit:
     """Fit levels of each channel at each width to a histogram, by least weighted squared error.
 
     As in Lloyd's algorithm (1957) latents are given to the nearest level, and levels then moved to where those given to
     them want them, again and again. Here the levels of a channel move together: they are a polynomial of the code, and
     its coefficients a least-squares fit. From several starts, each channel keeps the best it has met.
+
+    Args:
+        widths: bits of the codes.
     """
     shape = histograms.sums.shape[1:-1]
     samples = _Samples.of(histograms)
     total, deviation, mean = (x.view(shape) for x in (samples.total, samples.deviation, samples.mean))
     levels, errors = {}, {}
-    for bits in BITS:
+    for bits in widths:
         found, error = _best(samples, bits)
         powers = torch.arange(DEGREE + 1, device=found.device)
         found = found.view(*shape, DEGREE + 1) * deviation.unsqueeze(-1) / float(middle(bits)) ** powers
@@ -98,16 +101,16 @@ class _Samples:
         sums = torch.stack([share, share * points, share * points.square()]).cumsum(-1)
         return cls(points, F.pad(sums, (1, 0)), total.squeeze(-1), mean.squeeze(-1), deviation.squeeze(-1))
 
-    def given_to(self, levels: Tensor) -> Tensor:
+    def assigned(self, levels: Tensor) -> Tensor:
         """Weight, first and second moment of the points nearest to each level [C, n]: [3, C, n]."""
         between = (levels[:, 1:] + levels[:, :-1]) / 2
         ends = F.pad(F.pad(torch.searchsorted(self.points, between), (1, 0)), (0, 1), value=self.points.shape[1])
         return self.sums.gather(-1, ends.expand(3, -1, -1)).diff(dim=-1)
 
 
-def _error(levels: Tensor, given: Tensor) -> Tensor:
-    """The weighted squared error [C] of levels [C, n], to which `_Samples.given_to` gave what is nearest."""
-    weight, first, second = given
+def _error(levels: Tensor, assigned: Tensor) -> Tensor:
+    """The weighted squared error [C] of levels [C, n], to which `_Samples.assigned` gives what is nearest."""
+    weight, first, second = assigned
     return (second - 2 * levels * first + levels.square() * weight).sum(-1)
 
 
@@ -121,7 +124,7 @@ def _best(samples: _Samples, bits: int) -> tuple[Tensor, Tensor]:
         best, error = _better(best, error, *_refined(samples, powers, _spread(samples, powers, curve)))
     # Levels that are free to go where they want say best which latents belong together.
     free = _free_levels(samples, powers.shape[-1])
-    return _better(best, error, *_refined(samples, powers, best, samples.given_to(free)))
+    return _better(best, error, *_refined(samples, powers, best, samples.assigned(free)))
 
 
 def _spread(samples: _Samples, powers: Tensor, curve: float) -> Tensor:
@@ -140,7 +143,7 @@ def _spread(samples: _Samples, powers: Tensor, curve: float) -> Tensor:
     for low, high in ranges:
         levels = (low + high) / 2 + (high - low) / 2 * place
         levels = levels.where(high > low, place)
-        best, error = _better(best, error, levels @ inverse, _error(levels, samples.given_to(levels)))
+        best, error = _better(best, error, levels @ inverse, _error(levels, samples.assigned(levels)))
     return best
 
 
@@ -154,29 +157,29 @@ def _free_levels(samples: _Samples, n: int) -> Tensor:
     at = torch.searchsorted(places, places[:, -1:] * shares).clamp_max(places.shape[-1] - 1)
     levels = samples.points.gather(-1, at)
     for _ in range(ROUNDS):
-        weight, first, _ = samples.given_to(levels)
+        weight, first, _ = samples.assigned(levels)
         levels = (first / weight.clamp_min(TINY)).where(weight > TINY, levels).sort(-1).values
     return levels
 
 
-def _refined(samples: _Samples, powers: Tensor, start: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _refined(samples: _Samples, powers: Tensor, start: Tensor, assigned: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The best coefficients [C, 4] on the way from a start, and their errors [C].
 
     Args:
-        given: what is given to each level at first, as `_Samples.given_to` has it, if not what is nearest.
+        assigned: what is given to each level at first, as `_Samples.assigned` has it, if not what is nearest.
     """
     levels = start @ powers
-    nearest = samples.given_to(levels)
+    nearest = samples.assigned(levels)
     best, error = start, _error(levels, nearest)
-    given = nearest if given is None else given
+    assigned = nearest if assigned is None else assigned
     ridge = RIDGE * torch.eye(DEGREE + 1, device=powers.device, dtype=powers.dtype)
     for _ in range(ROUNDS):
-        weight, first, _ = given
+        weight, first, _ = assigned
         normal = torch.einsum("cn,in,jn->cij", weight, powers, powers) + ridge
         found = _in_order(torch.linalg.solve(normal, first @ powers.T), best, powers)
         levels = found @ powers
-        given = samples.given_to(levels)
-        best, error = _better(best, error, found, _error(levels, given))
+        assigned = samples.assigned(levels)
+        best, error = _better(best, error, found, _error(levels, assigned))
     return best, error
 
 

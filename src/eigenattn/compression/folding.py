@@ -2,75 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..cache.packing import Widths
-from ..config import ALONE, Sharing
+from ..cache.layout import Layout
 from ..models.attention import EigenAttention
 from ..models.maps import MAPS, QUANTISERS
 from ..models.placement import execution_device
 from ..models.projections import Heads, join_heads, split_heads, weight_of, with_weight
-from .bases import Basis
+from .basis import Basis
 
 
-def attach(
-    attention: EigenAttention,
-    keys: Basis | None,
-    values: Basis | None,
-    window: int = 0,
-    sharing: Sharing = ALONE,
-) -> None:
+def attach(attention: EigenAttention, bases: Sequence[Basis], window: int = 0) -> None:
     """Compress a layer with maps applied at run time; the projections stay as they are.
 
     Args:
-        keys, values: bases, or None for a side that stays as the original has it. With a joint basis of `keys`, values
-            have none.
+        bases: of keys and of values, or of both; a side that is in none of them stays as the original has it.
         window: exact tokens, W.
-        sharing: KV heads that share a latent, N: the bases are of so many together.
     """
     detach(attention)
-    attention.window, attention.sharing = window, sharing
     output = attention.output_projection
     like = output.weight.requires_grad, {"device": execution_device(output), "dtype": output.weight.dtype}
-    ranks = [
-        attention.latent_dim(side) if basis is None else basis.rank
-        for side, basis in (("key", keys), ("value", values))
-    ]
-    if keys is not None and keys.joint:
-        ranks[1] = 0
-        if keys.quantiser is not None:
-            attention.widths_v = Widths(0, 0, 0, 0)
-    attention.rank_k, attention.rank_v = ranks
-    for side, basis in (("key", keys), ("value", values)):
-        if basis is None:
-            continue
-        _set_maps(attention, side, basis, like)
+    attention.layout = attention.layout.holding([basis.latent for basis in bases], window)
+    for basis in bases:
+        maps = basis.encoder.transpose(-1, -2), basis.decoder, basis.mean  # [G, R, D] twice and [G, D]
+        by_side = zip(
+            *(len(basis.sides) * [None] if x is None else x.chunk(len(basis.sides), dim=-1) for x in maps), strict=True
+        )
+        for side, (encoder, decoder, mean) in zip(basis.sides, by_side, strict=True):
+            _set(attention, f"{side}_encoder", encoder.flatten(0, 1), like)  # [G * R, D]
+            _set(attention, f"{side}_decoder", decoder.flatten(0, 1), like)
+            if mean is not None:
+                _set(attention, f"{side}_mean", mean.flatten(), like)
         if basis.quantiser is not None:
-            setattr(attention, "widths_k" if side == "key" else "widths_v", basis.quantiser.widths)
-            _set(attention, f"{side}_levels", basis.quantiser.levels.flatten(0, 1), like)
-
-
-def _set_maps(attention: EigenAttention, side: str, basis: Basis, like: tuple[bool, dict[str, Any]]) -> None:
-    maps = (basis.encoder.transpose(-1, -2), basis.decoder, basis.mean)  # [G, R, D] twice and [G, D]
-    sides = [(side, maps)]
-    if basis.joint:
-        halves = zip(*(x.chunk(2, dim=-1) for x in maps), strict=True)
-        sides = list(zip(("key", "value"), halves, strict=True))
-    for name, (encoder, decoder, mean) in sides:
-        _set(attention, f"{name}_encoder", encoder.flatten(0, 1), like)  # [G * R, D]
-        _set(attention, f"{name}_decoder", decoder.flatten(0, 1), like)
-        if mean is not None:
-            _set(attention, f"{name}_mean", mean.flatten(), like)
+            _set(attention, f"{basis.sides[0]}_levels", basis.quantiser.levels.flatten(0, 1), like)
 
 
 def detach(attention: EigenAttention) -> None:
     """Undo `attach`: back to full rank."""
-    attention.rank_k = attention.rank_v = attention.head_dim
-    attention.window, attention.sharing = 0, ALONE
-    attention.widths_k = attention.widths_v = None
+    attention.layout = Layout.full(attention.kv_heads, attention.head_dim)
     for name in (*MAPS, *QUANTISERS):
         setattr(attention, name, None)
 
@@ -81,39 +54,33 @@ def fold(attention: EigenAttention) -> None:
     With a window, or latents shared by heads, nothing is folded. Arithmetic is in float64; the new projections have the
     old ones' dtype. The result has the shapes that `EigenAttention.allocate` gives.
     """
-    if attention.keeps_projections:
+    if attention.layout.at_run_time:
         return
-    folds = Heads(
-        *(
-            fold and encoder is not None
-            for fold, encoder in zip(
-                attention.folds, (attention.key_encoder, attention.key_encoder, attention.value_encoder), strict=True
-            )
-        )
-    )
+    free, encoded = attention.folds, attention.key_encoder is not None
+    folds = Heads(free.query and encoded, free.key and encoded, free.value and attention.value_encoder is not None)
     weights, biases, has_bias = _projection_parts(attention)
-    projected = list(attention.projected)
+    size_q, size_k, size_v = attention.projected
     if folds.key:
         weights, biases = _encoded(attention, weights, biases, "key")
         has_bias = has_bias._replace(key=has_bias.key or attention.key_mean is not None)
-        projected[1] = attention.rank_k
+        size_k = attention.layout.of("key").rank
         attention.key_encoder = None
         if folds.query:
             # q' = q @ U.T; the term q . mean is the same for every key, and the softmax drops it.
             decoder = _maps(attention, "key_decoder").repeat_interleave(attention.num_key_value_groups, dim=0)
             weights = weights._replace(query=decoder @ weights.query)
             biases = biases._replace(query=(decoder @ biases.query.unsqueeze(-1)).squeeze(-1))
-            projected[0] = attention.rank_k
+            size_q = size_k
             attention.key_decoder = attention.key_mean = None
     if attention.value_decoder is not None:
         _fold_output(attention)
         if folds.value:
             weights, biases = _encoded(attention, weights, biases, "value")
             has_bias = has_bias._replace(value=has_bias.value or attention.value_mean is not None)
-            projected[2] = attention.rank_v
+            size_v = attention.layout.of("value").rank
             attention.value_encoder = attention.value_mean = None
         attention.value_decoder = None
-    attention.projected = tuple(projected)
+    attention.projected = size_q, size_k, size_v
     if any(folds):
         _set_projections(attention, weights, biases, has_bias)
 
@@ -128,7 +95,9 @@ def _maps(attention: EigenAttention, name: str) -> Tensor:
     return getattr(attention, name).detach().double().view(attention.kv_heads, -1, attention.head_dim)
 
 
-def _encoded(attention: EigenAttention, weights: Heads, biases: Heads, side: str) -> tuple[Heads, Heads]:
+def _encoded(
+    attention: EigenAttention, weights: Heads[Tensor], biases: Heads[Tensor], side: str
+) -> tuple[Heads[Tensor], Heads[Tensor]]:
     """Weights and biases of keys or values that give latents: `W' = E.T W`, `b' = E.T (b - mean)`."""
     encoder = _maps(attention, f"{side}_encoder")
     bias = getattr(biases, side)
@@ -154,7 +123,7 @@ def _fold_output(attention: EigenAttention) -> None:
     setattr(attention, attention.family.output, with_weight(projection, folded, bias))
 
 
-def _projection_parts(attention: EigenAttention) -> tuple[Heads, Heads, Heads]:
+def _projection_parts(attention: EigenAttention) -> tuple[Heads[Tensor], Heads[Tensor], Heads[bool]]:
     """Weights [H or G, D, C] and biases [H or G, D] of queries, keys and values in float64, and who has a bias."""
     family = attention.family
     projections = [getattr(attention, name) for name in family.qkv]
@@ -176,7 +145,9 @@ def _projection_parts(attention: EigenAttention) -> tuple[Heads, Heads, Heads]:
     )
 
 
-def _set_projections(attention: EigenAttention, weights: Heads, biases: Heads, has_bias: Heads) -> None:
+def _set_projections(
+    attention: EigenAttention, weights: Heads[Tensor], biases: Heads[Tensor], has_bias: Heads[bool]
+) -> None:
     family = attention.family
     if family.fused:
         joined = join_heads(Heads(*(w.permute(2, 0, 1) for w in weights)), family.fused).T
@@ -189,13 +160,7 @@ def _set_projections(attention: EigenAttention, weights: Heads, biases: Heads, h
 
 
 @torch.no_grad()
-def compress_layer(
-    attention: EigenAttention,
-    keys: Basis | None,
-    values: Basis | None,
-    window: int,
-    sharing: Sharing = ALONE,
-) -> None:
+def compress_layer(attention: EigenAttention, bases: Sequence[Basis], window: int) -> None:
     """Attach the bases of one layer and fold them."""
-    attach(attention, keys, values, window, sharing)
+    attach(attention, bases, window)
     fold(attention)

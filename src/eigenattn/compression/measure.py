@@ -9,71 +9,71 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..calibration.statistics import Batch, forward_hidden
-from ..config import Sharing
+from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from ..models.placement import is_spread, loaded
-from ..progress import TokenProgress
-from .bases import Basis
+from ..progress import TASK, TokenProgress
+from .basis import Bases, truncated
 from .folding import attach, detach
-from .passes import decoder_layers, given, hidden
-from .ranks import Ranks
-from .resuming import Notes
+from .passes import decoder_layers, embeddings_loaded, hidden, stubbed
+from .rank_problem import Ranks
+from .resuming import MemoisedMeasurements
 
 JUDGED_STRIDE = 4  # chosen
 # Layers whose trials share one pass, where weights come from disk: a 70B-shaped model's 5 trials a layer hold 1.3 GB of
 # hidden states then (chosen).
-LAYERS_TOGETHER = 16
+LAYERS_A_PASS = 16
 
 
 class Measurement:
     """Runs a converted model on a few batches with some of its layers truncated.
 
     Args:
-        bases: of keys and of values, at full rank, for each layer.
+        bases: of each layer's latents, at full rank.
         window: exact tokens, W.
         batches: token ids the costs are measured on.
-        notes: what an interrupted command had measured already.
+        memo: what an interrupted command had measured already.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         layers: Sequence[EigenAttention],
-        bases: Sequence[tuple[Basis, Basis]],
+        bases: Bases,
         window: int,
         batches: Sequence[Batch],
         bars: TokenProgress,
-        notes: Notes | None = None,
+        memo: MemoisedMeasurements | None = None,
     ) -> None:
         self.model, self.layers, self.bases = model, layers, bases
         self.window, self.batches, self.bars = window, batches, bars
-        self.notes = notes or Notes(None)
+        self.memo = memo or MemoisedMeasurements(None)
         self.decoder_layers = decoder_layers(model, layers)
 
-    def _truncate(self, index: int, ranks: tuple[int, int]) -> None:
-        attention, (keys, values), (rank_k, rank_v) = self.layers[index], self.bases[index], ranks
-        sharing = Sharing(*(attention.kv_heads // len(basis.encoder) for basis in (keys, values)))
-        attach(attention, keys.truncate(rank_k), values.truncate(rank_v), self.window, sharing)
+    def _truncate(self, index: int, ranks: tuple[int, ...]) -> None:
+        (bases,) = truncated([self.bases[index]], [ranks])
+        attach(self.layers[index], bases, self.window)
 
     def layer_errors(self, candidates: Sequence[Ranks]) -> list[list[float]]:
-        """Relative error at each decoder layer's output when its keys and values are truncated.
+        """Relative error at each decoder layer's output when its latents are truncated.
 
         The error is `||Y - Y'|| / ||Y||` over all tokens of the batches, with the layer's original input (arXiv
         2408.05646, algorithm 1). Each layer is run again, within one pass over the batches, for each of its candidates.
 
         Args:
-            candidates: for each layer the pairs `(R_k, R_v)` to try.
+            candidates: for each layer the ranks to try.
 
         Returns:
             For each layer the errors of its candidates.
         """
-        return self.notes.of(f"errors/{candidates}", partial(self._layer_errors, candidates))
+        return self.memo.of(f"errors/{candidates}", partial(self._layer_errors, candidates))
 
     @torch.no_grad()
     def _layer_errors(self, candidates: Sequence[Ranks]) -> list[list[float]]:
-        errors = [torch.zeros(len(pairs), dtype=torch.float64) for pairs in candidates]
+        errors = [torch.zeros(len(choices), dtype=torch.float64) for choices in candidates]
         norms = torch.zeros(len(self.layers), dtype=torch.float64)
         valid: Tensor | None = None
         running = False
@@ -97,7 +97,7 @@ class Measurement:
             finally:
                 detach(self.layers[index])
                 running = False
-            progress.advance(0)
+            progress.advance(TASK)
 
         with self.bars.bar("Measuring layers", len(self.layers) * len(self.batches)) as progress, ExitStack() as hooks:
             for index, layer in enumerate(self.decoder_layers):
@@ -119,15 +119,24 @@ class Measurement:
         through every later layer side by side, so that a layer that is kept on disk is read once for all of them.
 
         Args:
-            trials: for each layer the pairs `(R_k, R_v)` it is given, all others being at full rank.
+            trials: for each layer the ranks that are tried on it, all others being at full rank.
 
         Returns:
             For each layer the divergences of its trials, in nats a token.
+
+        Raises:
+            EigenAttnError: if the model predicts no tokens.
         """
-        sums = [[0.0] * len(pairs) for pairs in trials]
+        if self.model.get_output_embeddings() is None:
+            raise EigenAttnError(
+                f"this {type(self.model).__name__} has no language head, and what truncation costs is measured at its "
+                'predictions: load it with AutoModelForCausalLM. (ranks="uniform" needs no head, unless keys and '
+                "values share latents.)"
+            )
+        sums = [[0.0] * len(choices) for choices in trials]
         tokens = 0
-        together = LAYERS_TOGETHER if is_spread(self.model) else 1
-        steps = sum(len(pairs) for pairs in trials) * len(self.batches)
+        a_pass = LAYERS_A_PASS if is_spread(self.model) else 1
+        steps = sum(map(len, trials)) * len(self.batches)
         try:
             with self.bars.bar("Measuring sensitivities", steps) as progress:
                 for number, batch in enumerate(self.batches):
@@ -135,14 +144,14 @@ class Measurement:
                     rows = batch.input_ids.shape[0]
                     tokens += rows * len(positions) if batch.valid is None else int(batch.valid[:, positions].sum())
                     exact = self._log_probabilities(batch, positions)
-                    outputs = self._layer_outputs(batch, range(together - 1, len(trials), together))
-                    for first in range(0, len(trials), together):
-                        wave = dict(list(enumerate(trials))[first : first + together])
+                    outputs = self._layer_outputs(batch, range(a_pass - 1, len(trials), a_pass))
+                    for first in range(0, len(trials), a_pass):
+                        wave = dict(list(enumerate(trials))[first : first + a_pass])
                         measure = partial(self._divergences_of, wave, batch, positions, exact, outputs)
-                        found = self.notes.of(f"divergences/{number}/{wave}", measure)
+                        found = self.memo.of(f"divergences/{number}/{wave}", measure)
                         for index, costs in zip(wave, found, strict=True):
                             sums[index] = [total + cost for total, cost in zip(sums[index], costs, strict=True)]
-                            progress.advance(0, len(costs))
+                            progress.advance(TASK, len(costs))
         finally:
             for attention in self.layers:
                 detach(attention)
@@ -156,27 +165,27 @@ class Measurement:
         In half precision the path through the window rounds otherwise than the original's, and that alone makes some
         divergence. What the layer costs at full rank is therefore taken off.
         """
-        full = tuple(basis.encoder.shape[-2] for basis in self.bases[0])
         rounds = self.window > 0 and self.layers[0].output_projection.weight.dtype != torch.float32
-        runs = [(index, pair) for index, pairs in wave.items() for pair in ([*pairs, full] if rounds else pairs)]
-        found = {index: [] for index in wave}
+        full = {index: tuple(basis.full_rank for basis in self.bases[index]) for index in wave}
+        runs = [
+            (index, ranks) for index, tried in wave.items() for ranks in ([*tried, full[index]] if rounds else tried)
+        ]
+        found: dict[int, list[float]] = {index: [] for index in wave}
         if not runs:
             return list(found.values())
-        with ExitStack() as stack:
-            for embeddings in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
-                stack.enter_context(loaded(embeddings))
+        with embeddings_loaded(self.model):
             first = min(wave)
-            with given(self.decoder_layers[:first], outputs.get(first - 1)):
+            with stubbed(self.decoder_layers[:first], outputs.get(first - 1)):
                 changed_outputs = self._outputs_of(runs, batch)
             for (index, _), output in zip(runs, changed_outputs, strict=True):
-                with given(self.decoder_layers, output):
+                with stubbed(self.decoder_layers, output):
                     changed = self._log_probabilities(batch, positions)
                 found[index].append(float((exact.exp() * (exact - changed)).sum()))
         if not rounds:
             return list(found.values())
         return [[max(cost - costs[-1], 0.0) for cost in costs[:-1]] for costs in found.values()]
 
-    def _outputs_of(self, runs: Sequence[tuple[int, tuple[int, int]]], batch: Batch) -> list[Any]:
+    def _outputs_of(self, runs: Sequence[tuple[int, tuple[int, ...]]], batch: Batch) -> list[Any]:
         """What the last layer gives in each run, in which one layer is truncated: one pass, layer by layer.
 
         The pass itself is the original's up to the last truncated layer, and the last run from there on.
@@ -214,12 +223,12 @@ class Measurement:
             forward_hidden(self.model, batch)
         return outputs
 
-    def _layer_outputs(self, batch: Batch, kept: Container[int]) -> dict[int, Any]:
+    def _layer_outputs(self, batch: Batch, wanted: Container[int]) -> dict[int, Any]:
         """What some layers of the original give."""
         outputs: dict[int, Any] = {}
 
         def keep(position: int, layer: nn.Module, args: tuple, output: Any) -> None:
-            if position in kept:
+            if position in wanted:
                 outputs[position] = output
 
         with ExitStack() as hooks:

@@ -1,21 +1,33 @@
-"""Running some of a model's decoder layers: the others give what they are told."""
+"""Running some of a model's decoder layers: the others are stubbed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..calibration.statistics import Batch, forward_hidden
 from ..models.attention import EigenAttention
+from ..models.placement import loaded
 
 
-def decoder_layers(model: nn.Module, layers: Sequence[EigenAttention]) -> list[nn.Module]:
+def decoder_layers(model: PreTrainedModel, layers: Sequence[EigenAttention]) -> list[nn.Module]:
     """The decoder layers that attention modules belong to."""
     parents = {id(child): parent for parent in model.modules() for child in parent.children()}
     return [parents[id(attention)] for attention in layers]
+
+
+@contextmanager
+def embeddings_loaded(model: PreTrainedModel) -> Iterator[None]:
+    """Have the weights of input and output embeddings on their device, however often they are used meanwhile."""
+    with ExitStack() as stack:
+        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if embeddings is not None:
+                stack.enter_context(loaded(embeddings))
+        yield
 
 
 @contextmanager
@@ -34,12 +46,12 @@ def replaced(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterat
                 layer.forward = own
 
 
-def given(layers: Sequence[nn.Module], output: Any) -> AbstractContextManager[None]:
+def stubbed(layers: Sequence[nn.Module], output: Any) -> AbstractContextManager[None]:
     """Have all layers give this output instead of running."""
     return replaced(layers, lambda *args, **kwargs: output)
 
 
-def layer_output(model: nn.Module, layers: Sequence[nn.Module], index: int, before: Any, batch: Batch) -> Any:
+def layer_output(model: PreTrainedModel, layers: Sequence[nn.Module], index: int, before: Any, batch: Batch) -> Any:
     """What one decoder layer gives, and no other is run.
 
     Args:
@@ -48,7 +60,7 @@ def layer_output(model: nn.Module, layers: Sequence[nn.Module], index: int, befo
     found: list[Any] = []
     hook = layers[index].register_forward_hook(lambda layer, args, output: found.append(output))
     try:
-        with given(layers[:index], before), replaced(layers[index + 1 :], lambda *args, **kwargs: found[0]):
+        with stubbed(layers[:index], before), replaced(layers[index + 1 :], lambda *args, **kwargs: found[0]):
             forward_hidden(model, batch)
     finally:
         hook.remove()

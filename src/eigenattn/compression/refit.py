@@ -5,27 +5,26 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ..calibration.attention_moments import turned
 from ..calibration.statistics import Batch
-from ..config import Sharing
 from ..journal import Journal
-from ..kernels import BACKENDS
-from ..kernels.windowed import attend
+from ..kernels.blocks import FarKeys, NearKeys, attend
 from ..models.attention import EigenAttention
+from ..models.forward_pass import ForwardPass
 from ..models.placement import loaded
 from ..models.projections import Heads, weight_of
-from ..progress import TokenProgress
+from ..progress import TASK, TokenProgress
 from . import resuming
-from .bases import Basis
+from .basis import Bases, Basis
 from .folding import attach, detach
-from .passes import decoder_layers, layer_output
+from .passes import decoder_layers, embeddings_loaded, layer_output
 
 STAGE = "refit"
 # How far decoders are held to what they were, as a share of the mean energy of what they decode (chosen).
@@ -33,20 +32,17 @@ RIDGE = 1e-3
 # Conjugate gradients end at this relative residual, or after so many steps (chosen).
 TOLERANCE, STEPS = 1e-6, 300
 
-Pair = tuple[Basis | None, Basis | None]
-
 
 @torch.no_grad()
 def refit(
-    model: nn.Module,
+    model: PreTrainedModel,
     layers: Sequence[EigenAttention],
-    chosen: Sequence[Pair],
+    chosen: Bases,
     window: int,
-    sharing: Sharing,
     batches: Sequence[Batch],
     bars: TokenProgress,
     journal: Journal | None = None,
-) -> list[Pair]:
+) -> Bases:
     """Value decoders that bring each layer's attention output nearest to the original's (least squares).
 
     A layer is given what the layers before it make of the text once they are compressed and refitted, and its target
@@ -54,8 +50,8 @@ def refit(
     where it can. Each layer runs three times over the batches; memory holds the hidden states of all of them twice.
 
     Args:
-        chosen: the bases of each layer, truncated or quantised; None for a side at full rank.
-        window, sharing: as in `attach`.
+        chosen: the bases of each layer, truncated or quantised. Those of keys stay, and so do those of both sides.
+        window: exact tokens, W.
         batches: token ids to fit on.
         journal: keeps the layers that are done, and is asked for them.
 
@@ -63,45 +59,45 @@ def refit(
         The bases with new decoders of values.
     """
     blocks = decoder_layers(model, layers)
-    kept = journal.read(STAGE) if journal else None
-    tensors: dict[str, Tensor] = kept[0] if kept else {}
+    done = journal.read(STAGE) if journal else None
+    tensors: dict[str, Tensor] = done[0] if done else {}
     exact: list[Any] = [None] * len(batches)
     changed: list[Any] = [None] * len(batches)
-    result: list[Pair] = []
+    result: Bases = []
     saved = time.monotonic()
-    with bars.bar("Refitting", len(layers) * len(batches)) as bar, ExitStack() as stack:
-        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
-            stack.enter_context(loaded(embeddings))
-        for index, (attention, pair) in enumerate(zip(layers, chosen, strict=True)):
+    with bars.bar("Refitting", len(layers) * len(batches)) as bar, embeddings_loaded(model):
+        for index, (attention, bases) in enumerate(zip(layers, chosen, strict=True)):
             run = partial(layer_output, model, blocks, index)
             with loaded(blocks[index]):
                 detach(attention)
                 name, fit = f"{index}.change", None
-                if pair[1] is not None and name not in tensors:
-                    fit = LeastSquares(attention, pair[1].rank)
+                values = next((basis for basis in bases if basis.sides == ("value",)), None)
+                if values is not None and name not in tensors:
+                    fit = LeastSquares(attention, values.rank)
                 following = []
                 for number, batch in enumerate(batches):
                     with _output_of(attention) as target:
                         following.append(run(exact[number], batch))
                     if fit is not None:
-                        attach(attention, *pair, window, sharing)
+                        attach(attention, bases, window)
                         attention.observer = fit.observe
                         with _output_of(attention) as output:
                             run(changed[number], batch)
                         detach(attention)
                         attention.observer = None
                         fit.add(target[0] - output[0], batch.valid)
-                    bar.advance(0)
+                    bar.advance(TASK)
                 exact = following
                 if fit is not None:
                     tensors[name] = fit.solve()
-                if pair[1] is not None:
-                    pair = pair[0], _changed(pair[1], tensors[name].to(pair[1].decoder.device), sharing.values)
+                if values is not None:
+                    changed_values = _changed(values, tensors[name].to(values.decoder.device))
+                    bases = tuple(changed_values if basis is values else basis for basis in bases)
                 if index + 1 < len(layers):
-                    attach(attention, *pair, window, sharing)
+                    attach(attention, bases, window)
                     changed = [run(before, batch) for before, batch in zip(changed, batches, strict=True)]
                     detach(attention)
-            result.append(pair)
+            result.append(bases)
             if journal and fit is not None and time.monotonic() - saved > resuming.SAVE_SECONDS:
                 journal.write(STAGE, tensors)
                 saved = time.monotonic()
@@ -129,22 +125,21 @@ class LeastSquares:
         self.product = weight.new_zeros(h, rank, self.weight.shape[1])
         self.sums = weight.new_zeros(0)
 
-    def observe(self, attention: EigenAttention, heads: Heads, kwargs: dict[str, Any]) -> None:
+    def observe(self, attention: EigenAttention, heads: Heads[Tensor], this: ForwardPass) -> None:
         """Find the sums [B, H, T, R] of a batch in the middle of its pass through the compressed layer."""
         q, k, v = heads
-        t, window = q.shape[-2], attention.window
-        latents_k, latents_v = attention.rounded(k, v)
-        q, far, near = turned(attention, kwargs, q, attention.decode(latents_k, "key"), k)
-        z = attention.for_each_head(latents_v)  # [B, G, T, R]
-        backend = BACKENDS[attention.implementation_for(kwargs)]
-        options = {"mask": attention.mask_for(q, t, kwargs), "scale": attention.scaling, "softcap": attention.softcap}
+        t, window = q.shape[-2], attention.layout.window
+        latents = attention.rounded(k, v)
+        far = this.rotated(attention.decode(attention.latent(latents, "key"), "key"))
+        q, near = this.rotated(q), this.rotated(k)
+        z = attention.for_each_head(attention.latent(latents, "value"))  # [B, G, T, R]
+        options = {"mask": this.mask(q, t), "scale": attention.scaling, "softcap": attention.softcap}
         if window:
             # What is exact takes its share of the attention, and adds nothing.
-            held = far, z, near, torch.zeros_like(z)
-            options |= {"near_first": 0, "query_first": 0, "window": window, "columns": t}
-            self.sums, _ = attend(backend, q, *held, **options)
+            held = FarKeys(far, z), NearKeys(near, torch.zeros_like(z), 0)
+            self.sums, _ = attend(this.backend, q, *held, query_first=0, window=window, columns=t, **options)
         else:
-            self.sums, _ = backend(q, far, z, **options)
+            self.sums, _ = this.backend(q, far, z, **options)
 
     def add(self, missing: Tensor, valid: Tensor | None) -> None:
         """Add the batch that was observed.
@@ -194,17 +189,17 @@ def conjugate_gradients(
 ) -> Tensor:
     """Solve `normal(x) = target`; `normal` is linear, symmetric and positive, and `precondition` near its inverse."""
     x, residual = torch.zeros_like(target), target
-    direction = turned = precondition(residual)
-    slope, enough = (residual * turned).sum(), TOLERANCE * target.norm()
+    direction = conditioned = precondition(residual)
+    slope, enough = (residual * conditioned).sum(), TOLERANCE * target.norm()
     for _ in range(STEPS):
         if residual.norm() <= enough:
             break
         image = normal(direction)
         step = slope / (direction * image).sum()
         x, residual = x + step * direction, residual - step * image
-        turned, before = precondition(residual), slope
-        slope = (residual * turned).sum()
-        direction = turned + slope / before * direction
+        conditioned, before = precondition(residual), slope
+        slope = (residual * conditioned).sum()
+        direction = conditioned + slope / before * direction
     return x
 
 
@@ -212,14 +207,18 @@ def conjugate_gradients(
 def _output_of(attention: EigenAttention) -> Iterator[list[Tensor]]:
     """Collects what the output projection gives, [B, T, C] a pass."""
     found: list[Tensor] = []
-    hook = attention.output_projection.register_forward_hook(lambda projection, args, output: found.append(output))
+
+    def keep(projection: nn.Module, args: tuple, output: Tensor) -> None:
+        found.append(output)
+
+    hook = attention.output_projection.register_forward_hook(keep)
     try:
         yield found
     finally:
         hook.remove()
 
 
-def _changed(basis: Basis, change: Tensor, shared_heads: int) -> Basis:
+def _changed(basis: Basis, change: Tensor) -> Basis:
     """A basis of values with decoders changed by [G, R, D]."""
-    by_latent = change.unflatten(0, (-1, shared_heads)).transpose(1, 2).flatten(2)  # [G/N, R, N * D]
+    by_latent = change.unflatten(0, (-1, basis.heads)).transpose(1, 2).flatten(2)  # [G/N, R, N * D]
     return dataclasses.replace(basis, decoder=basis.decoder + by_latent)

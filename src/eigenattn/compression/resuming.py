@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
-
-from ..calibration.statistics import Batch, Moments
+from ..calibration.statistics import Batch, Moments, tensors_of
 from ..errors import EigenAttnError
 from ..journal import Journal
 from ..models.attention import EigenAttention
@@ -20,7 +17,7 @@ STATISTICS, COSTS = "statistics", "costs"
 SAVE_SECONDS = 60.0
 
 
-class KeptMoments:
+class ResumableMoments:
     """Moments that are saved while they grow, and go on from what was saved.
 
     Sums are taken up as they were and batches come in the same order, so the result has the bits of an uninterrupted
@@ -28,30 +25,28 @@ class KeptMoments:
 
     Args:
         empty: gives the empty moments of a layer.
-        journal: where they are kept; None keeps nothing.
+        journal: where they are saved; None saves nothing.
     """
 
     def __init__(self, empty: Callable[[EigenAttention], Moments], journal: Journal | None) -> None:
         self.make, self.journal = empty, journal
         self.moments: list[Moments] = []
-        self.kept = journal.read(STATISTICS) if journal else None
+        self.saved = journal.read(STATISTICS) if journal else None
 
     def empty(self, attention: EigenAttention) -> Moments:
         """The moments a layer starts with."""
         made = self.make(attention)
-        if self.kept is not None:
-            tensors, values = self.kept
-            position = str(len(self.moments))
-            for name, value in vars(made).items():
-                if isinstance(value, Tensor):
-                    value.copy_(tensors[f"{position}.{name}"])
+        if self.saved is not None:
+            tensors, values = self.saved
+            for name, value in tensors_of(made):
+                value.copy_(tensors[f"{len(self.moments)}.{name}"])
             made.tokens = values["tokens"]
         self.moments.append(made)
         return made
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass on the batches that are not counted yet."""
-        done = self.kept[1]["batches"] if self.kept else 0
+        done = self.saved[1]["batches"] if self.saved else 0
         count, saved = 0, time.monotonic()
         for batch in batches:
             count += 1
@@ -59,36 +54,35 @@ class KeptMoments:
                 continue
             yield batch
             if self.journal and time.monotonic() - saved > SAVE_SECONDS:
-                self._save(count)
+                self._save(self.journal, count)
                 saved = time.monotonic()
         if self.journal and count > done:
-            self._save(count)
+            self._save(self.journal, count)
 
-    def _save(self, count: int) -> None:
+    def _save(self, journal: Journal, count: int) -> None:
         tensors = {
-            f"{position}.{field.name}": value
+            f"{position}.{name}": value
             for position, sums in enumerate(self.moments)
-            for field in dataclasses.fields(sums)
-            if isinstance(value := getattr(sums, field.name), Tensor)
+            for name, value in tensors_of(sums)
         }
-        self.journal.write(STATISTICS, tensors, {"batches": count, "tokens": self.moments[0].tokens})
+        journal.write(STATISTICS, tensors, {"batches": count, "tokens": self.moments[0].tokens})
 
 
-class Notes:
-    """Results of measurements: with a journal each is measured once.
+class MemoisedMeasurements:
+    """Results of measurements: with a journal each is measured once, over all of a command's runs.
 
     Args:
-        journal: where they are kept; None keeps nothing.
+        journal: where they are saved; None saves nothing.
     """
 
     def __init__(self, journal: Journal | None) -> None:
         self.journal = journal
-        kept = journal.read(COSTS) if journal else None
-        self.found: dict[str, list[Any]] = kept[1] if kept else {}
+        saved = journal.read(COSTS) if journal else None
+        self.found: dict[str, list[Any]] = saved[1] if saved else {}
         self.saved = time.monotonic()
 
     def of(self, name: str, measure: Callable[[], list[Any]]) -> list[Any]:
-        """The result of that name: as it was noted, or measured now.
+        """The result of that name: as it was measured before, or measured now.
 
         Args:
             measure: gives numbers, or a list of numbers for each layer.

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .ranks import RankProblem, Ranks, measured_costs
+from .rank_problem import RankProblem, Ranks
+from .sensitivity import measured_costs
 
 
 @dataclass
 class SharedCosts:
     """Stands in for a `Measurement` over several ratios of one sweep.
 
-    Neither relative layer errors nor the divergences of one truncated side depend on the ratio. The errors are measured
-    once; divergences at the ranks that the anchor asks for, and the curves through them answer for all others.
+    Neither relative layer errors nor the divergences of one truncated latent depend on the ratio. The errors are
+    measured once; divergences at the ranks that the anchor asks for, and the curves through them answer for all others.
 
     Args:
         anchor: a problem in the middle of the sweep, whose costs are measured.
-        curves: what truncating each layer's keys and values costs at ranks 0 .. D, if an earlier run measured it.
+        curves: what truncating each latent of each layer costs at ranks 0 .. D, if an earlier run measured it.
     """
 
     anchor: RankProblem
@@ -36,8 +37,9 @@ class SharedCosts:
     def divergences(self, trials: Sequence[Ranks]) -> list[list[float]]:
         """As `Measurement.divergences`, from the curves; costs of keys and values add up."""
         if self.curves is None:
-            self.curves = [[side.tolist() for side in pair] for pair in measured_costs(self.anchor)]
+            self.curves = [[cost.tolist() for cost in layer] for layer in measured_costs(self.anchor)]
+        # Not strict: an earlier version wrote a second curve, of nothing, beside one of both sides.
         return [
-            [keys[rank_k] + values[rank_v] for rank_k, rank_v in pairs]
-            for (keys, values), pairs in zip(self.curves, trials, strict=True)
+            [sum(curve[rank] for curve, rank in zip(layer, ranks, strict=False)) for ranks in choices]
+            for layer, choices in zip(self.curves, trials, strict=True)
         ]

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from ..cache.evicting import EigenCache
 from ..cache.size import allocated_bytes
+from ..calibration.checks import check_length, checked
+from ..errors import EigenAttnError
+from ..files import is_text
 from ..models.placement import input_device
+
+# Temperatures between them leave logits in the range of half precision (chosen: far beyond any that people sample at).
+COLDEST, HOTTEST = 1e-3, 1e3
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,12 @@ class Continuation:
     kept_tokens: int
 
     def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
         return asdict(self)
 
 
 @torch.no_grad()
-def cache_bytes_used(model: nn.Module, ids: Tensor) -> int:
+def cache_bytes_used(model: PreTrainedModel, ids: Tensor) -> int:
     """Bytes that the cache holds after reading tokens [B, T], the last of them in a step of its own as in decoding."""
     cache = DynamicCache(config=model.config)
     for piece in (ids[:, :-1], ids[:, -1:]):
@@ -45,7 +52,7 @@ def cache_bytes_used(model: nn.Module, ids: Tensor) -> int:
 
 @torch.no_grad()
 def continue_prompt(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: Any,
     prompt: str,
     *,
@@ -59,19 +66,32 @@ def continue_prompt(
 
     Args:
         evict, budget: as of `EigenCache`.
+
+    Raises:
+        EigenAttnError: if the prompt is empty or no text, it has tokens or a length that the model cannot read, the
+            temperature is no number to divide by, or the model's predictions are no numbers.
     """
+    if temperature and not COLDEST <= temperature <= HOTTEST:
+        raise EigenAttnError(f"the temperature must be 0, or lie in [{COLDEST:g}, {HOTTEST:g}], not {temperature:g}.")
+    if not is_text(prompt):
+        raise EigenAttnError("the prompt is not UTF-8 text.")
     inputs = tokenizer(prompt, return_tensors="pt").to(input_device(model))
+    length = inputs["input_ids"].shape[1]
+    if not length:
+        raise EigenAttnError("the prompt is empty, and this tokenizer begins with no token of its own: give a word.")
+    check_length(model.config, length + max_new_tokens - 1)  # the last token is not read
     inputs.pop("token_type_ids", None)
     cache = EigenCache(model.config, evict=evict, budget=budget)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     start = time.perf_counter()
-    output = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, past_key_values=cache, use_cache=True, pad_token_id=pad, **sampling
-    )
+    with checked(model):
+        output = cast(Any, model).generate(
+            **inputs, max_new_tokens=max_new_tokens, past_key_values=cache, use_cache=True, pad_token_id=pad, **sampling
+        )
     seconds = time.perf_counter() - start
-    new = output[0, inputs["input_ids"].shape[1] :]
+    new = output[0, length:]
     return Continuation(
         prompt=prompt,
         text=tokenizer.decode(new, skip_special_tokens=True),

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from ..calibration.checks import check_length, checked
 from ..calibration.text import Text, tokenize
 from ..errors import EigenAttnError
-from ..progress import TokenProgress
+from ..progress import TASK, TokenProgress
 from .paired import Estimate, difference, exponential, mean
 from .perplexity import scored_tokens, windows_of
 from .reading import Logits, Predictions, Reading, read, uncached
@@ -24,7 +26,7 @@ class Items:
 
     Args:
         windows: [N, T] of every text, by its name.
-        haystack: [N], the whole of the first text.
+        haystack: [N], the first text, of a long one the beginning.
     """
 
     windows: dict[str, Tensor]
@@ -32,7 +34,7 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What to measure.
 
     Args:
@@ -67,7 +69,8 @@ class Plan:
         Raises:
             EigenAttnError: if a text is too short.
         """
-        tokens = {text.source: tokenize(tokenizer, text) for text in self.texts}
+        most = max(self.tokens, *(self.needles.lengths if self.needles else ()), 0)
+        tokens = {text.source: tokenize(tokenizer, text, most) for text in self.texts}
         windows = {name: windows_of(each, self.tokens, self.length, self.stride) for name, each in tokens.items()}
         return Items(windows, next(iter(tokens.values()), None))
 
@@ -99,9 +102,9 @@ class Measured:
 
 
 def measure(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: Any,
-    plan: Plan,
+    plan: EvaluationPlan,
     items: Items,
     *,
     title: str,
@@ -118,17 +121,21 @@ def measure(
         logits_of: how the model reads; tasks are always read at once, for that is lm-eval's way.
         original: predictions of the original model, by text, to be compared with.
         keep: keep this model's predictions.
+
+    Raises:
+        EigenAttnError: if the model does not know the tokens, or its predictions are no numbers.
     """
     windows = items.windows
     first = next(iter(windows.values()), None)
     copies = plan.copies if first is not None and plan.length // 2 > UNJUDGED else 0
     needles = plan.needles
     steps = sum(map(len, windows.values())) + min(copies, 0 if first is None else len(first))
+    check_length(model.config, max(needles.lengths, default=0) if needles else 0)
     steps += len(needles.lengths) * len(needles.depths) * needles.trials if needles else 0
-    with bars.bar(f"Reading with {title}", steps) as bar:
+    with checked(model), bars.bar(f"Reading with {title}", steps) as bar:
 
         def advance() -> None:
-            bar.advance(0)
+            bar.advance(TASK)
 
         readings = {
             name: read(
@@ -142,9 +149,12 @@ def measure(
             )
             for name, each in windows.items()
         }
-        copied = copying(model, first[:copies], logits_of, advance) if copies else None
-        found = find_needles(model, tokenizer, items.haystack, needles, logits_of, advance) if needles else {}
-    tasks = run_tasks(model, tokenizer, plan.tasks, limit=plan.limit, batch_size=plan.batch_size)
+        copied = copying(model, first[:copies], logits_of, advance) if copies and first is not None else None
+        found = {}
+        if needles is not None and items.haystack is not None:
+            found = find_needles(model, tokenizer, items.haystack, needles, logits_of, advance)
+    with checked(model):
+        tasks = run_tasks(model, tokenizer, plan.tasks, limit=plan.limit, batch_size=plan.batch_size)
     return Measured(readings, copied, found, tasks)
 
 
@@ -175,7 +185,7 @@ def _text(name: str, reading: Reading, baseline: Reading | None) -> dict[str, An
         ratio = exponential(difference(reading.nll, baseline.nll))
         row["baseline_perplexity"] = exponential(mean(baseline.nll)).value
         row |= _with_error("relative_increase", Estimate(ratio.value - 1, ratio.error))
-    if reading.divergence is not None:
+    if reading.divergence is not None and reading.agreement is not None:
         row |= _with_error("divergence", mean(reading.divergence))
         row |= _with_error("top1_agreement", mean(reading.agreement))
     return row

@@ -6,6 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..errors import EigenAttnError
+
+# The largest whole number whose `exp` is a number.
+MOST_NATS = 709
+
 
 class Estimate(NamedTuple):
     """A figure and its standard error; the error is None where a single observation gives none."""
@@ -24,7 +29,15 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def exponential(estimate: Estimate) -> Estimate:
-    """`exp` of an estimate; its error is carried over to first order."""
+    """`exp` of an estimate of nats a token; its error is carried over to first order.
+
+    Raises:
+        EigenAttnError: if it is no number, or `exp` of it is none: a model that says nothing gives some 12.
+    """
+    if not estimate.value < MOST_NATS:
+        raise EigenAttnError(
+            f"a loss of {estimate.value:.4g} nats a token is no model's: try --dtype float32, or check its weights."
+        )
     value = math.exp(estimate.value)
     return Estimate(value, None if estimate.error is None else value * estimate.error)
 

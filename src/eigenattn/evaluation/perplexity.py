@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from ..calibration.checks import checked
 from ..errors import EigenAttnError
 from .paired import exponential, mean
 from .reading import read, through_cache, uncached
@@ -47,13 +49,17 @@ def scored_tokens(length: int, stride: int | None = None) -> int:
 
 
 def perplexity(
-    model: nn.Module, windows: Tensor, cached: bool = False, advance: Callable[[], None] = lambda: None
+    model: PreTrainedModel, windows: Tensor, cached: bool = False, advance: Callable[[], None] = lambda: None
 ) -> Perplexity:
     """Perplexity over windows [N, T]; each is read on its own, and its first token is not predicted.
 
     Args:
         cached: read the first half of each window at once, and the rest token by token through the cache.
         advance: called after each window.
+
+    Raises:
+        EigenAttnError: if the model does not know the tokens, or its predictions are no numbers.
     """
-    reading = read(model, windows, logits_of=through_cache if cached else uncached, advance=advance)
+    with checked(model):
+        reading = read(model, windows, logits_of=through_cache if cached else uncached, advance=advance)
     return Perplexity(exponential(mean(reading.nll)).value, reading.tokens, reading.nll)

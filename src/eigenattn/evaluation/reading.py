@@ -7,27 +7,28 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..cache.evicting import EigenCache
-from ..compression.checks import check_vocabulary
+from ..calibration.checks import check_tokens
 from ..errors import EigenAttnError
 from ..models.placement import input_device
 
 # Gives the logits [1, keep, V] of the last `keep` tokens of one sequence [1, T]: `(model, ids, keep)`.
-Logits = Callable[[nn.Module, Tensor, int], Tensor]
+Logits = Callable[[PreTrainedModel, Tensor, int], Tensor]
 
 # Whole distributions kept of a text for comparison (chosen: 1 GB in fp32 at a vocabulary of 128k, and a small
 # error of the mean). They are spread evenly over the windows.
 KEPT_DISTRIBUTIONS = 2048
 
 
-def uncached(model: nn.Module, ids: Tensor, keep: int) -> Tensor:
+def uncached(model: PreTrainedModel, ids: Tensor, keep: int) -> Tensor:
     """The whole sequence at once, without a cache."""
     return model(ids, use_cache=False, logits_to_keep=keep).logits
 
 
-def through_cache(model: nn.Module, ids: Tensor, keep: int) -> Tensor:
+def through_cache(model: PreTrainedModel, ids: Tensor, keep: int) -> Tensor:
     """The first half of the sequence at once, and the rest token by token through the cache."""
     prefill = ids.shape[1] // 2
     out = model(ids[:, :prefill], use_cache=True)
@@ -50,7 +51,7 @@ def through_eviction(evict: str | None, budget: int | float | None, piece: int =
     """
 
     @torch.no_grad()
-    def read(model: nn.Module, ids: Tensor, keep: int) -> Tensor:
+    def read(model: PreTrainedModel, ids: Tensor, keep: int) -> Tensor:
         if keep >= ids.shape[1]:
             raise EigenAttnError(
                 "with eviction a prompt must come before the tokens that are judged: lower the stride."
@@ -99,7 +100,7 @@ class Reading:
 
 @torch.no_grad()
 def read(
-    model: nn.Module,
+    model: PreTrainedModel,
     windows: Tensor,
     *,
     scored: int | None = None,
@@ -118,9 +119,9 @@ def read(
         advance: called after each window.
 
     Raises:
-        EigenAttnError: if the windows hold tokens that the model does not know.
+        EigenAttnError: if the windows are longer than the model reads, or hold tokens that it does not know.
     """
-    check_vocabulary(windows, model)
+    check_tokens(windows, model)
     device = input_device(model)
     scored = windows.shape[1] - 1 if scored is None else scored
     count = max(1, min(scored, KEPT_DISTRIBUTIONS // len(windows)))
@@ -135,7 +136,9 @@ def read(
             logs = logits[positions.to(logits.device)].float().log_softmax(-1)
         if original is not None:
             exact = original.log_probabilities[index].to(logs.device)
-            divergence.append((exact.exp() * (exact - logs)).sum(-1).mean().item())
+            # Tokens that the original rules out, by logits of -inf, add nothing.
+            apart = torch.where(exact > -torch.inf, exact - logs, 0)
+            divergence.append((exact.exp() * apart).sum(-1).mean().item())
             agreement.append((guesses == original.top1[index]).float().mean().item())
         if keep:
             top1.append(guesses)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
 from ..models.placement import input_device
@@ -27,7 +28,7 @@ DIGITS = 5
 
 @torch.no_grad()
 def copying(
-    model: nn.Module, windows: Tensor, logits_of: Logits = uncached, advance: Callable[[], None] = lambda: None
+    model: PreTrainedModel, windows: Tensor, logits_of: Logits = uncached, advance: Callable[[], None] = lambda: None
 ) -> list[float]:
     """Share of tokens guessed in the second copy of half of each window [N, T], repeated.
 
@@ -113,7 +114,7 @@ def hide(tokenizer: Any, haystack: Tensor, length: int, depth: float, seed: int)
 
 @torch.no_grad()
 def find_needles(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: Any,
     haystack: Tensor,
     needles: Needles,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import QuantizedCache
+from torch import Tensor
+from transformers import PreTrainedModel, QuantizedCache
 
 from ..compression.folding import attach, detach
 from ..errors import EigenAttnError
@@ -21,68 +21,115 @@ from .reading import Logits, uncached
 
 # Elements that share a scale and a zero point (transformers' own default).
 GROUP = 64
-# backend -> the package that it needs, the widths it has, and arguments of its own. HQQ quantises along axis 1 only in
-# a form that is as good as along axis 0, and works on every device; so its codes of 3 bits come back for matrices only.
-BACKENDS: dict[str, tuple[str | None, tuple[int, ...], dict[str, Any]]] = {
-    "plain": (None, (8, 4, 3, 2), {}),
-    "quanto": ("optimum.quanto", (4, 2), {}),
-    "hqq": ("hqq", (8, 4, 2, 1), {"axis_key": 1, "axis_value": 1}),
-    "fp8": (None, (8,), {}),
-}
-NAMES = ", ".join(
-    f"{backend}-{bits}" if len(widths) > 1 else backend
-    for backend, (_, widths, _) in BACKENDS.items()
-    for bits in widths
-)
-
-
-def _installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # the package that it would be part of
-        return False
 
 
 @dataclass(frozen=True)
-class Rival:
-    """A plain quantised cache: `quanto-4` keeps 4 bits an element, by quanto.
+class Rival(ABC):
+    """A smaller cache to compare with. Another package adds its own to `RIVALS`.
 
-    `plain` stands for what transformers does not have: keys are quantised per channel and before rotation, values per
-    token, beside the same window of exact tokens as ours. Elements are rounded and not packed. So does KIVI (arXiv
-    2402.02750), and before rotation KVQuant (arXiv 2401.18079).
+    Args:
+        name: what it is called in results.
+        bits: of a stored number.
+        package: what has to be installed for it, by the name that it is imported by; None for nothing.
     """
 
     name: str
-    backend: str
     bits: int
+    package: str | None = None
 
-    @classmethod
-    def of(cls, name: str) -> Rival:
-        """Read a name.
+    @staticmethod
+    def of(name: str) -> Rival:
+        """The one of that name.
 
         Raises:
             EigenAttnError: if it is unknown, or its package is absent.
         """
-        match = re.fullmatch(r"(\w+?)(?:-(\d+))?", name)
-        backend, bits = (match[1], int(match[2] or 8)) if match else ("", 0)
-        if backend not in BACKENDS or bits not in BACKENDS[backend][1]:
-            raise EigenAttnError(f"unknown rival {name!r}: choose from {NAMES}.")
-        package = BACKENDS[backend][0]
-        if package is not None and not _installed(package):
+        if name not in RIVALS:
+            raise EigenAttnError(f"unknown rival {name!r}: choose from {', '.join(RIVALS)}.")
+        rival = RIVALS[name]
+        if rival.package is not None and not _installed(rival.package):
             raise EigenAttnError(f"rival {name!r} needs a package: pip install 'eigenattn[rivals]'.")
-        return cls(name, backend, bits)
+        return rival
 
+    @property
+    def keeps_window(self) -> bool:
+        """Whether the last tokens are exact."""
+        return True
+
+    @abstractmethod
     def bits_per_element(self, head_dim: int) -> float:
-        """Bits a cached element takes, scale and zero point of its group at 16 bits included."""
-        if self.backend == "fp8":
-            return self.bits
-        of_values = min(GROUP, head_dim) if self.backend == "plain" else GROUP
-        return self.bits + 16 / GROUP + 16 / of_values
+        """Bits a cached element takes, all that is stored beside it included."""
 
     def check(self, config: Any, window: int) -> None:
-        """Raise an `EigenAttnError` if the cache of such a model is not quantised so."""
-        if self.backend != "plain":
-            self.cache(config, window)
+        """Raise an `EigenAttnError` if such a model, of which `config` is the configuration, has no such cache."""
+        return
+
+    @abstractmethod
+    def reading(self, layers: Sequence[EigenAttention], window: int) -> AbstractContextManager[Logits]:
+        """How the model reads with this cache.
+
+        Args:
+            layers: the model's, at full rank.
+            window: exact tokens.
+        """
+
+
+class PlainRival(Rival):
+    """What transformers does not have: keys quantised per channel and before rotation, values per token.
+
+    They stand beside the same window of exact tokens as ours. Elements are rounded and not packed. So does KIVI (arXiv
+    2402.02750), and before rotation KVQuant (arXiv 2401.18079).
+    """
+
+    def bits_per_element(self, head_dim: int) -> float:
+        """Scale and zero point of a group at 16 bits included."""
+        return self.bits + 16 / GROUP + 16 / min(GROUP, head_dim)
+
+    @contextmanager
+    def reading(self, layers: Sequence[EigenAttention], window: int) -> Iterator[Logits]:
+        """All at once, what lies outside the window being rounded."""
+        try:
+            for attention in layers:
+                attach(attention, (), window)
+                attention.rounded = self._rounded
+            yield uncached
+        finally:
+            for attention in layers:
+                del attention.rounded
+                detach(attention)
+
+    def _rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """In place of `EigenAttention.rounded`: of [B, G, S, D], keys per channel and values per token."""
+        by_channel = rounded_in_groups(keys.transpose(-1, -2), self.bits)
+        return by_channel.transpose(-1, -2), rounded_in_groups(values, self.bits)
+
+
+@dataclass(frozen=True)
+class QuantisedCacheRival(Rival):
+    """A quantised cache of transformers: `quanto-4` keeps 4 bits an element, by quanto.
+
+    Args:
+        backend: its name in transformers.
+        options: arguments of its own.
+        grouped: whether groups of elements have a scale and a zero point, and the last tokens are exact.
+    """
+
+    backend: str = ""
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    grouped: bool = True
+
+    @property
+    def keeps_window(self) -> bool:
+        """Whether the last tokens are exact."""
+        return self.grouped
+
+    def bits_per_element(self, head_dim: int) -> float:
+        """Scale and zero point of a group at 16 bits included."""
+        return self.bits + 2 * 16 / GROUP if self.grouped else self.bits
+
+    def check(self, config: Any, window: int) -> None:
+        """Raise an `EigenAttnError` if transformers does not quantise the cache of such a model so."""
+        self.cache(config, window)
 
     def cache(self, config: Any, window: int) -> QuantizedCache:
         """An empty cache.
@@ -94,48 +141,33 @@ class Rival:
         Raises:
             EigenAttnError: if this transformers does not quantise the cache of such a model so.
         """
-        _, _, own = BACKENDS[self.backend]
-        options = {} if self.backend == "fp8" else {"nbits": self.bits, "q_group_size": GROUP, **own}
-        if options:
-            options["residual_length"] = window
+        groups = {"nbits": self.bits, "q_group_size": GROUP, "residual_length": window} if self.grouped else {}
         try:
-            return QuantizedCache(self.backend, config, **options)
+            return QuantizedCache(self.backend, config, **groups, **self.options)
         except (ValueError, ImportError) as error:
             reason = str(error).splitlines()[0]
             raise EigenAttnError(f"transformers does not quantise this cache by {self.name}: {reason}") from error
 
     @contextmanager
     def reading(self, layers: Sequence[EigenAttention], window: int) -> Iterator[Logits]:
-        """How the model reads with this cache.
+        """In pieces of `window` tokens.
 
-        Args:
-            layers: the model's, at full rank.
-            window: exact tokens. Through a cache of transformers text is read in pieces of so many: a piece is seen
-                exactly while it is read, by its own tokens, and everything before it through the cache.
+        A piece is seen exactly while it is read, by its own tokens, and everything before it through the cache.
         """
-        if self.backend != "plain":
-            yield partial(self._in_pieces, window)
-            return
-        try:
-            for attention in layers:
-                attach(attention, None, None, window)
-                attention.rounded = self._rounded
-            yield uncached
-        finally:
-            for attention in layers:
-                del attention.rounded
-                detach(attention)
+        yield partial(self._in_pieces, window)
 
     @torch.no_grad()
-    def _in_pieces(self, piece: int, model: nn.Module, ids: Tensor, keep: int) -> Tensor:
+    def _in_pieces(self, piece: int, model: PreTrainedModel, ids: Tensor, keep: int) -> Tensor:
         cache = self.cache(model.config, piece)
         pieces = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(piece, dim=1)]
         return torch.cat(pieces, dim=1)[:, -keep:]
 
-    def _rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """In place of `EigenAttention.rounded`: of [B, G, S, D], keys per channel and values per token."""
-        by_channel = rounded_in_groups(keys.transpose(-1, -2), self.bits)
-        return by_channel.transpose(-1, -2), rounded_in_groups(values, self.bits)
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that it would be part of
+        return False
 
 
 def rounded_in_groups(x: Tensor, bits: int) -> Tensor:
@@ -146,3 +178,19 @@ def rounded_in_groups(x: Tensor, bits: int) -> Tensor:
         step = ((high - low) / (2**bits - 1)).half().to(x.dtype).clamp_min(1e-7)
         pieces.append(low + ((piece - low) / step).round().clamp(0, 2**bits - 1) * step)
     return torch.cat(pieces, dim=-1) if pieces else x
+
+
+# HQQ quantises along axis 1 only in a form that is as good as along axis 0, and works on every device; so its codes of
+# 3 bits come back for matrices only.
+RIVALS: dict[str, Rival] = {
+    rival.name: rival
+    for rival in (
+        *(PlainRival(f"plain-{bits}", bits) for bits in (8, 4, 3, 2)),
+        *(QuantisedCacheRival(f"quanto-{bits}", bits, "optimum.quanto", "quanto") for bits in (4, 2)),
+        *(
+            QuantisedCacheRival(f"hqq-{bits}", bits, "hqq", "hqq", {"axis_key": 1, "axis_value": 1})
+            for bits in (8, 4, 2, 1)
+        ),
+        QuantisedCacheRival("fp8", 8, backend="fp8", grouped=False),
+    )
+}

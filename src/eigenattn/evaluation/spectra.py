@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from ..calibration.statistics import Batch, collect_moments
+from ..calibration.statistics import Batch
 from ..calibration.text import Text
 from ..calibration.windows import SELF, complete, text_windows
-from ..compression.bases import BASES
+from ..compression.recipe import Recipe
+from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
 from ..models.loading import Source, load_model, load_tokenizer
@@ -38,7 +40,7 @@ def energy_kept(spectrum: Tensor) -> Tensor:
 
 
 def spectra_of(
-    model: nn.Module, batches: Sequence[Batch], *, basis: str = "eigen", window: int = 0, progress: bool = False
+    model: PreTrainedModel, batches: Sequence[Batch], *, basis: str = "eigen", window: int = 0, progress: bool = False
 ) -> dict[str, Tensor]:
     """Spectra [layers, G, D], descending, of `keys` (for `eigen` of stacked keys and queries) and `values`.
 
@@ -48,20 +50,12 @@ def spectra_of(
         window: exact tokens; the `attention` basis looks only at what lies further back.
 
     Raises:
-        EigenAttnError: if the basis is unknown, or the model is not supported or compressed.
+        EigenAttnError: if the basis is unknown, or goes with no window, or the model is not supported or compressed.
     """
-    if basis not in BASES:
-        raise EigenAttnError(f"unknown name {basis!r}: choose one of {', '.join(BASES)}.")
+    config = EigenAttentionConfig(basis=basis, window=window)
     originals = convert_attention(model)
     try:
-        layers = eigen_layers(model)
-        moments = collect_moments(
-            model,
-            layers,
-            TokenProgress(progress).batches("Calibrating", batches, len(batches)),
-            lambda attention: BASES[basis].moments(attention, window),
-        )
-        bases = [BASES[basis].build(sums) for sums in moments]
+        bases = Recipe(model, eigen_layers(model), config, batches, TokenProgress(progress)).bases
     finally:
         restore_attention(model, originals)
     sides = zip(SIDES, zip(*bases, strict=True), strict=True)

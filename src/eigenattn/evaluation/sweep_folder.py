@@ -1,209 +1,41 @@
-"""A sweep from the command line: names in, a folder of results out, cell by cell."""
+"""A sweep's folder of results: written after every cell, and taken up where it stopped."""
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..calibration.statistics import Batch
-from ..calibration.text import SOURCES, Text, load_text
-from ..calibration.windows import SELF, complete, load_texts, text_windows
 from ..errors import EigenAttnError
-from ..files import lock, whole
-from ..models.checkpoint import layer_entry
-from ..models.loading import Source, load_model, load_tokenizer
-from ..models.placement import input_device
-from ..progress import TokenProgress
+from ..files import check_name, lock, to_json, whole
 from ..version import versions
-from .measuring import Plan, measure, report
-from .reading import Logits, uncached
-from .rivals import Rival
-from .sweep import Cell, Grid, SweepModel, added, rival_sizes, sizes
 
 VERSION = 2
 FILE, TABLE, SECONDS = "sweep.json", "sweep.csv", "seconds.json"
-# One part in so many of a file is held out for evaluation, if no other text is given for that.
-HELD_OUT = 5
 
 
-def sweep_texts(sources: Sequence[str], evaluation: Sequence[str]) -> tuple[list[Text | None], list[Text]]:
-    """Texts to calibrate on, None standing for `self`, and texts to evaluate on, which share nothing with them.
-
-    Args:
-        evaluation: other sources to evaluate on. By default the same: named ones have a held-out part, and of a file
-            the last fifth is held out.
-
-    Raises:
-        EigenAttnError: if a source cannot be read, or nothing is left to evaluate on.
-    """
-    if evaluation:
-        return load_texts(sources), [load_text(source, "evaluation") for source in evaluation]
-    calibration: list[Text | None] = []
-    held_out = []
-    for source, text in zip(sources, load_texts(sources), strict=True):
-        if text is None or source in SOURCES:
-            calibration.append(text)
-            held_out += [] if source == SELF else [load_text(source, "evaluation")]
-            continue
-        cut = len(text.content) - len(text.content) // HELD_OUT
-        calibration.append(Text(f"{text.source}, first part", text.content[:cut]))
-        held_out.append(Text(f"{text.source}, last fifth", text.content[cut:]))
-    if not held_out:
-        raise EigenAttnError("there is no text to evaluate on: give --evaluation-text.")
-    return calibration, held_out
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What statistics are collected on: so many windows of some texts together, None being what the model writes."""
-
-    texts: tuple[Text | None, ...]
-    samples: int
-
-    @property
-    def name(self) -> str:
-        return " + ".join(text.source if text else SELF for text in self.texts)
-
-    @property
-    def key(self) -> str:
-        return f"{self.name}/{self.samples}"
-
-
-def run_sweep(
-    name: str,
-    out: Path,
-    grid: Grid,
-    plan: Plan,
-    *,
-    calibrations: Sequence[Calibration],
-    length: int,
-    seed: int,
-    rivals: Sequence[Rival] = (),
-    dtype: str | None = None,
-    device: str | None = None,
-    progress: bool = False,
-    done: Callable[[str, dict[str, Any]], None] = lambda key, cell: None,
-) -> dict[str, Any]:
-    """Measure every cell of a grid that `out` does not hold yet, and write each as soon as it is known.
-
-    Args:
-        name: a model: folder, hub id, `.gguf` file or `smollm2`.
-        calibrations: what to calibrate on; the whole grid is measured with each.
-        length, seed: of how many tokens calibration windows are, and their draw.
-        rivals: plain quantised caches, each measured with the largest of the grid's windows as exact tokens.
-        done: called with each cell's key and figures.
-
-    Returns:
-        What `sweep.json` holds, and the `seconds` that each stage took.
-
-    Raises:
-        EigenAttnError: on bad input, or a folder that holds something else or is in use.
-    """
-    if length <= max(grid.windows) or plan.length <= max(grid.windows):
-        raise EigenAttnError(f"windows of text must be longer than the {max(grid.windows)} exact tokens.")
-    settings = {
-        "model": name,
-        "length": length,
-        "seed": seed,
-        "rank_multiple": grid.rank_multiple,
-        "evaluation": [_named(text) for text in plan.texts],
-        "protocol": plan.protocol(dtype or "checkpoint", "uncached"),
-        "tasks": list(plan.tasks),
-        "needles": list(plan.needles.lengths) if plan.needles else [],
-    }
-    # A quantised cache with no exact token does not exist: its piece is at least one token.
-    exact = max(grid.windows) or 32
-    with Results(out, settings, calibrations) as results:
-        wanted = {calibration: _missing(grid, calibration, results.cells) for calibration in calibrations}
-        wanted = {calibration: cells for calibration, cells in wanted.items() if cells}
-        missing = [rival for rival in rivals if f"{rival.name}/{exact}" not in results.cells]
-        if not wanted and not missing:
-            results.save_beside()  # it may have been killed between the files
-            return results.values | {"seconds": results.seconds}
-        bars = TokenProgress(progress)
-        source = Source.of(name)
-        tokenizer = load_tokenizer(source)
-        parts = {each: text_windows(each.texts, tokenizer, each.samples, length, seed) for each in wanted}
-        items = plan.items(tokenizer)
-        model = load_model(source, dtype, device)
-        for rival in missing:
-            rival.check(model.config, exact)
-        device_of_input = input_device(model)
-        # Before the model is converted, as `compress` does: what it writes may hang on a rounding.
-        batches = {
-            each: [Batch(window) for window in complete(part, model, length, seed).to(device_of_input).split(1)]
-            for each, part in parts.items()
-        }
-        # Distributions are too large to keep: a sweep that goes on reads the original again.
-        with added(results.seconds, "baseline"):
-            base = measure(model, tokenizer, plan, items, title="the original", bars=bars, keep=True)
-        results.values["baseline"] = report(base)
-        subject = SweepModel(model, [], grid, bars, results.seconds)
-
-        def record(key: str, title: str, facts: dict[str, Any], what: Plan, logits_of: Logits) -> None:
-            options = {"title": title, "bars": bars, "logits_of": logits_of, "original": base.predictions}
-            with added(results.seconds, "evaluation"):
-                found = measure(model, tokenizer, what, items, **options)
-            results.cells[key] = facts | report(found, base)
-            results.save()
-            done(key, results.cells[key])
-
-        for rival in missing:
-            facts = {"method": rival.name, "window": exact, **rival_sizes(subject.layers, rival, exact, plan.length)}
-            without_tasks = dataclasses.replace(plan, tasks={})  # lm-eval reads without a cache
-            with rival.reading(subject.layers, exact) as logits_of:
-                record(f"{rival.name}/{exact}", rival.name, facts, without_tasks, logits_of)
-        for calibration, cells in wanted.items():
-            subject.calibrate(batches[calibration])
-            curves = results.values["costs"].setdefault(calibration.key, {})
-            for cell in cells:
-                known = set(curves)
-                subject.compress(cell, curves)
-                if set(curves) != known:
-                    results.save()  # measuring costs takes longer than evaluating a cell
-                facts = {
-                    "method": cell.method,
-                    "calibration": calibration.name,
-                    "samples": calibration.samples,
-                    **cell._asdict(),
-                    "asked": cell.asked,
-                    **sizes(subject.layers, plan.length),
-                    "layers": [layer_entry(attention) for attention in subject.layers],
-                }
-                key = f"{calibration.key}/{cell.key}"
-                record(key, key, facts, plan, uncached)
-                subject.restore()
-        return results.values | {"seconds": results.seconds}
-
-
-def _missing(grid: Grid, calibration: Calibration, done: Mapping[str, Any]) -> list[Cell]:
-    return [cell for cell in grid.cells() if f"{calibration.key}/{cell.key}" not in done]
-
-
-def _named(text: Text | None) -> dict[str, str | None]:
-    return {"source": text.source if text else SELF, "sha256": text.sha256 if text else None}
-
-
-class Results:
-    """A sweep's folder: `sweep.json`, written anew after every cell, and the table `sweep.csv` beside it.
+class SweepFolder:
+    """What a sweep writes: `sweep.json`, written anew after every cell, and the table `sweep.csv` beside it.
 
     Both are the same however often a sweep was stopped. What is not, the time each stage took, is in `seconds.json`. A
     lock on the folder keeps a second process out.
+
+    Args:
+        folder: an empty one, one that does not exist, or one that a sweep with the same settings has begun.
+        settings: what all cells have in common, in plain values.
+        texts: what each calibration text is made of, by its name.
 
     Raises:
         EigenAttnError: if the folder holds something else, or a sweep with other settings, or another process uses it.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], calibrations: Sequence[Calibration]) -> None:
-        self.folder = folder
-        self.texts = {each.name: [_named(text) for text in each.texts] for each in calibrations}
+    def __init__(self, folder: Path, settings: dict[str, Any], texts: dict[str, list[dict[str, Any]]]) -> None:
+        check_name(folder)
+        self.folder, self.texts = folder, texts
         settings = json.loads(json.dumps(settings))  # as they will be read back: tuples become lists
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -241,12 +73,13 @@ class Results:
 
     @property
     def cells(self) -> dict[str, dict[str, Any]]:
+        """What was measured, by the cell's key."""
         return self.values["cells"]
 
     def save(self) -> None:
         """Write all files. A cell is done when `sweep.json`, the first of them, holds it."""
         with whole(self.folder / FILE) as beside:
-            beside.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
+            beside.write_text(to_json(self.values, indent=1), encoding="utf-8")
         self.save_beside()
 
     def save_beside(self) -> None:
@@ -257,7 +90,7 @@ class Results:
             writer.writeheader()
             writer.writerows(rows)
         with whole(self.folder / SECONDS) as beside:
-            beside.write_text(json.dumps(self.seconds, indent=1) + "\n", encoding="utf-8")
+            beside.write_text(to_json(self.seconds, indent=1), encoding="utf-8")
 
     def close(self) -> None:
         """Let go of the lock. A folder that nothing was written to is removed."""
@@ -265,7 +98,7 @@ class Results:
             self.folder.rmdir()
         os.close(self._lock)
 
-    def __enter__(self) -> Results:
+    def __enter__(self) -> SweepFolder:
         return self
 
     def __exit__(self, *_: object) -> None:

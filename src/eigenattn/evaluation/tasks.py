@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
+from ..files import holds_rows, is_text, read_rows
 
 PAPER = "paper"
 # The five of arXiv 2408.05646, table 1.
@@ -44,14 +44,14 @@ def task_names(asked: Sequence[str]) -> list[str]:
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, Any]:
-    """Read tasks: those of lm-eval by name, from the hub, and `.jsonl` files of `query`, `choices` and `gold`.
+    """Read tasks: those of lm-eval by name, from the hub, and files of JSON rows with `query`, `choices` and `gold`.
 
     Raises:
         EigenAttnError: if lm-eval is absent, a file is malformed, a task is unknown, or its data cannot be reached.
     """
     if not names:
         return {}
-    files = {name: _rows(Path(name)) for name in names if name.endswith(".jsonl")}
+    files = {name: _rows(Path(name)) for name in names if holds_rows(Path(name))}
     manager = _manager(len(files) < len(names))
     known = set(manager.all_tasks)
     tasks = {}
@@ -64,6 +64,8 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
             loaded = manager.load([_local(Path(name), files[name]) if name in files else name])["tasks"]
         except Exception as error:  # lm-eval lets through what datasets, fsspec and the network raise
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if name in files:
+                raise EigenAttnError(f"task {name} could not be made of its items ({first}).") from error
             raise EigenAttnError(
                 f"the data of task {name!r} could not be read from the hub ({first}). Offline, use a local .jsonl file."
             ) from error
@@ -88,26 +90,15 @@ def _manager(include_defaults: bool) -> Any:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise EigenAttnError(f"task {path} could not be read: {reason}.") from error
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            query, choices, gold = (row[name] for name in FIELDS)
-            sound = isinstance(query, str) and all(isinstance(choice, str) for choice in choices)
-            if not sound or type(gold) is not int or not 0 <= gold < len(choices):
-                raise ValueError
-        except (ValueError, KeyError, TypeError):
+    for place, row in read_rows(path):
+        query, choices, gold = (row.get(name) if isinstance(row, dict) else None for name in FIELDS)
+        texts = [query, *choices] if isinstance(choices, list) and all(choices) else [None]
+        if not all(map(is_text, texts)) or type(gold) is not int or not 0 <= gold < len(texts) - 1:
             raise EigenAttnError(
-                f"{path}, line {number}: expected an object with `query`, a list of `choices` and `gold`, the right "
-                "one's number from 0."
-            ) from None
+                f"{place}: expected an object with `query`, a list of `choices` and `gold`, the right one's number "
+                "from 0."
+            )
         rows.append({"query": query, "choices": choices, "gold": gold})
     if not rows:
         raise EigenAttnError(f"task {path} has no items.")
@@ -136,7 +127,7 @@ def _local(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_tasks(
-    model: nn.Module, tokenizer: Any, tasks: dict[str, Any], *, limit: int | None = None, batch_size: int = 1
+    model: PreTrainedModel, tokenizer: Any, tasks: dict[str, Any], *, limit: int | None = None, batch_size: int = 1
 ) -> dict[str, TaskResult]:
     """Answer the first `limit` items of every task, without examples.
 
@@ -148,8 +139,9 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = simple_evaluate(
+    # Types are lost in lm-eval's decorators.
+    harness = cast(Any, HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found = cast(Any, simple_evaluate)(
         model=harness, tasks=list(tasks.values()), num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=True
     )
     results = {}

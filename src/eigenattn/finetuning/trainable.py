@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import EigenAttnError
@@ -34,7 +36,7 @@ class Trainable:
         EigenAttnError: if the model is not compressed, or at full rank; if adapters are needed and peft is absent.
     """
 
-    def __init__(self, model: nn.Module, lora_rank: int, lora_alpha: int, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, lora_rank: int, lora_alpha: int, seed: int) -> None:
         layers = eigen_layers(model)
         if not layers:
             raise EigenAttnError("this model is not compressed: compress it first.")
@@ -103,9 +105,9 @@ class Trainable:
             parameter.copy_(values[name])
         self.apply()
 
-    def merge(self) -> nn.Module:
+    def merge(self) -> PreTrainedModel:
         """The trained model, adapters merged into its weights, in evaluation mode."""
-        model = self.model if self.adapted is None else self.adapted.merge_and_unload(safe_merge=True)
+        model: Any = self.model if self.adapted is None else self.adapted.merge_and_unload(safe_merge=True)
         model.requires_grad_(True)
         return model.eval()
 
@@ -119,13 +121,13 @@ def _unit(stored: Tensor, head_dim: int) -> Tensor:
 
 
 def _folded(attention: EigenAttention) -> list[nn.Module]:
-    """The projections of a layer that something was folded into."""
-    if attention.keeps_projections:
-        return []
-    family, folds = attention.family, attention.folds
-    small_k = attention.rank_k < attention.head_dim or attention.widths_k is not None
-    small_v = attention.rank_v < attention.head_dim or attention.widths_v is not None
-    small = [small_k and folds.query, small_k and folds.key, small_v and folds.value]
+    """The projections of a layer that something was folded into: a side is compressed, and its map is gone."""
+    family, layout = attention.family, attention.layout
+    gone = {
+        name: not layout.of(name.split("_")[0]).verbatim and getattr(attention, name) is None
+        for name in ("key_decoder", "key_encoder", "value_encoder", "value_decoder")
+    }
+    *small, output = gone.values()  # key decoders are folded into the queries' projection
     small = [any(small)] if family.fused else small
     names = [name for name, is_small in zip(family.qkv, small, strict=True) if is_small]
-    return [getattr(attention, name) for name in (*names, *([family.output] if small_v else []))]
+    return [getattr(attention, name) for name in (*names, *([family.output] if output else []))]

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ..compression.checks import check_vocabulary
+from ..calibration.checks import check_tokens
 from ..errors import EigenAttnError
 from ..journal import Journal
 from ..models.placement import input_device
-from ..progress import TokenProgress
+from ..progress import TASK, TokenProgress
 from .trainable import Trainable
 
 STAGE = "training"
+# A loss whose `exp` is still a number.
+MOST_NATS = 709
 # Seconds between saves (chosen: little to lose, and far less time than the work).
 SAVE_SECONDS = 60.0
 # Share of the steps over which the learning rate rises, and largest norm of a step's gradient (chosen, as is usual).
@@ -91,7 +94,8 @@ class FinetuneReport:
     Args:
         measure: what `before`, `after` and `validation` in the curve are: `perplexity`, or `divergence`, the mean KL
             divergence from the baseline's predictions, in nats a token.
-        curve: `step`, mean `training` loss since the last entry (nats a token; none at step 0) and `validation`.
+        curve: `step`, mean `training` loss since the last entry (nats a token; none at step 0) and `validation`, which
+            is infinite where training has diverged.
         best_step: the step whose parameters were kept; 0 means that nothing was better than the start.
     """
 
@@ -106,19 +110,20 @@ class FinetuneReport:
     curve: list[dict[str, float | int | None]]
 
     def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
         return dataclasses.asdict(self)
 
 
 def finetune(
-    model: nn.Module,
+    model: PreTrainedModel,
     training: Tensor,
     validation: Tensor,
     config: FinetuneConfig | None = None,
     *,
-    baseline: nn.Module | None = None,
+    baseline: PreTrainedModel | None = None,
     journal: Journal | None = None,
     progress: bool = False,
-) -> tuple[nn.Module, FinetuneReport]:
+) -> tuple[PreTrainedModel, FinetuneReport]:
     """Train what a compressed model's low rank left over; see `Trainable` for what that is.
 
     Dropout is off, and a step follows from the seed and its number alone. So a run that goes on from its journal gives
@@ -144,13 +149,13 @@ def finetune(
     model.eval()
     trainable = Trainable(model, config.lora_rank, config.lora_alpha, config.seed)
     state = _State(trainable, config)
-    kept = journal.read(STAGE) if journal else None
-    if kept is not None:
-        state.restore(*kept)
+    finished = journal.read(STAGE) if journal else None
+    if finished is not None:
+        state.restore(*finished)
     objective = _Objective(model, baseline, device)
     saved = time.monotonic()
     with TokenProgress(progress).bar("Training", config.steps) as bar:
-        bar.advance(0, state.step)
+        bar.advance(TASK, state.step)
         if not state.curve:
             state.judge(objective.validate(validation))
             if not math.isfinite(state.best_validation):
@@ -167,9 +172,9 @@ def finetune(
             if state.step % config.validate_every == 0 or state.step == config.steps:
                 state.judge(objective.validate(validation))
             state.seconds += time.perf_counter() - start
-            bar.update(0, advance=1, rate=f"{objective.measure} {state.curve[-1]['validation']:.4g}")
+            bar.update(TASK, advance=1, rate=f"{objective.measure} {state.curve[-1]['validation']:.4g}")
             if journal and (time.monotonic() - saved > SAVE_SECONDS or state.step == config.steps):
-                journal.write(STAGE, *state.to_keep())
+                journal.write(STAGE, *state.to_save())
                 saved = time.monotonic()
     trainable.load(state.best)
     best = next(entry for entry in state.curve if entry["validation"] == state.best_validation)
@@ -186,7 +191,7 @@ def finetune(
     )
 
 
-def _check(model: nn.Module, training: Tensor, validation: Tensor, baseline: nn.Module | None) -> None:
+def _check(model: PreTrainedModel, training: Tensor, validation: Tensor, baseline: PreTrainedModel | None) -> None:
     if model.dtype == torch.float16:
         raise EigenAttnError("gradients underflow in float16: train with --dtype bfloat16 or float32.")
     checkpoint = getattr(model.config, "quantization_config", None)
@@ -194,7 +199,7 @@ def _check(model: nn.Module, training: Tensor, validation: Tensor, baseline: nn.
     for windows in (training, validation):
         if windows.dim() != 2 or not len(windows):
             raise EigenAttnError(f"token windows must be [N, T] and at least one, not {tuple(windows.shape)}.")
-        check_vocabulary(windows, model)
+        check_tokens(windows, model)
         if windows.shape[1] <= window + 1:
             raise EigenAttnError(
                 f"windows of {windows.shape[1]} tokens lie within the {window} exact ones, where nothing is compressed"
@@ -209,7 +214,7 @@ def _check(model: nn.Module, training: Tensor, validation: Tensor, baseline: nn.
 class _Objective:
     """The loss of one window, in nats a token."""
 
-    def __init__(self, model: nn.Module, baseline: nn.Module | None, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, baseline: PreTrainedModel | None, device: torch.device) -> None:
         self.model, self.baseline, self.device = model, baseline, device
         self.measure = "perplexity" if baseline is None else "divergence"
 
@@ -231,9 +236,9 @@ class _Objective:
     @torch.no_grad()
     def validate(self, windows: Tensor) -> float:
         loss = sum(self._loss(window).item() for window in windows) / len(windows)
-        if not math.isfinite(loss):
-            return math.inf  # as bad as any, and no number that JSON lacks or that is less than none
-        return math.exp(min(loss, 700.0)) if self.baseline is None else loss
+        if not loss < MOST_NATS:  # a NaN is not either
+            return math.inf  # as bad as any
+        return math.exp(loss) if self.baseline is None else loss
 
 
 class _State:
@@ -278,7 +283,7 @@ class _State:
         self.curve.append({"step": self.step, "training": training, "validation": validation})
         self.losses = []
 
-    def to_keep(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def to_save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values, from which `restore` goes on."""
         tensors = {f"parameter.{name}": value for name, value in self.trainable.parameters.items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}

@@ -37,25 +37,25 @@ class Parts:
     def __init__(self, q: Tensor, size: int) -> None:
         dtype = torch.promote_types(q.dtype, torch.float32)
         self.out = q.new_zeros(*q.shape[:-1], size, dtype=dtype)
-        self.mass = q.new_full((*q.shape[:-1], 1), float("-inf"), dtype=dtype)
+        self.lse = q.new_full((*q.shape[:-1], 1), float("-inf"), dtype=dtype)
 
-    def join(self, start: int, out: Tensor, mass: Tensor) -> None:
-        """Add what queries start .. found elsewhere: out [B, H, n, V] and mass [B, H, n, 1], which is finite."""
+    def join(self, start: int, out: Tensor, lse: Tensor) -> None:
+        """Add what queries start .. found elsewhere: out [B, H, n, V] and lse [B, H, n, 1], which is finite."""
         stop = start + out.shape[-2]
-        held, before = self.out[:, :, start:stop], self.mass[:, :, start:stop]
-        together = torch.logaddexp(before, mass)
-        held.mul_((before - together).exp_()).add_(out * (mass - together).exp_())
+        held, before = self.out[:, :, start:stop], self.lse[:, :, start:stop]
+        together = torch.logaddexp(before, lse)
+        held.mul_((before - together).exp_()).add_(out * (lse - together).exp_())
         before.copy_(together)
 
 
-def attend_with_mass(
+def attend_with_lse(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Attention and the log-sum-exp of its scores.
 
     Args:
         q: [B, H, T, K]; k: [B, G, S, K]; v: [B, G, S, V].
-        mask: boolean (True is visible) or additive; a query that sees nothing has a mass next to none.
+        mask: boolean (True is visible) or additive; a query that sees nothing has a log-sum-exp next to none.
         causal: query i sees keys 0 .. i; T = S then, and no mask.
 
     Returns:
@@ -66,16 +66,16 @@ def attend_with_mass(
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
     if softcap is None and q.device.type == "cpu":
         # SDPA itself keeps the log-sum-exp to itself.
-        out, mass = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(widen(x, size) for x in (q, k, v)), is_causal=causal, attn_mask=mask, scale=scale
         )
-        return out[..., :size_v], mass.unsqueeze(-1)
+        return out[..., :size_v], lse.unsqueeze(-1)
     if softcap is None and mask is None and _has_flash_attention(q, size):
         size = -(-size // 8) * 8
-        out, mass, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             *(widen(x, size) for x in (q, k, v)), is_causal=causal, scale=scale
         )
-        return out[..., :size_v], mass.unsqueeze(-1)
+        return out[..., :size_v], lse.unsqueeze(-1)
     return _written_out(q, k, v, mask, causal, scale, softcap)
 
 
@@ -95,7 +95,7 @@ def _written_out(
     """With scores in memory, of a block of queries at a time."""
     b, h, t, _ = q.shape
     g, s = k.shape[1:3]
-    outs, masses = [], []
+    outs, lses = [], []
     for start in range(0, t, QUERY_BLOCK):
         rows = q[:, :, start : start + QUERY_BLOCK]
         n = rows.shape[-2]
@@ -105,11 +105,11 @@ def _written_out(
         if causal:
             seen = torch.ones(n, s, dtype=torch.bool, device=q.device).tril(start)
         scores = cap_and_mask(scores, seen, softcap)
-        mass = scores.logsumexp(-1, keepdim=True)
-        weights = (scores - mass).exp_().to(q.dtype)
+        lse = scores.logsumexp(-1, keepdim=True)
+        weights = (scores - lse).exp_().to(q.dtype)
         outs.append((weights.view(b, g, h // g * n, s) @ v).view(b, h, n, -1))
-        masses.append(mass)
-    return torch.cat(outs, dim=-2), torch.cat(masses, dim=-2)
+        lses.append(lse)
+    return torch.cat(outs, dim=-2), torch.cat(lses, dim=-2)
 
 
 def attend_far(
@@ -152,7 +152,7 @@ def attend_far(
                 inside = torch.ones(end - i, high - low, dtype=torch.bool, device=q.device).tril(i - start)
                 seen = both_masks(seen, inside)
             causal = triangle and seen is None
-            parts.join(i, *attend_with_mass(q[:, :, i:end], k, v, mask=seen, causal=causal, **options))
+            parts.join(i, *attend_with_lse(q[:, :, i:end], k, v, mask=seen, causal=causal, **options))
 
     low = 0
     while low < keys:
@@ -198,8 +198,8 @@ def attend_near(
         seen = None if mask is None else mask(start, stop, low, high)
         seen = inside[None, None] if seen is None else both_masks(seen, inside)
         k, v = (x[:, :, low - key_first : high - key_first] for x in (keys, values))
-        out, mass = attend_with_mass(rows, k, v, mask=seen, causal=False, scale=scale, softcap=softcap)
-        parts.join(start, out, mass)
+        out, lse = attend_with_lse(rows, k, v, mask=seen, causal=False, scale=scale, softcap=softcap)
+        parts.join(start, out, lse)
     return parts
 
 

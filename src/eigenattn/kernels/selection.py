@@ -46,13 +46,13 @@ def use(name: str) -> str:
     return before
 
 
-def takes_triton(q: Tensor) -> bool:
-    """Whether the fused kernel is to decode for queries of this device and dtype.
+def decoding_backend(q: Tensor) -> str:
+    """The backend of `eigenattn.kernels.decoding` for queries of this device and dtype.
 
     Raises:
         EigenAttnError: if the environment asks for what is not there.
     """
     if _chosen == "auto":
-        return q.is_cuda and q.dtype in HALF and HAS_TRITON
+        return "triton" if q.is_cuda and q.dtype in HALF and HAS_TRITON else "torch"
     _check(_chosen)
-    return _chosen == "triton" and q.dtype in (*HALF, torch.float32)
+    return "triton" if _chosen == "triton" and q.dtype in (*HALF, torch.float32) else "torch"

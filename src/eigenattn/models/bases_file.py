@@ -3,59 +3,63 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
 from .attention import EigenAttention
-from .checkpoint import METHOD, EigenAttnCheckpointConfig, allocate, mark_compressed
+from .checkpoint_format import METHOD, EigenAttnCheckpointConfig, allocate, mark_compressed
 from .conversion import convert_attention, eigen_layers, restore_attention
 from .maps import MAPS, QUANTISERS
 from .parallel import check_whole
+from .placement import stored
 
 CONFIG_FILE = "eigenattn_config.json"
 BASES_FILE = "eigenattn.safetensors"
 # A thousand layers take some 50 kB.
 MOST_CONFIG_BYTES = 4_000_000
 FLOATS = ("F64", "F32", "BF16", "F16")
+# Of each parameter of each layer's attention (chosen: training changes all of them, and 64 a layer take 256 bytes).
+SAMPLES = 16
+# How far two roundings of one weight may lie apart, to bfloat16 and to float16, which has small numbers no closer.
+APART = {"rtol": 2**-7, "atol": 2**-24}
 
 
-def save_bases(model: nn.Module, folder: Path) -> None:
+def save_bases(model: PreTrainedModel, folder: Path) -> None:
     """Write the bases of a model compressed with a window, and what they belong to.
 
     Raises:
         EigenAttnError: if the bases are folded into the weights (`window=0`).
     """
-    config = model.config.quantization_config
+    config: EigenAttnCheckpointConfig = model.config.quantization_config
     if not config.method["window"]:
         raise EigenAttnError("without a window the bases are folded into the weights: save the whole model.")
-    tensors = {
-        f"layers.{attention.layer_idx}.{name}": getattr(attention, name).detach().cpu().contiguous()
-        for attention in eigen_layers(model)
-        for name in (*MAPS, *QUANTISERS)
-        if getattr(attention, name) is not None
-    }
+    tensors = {name: each.detach().cpu().contiguous() for name, each in _named(eigen_layers(model)).items()}
     save_file(tensors, folder / BASES_FILE, metadata={"format": "pt"})
-    revision = getattr(model.config, "_commit_hash", None)
-    content = {**config.to_dict(), "base_model_revision": revision}
+    content = {**config.to_dict(), "base_model_weights": _fingerprint(eigen_layers(model))}
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_bases_config(folder: str) -> EigenAttnCheckpointConfig | None:
     """What a folder of bases says of itself; None if the folder is something else."""
     path = Path(folder) / CONFIG_FILE
-    return _read_config(path) if path.is_file() else None
+    return _read_config(path)[0] if path.is_file() else None
 
 
-def attach(model: nn.Module, bases: str | Path) -> nn.Module:
+def attach(model: PreTrainedModel, bases: str | Path) -> PreTrainedModel:
     """Put bases on the model they were made for, in place; it then caches latents.
+
+    Some of its weights are compared with what the bases say of them; it may have another dtype. Bases that say nothing,
+    as older versions wrote them, are taken with a warning.
 
     Args:
         model: the base model, as `AutoModelForCausalLM.from_pretrained` gives it.
@@ -67,13 +71,22 @@ def attach(model: nn.Module, bases: str | Path) -> nn.Module:
     Raises:
         EigenAttnError: if there are no bases, or they do not fit. The model is then as it was.
     """
-    config = _read_config(_file(bases, CONFIG_FILE))
+    config, fingerprint = _read_config(_file(bases, CONFIG_FILE))
     weights = _file(bases, BASES_FILE)
     check_whole(model)
     originals = convert_attention(model)
     try:
         layers = eigen_layers(model)
         allocate(layers, config)
+        if fingerprint is None:
+            warnings.warn(f"{bases} does not tell its base model from others: see that it is this one.", stacklevel=2)
+        elif not _alike(fingerprint, _fingerprint(layers)):
+            base, revision = (config.provenance.get(f"base_model{end}") for end in ("", "_revision"))
+            at = f" at revision {revision!r:.60}" if revision else ""
+            raise EigenAttnError(
+                f"the bases in {bases} were made for another model, whose weights differ: load {base!r:.200}{at}, or "
+                "compress this one."
+            )
         _load(layers, weights)
     except BaseException:
         restore_attention(model, originals)
@@ -94,7 +107,32 @@ def _file(bases: str | Path, name: str) -> Path:
         raise EigenAttnError(f"{bases!r} is neither a folder of bases nor a hub id that can be reached.") from error
 
 
-def _read_config(path: Path) -> EigenAttnCheckpointConfig:
+def _fingerprint(layers: list[EigenAttention]) -> str:
+    """Weights of the original's, evenly spaced in each parameter, in bfloat16 as hexadecimal digits."""
+    found = []
+    for attention in layers:
+        for name in sorted({name for name, _ in attention.named_parameters()} - {*MAPS, *QUANTISERS}):
+            module, _, own_name = name.rpartition(".")
+            weight = cast(Tensor, stored(attention.get_submodule(module), own_name)).detach().flatten()
+            places = [n * (len(weight) - 1) // (SAMPLES - 1) for n in range(SAMPLES)]
+            found.append(weight[places].to("cpu", torch.bfloat16))
+    return torch.cat(found).view(torch.uint8).numpy().tobytes().hex()
+
+
+def _alike(recorded: Any, own: str) -> bool:
+    """Whether two fingerprints are of one model, be it in different dtypes."""
+    try:
+        values = [torch.tensor(list(bytes.fromhex(each)), dtype=torch.uint8) for each in (recorded, own)]
+    except (TypeError, ValueError):  # it comes from a file
+        return False
+    if len(values[0]) != len(values[1]):
+        return False
+    one, other = (each.view(torch.bfloat16).float() for each in values)
+    return bool(torch.isclose(one, other, **APART).all())
+
+
+def _read_config(path: Path) -> tuple[EigenAttnCheckpointConfig, Any]:
+    """The configuration of bases, and the fingerprint of their base model; None if there is none."""
     if path.stat().st_size > MOST_CONFIG_BYTES:
         raise EigenAttnError(f"{path} is larger than any configuration of bases: {path.stat().st_size:,} bytes.")
     try:
@@ -103,20 +141,25 @@ def _read_config(path: Path) -> EigenAttnCheckpointConfig:
         raise EigenAttnError(f"{path} is not a configuration of bases.") from error
     if not isinstance(values, dict) or values.get("quant_method") != METHOD:
         raise EigenAttnError(f"{path} is not a configuration of bases.")
-    config = EigenAttnCheckpointConfig.from_dict(values)
+    config = EigenAttnCheckpointConfig.read(values)
     if not config.method["window"]:
         raise EigenAttnError(f"{path} is of a model without a window, whose bases are folded into its weights.")
-    return config
+    return config, values.get("base_model_weights")
 
 
-def _load(layers: list[EigenAttention], path: Path) -> None:
-    """Read the maps that the layers ask for; shapes are compared before a tensor is read."""
-    wanted = {
+def _named(layers: list[EigenAttention]) -> dict[str, nn.Parameter]:
+    """Maps and quantisers of all layers, by their names in the file."""
+    return {
         f"layers.{attention.layer_idx}.{name}": parameter
         for attention in layers
         for name in (*MAPS, *QUANTISERS)
         if (parameter := getattr(attention, name)) is not None
     }
+
+
+def _load(layers: list[EigenAttention], path: Path) -> None:
+    """Read the maps that the layers ask for; shapes are compared before a tensor is read."""
+    wanted = _named(layers)
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())

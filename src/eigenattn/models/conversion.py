@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..cache.layout import Layout
 from ..errors import EigenAttnError
 from .attention import EigenAttention, eigen_class
 from .families import Family, family_of
 from .placement import place_like
+
+METHOD = "eigenattn"
+# Quantisers that may leave plain weights: those of a GGUF file are unpacked on loading where no kernel reads them.
+PLAIN = (None, METHOD, "gguf")
 
 
 def eigen_layers(model: nn.Module) -> list[EigenAttention]:
@@ -16,7 +24,12 @@ def eigen_layers(model: nn.Module) -> list[EigenAttention]:
     return sorted((m for m in model.modules() if isinstance(m, EigenAttention)), key=lambda m: m.layer_idx)
 
 
-def convert_attention(model: nn.Module) -> dict[str, nn.Module]:
+def layouts_of(model: nn.Module) -> list[Layout]:
+    """What the cache of each layer consists of; nothing for a model that is not converted."""
+    return [attention.layout for attention in eigen_layers(model)]
+
+
+def convert_attention(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Replace every attention module by an `EigenAttention` at full rank, which computes the same.
 
     Args:
@@ -26,14 +39,24 @@ def convert_attention(model: nn.Module) -> dict[str, nn.Module]:
         The original modules by name, for `restore_attention`.
 
     Raises:
-        EigenAttnError: if the model type is unknown, or the model is compressed already or wrapped.
+        EigenAttnError: if the model type is unknown, or the model is compressed already, wrapped or quantised.
     """
     if eigen_layers(model):
         raise EigenAttnError("this model is compressed already: start from the original model.")
     family = family_of(model.config)
+    # Adapters may be anywhere, and some wrap the whole model: prompts, prefixes.
+    adapter = next((m for m in model.modules() if type(m).__module__.partition(".")[0] == "peft"), None)
+    if adapter is not None:
+        raise EigenAttnError(
+            f"this model carries an adapter ({type(adapter).__name__}): merge it first (merge_and_unload), or add it "
+            "after compression."
+        )
+    _check_weights_are_plain(model)
     config = model.config.get_text_config(decoder=True)
     # By class, not by path: `AutoModel` has no `model.` prefix.
-    originals = {name: m for name, m in model.named_modules() if type(m).__name__ == family.attention}
+    originals: dict[str, nn.Module] = {
+        name: m for name, m in model.named_modules() if type(m).__name__ == family.attention
+    }
     if not originals:
         raise EigenAttnError(
             f"found no {family.attention} in this {type(model).__name__}: is it an ordinary transformers model?"
@@ -54,17 +77,42 @@ def convert_attention(model: nn.Module) -> dict[str, nn.Module]:
     return originals
 
 
+def _check_weights_are_plain(model: PreTrainedModel) -> None:
+    """Raise an `EigenAttnError` if another quantiser holds weights of a model, or would when it is saved."""
+    holders = [getattr(model, "hf_quantizer", None), model.config, model.config.get_text_config(decoder=True)]
+    # What one of them dequantised on loading, `save_pretrained` quantises again.
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    operations = [operation for each in conversions for operation in getattr(each, "operations", ())]
+    holders += [getattr(operation, "hf_quantizer", None) for operation in operations]
+    methods = [_method(getattr(each, "quantization_config", None)) for each in holders]
+    found = next((f"{method} quantises weights of this model" for method in methods if method not in PLAIN), None)
+    for name, tensor in model.state_dict().items() if found is None else ():
+        if type(tensor) is not Tensor or not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+            kind = f"of {tensor.dtype}" if type(tensor) is Tensor else f"a {type(tensor).__name__}"
+            found = f"{name} of this model is {kind}"
+            break
+    if found is not None:
+        raise EigenAttnError(
+            f"{found}: take the model as it was before it was quantised, or load a GGUF file with "
+            "quantization_config=GgufConfig(dequantize=True)."
+        )
+
+
+def _method(config: Any) -> str | None:
+    """The name of what quantises, by a `quantization_config`; None without one."""
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return str(getattr(method, "value", method or "another quantiser"))
+
+
 def _check_plain(where: str, original: nn.Module, family: Family) -> None:
     for name in (*family.qkv, family.output):
         projection = getattr(original, name)
-        if hasattr(projection, "base_layer"):
+        if not isinstance(projection, (nn.Linear, Conv1D)):
             raise EigenAttnError(
-                f"{where}.{name} carries an adapter: merge it first (merge_and_unload), or add it after compression."
-            )
-        if not isinstance(projection, (nn.Linear, Conv1D)) or not projection.weight.is_floating_point():
-            raise EigenAttnError(
-                f"{where}.{name} is a {type(projection).__name__} of {projection.weight.dtype}: compress the model "
-                "before its weights are quantised."
+                f"{where}.{name} is a {type(projection).__name__}, not a linear layer of transformers: compress the "
+                "model as it was before that was put there."
             )
 
 

@@ -85,6 +85,10 @@ class Family:
         return self.positions if isinstance(self.positions, str) else self.positions(config)
 
 
+def _falcon_positions(config: Any) -> str:
+    return "alibi" if config.alibi else "rotary"
+
+
 def _falcon_kv_heads(config: Any) -> int:
     return config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1
 
@@ -160,7 +164,7 @@ FAMILIES: dict[str, Family] = {
         qkv=("query_key_value",),
         fused="grouped",
         output="dense",
-        positions=lambda config: "alibi" if config.alibi else "rotary",
+        positions=_falcon_positions,
         scale="inv_norm_factor",
         cache_argument="layer_past",
         kv_heads=_falcon_kv_heads,

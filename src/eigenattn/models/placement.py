@@ -1,6 +1,6 @@
-"""Where a model's weights are: on one device, spread over several, or put off to CPU memory and disk by accelerate.
+"""Where a model's weights are: on one device, spread over several, or offloaded to CPU memory and disk by accelerate.
 
-accelerate loads what is put off when a module runs and drops it afterwards; between, its parameters lie on the meta
+accelerate loads what is offloaded when a module runs and drops it afterwards; between, its parameters lie on the meta
 device. What reads or replaces weights outside of a forward pass does it inside `loaded`.
 """
 
@@ -10,9 +10,10 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -34,7 +35,7 @@ def hook_of(module: nn.Module) -> AlignDevicesHook | None:
     return next((each for each in hooks if isinstance(each, AlignDevicesHook)), None)
 
 
-def put_off(module: nn.Module) -> AlignDevicesHook | None:
+def offloaded(module: nn.Module) -> AlignDevicesHook | None:
     """The hook that loads and drops a module's own weights; None where they stay."""
     hook = hook_of(module)
     return hook if hook is not None and hook.offload else None
@@ -42,32 +43,31 @@ def put_off(module: nn.Module) -> AlignDevicesHook | None:
 
 def execution_device(module: nn.Module) -> torch.device:
     """The device that a module computes on."""
-    hook = put_off(module)
+    hook = offloaded(module)
     if hook is not None and hook.execution_device is not None:
         return torch.device(hook.execution_device)
     return next(module.parameters()).device
 
 
-def input_device(model: nn.Module) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """The device that a model's token ids belong on."""
     return execution_device(model.get_input_embeddings())
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether some weights of a model are put off."""
-    return any(put_off(module) for module in model.modules())
+    """Whether some weights of a model are offloaded."""
+    return any(offloaded(module) for module in model.modules())
 
 
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[None]:
     """Have all weights of a module on its device, submodules included, however often it runs meanwhile.
 
-    What has replaced an offloaded submodule by the end is put off in its place.
+    What has replaced an offloaded submodule by the end is offloaded in its place.
     """
-    before = {name: each for name, each in module.named_modules() if put_off(each)}
+    before = [(name, each, hook) for name, each in module.named_modules() if (hook := offloaded(each))]
     with ExitStack() as stack:
-        for name, each in before.items():
-            hook = put_off(each)
+        for name, each, hook in before:
             hook.pre_forward(each)
             hook.offload = False  # or the next forward pass would drop them
             stack.callback(_put_back, module, name, each, hook)
@@ -95,9 +95,9 @@ def _put_back(module: nn.Module, name: str, old: nn.Module, hook: AlignDevicesHo
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
-    """A module's own parameter, from where it is put off to; None if it is not there."""
-    hook = put_off(module)
-    if hook is None:
+    """A module's own parameter, from where it is offloaded to; None if it is not there."""
+    hook = offloaded(module)
+    if hook is None or hook.weights_map is None:
         return getattr(module, name)
     try:
         return hook.weights_map[name]
@@ -114,15 +114,16 @@ def place_like(new: nn.Module, old: nn.Module) -> nn.Module:
     return add_hook_to_module(new, AlignDevicesHook(**arguments, io_same_device=hook.io_same_device))
 
 
-def _store(weights: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
+def _store(weights: Any, name: str, tensor: Tensor) -> None:
     """Put a tensor in the place of an offloaded one: in memory if that was there, on disk if it was there."""
     if isinstance(weights, PrefixedDataset):
         _store(weights.dataset, f"{weights.prefix}{name}", tensor)
     elif isinstance(weights, OffloadedWeightsLoader):
         # A bias that was not there before goes where the weight is.
         beside = f"{name.rpartition('.')[0]}.weight"
-        if name in weights.state_dict or beside in weights.state_dict:
-            weights.state_dict[name] = tensor.cpu()
+        in_memory = cast(dict[str, Tensor], weights.state_dict)
+        if name in in_memory or beside in in_memory:
+            in_memory[name] = tensor.cpu()
         else:
             path = _folder_of(weights) / f"{name}.safetensors"
             # Beside and renamed: the file that is replaced may be mapped into memory.
@@ -130,7 +131,7 @@ def _store(weights: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
             save_file({name: tensor.contiguous()}, new)
             new.replace(path)
             dtype = str(tensor.dtype).removeprefix("torch.")
-            weights.index[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": dtype}
+            cast(Any, weights.index)[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": dtype}
         if name not in weights.all_keys:
             weights.all_keys.append(name)
     elif isinstance(weights, MutableMapping):
@@ -151,7 +152,7 @@ def _folder_of(weights: OffloadedWeightsLoader) -> Path:
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """`save_pretrained`, which reads what is put off again, a file's worth at a time."""
+    """`save_pretrained`, which reads what is offloaded again, a file's worth at a time."""
     if not is_spread(model):
         model.save_pretrained(folder)
         return

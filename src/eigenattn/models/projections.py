@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+T = TypeVar("T")
 
-class Heads(NamedTuple):
-    """What queries, keys and values have in common: something a head, along dimension -2 or 0."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
+Projection = nn.Linear | Conv1D
 
 
-def split_heads(x: Tensor, sizes: tuple[int, int, int], heads: int, kv_heads: int, fused: str) -> Heads:
+class Heads(NamedTuple, Generic[T]):
+    """Something of queries, of keys and of values."""
+
+    query: T
+    key: T
+    value: T
+
+
+def split_heads(x: Tensor, sizes: tuple[int, int, int], heads: int, kv_heads: int, fused: str) -> Heads[Tensor]:
     """Take a fused projection apart.
 
     Args:
@@ -40,7 +44,7 @@ def split_heads(x: Tensor, sizes: tuple[int, int, int], heads: int, kv_heads: in
     return Heads(query.reshape(*lead, heads, q), key.reshape(*lead, kv_heads, k), value.reshape(*lead, kv_heads, v))
 
 
-def join_heads(parts: Heads, fused: str) -> Tensor:
+def join_heads(parts: Heads[Tensor], fused: str) -> Tensor:
     """The inverse of `split_heads`: [..., H, Q], [..., G, K], [..., G, V] to one last dimension."""
     kv_heads = parts.key.shape[-2]
     lead = parts.key.shape[:-2]
@@ -50,24 +54,26 @@ def join_heads(parts: Heads, fused: str) -> Tensor:
     return torch.cat(grouped, dim=-1).reshape(*lead, -1)
 
 
-def weight_of(projection: nn.Module) -> Tensor:
+def weight_of(projection: Projection) -> Tensor:
     """The weight as [out, in]; GPT-2's Conv1D stores it the other way."""
     return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
 
 
-def like(projection: nn.Module, out_features: int, in_features: int, bias: bool, **factory) -> nn.Module:
+def like(
+    projection: Projection, out_features: int, in_features: int, bias: bool, *, device: torch.device, dtype: torch.dtype
+) -> Projection:
     """An empty projection of another size and of the same kind (`nn.Linear`, or GPT-2's `Conv1D`)."""
     if isinstance(projection, Conv1D):
         # Conv1D always has a bias and knows no factory arguments.
-        with torch.device(factory["device"]):
-            return Conv1D(out_features, in_features).to(factory["dtype"])
-    return torch.nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, **factory)
+        with device:
+            return Conv1D(out_features, in_features).to(dtype)
+    return nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype).to_empty(device=device)
 
 
-def with_weight(projection: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def with_weight(projection: Projection, weight: Tensor, bias: Tensor | None) -> Projection:
     """A new projection of the same kind holding `weight` [out, in] and `bias` [out], in the old one's dtype."""
     old = projection.weight
-    new = like(projection, *weight.shape, bias is not None, device=old.device, dtype=old.dtype)
+    new = like(projection, *weight.shape, bias=bias is not None, device=old.device, dtype=old.dtype)
     with torch.no_grad():
         weight_of(new).copy_(weight)
         if new.bias is not None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from ..cache.layout import Layout
+from ..compression.pipeline import CompressionReport
 from ..config import TARGETS
 from ..errors import EigenAttnError
-from ..files import whole
-from .tables import evaluation_tables, notes, rank_titles
-
-if TYPE_CHECKING:
-    from ..compression.pipeline import CompressionReport
-
+from ..files import check_name, read_text, to_json, whole
+from ..models.checkpoint_format import EigenAttnCheckpointConfig
+from .tables import evaluation_tables, latents_in_words, layout_table, notes
 
 LOAD = """\
 import eigenattn  # registers the loader
@@ -31,14 +31,16 @@ model = AutoModelForCausalLM.from_pretrained("{base_model}")
 eigenattn.attach(model, "path/to/this/folder")"""
 
 
-def model_card(checkpoint: Any, report: CompressionReport, bases_only: bool = False) -> str:
+def model_card(
+    checkpoint: EigenAttnCheckpointConfig,
+    report: CompressionReport,
+    layers: Sequence[Layout],
+    bases_only: bool = False,
+) -> str:
     """Markdown that says what was compressed, how far, on what, and how to load it."""
     facts, method = checkpoint.provenance, checkpoint.method
     target = next(f"`{name}={method[name]}`" for name in TARGETS if method[name] is not None)
-    quantised = method["bits_per_element"] is not None
-    titles = rank_titles(report.layers)
-    rows = "\n".join(_row(i, *(layer[name] for name in titles)) for i, layer in enumerate(report.layers))
-    held = "quantised low-rank keys and values" if quantised else "low-rank keys and values"
+    held = "low-rank keys and values, coded in few bits" if method["coded"] else "low-rank keys and values"
     at_lengths = ", ".join(f"{ratio:.3f} at {length:,} tokens" for length, ratio in report.ratio_at.items())
     texts = ", ".join(
         text["source"] + (f" (SHA-256 {text['sha256']})" if text["sha256"] else "") for text in facts["text"]
@@ -68,30 +70,13 @@ This is {facts["base_model"]} with Eigen Attention (arXiv 2408.05646): it caches
 
 ## How it was made
 
-- target {target}, window {method["window"]}, basis `{method["basis"]}`, {_sharing(method)}
+- target {target}, window {method["window"]}, basis `{method["basis"]}`, {latents_in_words(layers)}
 - ranks by `{method["ranks"]}` in multiples of {method["rank_multiple"]}
 - calibrated on {facts["samples"]} windows of {facts["length"]} tokens, seed {facts["seed"]}, of {texts}
 - {versions}
 
-{_row("layer", *titles.values())}
-{_row("---", *("---" for _ in titles))}
-{rows}
+{layout_table(layers, getattr(torch, facts["dtype"]).itemsize).markdown()}
 """
-
-
-def _sharing(method: Mapping[str, Any]) -> str:
-    """What latents are made of."""
-    keys, values = (
-        f"{method[name]} KV heads" if method[name] > 1 else "one KV head" for name in ("shared_heads", "shared_values")
-    )
-    if method["joint"]:
-        return f"keys and values of {keys} in one latent"
-    return f"latents of {keys}" if keys == values else f"latents of keys of {keys} and of values of {values}"
-
-
-def _row(*cells: Any) -> str:
-    texts = (", ".join(map(str, cell)) if isinstance(cell, list) else str(cell) for cell in cells)
-    return f"| {' | '.join(texts)} |"
 
 
 def finetuning_section(facts: dict[str, Any]) -> str:
@@ -114,10 +99,12 @@ BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 
 def check_savable(folder: Path) -> None:
     """Raise an `EigenAttnError` if a result cannot be kept with a model: it is not a compressed checkpoint's folder."""
+    check_name(folder)
     if not (folder / "README.md").is_file():
         raise EigenAttnError(
             f"{folder} is no folder with a model card: --save keeps results in a compressed checkpoint."
         )
+    read_text(folder / "README.md")
 
 
 def save_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
@@ -127,10 +114,10 @@ def save_evaluation(folder: Path, result: Mapping[str, Any]) -> None:
         EigenAttnError: if there is no model card, or it cannot be written.
     """
     check_savable(folder)
-    card = (folder / "README.md").read_text(encoding="utf-8")
+    card = read_text(folder / "README.md")
     card = re.sub(rf"\n*{BEGIN}.*{END}\n*", "\n", card, flags=re.DOTALL).rstrip()
     with whole(folder / EVALUATION) as values, whole(folder / "README.md") as readme:
-        values.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        values.write_text(to_json(result, indent=2), encoding="utf-8")
         readme.write_text(f"{card}\n\n{BEGIN}\n{evaluation_section(result)}\n{END}\n", encoding="utf-8")
 
 

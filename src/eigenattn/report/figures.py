@@ -32,7 +32,9 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
         from matplotlib.figure import Figure
     except ImportError:
         raise EigenAttnError("pictures need matplotlib: pip install 'eigenattn[plot]'.") from None
-    style = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    style: dict[Any, Any] = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    )
     style |= {"font.size": 9, "grid.color": INK}
     style |= {"axes.facecolor": "none", "figure.facecolor": "none", "axes.titlecolor": INK}
     with matplotlib.rc_context(style):
@@ -118,7 +120,7 @@ def frontier(values: dict[str, Any]) -> Figure:
             axis.axhline(0, linestyle=":", color=INK)
         else:
             base = figure_of(values["baseline"])
-            axis.axhline(base[0], linestyle=":", color=INK, label="original")
+            axis.axhline(base[0] if base else 0, linestyle=":", color=INK, label="original")
         axis.set(title=title, xlabel=f"cache of {length:,} tokens at 16 bits, MiB", ylabel=unit)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, frameon=False, labelcolor=INK)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from .tables import TextTable
+from ..cache.layout import SIDES, Layout
+from .tables import SIDES_IN_WORDS, TextTable
 
 # Nothing may be loaded from anywhere: a browser would say so.
 HEAD = """<!doctype html>
@@ -59,14 +60,17 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 
 def escape(text: object) -> str:
+    """Text as it stands inside an element."""
     return html.escape(str(text))
 
 
 def heading(text: str, level: int = 2) -> str:
+    """A heading."""
     return f"<h{level}>{escape(text)}</h{level}>"
 
 
 def paragraph(text: str, note: bool = False) -> str:
+    """A paragraph, or a note in small letters."""
     kind = ' class="note"' if note else ""
     return f"<p{kind}>{escape(text)}</p>"
 
@@ -87,31 +91,35 @@ def table(shown: TextTable) -> str:
 
 
 def figure(svg: str, caption: str) -> str:
+    """A picture with what it shows."""
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def code(lines: Sequence[str]) -> str:
+    """Lines as they are typed."""
     return "<pre>" + escape("\n".join(lines)) + "</pre>"
 
 
-def rank_map(layers: Sequence[dict[str, int]], full: Sequence[int]) -> str:
-    """Ranks by layer as SVG: keys upwards, values downwards, a frame at the full rank of each."""
+def rank_map(layers: Sequence[Layout]) -> str:
+    """Ranks by layer as SVG, of full rank, at which there is a frame: keys upwards, values downwards, or both ways."""
     step, half, left = 20, 100, 34
     width = left + step * len(layers) + 6
     parts = [
         f'<svg role="img" aria-label="ranks by layer" viewBox="0 0 {width} {2 * half + 44}" '
         f'style="min-width: {width // 2}px; max-width: {2 * width}px" font-size="10" fill="currentColor">'
     ]
-    for label, y in ((str(full[0]), 20), ("0", 16 + half + 4), (str(full[1]), 16 + 2 * half)):
+    for label, y in (("100%", 20), ("0", 16 + half + 4), ("100%", 16 + 2 * half)):
         parts.append(f'<text x="{left - 6}" y="{y}" text-anchor="end">{label}</text>')
     for index, layer in enumerate(layers):
         x = left + step * index
-        for side, rank, most in zip(("keys", "values"), (layer["rank_k"], layer["rank_v"]), full, strict=True):
-            size = half * rank / most
-            top = 16 + half - size if side == "keys" else 16 + half
+        for side in SIDES:
+            latent = layer.of(side)
+            size = half * latent.rank / latent.full_rank
+            top = 16 + half - size if side == "key" else 16 + half
             parts.append(
-                f'<rect class="{side}" x="{x + 2}" y="{top:.1f}" width="{step - 4}" height="{size:.1f}">'
-                f"<title>layer {index}, {side}: rank {rank} of {most}</title></rect>"
+                f'<rect class="{side}s" x="{x + 2}" y="{top:.1f}" width="{step - 4}" height="{size:.1f}">'
+                f"<title>layer {index}, {SIDES_IN_WORDS[latent.sides]}: rank {latent.rank} of {latent.full_rank}"
+                "</title></rect>"
             )
         if index % 5 == 0:
             parts.append(f'<text x="{x + step / 2}" y="{2 * half + 30}" text-anchor="middle">{index}</text>')

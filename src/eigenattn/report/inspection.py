@@ -2,49 +2,77 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..cache.packing import Widths
-from ..cache.size import Shape, baseline_bytes_per_token, bytes_of_layer, bytes_per_token, kv_ratio, ratio_at
+from ..cache.layout import Layout
+from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio, ratio_at
+from ..errors import EigenAttnError
 from ..models.bases_file import read_bases_config
-from ..models.checkpoint import METHOD, WIDTHS, EigenAttnCheckpointConfig
+from ..models.checkpoint_format import METHOD, EigenAttnCheckpointConfig
 from ..models.families import family_of
 from ..models.loading import Source, load_config
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Ranks and widths by layer, cache bytes a token in the checkpoint's dtype, and provenance.
+    """The layout of each layer, what follows from it, and where it comes from.
 
-    Originals are at full rank. `widths_k` and `widths_v` count the channels of 8, 6, 4 and 2 bits of quantised latents.
+    Args:
+        model_type: as transformers calls it.
+        compressed: whether it is; an original has the layouts of full rank.
+        layers: of what latents the caches consist.
+        element_size: bytes of an element in the checkpoint's dtype.
+        method: the `EigenAttentionConfig` of the compression, as a dictionary.
+        provenance: base model, calibration text and its hash, seed, tokens, versions.
     """
 
     model_type: str
     compressed: bool
-    kv_ratio: float
-    bytes_per_token: int
-    baseline_bytes_per_token: int
-    head_dim: int
-    kv_heads: int
-    layers: list[dict[str, Any]]
-    bytes_by_layer: list[int]
-    window: int
-    ratio_at: dict[int, float]
-    method: dict[str, Any]
-    provenance: dict[str, Any]
+    layers: list[Layout]
+    element_size: int
+    method: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def full_ranks(self) -> tuple[int, int]:
-        """Dimensions of what a latent of keys, and of values, is made of: of all heads, or both, that share it."""
-        heads = [self.method.get(name, 1) for name in ("shared_heads", "shared_values")]
-        keys, values = (self.head_dim * shared * (2 if self.method.get("joint") else 1) for shared in heads)
-        return keys, values
+    def kv_ratio(self) -> float:
+        """Size of the cache in proportion to the original's at 16 bits."""
+        return kv_ratio(self.layers)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that a token adds to the cache."""
+        return bytes_per_token(self.layers, self.element_size)
+
+    @property
+    def baseline_bytes_per_token(self) -> int:
+        """Bytes that a token adds to the original's cache."""
+        return baseline_bytes_per_token(self.layers, self.element_size)
+
+    @property
+    def window(self) -> int:
+        """Last tokens that are kept exactly."""
+        return self.layers[0].window
+
+    @property
+    def ratio_at(self) -> dict[int, float]:
+        """Size of the whole cache in proportion to the original's at 16 bits, by length in tokens."""
+        return ratio_at(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The inspection as plain JSON values."""
+        names = ("model_type", "compressed", "kv_ratio", "bytes_per_token", "baseline_bytes_per_token", "window")
+        return {name: getattr(self, name) for name in names} | {
+            "head_dim": self.layers[0].head_dim,
+            "kv_heads": self.layers[0].kv_heads,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "bytes_by_layer": [layer.bytes_per_token(self.element_size) for layer in self.layers],
+            "ratio_at": self.ratio_at,
+            "method": self.method,
+            "provenance": self.provenance,
+        }
 
 
 def compression_of(source: Source, config: Any) -> EigenAttnCheckpointConfig | None:
@@ -53,29 +81,26 @@ def compression_of(source: Source, config: Any) -> EigenAttnCheckpointConfig | N
         return read_bases_config(source.bases)
     stored = getattr(config, "quantization_config", None)
     if isinstance(stored, dict) and stored.get("quant_method") == METHOD:
-        return EigenAttnCheckpointConfig.from_dict(stored)
+        return EigenAttnCheckpointConfig.read(stored)
     return None
 
 
-def shapes(config: Any, compression: EigenAttnCheckpointConfig | None) -> list[Shape]:
+def layouts(config: Any, compression: EigenAttnCheckpointConfig | None) -> list[Layout]:
     """What each layer's cache holds, for a model's configuration.
 
     Raises:
-        EigenAttnError: if its type is not supported.
+        EigenAttnError: if its type is not supported, or the compression does not fit it.
     """
     family, text = family_of(config), config.get_text_config(decoder=True)
     kv_heads, head_dim = family.kv_heads(text), family.head_dim(text)
+    count = text.num_hidden_layers
     if compression is None:
-        return [Shape(kv_heads, head_dim, head_dim, head_dim)] * text.num_hidden_layers
-    return [
-        Shape(
-            kv_heads,
-            head_dim,
-            **{name: Widths(*x) if name in WIDTHS else x for name, x in layer.items()},
-            sharing=compression.sharing,
+        return [Layout.full(kv_heads, head_dim)] * count
+    if len(compression.layers) != count:
+        raise EigenAttnError(
+            f"the checkpoint has ranks for {len(compression.layers)} layers, and its model has {count}."
         )
-        for layer in compression.layers
-    ]
+    return compression.layouts(kv_heads, head_dim)
 
 
 def inspect_checkpoint(name: str) -> Inspection:
@@ -87,25 +112,12 @@ def inspect_checkpoint(name: str) -> Inspection:
     source = Source.of(name)
     config = load_config(source)
     text = config.get_text_config(decoder=True)
-    checkpoint = compression_of(source, config)
-    layers = shapes(config, checkpoint)
-    kv_heads, head_dim = layers[0].kv_heads, layers[0].head_dim
-    full = {"rank_k": head_dim, "rank_v": head_dim}
-    ranks = checkpoint.layers if checkpoint else [full] * text.num_hidden_layers
-    window = checkpoint.method["window"] if checkpoint else 0
-    element_size = (text.dtype or torch.float32).itemsize
+    compression = compression_of(source, config)
     return Inspection(
         model_type=text.model_type,
-        compressed=checkpoint is not None,
-        kv_ratio=kv_ratio(layers),
-        bytes_per_token=bytes_per_token(layers, element_size),
-        baseline_bytes_per_token=baseline_bytes_per_token(layers, element_size),
-        head_dim=head_dim,
-        kv_heads=kv_heads,
-        layers=ranks,
-        bytes_by_layer=[bytes_of_layer(layer, element_size) for layer in layers],
-        window=window,
-        ratio_at=ratio_at(layers, window),
-        method=checkpoint.method if checkpoint else {},
-        provenance=checkpoint.provenance if checkpoint else {},
+        compressed=compression is not None,
+        layers=layouts(config, compression),
+        element_size=(text.dtype or torch.float32).itemsize,
+        method=compression.method if compression else {},
+        provenance=compression.provenance if compression else {},
     )

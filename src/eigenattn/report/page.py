@@ -21,7 +21,7 @@ from . import html
 from .card import EVALUATION
 from .figures import decay, effective_ranks, energy, frontier, inline_svg
 from .inspection import Inspection, inspect_checkpoint
-from .tables import TextTable, calibrations, evaluation_tables, full_rank, notes, rank_titles, sweep_table
+from .tables import TextTable, calibrations, evaluation_tables, latents_in_words, layout_table, notes, sweep_table
 
 PROMPTS = ("The history of the city begins with", "To make a good soup, first", "def fibonacci(n):\n")
 NEW_TOKENS = 48
@@ -70,9 +70,9 @@ def gather(
     inspection = inspect_checkpoint(name)
     if not inspection.compressed:
         raise EigenAttnError(f"{name} is not compressed: there is nothing to report.")
-    kept = Path(name) / EVALUATION
-    if evaluation is None and kept.is_file():
-        evaluation = kept
+    saved = Path(name) / EVALUATION
+    if evaluation is None and saved.is_file():
+        evaluation = saved
     return Material(
         name,
         inspection,
@@ -159,25 +159,16 @@ def _size(found: Inspection) -> list[str]:
 
 
 def _ranks(found: Inspection) -> list[str]:
-    full = found.full_ranks
-    caption = f"Rank of keys (up) and of values (down) in each layer; the frame is full rank, {full_rank(full)}."
-    if found.method.get("joint"):
-        caption = f"Rank of the latents that keys and values share (up) in each layer; full rank is {full[0]}."
-    titles = rank_titles(found.layers)
-    rows = [
-        [str(index), *(_cell(layer[name]) for name in titles), f"{size:,}"]
-        for index, (layer, size) in enumerate(zip(found.layers, found.bytes_by_layer, strict=True))
-    ]
-    numbers = html.table(TextTable(["layer", *titles.values(), "bytes a token"], rows))
+    caption = (
+        f"Rank of keys (up) and of values (down) in each layer, of full rank, which is the frame: "
+        f"{latents_in_words(found.layers)}. A latent of both stands in both halves."
+    )
+    numbers = html.table(layout_table(found.layers, found.element_size))
     return [
         html.heading("Ranks by layer"),
-        html.figure(html.rank_map(found.layers, full), caption),
+        html.figure(html.rank_map(found.layers), caption),
         f"<details><summary>In numbers</summary>{numbers}</details>",
     ]
-
-
-def _cell(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _frontier(sweep: dict[str, Any]) -> list[str]:
@@ -253,12 +244,13 @@ def commands(material: Material) -> list[str]:
     facts, method = material.inspection.provenance, material.inspection.method
     base = str(facts.get("base_model", "MODEL"))
     texts = [part for each in facts.get("text", []) for part in ("--text", each["source"])]
-    # How many heads share values follows from how many share anything.
-    defaults = EigenAttentionConfig(shared_heads=method.get("shared_heads", 1)).to_dict() | {"shared_heads": 1}
+    names = ("basis", "window", "share")
+    implied = EigenAttentionConfig(**{name: method[name] for name in names if name in method}).refit
+    defaults = EigenAttentionConfig().to_dict() | {"kv_ratio": None, "refit": implied, "version": method.get("version")}
     choices = [
         part
         for name, value in method.items()
-        if value is not None and name != "version" and (name == "kv_ratio" or value != defaults.get(name))
+        if value is not None and value != defaults.get(name)
         for part in _option(name, value)
     ]
     drawn = [
@@ -271,13 +263,13 @@ def commands(material: Material) -> list[str]:
     if material.evaluation is not None:
         lines.append(_evaluate(material.name, material.evaluation))
     if material.sweep is not None:
-        settings, asked = material.sweep["settings"], []
+        model = material.sweep["settings"]["model"]
         cells = [cell for cell in material.sweep["cells"].values() if "asked" in cell]
-        for option, quantised in (("--kv-ratio", False), ("--bits-per-element", True)):
-            sizes = {cell["asked"] for cell in cells if (cell["bits_per_element"] is not None) == quantised}
-            if sizes:
-                asked += [option, ",".join(f"{size:g}" for size in sorted(sizes, reverse=True))]
-        lines.append(["eigenattn", "sweep", settings["model"], "SWEEP", *asked])
+        for kind, unit in (([], 1), (["--coded"], 16)):
+            ratios = {cell["asked"] / unit for cell in cells if (cell["bits_per_element"] is not None) == bool(kind)}
+            if ratios:
+                asked = ",".join(f"{ratio:g}" for ratio in sorted(ratios, reverse=True))
+                lines.append(["eigenattn", "sweep", model, "SWEEP", *kind, "--kv-ratio", asked])
     if material.spectra is not None:
         asked = ["--basis", material.spectra["basis"], "--samples", str(material.spectra["samples"])]
         texts = [part for each in material.spectra["text"] for part in ("--text", each["source"])]

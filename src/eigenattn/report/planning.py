@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from ..cache.packing import BITS, Widths
-from ..cache.size import Shape, bytes_per_token, cache_bytes
+from ..cache.layout import Latent, Layout
+from ..cache.packing import Widths
+from ..cache.size import bytes_per_token, cache_bytes
+from ..calibration.checks import check_length
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
-from ..models.checkpoint import EigenAttnCheckpointConfig, allocate
 from ..models.conversion import convert_attention, eigen_layers
-from ..models.loading import DTYPES, Source, load_config
-from .inspection import compression_of, shapes
+from ..models.loading import DTYPES, Source, empty_model, load_config
+from .inspection import compression_of, layouts
 
 GIB = 2**30
 # Channels that share a width (see `compression.quantise`).
@@ -26,8 +26,8 @@ GROUP = 4
 
 
 @dataclass(frozen=True)
-class Side:
-    """One of the two models that are compared. Bytes and tokens are of one GPU, sequences of all of them.
+class Occupancy:
+    """How one of the two models fills the memory. Bytes and tokens are of one GPU, sequences of all of them.
 
     Args:
         weights: bytes of the weights it holds.
@@ -60,10 +60,11 @@ class CapacityPlan:
     gpu_memory: float
     gpu_memory_utilization: float
     budget: int
-    original: Side
-    compressed: Side
+    original: Occupancy
+    compressed: Occupancy
 
     def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
         return asdict(self)
 
 
@@ -84,7 +85,7 @@ def plan_capacity(
         name: an original or a compressed model; its configuration alone is read.
         gpu_memory: GiB of each GPU.
         context: tokens of a sequence, prompt and answer.
-        config: for an original, what it would be compressed to, by a `kv_ratio` or by `bits_per_element`.
+        config: for an original, what it would be compressed to, by a `kv_ratio`.
         dtype: of weights and cache; the checkpoint's own by default.
         tensor_parallel_size: GPUs that share the heads of one copy of the model.
         gpus: all of them, a multiple of that: each further group holds a copy of its own.
@@ -97,40 +98,36 @@ def plan_capacity(
     size, gpus = tensor_parallel_size, gpus if gpus is not None else tensor_parallel_size
     if not 0 < gpu_memory_utilization <= 1:
         raise EigenAttnError(f"gpu_memory_utilization must lie in (0, 1], not {gpu_memory_utilization}.")
-    if gpu_memory <= 0 or context < 1 or size < 1 or gpus < 1:
-        raise EigenAttnError("gpu_memory, context, tensor_parallel_size and gpus must be above 0.")
+    if not 0 < gpu_memory < math.inf or context < 1 or size < 1 or gpus < 1:
+        raise EigenAttnError("gpu_memory, context, tensor_parallel_size and gpus must be numbers above 0.")
     if gpus % size:
         raise EigenAttnError(f"{gpus} GPUs cannot be split into groups of tensor_parallel_size={size}.")
     if dtype is not None and dtype not in DTYPES:
         raise EigenAttnError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
     source = Source.of(name)
     model_config = load_config(source)
-    original = shapes(model_config, None)
+    check_length(model_config, context)
+    original = layouts(model_config, None)
     compression = compression_of(source, model_config)
     if compression is not None and config is not None:
-        raise EigenAttnError(f"{name} is compressed already: kv_ratio, bits_per_element and window are its own.")
-    hypothetical = compression is None
+        raise EigenAttnError(f"{name} is compressed already: what it is compressed to is its own.")
     if compression is None:
-        compression = _supposed(config or EigenAttentionConfig(), original)
-    compressed = shapes(model_config, compression)
-    for layer in (original[0], compressed[0]):
-        if layer.kv_heads // layer.sharing.together % size:
-            heads = layer.sharing.told(layer.kv_heads)
-            raise EigenAttnError(f"{heads} cannot be split evenly over {size} GPUs.")
+        compressed, centred = _supposed(config or EigenAttentionConfig(), original), True
+    else:
+        compressed, centred = layouts(model_config, compression), compression.centred
     text = model_config.get_text_config(decoder=True)
     stored = DTYPES[dtype] if dtype else (text.dtype or torch.float32)
     budget = int(gpu_memory * GIB * gpu_memory_utilization)
-    window = compression.method["window"]
 
-    def side(layers: list[Shape], window: int, model: nn.Module) -> Side:
-        held = [_on_one(layer, size) for layer in layers]
+    def occupancy(layers: list[Layout], model: nn.Module) -> Occupancy:
+        held = [layer.split(size) for layer in layers]
         weights = weight_bytes(model, stored.itemsize, size)
         free = max(budget - weights, 0)
 
         def of(length: int) -> int:
-            return _sequence_bytes(held, stored.itemsize, length, window, text)
+            return _sequence_bytes(held, stored.itemsize, length, text)
 
-        return Side(
+        return Occupancy(
             weights=weights,
             cache=free,
             bytes_per_token=bytes_per_token(held, stored.itemsize),
@@ -139,23 +136,24 @@ def plan_capacity(
             longest=_longest(of, free),
         )
 
-    plain = _meta(model_config)
-    before = side(original, 0, plain)
+    plain = empty_model(source, model_config)
+    before = occupancy(original, plain)
     convert_attention(plain)
-    allocate(eigen_layers(plain), compression)
+    for attention, layout in zip(eigen_layers(plain), compressed, strict=True):
+        attention.allocate(layout, centred)
     return CapacityPlan(
         model=name,
-        hypothetical=hypothetical,
+        hypothetical=compression is None,
         dtype=str(stored).removeprefix("torch."),
         context=context,
-        window=window,
+        window=compressed[0].window,
         gpus=gpus,
         tensor_parallel_size=size,
         gpu_memory=gpu_memory,
         gpu_memory_utilization=gpu_memory_utilization,
         budget=budget,
         original=before,
-        compressed=side(compressed, window, plain),
+        compressed=occupancy(compressed, plain),
     )
 
 
@@ -165,28 +163,12 @@ def weight_bytes(model: nn.Module, element_size: int, size: int = 1) -> int:
     return sum(counts) * element_size
 
 
-def _meta(config: Any) -> nn.Module:
-    """The model without weights."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def _on_one(layer: Shape, size: int) -> Shape:
-    return layer._replace(kv_heads=layer.kv_heads // size)
-
-
-def _sequence_bytes(layers: Sequence[Shape], element_size: int, length: int, window: int, text: Any) -> int:
+def _sequence_bytes(layers: Sequence[Layout], element_size: int, length: int, text: Any) -> int:
     """`cache_bytes`, where layers that slide hold what they see."""
     types, sliding = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
-    total = 0
-    for index, layer in enumerate(layers):
-        slides = types[index] == "sliding_attention" if types else sliding is not None
-        seen = min(length, sliding - 1) if slides and sliding else length
-        total += cache_bytes([layer], element_size, seen, window)
-    return total
+    slide = [types[i] == "sliding_attention" if types else sliding is not None for i in range(len(layers))]
+    seen = [min(length, sliding - 1) if slides and sliding else length for slides in slide]
+    return cache_bytes(layers, element_size, seen)
 
 
 def _longest(of: Any, free: int) -> int:
@@ -200,29 +182,41 @@ def _longest(of: Any, free: int) -> int:
     return low
 
 
-def _supposed(config: EigenAttentionConfig, original: Sequence[Shape]) -> EigenAttnCheckpointConfig:
-    """What compressing to a ratio, or to bits, would give: the same in all layers, up to whole channels."""
-    first, sides = original[0], 2 * len(original)
-    entries: list[dict[str, Any]]
-    if config.bits_per_element is not None:
-        widths = _widths(config.bits_per_element, first.head_dim)
-        both = {"widths_k": list(widths), "widths_v": list(widths)}
-        entries = [{"rank_k": widths.channels, "rank_v": widths.channels, **both}] * len(original)
-    elif config.kv_ratio is not None:
-        # The ratio is met over all layers, so channels that remain go to the first sides.
-        channels = max(int(config.kv_ratio * first.head_dim * sides), sides)
-        ranks = [channels // sides + (side < channels % sides) for side in range(sides)]
-        entries = [{"rank_k": ranks[2 * i], "rank_v": ranks[2 * i + 1]} for i in range(len(original))]
-    else:
-        raise EigenAttnError("a plan needs a kv_ratio or bits_per_element: other targets follow from the text.")
-    return EigenAttnCheckpointConfig(entries, centred=config.basis == "attention", method=config.to_dict())
+def _supposed(config: EigenAttentionConfig, original: Sequence[Layout]) -> list[Layout]:
+    """What compressing to a ratio would give: the same in all layers, up to whole channels."""
+    kv_heads, head_dim = original[0].kv_heads, original[0].head_dim
+    if config.kv_ratio is None:
+        raise EigenAttnError("a plan needs a kv_ratio: other targets follow from the text.")
+    if config.kv_ratio == 1:
+        return list(original)
+    kinds = config.sharing.kinds
+    if any(kv_heads % heads for _, heads in kinds):
+        raise EigenAttnError(f"{max(heads for _, heads in kinds)} KV heads cannot share a latent, of {kv_heads}.")
+    # The ratio is met over all layers, so elements that remain give the first latents a channel more.
+    spare = int(config.kv_ratio * sum(layer.original_elements for layer in original))
+    spare -= len(original) * sum(
+        kv_heads // heads * max(int(config.kv_ratio * len(sides) * heads * head_dim), 1) for sides, heads in kinds
+    )
+    supposed = []
+    for layer in original:
+        latents = []
+        for sides, heads in kinds:
+            full = len(sides) * heads * head_dim
+            rank, widths = max(int(config.kv_ratio * full), 1), None
+            if config.coded:
+                widths = _widths(16 * config.kv_ratio, full)
+                rank = widths.channels
+            elif spare >= kv_heads // heads:
+                rank, spare = rank + 1, spare - kv_heads // heads
+            latents.append(Latent(sides, heads, rank, head_dim, widths))
+        supposed.append(layer.holding(latents, config.window))
+    return supposed
 
 
 def _widths(bits: float, channels: int) -> Widths:
     """Channels of two neighbouring widths that take `bits` a channel on average."""
     lower, upper = next(pair for pair in ((0, 2), (2, 4), (4, 6), (6, 8)) if bits <= pair[1])
     groups = channels // GROUP
-    wide = int(groups * (bits - lower) / (upper - lower))
+    wide = max(int(groups * (bits - lower) / (upper - lower)), 0 if lower else 1)
     counts = {upper: wide * GROUP, lower: (groups - wide) * GROUP}
-    found = Widths(*(counts.get(width, 0) for width in BITS))
-    return found if found.channels else Widths(0, 0, 0, GROUP)
+    return Widths.of({width: count for width, count in counts.items() if width})

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..cache.layout import BOTH, Layout
+
 
 @dataclass(frozen=True)
 class TextTable:
@@ -15,6 +17,7 @@ class TextTable:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
+        """As Markdown has tables."""
         lines = [self.headings, ["---"] * len(self.headings), *self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -109,19 +112,35 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> Text
     return TextTable(["method", *varied, "asked", "KV ratio", "whole cache", *texts, *extra], shown)
 
 
-def full_rank(of: Sequence[int]) -> str:
-    """The full ranks of keys and of values, in words."""
-    keys, values = of
-    return str(keys) if keys == values else f"{keys} and {values}"
+# What latents are called, by the sides that they are made of.
+SIDES_IN_WORDS = {("key",): "keys", ("value",): "values", BOTH: "keys and values"}
 
 
-def rank_titles(layers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What ranks, and widths if there are any, are called over their columns, by name."""
-    joint = any(not layer["rank_v"] for layer in layers)
-    titles = {"rank_k": "rank of keys, or of both" if joint else "rank of keys", "rank_v": "rank of values"}
-    if any("widths_k" in layer for layer in layers):
-        titles |= {
-            "widths_k": "both in 8, 6, 4, 2 bits" if joint else "keys of 8, 6, 4, 2 bits",
-            "widths_v": "values of 8, 6, 4, 2 bits",
-        }
-    return titles
+def layout_table(layers: Sequence[Layout], element_size: int) -> TextTable:
+    """The latents of each layer, a row each: their ranks, channels by width where they are coded, and bytes a token."""
+    latents = [latent for layer in layers for latent in layer.latents]
+    widths = sorted({bits for latent in latents if latent.widths for bits, _ in latent.widths.counts}, reverse=True)
+    heading = f"channels of {', '.join(map(str, widths))} bits"
+    kinds = list(dict.fromkeys(latent.sides for latent in latents))
+    headings, columns = ["layer"], []
+    for sides in kinds:
+        name = SIDES_IN_WORDS[sides]
+        found = [next((latent for latent in layer.latents if latent.sides == sides), None) for layer in layers]
+        headings.append(f"rank of {name}")
+        columns.append(["" if latent is None else f"{latent.rank} of {latent.full_rank}" for latent in found])
+        if any(latent and latent.widths for latent in found):
+            headings.append(f"{name}, {heading}")
+            counts = [dict(latent.widths.counts) if latent and latent.widths else None for latent in found]
+            columns.append(["" if of is None else ", ".join(str(of.get(bits, 0)) for bits in widths) for of in counts])
+    sizes = [f"{layer.bytes_per_token(element_size):,}" for layer in layers]
+    rows = zip(map(str, range(len(layers))), *columns, sizes, strict=True)
+    return TextTable([*headings, "bytes a token"], list(rows))
+
+
+def latents_in_words(layers: Sequence[Layout]) -> str:
+    """What the latents of a model are made of: `latents of keys of one KV head, values of 3 KV heads`."""
+    kinds = dict.fromkeys(
+        (latent.sides, latent.heads) for layer in layers for latent in layer.latents if not latent.verbatim
+    )
+    words = [f"{SIDES_IN_WORDS[sides]} of {f'{n} KV heads' if n > 1 else 'one KV head'}" for sides, n in kinds]
+    return f"latents of {', '.join(words)}" if words else "full rank"

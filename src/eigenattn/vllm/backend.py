@@ -20,24 +20,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 
-from .attend import Head, Pages, attend_prompt, decode_rows, write
-
-
-@dataclass(frozen=True)
-class DecodingRows:
-    """Rows of similar length with one query each.
-
-    Args:
-        rows: rows of the block table, int64 [b].
-        tokens: their queries in the batch, int64 [b].
-        lengths: tokens of each, int32 [b].
-        longest: the largest of them.
-    """
-
-    rows: Tensor
-    tokens: Tensor
-    lengths: Tensor
-    longest: int
+from .attend import DecodingRows, PagedAttention, attend_prompt, decode_rows
+from .pages import Pages, write
 
 
 @dataclass(frozen=True)
@@ -69,6 +53,8 @@ class LatentMetadata(AttentionMetadata):
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
+    """Makes `LatentMetadata` of what vLLM says of a batch."""
+
     def __init__(
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
@@ -95,10 +81,12 @@ def _metadata(common: CommonAttentionMetadata) -> LatentMetadata:
             similar.setdefault(length.bit_length(), []).append((row, start, length))
         elif stop > start:
             prompts.append(PromptRow(torch.tensor([row], device=device), start, stop, length))
+    positions = torch.arange(max(lengths, default=0), dtype=torch.int32, device=device).unsqueeze(0)
     decoding = []
     for found in similar.values():
         rows, tokens, held = torch.tensor(found, device=device).unbind(1)
-        decoding.append(DecodingRows(rows, tokens, held.to(torch.int32), max(length for *_, length in found)))
+        longest = max(length for *_, length in found)
+        decoding.append(DecodingRows(rows, tokens, held.to(torch.int32), longest, positions))
     tokens = min(common.num_actual_tokens, starts[-1])
     return LatentMetadata(tokens, common.slot_mapping[:tokens].long(), table.long(), decoding, prompts)
 
@@ -135,22 +123,28 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
     """What a layer's attention computes.
 
     Args:
-        head: gives how it attends; asked once weights are loaded.
+        attention: gives how it attends; asked once weights are loaded.
         num_heads, head_size, scale: of the original attention.
         window_layer: name of the layer that caches the exact window, or None.
     """
 
     def __init__(
-        self, head: Callable[[], Head], num_heads: int, head_size: int, scale: float, window_layer: str | None
+        self,
+        attention: Callable[[], PagedAttention],
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        window_layer: str | None,
     ) -> None:
-        self._make_head = head
+        self._make_attention = attention
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.window_layer = window_layer
         self.kv_cache_dtype = "auto"
 
     @cached_property
-    def head(self) -> Head:
-        return self._make_head()
+    def attention(self) -> PagedAttention:
+        """How it attends."""
+        return self._make_attention()
 
     def forward(
         self,
@@ -168,37 +162,25 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
 
         Args:
             query: before rotation [tokens, H, D or R_k].
-            key, value: latents of all heads side by side, [tokens, n]; with a window what is exact, G * D, before them.
-            kv_cache: [blocks, P, N, C], see `attend`.
+            key: latents as they lie in a page, [tokens, P, C].
+            value: exact keys and values as they lie in a page, [tokens, G, 2 D]; anything without a window.
+            kv_cache: [blocks, P, N, C], see `eigenattn.vllm.pages`.
             attn_metadata: None while memory is profiled.
             output: [tokens, H, D or R_v].
         """
         if attn_metadata is None:
             return output.zero_()
         batch, near = attn_metadata, None
-        query, key, value = (x[: batch.tokens] for x in (query, key, value))
+        write(kv_cache, batch.slots, key[: batch.tokens])
+        far = Pages(kv_cache, batch.table)
         if self.window_layer is not None:
             context = get_forward_context()
-            window, cache = (
-                context.attn_metadata[self.window_layer],
-                context.no_compile_layers[self.window_layer].kv_cache,
-            )
-            exact = cache.shape[1] * self.head_size
-            _write_pages(cache, window.slots, key[:, :exact], value[:, :exact])
-            near = Pages(cache, window.table)
-            key, value = key[:, exact:], value[:, exact:]
-        _write_pages(kv_cache, batch.slots, key, value)
-        far = Pages(kv_cache, batch.table)
+            window = context.attn_metadata[self.window_layer]
+            near = Pages(context.no_compile_layers[self.window_layer].kv_cache, window.table)
+            write(near.cache, window.slots, value[: batch.tokens])
         for row in batch.prompts:
             q = query[row.start : row.stop]
-            output[row.start : row.stop] = attend_prompt(self.head, q, row.row, row.length, far, near)
-        for found in batch.decoding:
-            q = query[found.tokens]
-            output[found.tokens] = decode_rows(self.head, q, found.rows, found.lengths, found.longest, far, near)
+            output[row.start : row.stop] = attend_prompt(self.attention, q, row.row, row.length, far, near)
+        for rows in batch.decoding:
+            output[rows.tokens] = decode_rows(self.attention, query[rows.tokens], rows, far, near)
         return output
-
-
-def _write_pages(cache: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Put keys and values, or their latents, of all heads side by side [tokens, n] into a cache [blocks, P, N, C]."""
-    pages = cache.shape[1]
-    write(cache, slots, torch.cat([x.unflatten(-1, (pages, -1)) for x in (keys, values) if x.shape[-1]], dim=-1))

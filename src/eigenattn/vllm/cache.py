@@ -19,9 +19,8 @@ from vllm.utils.torch_utils import _encode_layer_name, kv_cache_dtype_str_to_dty
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
-from ..cache.size import bytes_of_layer
+from ..cache.layout import Layout
 from ..errors import EigenAttnError
-from ..models.attention import EigenAttention
 from .backend import LatentBackend, LatentImpl
 
 # Tokens of a block beside a window, unless the user says otherwise. A sequence holds whole blocks of its window: larger
@@ -32,39 +31,37 @@ STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How the layers' pages are laid out.
+class BlockPlan:
+    """Of how many tokens the engine's blocks are, beside an exact window; without one that is the engine's own choice.
 
     Args:
-        block_size: tokens of a block of latents; 0 is the engine's own choice.
-        window: W, and `window_block_size` the tokens of a block of the window.
+        window: exact tokens, W.
+        latents: tokens of a block of latents.
+        exact: tokens of a block of the window.
         spacers: layers that cache next to nothing, see `Spacer`.
     """
 
-    block_size: int
-    window: int = 0
-    window_block_size: int = 0
-    spacers: int = 0
+    window: int
+    latents: int
+    exact: int
+    spacers: int
 
     @classmethod
-    def of(cls, layers: list[EigenAttention], cache_config: Any) -> Plan:
-        """For layers of these ranks and one window.
-
-        Args:
-            layers: `eigenattn.vllm.configuration.blueprints`.
-        """
-        window = layers[0].window
+    def of(cls, layouts: list[Layout], cache_config: Any) -> BlockPlan | None:
+        """For the layers of a model, which have one window; None without."""
+        window = layouts[0].window
         if not window:
-            return cls(0)
+            return None
         block = cache_config.block_size if cache_config.user_specified_block_size else BLOCK_WITH_WINDOW
-        sizes = [bytes_of_layer(layer, 1) for layer in layers]  # elements, of all heads
-        exact, room = sum(2 * layer.kv_heads * layer.head_dim for layer in layers), block * sum(sizes)
+        sizes = [layout.bytes_per_token(1) for layout in layouts]  # elements
+        exact, room = sum(layout.original_elements for layout in layouts), block * sum(sizes)
         fitting = [size for size in range(1, block + 1) if block % size == 0 and size * exact <= room]
-        return cls(block, window, max(fitting, default=1), spacers_for(sizes))
+        return cls(window, block, max(fitting, default=1), spacers_for(sizes))
 
-    def window_blocks(self, in_flight: int, longest: int) -> int:
-        """Blocks that hold a sequence's window while so many of its tokens are computed."""
-        return -(-min(self.window - 1 + in_flight, longest) // self.window_block_size) + 1
+    def needed(self, in_flight: int, longest: int) -> int:
+        """Blocks that a sequence of `longest` tokens takes while so many are computed, and one that vLLM reserves."""
+        exact = -(-min(self.window - 1 + in_flight, longest) // self.exact) + 1
+        return 1 + -(-longest // self.latents) + exact
 
 
 def spacers_for(sizes: list[int]) -> int:
@@ -109,14 +106,14 @@ class WindowCache(_CachingLayer):
     """Exact keys, before rotation, and values of the last tokens."""
 
     def __init__(
-        self, vllm_config: VllmConfig, name: str, heads: int, kv_heads: int, head_dim: int, plan: Plan
+        self, vllm_config: VllmConfig, name: str, heads: int, kv_heads: int, head_dim: int, plan: BlockPlan
     ) -> None:
         super().__init__(vllm_config, name, heads, kv_heads)
         self.head_dim, self.plan, self._config = head_dim, plan, vllm_config
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         return WindowSpec(
-            block_size=self.plan.window_block_size,
+            block_size=self.plan.exact,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_dim,
             dtype=self.dtype,
@@ -133,13 +130,18 @@ class WindowCache(_CachingLayer):
         blocks = self._config.cache_config.num_gpu_blocks
         if blocks is None:  # a small cache to profile memory with
             return
-        longest, in_flight = self._config.model_config.max_model_len, self._config.max_in_flight_tokens
-        needed = 1 + -(-longest // self.plan.block_size) + self.plan.window_blocks(in_flight, longest)
+        longest = self._config.model_config.max_model_len
+        needed = self.plan.needed(self._config.max_in_flight_tokens, longest)
         if blocks < needed:
             raise EigenAttnError(
                 f"a sequence of {longest} tokens takes {needed} blocks of the cache while it is read, and there are "
                 f"{blocks}: give it more memory, or lower --max-model-len or --max-num-batched-tokens."
             )
+
+
+def _latent_spec(block_size: int, heads: int, size: int, dtype: torch.dtype) -> KVCacheSpec:
+    """Pages of `size` elements a head in one piece: like latents of vLLM's own, not keys with values behind them."""
+    return FullAttentionSpec(block_size=block_size, num_kv_heads=heads, head_size=size, head_size_v=0, dtype=dtype)
 
 
 class Spacer(_CachingLayer):
@@ -154,9 +156,7 @@ class Spacer(_CachingLayer):
         self.block_size = block_size
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        return FullAttentionSpec(
-            block_size=self.block_size, num_kv_heads=1, head_size=1, head_size_v=0, dtype=self.dtype
-        )
+        return _latent_spec(self.block_size, 1, 1, self.dtype)
 
 
 class LatentAttention(_CachingLayer):
@@ -165,9 +165,9 @@ class LatentAttention(_CachingLayer):
     Args:
         name: of the layer, among all of the model.
         heads: H of this device.
-        pages: heads of the cache, P, and `size_k`, `size_v` what each holds of keys and of values (see `attend`).
-        size: of an output head.
-        block_size: tokens of a page; 0 takes the engine's.
+        page: P and C, see `eigenattn.vllm.pages`.
+        size_out: of an output head.
+        block_size: tokens of a page; None takes the engine's.
         impl: what it computes.
     """
 
@@ -177,29 +177,22 @@ class LatentAttention(_CachingLayer):
         name: str,
         *,
         heads: int,
-        pages: int,
-        size_k: int,
-        size_v: int,
-        size: int,
-        block_size: int,
+        page: tuple[int, int],
+        size_out: int,
+        block_size: int | None,
         impl: LatentImpl,
     ) -> None:
+        pages, self.size = page
         super().__init__(vllm_config, name, heads, pages)
-        self.size_k, self.size_v, self.size = size_k, size_v, size
-        self.block_size = block_size
+        self.size_out, self.block_size = size_out, block_size
         self.impl = impl
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        return FullAttentionSpec(
-            block_size=self.block_size or vllm_config.cache_config.block_size,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self.size_k,
-            head_size_v=self.size_v,
-            dtype=self.dtype,
-        )
+        block_size = self.block_size or vllm_config.cache_config.block_size
+        return _latent_spec(block_size, self.num_kv_heads, self.size, self.dtype)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The output [tokens, H * size] of queries, keys and values as `LatentImpl.forward` has them."""
-        output = query.new_empty(query.shape[0], self.num_heads, self.size)
+        """The output [tokens, H * size_out] of queries, keys and values as `LatentImpl.forward` has them."""
+        output = query.new_empty(query.shape[0], self.num_heads, self.size_out)
         torch.ops.vllm.unified_attention_with_output(query, key, value, output, _encode_layer_name(self.layer_name))
         return output.flatten(1)

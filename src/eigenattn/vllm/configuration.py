@@ -12,9 +12,10 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
-from ..models.checkpoint import METHOD, WIDTHS, EigenAttnCheckpointConfig, allocate
+from ..models.checkpoint_format import METHOD, EigenAttnCheckpointConfig, allocate
 from ..models.conversion import convert_attention, eigen_layers
-from . import check_version
+from ..models.families import family_of
+from .versions import check_version, vllm_version
 
 # Class in the checkpoint's `architectures` -> ours, in `eigenattn.vllm.models`.
 ARCHITECTURES = {
@@ -30,13 +31,6 @@ ARCHITECTURES = {
 }
 # Their angles depend on the length of a text, which differs from row to row of a batch.
 VARYING_ROPE = ("dynamic", "longrope")
-
-
-def vllm_version() -> str:
-    """The engine's version, such as 0.32.0."""
-    import vllm
-
-    return vllm.__version__
 
 
 def read_checkpoint(quantization_config: dict[str, Any]) -> EigenAttnCheckpointConfig:
@@ -60,10 +54,9 @@ def check_served(config: Any, checkpoint: EigenAttnCheckpointConfig) -> None:
             f"compressed {architecture} is not served by vLLM; these are: {', '.join(ARCHITECTURES)}. "
             "transformers runs it."
         )
-    if any(name in layer for layer in checkpoint.layers for name in WIDTHS):
-        raise EigenAttnError(
-            "quantised latents are not served by vLLM: compress with --kv-ratio instead of --bits-per-element."
-        )
+    family, text = family_of(config), config.get_text_config(decoder=True)
+    if any(layout.coded for layout in checkpoint.layouts(family.kv_heads(text), family.head_dim(text))):
+        raise EigenAttnError("coded latents are not served by vLLM: compress without --coded.")
     if _slides(config):
         raise EigenAttnError("models with a sliding window of their own are not served by vLLM once compressed.")
     rope = getattr(config, "rope_parameters", None) or {}
@@ -95,7 +88,7 @@ def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> list[Eigen
     return layers
 
 
-class EigenAttnConfig(QuantizationConfig):
+class LatentsConfig(QuantizationConfig):
     """vLLM's view of `quantization_config`: no weight is quantised, but models and cache are of another shape.
 
     Args:
@@ -119,7 +112,7 @@ class EigenAttnConfig(QuantizationConfig):
         return METHOD
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> EigenAttnConfig:
+    def from_config(cls, config: dict[str, Any]) -> LatentsConfig:
         return cls(read_checkpoint(config))
 
     @classmethod
@@ -142,8 +135,8 @@ class EigenAttnConfig(QuantizationConfig):
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 
-class RefusingConfig(EigenAttnConfig):
-    """What stands in for `EigenAttnConfig` in a version of vLLM that is not supported."""
+class RefusingConfig(LatentsConfig):
+    """What stands in for `LatentsConfig` in a version of vLLM that is not supported."""
 
     @classmethod
     def override_quantization_method(
@@ -154,6 +147,6 @@ class RefusingConfig(EigenAttnConfig):
         return None
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> EigenAttnConfig:
+    def from_config(cls, config: dict[str, Any]) -> LatentsConfig:
         check_version(vllm_version())
         return super().from_config(config)

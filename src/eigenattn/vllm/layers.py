@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -11,38 +12,44 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.utils import set_weight_attrs
 
-from ..cache.size import heads_held
-from ..config import Sharing
+from ..cache.layout import Layout
 from ..errors import EigenAttnError
-from ..kernels.decoding import Rotary, Side
+from ..kernels.decoding import Rotary
 from ..models.attention import EigenAttention
-from ..models.maps import MAPS, LatentMaps
-from .attend import Head
+from ..models.maps import MAPS, QUANTISERS, LatentMaps
+from .attend import PagedAttention, rotary_of, slopes_of
 from .backend import LatentImpl
-from .cache import LatentAttention, Plan, Spacer, WindowCache
-from .configuration import EigenAttnConfig, blueprints
+from .cache import BlockPlan, LatentAttention, Spacer, WindowCache
+from .configuration import LatentsConfig, blueprints
+from .pages import page_shape, to_page
 
 
 class Shards:
     """Which heads this device has: queries' are divided, and KV heads too, or repeated where there are fewer of them.
 
     Args:
-        sharing: KV heads that share a latent are on one device.
+        heads: query heads of all devices, H.
+        layout: of all devices' KV heads. Those that share a latent are on one device.
 
     Raises:
         EigenAttnError: if they cannot be shared out evenly.
     """
 
-    def __init__(self, heads: int, kv_heads: int, sharing: Sharing) -> None:
+    def __init__(self, heads: int, layout: Layout) -> None:
+        kv_heads = layout.kv_heads
         self.count, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         if heads % self.count or max(kv_heads, self.count) % min(kv_heads, self.count):
             raise EigenAttnError(f"{heads} heads and {kv_heads} KV heads do not share out over {self.count} devices.")
         self.heads, self.kv_heads = heads // self.count, max(kv_heads // self.count, 1)
-        if self.kv_heads % sharing.together:
-            raise EigenAttnError(f"{sharing.told(kv_heads)} do not share out over {self.count} devices.")
+        if self.kv_heads % layout.together:
+            raise EigenAttnError(
+                f"{kv_heads} KV heads, {layout.together} to a latent, do not share out over {self.count} devices."
+            )
         self.first_head = rank * self.heads
         self.first_kv_head, self.all_kv_heads = rank * kv_heads // self.count, kv_heads
+        self.layout = dataclasses.replace(layout, kv_heads=self.kv_heads)
 
     def of_kv(self, stored: Tensor) -> Tensor:
         """This device's rows of what has as many for each KV head, or for those that share a latent."""
@@ -106,7 +113,7 @@ class ServedAttention(LatentMaps):
         rotary: the model's rotary positions, or None.
         slopes: ALiBi's slopes of all query heads [H], or None.
         prefix: name of the module.
-        plan: layout of all layers' pages.
+        plan: of the blocks of all layers; None without an exact window.
     """
 
     def __init__(
@@ -117,25 +124,23 @@ class ServedAttention(LatentMaps):
         rotary: Rotary | None,
         slopes: Tensor | None,
         prefix: str,
-        plan: Plan,
+        plan: BlockPlan | None,
     ) -> None:
         super().__init__()
         family = original.family
-        sharing = self.sharing = original.sharing
-        shards = self.shards = Shards(original.heads, original.kv_heads, sharing)
+        shards = self.shards = Shards(original.heads, original.layout)
+        self.layout = shards.layout
         self.heads, self.kv_heads, self.head_dim = shards.heads, shards.kv_heads, original.head_dim
-        self.rank_k, self.rank_v, self.widths_k, self.widths_v = original.rank_k, original.rank_v, None, None
-        self.size_k = self.latent_heads("key") // self.latent_heads("value") * self.rank_k  # of a page
-        self.window, self.clip, self.scaling = original.window, original.clip, original.scaling
+        self.clip, self.scaling = original.clip, original.scaling
         self.rotary, self.slopes = (rotary,), slopes
         self.qkv_name = family.qkv[0] if family.fused else "qkv_proj"
         self.output_name = family.output
         qkv = HeadsProjection(original, shards, f"{prefix}.{self.qkv_name}")
         setattr(self, self.qkv_name, qkv)
         output = original.output_projection
-        self.size = self.head_dim if original.keeps_projections else original.rank_v
+        size_out = self.head_dim if self.layout.at_run_time else self.layout.of("value").rank
         projection = RowParallelLinear(
-            original.heads * self.size,
+            original.heads * size_out,
             output.out_features,
             bias=output.bias is not None,
             prefix=f"{prefix}.{family.output}",
@@ -144,11 +149,12 @@ class ServedAttention(LatentMaps):
         self.norms = family.norms if original.normalises else None
         for name in self.norms or ():
             setattr(self, name, RMSNorm(self.head_dim, eps=original.config.rms_norm_eps))
-        for name in MAPS:
+        for name in (*MAPS, *QUANTISERS):
             stored = getattr(original, name)
             self.register_parameter(name, None if stored is None else self._map(stored))
-        layer, window_layer = f"{prefix}.attn", f"{prefix}.window" if self.window else None
-        if self.window:
+        layer, window_layer = f"{prefix}.attn", None
+        if plan is not None:
+            window_layer = f"{prefix}.window"
             self.window_cache = WindowCache(
                 vllm_config, window_layer, shards.heads, shards.kv_heads, self.head_dim, plan
             )
@@ -156,41 +162,24 @@ class ServedAttention(LatentMaps):
             vllm_config,
             layer,
             heads=shards.heads,
-            pages=self.latent_heads("value"),
-            size_k=self.size_k,
-            size_v=self.rank_v,
-            size=self.size,
-            block_size=plan.block_size,
-            impl=LatentImpl(self.head, shards.heads, self.head_dim, self.scaling, window_layer),
+            page=page_shape(self.layout),
+            size_out=size_out,
+            block_size=None if plan is None else plan.latents,
+            impl=LatentImpl(self.attention, shards.heads, self.head_dim, self.scaling, window_layer),
         )
 
     def _map(self, stored: Tensor) -> nn.Parameter:
         """An empty parameter for this device's heads of a map [G/N * R, N * D] or a mean [G * D]."""
         parameter = nn.Parameter(torch.empty(self.shards.of_kv(stored).shape), requires_grad=False)
-        parameter.weight_loader = lambda into, loaded: _copy(into.data, self.shards.of_kv(loaded), "a map")
+        loader = {"weight_loader": lambda into, loaded: _copy(into.data, self.shards.of_kv(loaded), "a map")}
+        set_weight_attrs(parameter, loader)
         return parameter
 
-    def head(self) -> Head:
+    def attention(self) -> PagedAttention:
         """How it attends, with the maps as they were loaded."""
         slopes = None if self.slopes is None else self.shards.of_queries(self.slopes, 1)
-
-        def side(name: str) -> Side:
-            decoder, mean = self.by_head(f"{name}_decoder"), self.by_head(f"{name}_mean")
-            if decoder is None:
-                return Side()
-            return Side(decoder, None if mean is None else mean.flatten(1))
-
-        keys, values = (heads // self.latent_heads("value") for heads in heads_held(self))
-        return Head(
-            keys=side("key"),
-            values=side("value"),
-            size_k=self.size_k,
-            in_page=(keys, values),
-            scale=self.scaling,
-            window=self.window,
-            rotary=self.rotary[0],
-            slopes=slopes,
-        )
+        keys, values = self.decoding_sides()
+        return PagedAttention(self.layout, keys, values, self.scaling, self.rotary[0], slopes)
 
     def forward(self, hidden_states: Tensor, positions: Tensor | None = None) -> Tensor:
         """[tokens, C] to [tokens, C]. Positions are counted by the backend, which needs those of cached keys too."""
@@ -205,10 +194,10 @@ class ServedAttention(LatentMaps):
         if self.norms is not None:
             q, k = (getattr(self, name)(x.contiguous()) for name, x in zip(self.norms, (q, k), strict=True))
         latents = self.encode(*(x.transpose(0, 1).unsqueeze(0) for x in (k, v)))  # [1, G/N, tokens, R] each
-        key, value = (z[0].transpose(0, 1).flatten(1) for z in latents)
-        if self.window:
-            key, value = torch.cat([k.flatten(1), key], dim=-1), torch.cat([v.flatten(1), value], dim=-1)
-        out, _ = getattr(self, self.output_name)(self.attn(q, key, value))
+        page = to_page(self.layout, tuple(z[0] for z in latents))
+        # vLLM's operation takes three tensors; without a window there is no use for the last.
+        exact = torch.cat([k, v], dim=-1) if self.layout.window else page
+        out, _ = getattr(self, self.output_name)(self.attn(q, page, exact))
         return out
 
 
@@ -228,11 +217,11 @@ def compress_layers(model: nn.Module, vllm_config: VllmConfig) -> None:
     """
     config, quantization = vllm_config.model_config.hf_config, vllm_config.quant_config
     _check_engine(vllm_config)
-    if not isinstance(quantization, EigenAttnConfig):
+    if not isinstance(quantization, LatentsConfig):
         raise EigenAttnError(f"{type(model).__name__} serves compressed checkpoints only.")
     originals = blueprints(config, quantization.checkpoint)
-    plan = Plan.of(originals, vllm_config.cache_config)
-    rotary, slopes = _rotary(originals[0]), _slopes(originals[0])
+    plan = BlockPlan.of([original.layout for original in originals], vllm_config.cache_config)
+    rotary, slopes = rotary_of(originals[0]), slopes_of(originals[0])
     layers = vllm_config.compilation_config.static_forward_context
     for name, module in list(model.named_modules()):
         if type(module).__name__ != originals[0].family.attention:
@@ -250,9 +239,9 @@ def compress_layers(model: nn.Module, vllm_config: VllmConfig) -> None:
             plan=plan,
         )
         model.set_submodule(name, served)
-        if index == 0:
+        if index == 0 and plan is not None:
             for spacer in range(plan.spacers):
-                Spacer(vllm_config, f"{name}.spacer_{spacer}", plan.block_size)
+                Spacer(vllm_config, f"{name}.spacer_{spacer}", plan.latents)
 
 
 def _check_engine(vllm_config: VllmConfig) -> None:
@@ -266,26 +255,6 @@ def _check_engine(vllm_config: VllmConfig) -> None:
         raise EigenAttnError("context parallel is not supported for latents: use tensor or pipeline parallel.")
     if vllm_config.speculative_config is not None:
         raise EigenAttnError("speculative decoding is not supported for latents.")
-
-
-def _rotary(original: EigenAttention) -> Rotary | None:
-    if not original.rotates:
-        return None
-    (meta,) = original._rotary
-    with torch.device("cpu"):
-        module = type(meta)(original.config)
-    device = torch.get_default_device()
-    return Rotary(module.inv_freq.float().to(device), float(module.attention_scaling))
-
-
-def _slopes(original: EigenAttention) -> Tensor | None:
-    if original.family.positions_of(original.config) != "alibi":
-        return None
-    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
-
-    # Of two keys the second one is at distance 0, and the first has minus the slope.
-    device = torch.get_default_device()
-    return -build_mpt_alibi_tensor(original.heads, 2, device=device)[:, 0, 0].float()
 
 
 def check_loaded(model: nn.Module, loaded: set[str]) -> None:

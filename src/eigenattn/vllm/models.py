@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
@@ -16,7 +16,7 @@ from .layers import check_loaded, compress_layers
 from .mpt import MptForCausalLM
 
 
-class Compressed:
+class Compressed(nn.Module):
     """Stands before a model of vLLM's: its attention is replaced, and its loading checked."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -24,7 +24,7 @@ class Compressed:
         compress_layers(self, vllm_config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        loaded = super().load_weights(weights)
+        loaded = super().load_weights(weights)  # pyright: ignore[reportAttributeAccessIssue] (of vLLM's model)
         check_loaded(self, loaded)
         return loaded
 

@@ -28,6 +28,8 @@ class MptAttention(nn.Module):
 
 
 class MptMLP(nn.Module):
+    """The feed-forward part of a block."""
+
     def __init__(self, config: Any, prefix: str) -> None:
         super().__init__()
         hidden = config.hidden_size
@@ -42,6 +44,8 @@ class MptMLP(nn.Module):
 
 
 class MptBlock(nn.Module):
+    """One layer of the decoder."""
+
     def __init__(self, config: Any, prefix: str) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon, bias=False)
@@ -58,6 +62,8 @@ class MptBlock(nn.Module):
     dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0},
 )
 class MptModel(nn.Module):
+    """All layers of the decoder that this stage of a pipeline has."""
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
@@ -81,6 +87,7 @@ class MptModel(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
         if not get_pp_group().is_first_rank:
+            assert intermediate_tensors is not None
             hidden_states = intermediate_tensors["hidden_states"]
         else:
             hidden_states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
@@ -92,6 +99,8 @@ class MptModel(nn.Module):
 
 
 class MptForCausalLM(nn.Module, SupportsPP):
+    """The decoder and its head, as vLLM calls them."""
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config

@@ -1,43 +1,74 @@
-"""What every backend of decoding is given."""
+"""One step of decoding: what every backend is given."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...cache.codebook import Codebook, middles
 from ...cache.packing import Widths
+from ...errors import EigenAttnError
+
+
+def pairs(x: Tensor, width: int, interleaved: bool) -> Tensor:
+    """A view of x [..., D] whose leading `width` dimensions lie pair by pair, as [..., width / 2, 2]."""
+    rotating = x[..., :width]
+    return rotating.unflatten(-1, (-1, 2)) if interleaved else rotating.unflatten(-1, (2, -1)).transpose(-1, -2)
+
+
+def in_pairs(x: Tensor, width: int, interleaved: bool) -> Tensor:
+    """x [..., D] with its leading `width` dimensions pair by pair."""
+    return torch.cat([pairs(x, width, interleaved).flatten(-2), x[..., width:]], dim=-1)
 
 
 @dataclass(frozen=True)
 class Side:
-    """How latents of keys, or of values, become vectors: `x_hat = mean + z @ U`. Make it once a layer, and keep it.
+    """How keys, or values, come of stored rows: `x_hat = mean + z @ U`. Make it once a layer, and keep it.
 
     Args:
+        row: which of the rows they are decoded from; keys and values that share a latent have the same.
         decoder: `U` [G, R, D]; None where latents are vectors already, at full rank or folded. Where N neighbouring
             heads share a latent, each has a decoder of its own, and latents have G/N heads.
         mean: [G, D], or None for a basis through the origin.
-        widths: channels of 8, 6, 4 and 2 bits, if latents are packed codes (`eigenattn.cache.packing`).
+        widths: channels by bits, if latents are packed codes (`eigenattn.cache.packing`).
         levels: [G, R, 4], what codes stand for (`eigenattn.cache.codebook`); the same for heads that share a latent.
     """
 
+    row: int
     decoder: Tensor | None = None
     mean: Tensor | None = None
     widths: Widths | None = None
     levels: Tensor | None = None
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    @cached_property
+    def _once(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    @property
     def codebook(self) -> Codebook:
-        """What codes stand for."""
-        return Codebook.of(self.levels, self.widths)
+        """What codes stand for, kept."""
+        levels, widths = self.levels, self.widths
+        assert levels is not None and widths is not None  # latents are coded
+        return self._once("codebook", lambda: Codebook.of(levels, widths))
 
-    @cached_property
+    def paired(self, width: int, interleaved: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Decoder [G, R, D] and mean [G, 1, D] with their leading `width` dimensions pair by pair, kept."""
+        mean = None if self.mean is None else self.mean.unsqueeze(1)
+        found = self.decoder, mean
+        return self._once(
+            (width, interleaved), lambda: tuple(x if x is None else in_pairs(x, width, interleaved) for x in found)
+        )
+
+    @property
     def folded(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What `fold` gives, kept."""
-        return self.fold()
+        return self._once("folded", self.fold)
 
     def fold(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Decoder [G, R, D], mean [G, D] and shape [G, 3, R] that take codes u, counted from the middle of their range.
@@ -45,7 +76,7 @@ class Side:
         `x_hat = mean' + y @ U'` with `y = u (shape_0 + u (shape_1 + u shape_2))`. The mean distance of levels, s, has
         gone into the decoder, `U' = s U`, so that y is about as large as u, and the level of u = 0 into the mean.
         """
-        if self.widths is None:
+        if self.widths is None or self.levels is None:
             return self.decoder, self.mean, None
         levels = self.levels.float()
         _, a, b, c = levels.unbind(-1)
@@ -62,7 +93,7 @@ class Side:
         return (step.unsqueeze(-1) * decoder).to(self.decoder.dtype), mean, shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rotary:
     """Rotary positions. Make it once a model, and keep it.
 
@@ -97,47 +128,107 @@ class Rotary:
             self._tables[rows] = angles.cos(), angles.sin()
         return self._tables[rows]
 
+    def turns(self, positions: Tensor) -> Tensor:
+        """Rotations to positions [...], as complex numbers, one a pair: [..., width / 2]."""
+        angles = positions.unsqueeze(-1) * self.inverse_frequencies.float()
+        return torch.polar(torch.full_like(angles, self.scaling), angles)
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate vectors [..., n, D] in fp32 to their positions [..., n]."""
+        angles = positions.unsqueeze(-1) * self.inverse_frequencies.float()
+        cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
+        first, second = (x[..., dims] for dims in self.pairs())
+        rotated = [first * cos - second * sin, second * cos + first * sin]
+        together = torch.stack(rotated, dim=-1).flatten(-2) if self.interleaved else torch.cat(rotated, dim=-1)
+        return torch.cat([together, x[..., self.width :]], dim=-1)
+
+
+# A number that is the same for all rows, or int32 [B].
+Count = int | Tensor
+
 
 @dataclass(frozen=True)
-class Near:
+class Window:
     """The exact window: keys before rotation, as the cache holds them.
 
     Args:
         keys, values: [B, G, N, D].
-        column: column of slot 0 in each row, int32 [B]; negative where slots are empty.
-        stop: columns before it are seen, int32 [B].
+        column: column of slot 0 in each row; negative where slots are empty.
+        stop: columns before it are seen.
     """
 
     keys: Tensor
     values: Tensor
-    column: Tensor
-    stop: Tensor
+    column: Count
+    stop: Count
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One step of decoding: see `eigenattn.kernels.decoding.decode`, whose arguments it holds."""
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Softmax attention of one query a row over latents, and over the exact window if there is one.
+
+    Columns count the tokens of a row from 0. Row b sees columns first[b] .. length[b] - 1 through latents and, of the
+    window, the later ones before `stop[b]`; a row that sees nothing gives zeros. Everything beyond is never read, so
+    rows may differ in length and tensors may have room to spare.
+
+    Args:
+        q: queries [B, H, D], before rotation if keys rotate here. Where keys have no decoder and do not rotate,
+            [B, H, R_k].
+        rows: what the cache holds, one tensor a latent: [B, G/N, S, R], or packed codes in uint8 [B, G/N, S, bytes].
+        keys, values: how they come of rows. Without a decoder of values the output stays in their space.
+        scale: multiplies the scores.
+        length: columns before it are seen through latents.
+        first: the first that is seen, int32 [B]; None is 0.
+        positions, query: position of each column, [B or 1, columns], and of the query, [B or 1]; needed with `rotary`.
+        columns: where tokens were evicted, the column of each row of each head that keeps its own, [B, heads, S]; all
+            lie before `length`. None: row n is column n.
+        rotary: rotates queries, each decoded key, and each of the window, to its own position.
+        slopes: ALiBi: `slope * column` joins the scores, [H] in fp32.
+        window: the exact window.
+        mask: joins the scores by column, [B or 1, H or 1, columns]: boolean (True is visible) or additive. It may hide
+            some of what the other arguments let a row see, and shows nothing more.
+        softcap: scores become `softcap * tanh(scores / softcap)` before slopes and mask.
+        memoised: gives what has that name, or computes it; layers of a pass may share what they compute.
+    """
 
     q: Tensor
-    far_keys: Tensor
-    far_values: Tensor
+    rows: tuple[Tensor, ...]
     keys: Side
     values: Side
     scale: float
-    length: Tensor
-    first: Tensor
-    position: Tensor
-    rotary: Rotary | None
-    slopes: Tensor | None
-    near: Near | None
-    mask: Tensor | None
-    softcap: float | None
+    length: Count
+    first: Tensor | None = None
+    positions: Tensor | None = None
+    query: Tensor | None = None
+    columns: Tensor | None = None
+    rotary: Rotary | None = None
+    slopes: Tensor | None = None
+    window: Window | None = None
+    mask: Tensor | None = None
+    softcap: float | None = None
+    memoised: Callable[[Hashable, Callable[[], Any]], Any] = lambda name, compute: compute()
+
+    @property
+    def rotary_positions(self) -> tuple[Tensor, Tensor]:
+        """Positions of columns, and of queries, of a step in which they rotate."""
+        assert self.positions is not None and self.query is not None  # `check`
+        return self.positions, self.query
+
+    @property
+    def far_keys(self) -> Tensor:
+        """The rows that keys are decoded from."""
+        return self.rows[self.keys.row]
+
+    @property
+    def far_values(self) -> Tensor:
+        """The rows that values are decoded from."""
+        return self.rows[self.values.row]
 
     @property
     def kv_heads(self) -> int:
         """KV heads, G; latents that several share are fewer."""
         decoders = [side.decoder.shape[0] for side in (self.keys, self.values) if side.decoder is not None]
-        return max(*decoders, self.far_keys.shape[1], self.far_values.shape[1])
+        return max(*decoders, *(row.shape[1] for row in self.rows))
 
     @property
     def size_out(self) -> int:
@@ -145,3 +236,34 @@ class Problem:
         if self.values.decoder is not None:
             return self.values.decoder.shape[-1]
         return self.far_values.shape[-1] if self.values.widths is None else self.values.widths.channels
+
+    def check(self) -> None:
+        """Raise an `EigenAttnError` on shapes that do not fit."""
+        size, heads = self.q.shape[-1], self.q.shape[1]
+        for name, side in (("keys", self.keys), ("values", self.values)):
+            row = self.rows[side.row]
+            if side.widths is not None and side.levels is None:
+                raise EigenAttnError(f"packed {name} need levels.")
+            if side.widths is not None and row.shape[-1] != side.widths.bytes:
+                raise EigenAttnError(f"packed {name} of {row.shape[-1]} bytes do not have the widths {side.widths}.")
+            rank = row.shape[-1] if side.widths is None else side.widths.channels
+            decoder = side.decoder
+            if decoder is not None and (decoder.shape[1] != rank or (name == "keys" and decoder.shape[2] != size)):
+                raise EigenAttnError(f"latent {name} of rank {rank} do not fit a decoder {tuple(decoder.shape)}.")
+            if self.kv_heads % row.shape[1]:
+                raise EigenAttnError(
+                    f"{row.shape[1]} latents of {name} are not shared evenly by {self.kv_heads} heads."
+                )
+            if name == "keys" and decoder is None and rank != size:
+                raise EigenAttnError(f"queries of size {size} meet keys of size {rank}, and there is no decoder.")
+        mask = self.mask
+        if mask is not None and (
+            mask.dim() != 3 or mask.shape[0] not in (1, len(self.q)) or mask.shape[1] not in (1, heads)
+        ):
+            raise EigenAttnError(f"a mask is [B or 1, H or 1, columns], not {list(mask.shape)}.")
+        if heads % self.kv_heads:
+            raise EigenAttnError(f"{heads} query heads do not share {self.kv_heads} KV heads evenly.")
+        if self.window is not None and self.size_out != self.window.values.shape[-1]:
+            raise EigenAttnError("with an exact window, far values need a decoder or full rank.")
+        if self.rotary is not None and (self.positions is None or self.query is None):
+            raise EigenAttnError("queries and keys that rotate need positions.")

@@ -5,9 +5,9 @@ sequence; the last program of each takes the exact window. For a block of tokens
 positions it decodes keys, rotates them and scores them in registers; values are summed as latents, and decoded once by
 the second kernel. The layout:
 
-- `R_(n0 + i) = R_n0 R_i`: a table of `R_i`, the same for every block, turns keys. The query is turned back by `n0`,
-  once a program from cosines, then from block to block by `R_BLOCK`, some dozens of roundings in fp32. The cosines of a
-  key's own position would be D numbers to read or to compute, more than its latent holds.
+- `R_(n0 + i) = R_n0 R_i`: a table of `R_i`, the same for every block, turns keys, and the query is turned back by the
+  block's first position `n0`. The cosines of a key's own position would be D numbers to read or to compute, more than
+  its latent holds; they are computed only in a block whose positions have a gap.
 - Scores are `[BLOCK, heads]` and sums of values `[R_v, heads]`: decoded keys, and latents transposed, are the first
   operand of their products, which tensor cores take from registers, and heads the second, padded to 16.
 - Where heads that share a latent of values are one program's, it is loaded once, and their query heads stand side by
@@ -20,74 +20,29 @@ the second kernel. The layout:
   of 8.
 """
 
+# Arguments of a kernel's launch are no `constexpr` yet, and a graph's list of tensors has no types of its own.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 
-from ...cache.packing import Widths, plane_bytes
-from .arguments import Problem
+from ...cache.packing import Widths
+from .arguments import Step
 from .fused_kernels import combine, decode_splits
+from .pieces import pieces
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = knobs.runtime.interpret
 LARGEST_BLOCK = 16 if INTERPRETED else 128
 MOST_SPLITS = 128  # combined in one tile
-
-# A piece of a latent as a kernel sees it: (first channel, size, channels, bits, then of each part of a code, upper bits
-# first: first stored element, shift, bits). `size` is a power of two, what lies past the channels is not read, and 16
-# bits are no codes.
-Piece = tuple[int, ...]
-
-
-@functools.cache
-def cut(size: int) -> tuple[int, ...]:
-    """Powers of two of at least 16 that hold `size` elements: as little room as possible, then as few as possible."""
-    best: tuple[int, ...] = ()
-    for exponent in range(4, max(size - 1, 15).bit_length() + 1):
-        piece = 2**exponent
-        found = (piece,) if piece >= size else tuple(sorted((piece, *cut(size - piece)), reverse=True))
-        if not best or (sum(found), len(found)) < (sum(best), len(best)):
-            best = found
-    return best
-
-
-def pieces(channels: int, widths: Widths | None = None) -> tuple[Piece, ...]:
-    """How a latent of so many channels, or with codes of these widths, is read."""
-    found: list[Piece] = []
-    if widths is None:
-        return tuple(
-            (start, size, min(size, channels - start), 16, start, 0, 16) for start, size in _starts(0, channels)
-        )
-    stored = channel = 0
-    for count, parts in widths.planes():
-        # Each part's plane holds a share of the channels at each shift: pieces end where a share of any part does.
-        sizes = [plane_bytes(count, bits) for bits in parts]
-        starts = [stored + sum(sizes[:i]) for i in range(len(parts))]
-        ends = {min(size * (i + 1), count) for size, bits in zip(sizes, parts, strict=True) for i in range(8 // bits)}
-        begin = 0
-        for end in sorted(ends - {0}):
-            for start, size in _starts(begin, end):
-                where: list[int] = []
-                for first, plane, bits in zip(starts, sizes, parts, strict=True):
-                    where += [first + start % plane, start // plane * bits, bits]
-                found.append((channel + start, size, min(size, end - start), sum(parts), *where))
-            begin = end
-        channel += count
-        stored += sum(sizes)
-    return tuple(found)
-
-
-def _starts(begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Where pieces of these channels start, and their sizes."""
-    for size in cut(end - begin):
-        yield begin, size
-        begin += size
 
 
 def _configurations() -> list[triton.Config]:
@@ -143,79 +98,104 @@ def split_sequence(tokens: int, programs: int, processors: int) -> int:
     return min(blocks, max(4 * processors // max(programs, 1), 1), MOST_SPLITS)
 
 
-def decode(problem: Problem) -> Tensor:
-    """See `eigenattn.kernels.decoding.decode`."""
-    q, rotary, near = problem.q, problem.rotary, problem.near
+class _Arguments(NamedTuple):
+    """What the kernels are given: tensors, of which some may be missing, in the order in which a graph holds them.
+
+    `q_small` [B, H, R_k] and `offset` [B, H] are queries in the keys' latent space, and what their mean adds to scores.
+    Decoders, means and shapes are folded (`Side.fold`).
+    """
+
+    q: Tensor
+    q_small: Tensor | None
+    offset: Tensor | None
+    far_keys: Tensor
+    far_values: Tensor | None  # None: they come from the keys' latents
+    key_decoder: Tensor | None
+    key_mean: Tensor | None
+    value_decoder: Tensor | None
+    value_mean: Tensor | None
+    key_shape: Tensor | None
+    value_shape: Tensor | None
+    first: Tensor
+    length: Tensor
+    positions: Tensor | None
+    query: Tensor | None
+    near_keys: Tensor | None
+    near_values: Tensor | None
+    near_column: Tensor | None
+    near_stop: Tensor | None
+    inverse_frequencies: Tensor | None
+    cosines: Tensor | None
+    sines: Tensor | None
+    slopes: Tensor | None
+    mask: Tensor | None
+
+
+def decode(step: Step) -> Tensor:
+    """See `eigenattn.kernels.decoding.Step`."""
+    q, rotary, window = step.q, step.rotary, step.window
     b, h, d = q.shape
-    g = problem.kv_heads
+    g = step.kv_heads
     compiling = torch.compiler.is_compiling()
-    folded = [side.fold() if compiling else side.folded for side in (problem.keys, problem.values)]
-    (key_decoder, key_mean, key_shape), (value_decoder, value_mean, value_shape) = folded
+    (key_decoder, key_mean, key_shape), (value_decoder, value_mean, value_shape) = step.keys.folded, step.values.folded
     q_small, offset = None, None
     if rotary is None:
         grouped = q.view(b, g, h // g, d)
         q_small = q if key_decoder is None else (grouped @ key_decoder.transpose(-1, -2)).flatten(1, 2)
         if key_mean is not None:
             offset = (grouped.float() @ key_mean.float().unsqueeze(-1)).flatten(1)
-    launch = torch.ops.eigenattn.decode_over_latents if compiling else _launch
-    return launch(
+
+    def each_row(count: int | Tensor | None) -> Tensor:
+        if isinstance(count, Tensor):
+            return count.to(torch.int32).reshape(-1).expand(b)
+        return step.memoised(
+            ("rows", count, b), lambda: torch.full((b,), count or 0, dtype=torch.int32, device=q.device)
+        )
+
+    tables, near = (None, None, None), (None, None, None, None)
+    if rotary is not None:
+        tables = rotary.inverse_frequencies.float(), *rotary.table(LARGEST_BLOCK)
+    if window is not None:
+        near = window.keys, window.values, each_row(window.column), each_row(window.stop)
+    arguments = _Arguments(
         q,
         q_small,
         offset,
-        problem.far_keys,
-        problem.far_values,
+        step.far_keys,
+        None if step.keys.row == step.values.row else step.far_values,
         None if rotary is None else key_decoder,
         None if rotary is None else key_mean,
         value_decoder,
         value_mean,
         key_shape,
         value_shape,
-        None if problem.keys.widths is None else list(problem.keys.widths),
-        None if problem.values.widths is None else list(problem.values.widths),
-        *(x.to(torch.int32) for x in (problem.first, problem.length, problem.position)),
-        *(
-            (None,) * 4
-            if near is None
-            else (near.keys, near.values, near.column.to(torch.int32), near.stop.to(torch.int32))
-        ),
-        *((None,) * 3 if rotary is None else (rotary.inverse_frequencies.float(), *rotary.table(LARGEST_BLOCK + 1))),
-        problem.slopes,
-        problem.mask,
-        problem.scale,
+        each_row(step.first),
+        each_row(step.length),
+        None if rotary is None else step.rotary_positions[0].to(torch.int32),
+        None if rotary is None else each_row(step.query),
+        *near,
+        *tables,
+        step.slopes,
+        step.mask,
+    )
+    launch = torch.ops.eigenattn.decode_over_latents if compiling else _launch
+    return launch(
+        list(arguments),
+        _numbers(step.keys.widths),
+        _numbers(step.values.widths),
+        step.scale,
         1.0 if rotary is None else rotary.scaling,
-        problem.softcap,
+        step.softcap,
         rotary is not None and rotary.interleaved,
         g,
-        problem.size_out,
+        step.size_out,
     )
 
 
 def _launch(
-    q: Tensor,
-    q_small: Tensor | None,
-    offset: Tensor | None,
-    far_keys: Tensor,
-    far_values: Tensor,
-    key_decoder: Tensor | None,
-    key_mean: Tensor | None,
-    value_decoder: Tensor | None,
-    value_mean: Tensor | None,
-    key_shape: Tensor | None,
-    value_shape: Tensor | None,
-    key_widths: list[int] | None,
-    value_widths: list[int] | None,
-    first: Tensor,
-    length: Tensor,
-    position: Tensor,
-    near_keys: Tensor | None,
-    near_values: Tensor | None,
-    near_column: Tensor | None,
-    near_stop: Tensor | None,
-    inverse_frequencies: Tensor | None,
-    cosines: Tensor | None,
-    sines: Tensor | None,
-    slopes: Tensor | None,
-    mask: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    key_widths: Sequence[int],
+    value_widths: Sequence[int],
     scale: float,
     scaling: float,
     softcap: float | None,
@@ -223,57 +203,62 @@ def _launch(
     g: int,
     size_out: int,
 ) -> Tensor:
-    """Both kernels, for arguments that a graph can hold; `q_small` and `offset` are queries in the small space."""
-    q = q.contiguous()
+    """Both kernels, for arguments that a graph can hold: `_Arguments`, and widths as bits, channels, bits, channels."""
+    x = _Arguments(*tensors)
+    q = x.q.contiguous()
     b, h, d = q.shape
-    far, rotates, windowed = far_keys.shape[2], inverse_frequencies is not None, near_keys is not None
-    q_small = q if q_small is None else q_small.contiguous()
-    widths_k, widths_v = (None if found is None else Widths(*found) for found in (key_widths, value_widths))
+    rotates, windowed, joint = x.inverse_frequencies is not None, x.near_keys is not None, x.far_values is None
+    q_small = q if x.q_small is None else x.q_small.contiguous()
+    far_keys = _rows(x.far_keys)
+    far_values = far_keys if x.far_values is None else _rows(x.far_values)
+    near_keys, near_values, mask, positions = (
+        None if each is None else _rows(each) for each in (x.near_keys, x.near_values, x.mask, x.positions)
+    )
+    widths_k, widths_v = (_widths(found) for found in (key_widths, value_widths))
     rank_v = far_values.shape[-1] if widths_v is None else widths_v.channels
     rank_k = q_small.shape[-1]
     if rotates:
-        rank_k = d if key_decoder is None else key_decoder.shape[1]
-    # Then what is of one token lies in one place, and the same strides lead to it.
-    joint = far_keys.data_ptr() == far_values.data_ptr() and far_keys.stride() == far_values.stride()
-    far_keys, far_values, near_keys, near_values = map(_rows, (far_keys, far_values, near_keys, near_values))
-    shared_k, shared_v = g // far_keys.shape[1], g // far_values.shape[1]
+        rank_k = d if x.key_decoder is None else x.key_decoder.shape[1]
+    far, shared_k, shared_v = far_keys.shape[2], g // far_keys.shape[1], g // far_values.shape[1]
     splits = split_sequence(far, b * g // shared_v, _processors(q.device))
     partial = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     far_sums, near_sums = partial(b, h, splits, rank_v), partial(b, h, d if windowed else 0)
-    tops, masses = partial(b, h, splits + 1), partial(b, h, splits + 1)
-    layouts = [(0, 0, 1, 0) if x is None else _layout(x) for x in (far_keys, far_values, near_keys, near_values)]
+    tops, totals = partial(b, h, splits + 1), partial(b, h, splits + 1)
+    layouts = [
+        (0, 0, 1, 0) if each is None else _layout(each) for each in (far_keys, far_values, near_keys, near_values)
+    ]
     mask_kind, mask_strides = 0, (0, 0)
     if mask is not None:
-        mask = _rows(mask)
         mask_strides = tuple(mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 1))
         mask_kind = (1 if mask.dtype == torch.bool else 2) + (2 if mask.shape[1] > 1 else 0)
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     _tuned[lambda choice: (b * g // (shared_v if choice["TOGETHER"] else 1), splits + windowed)](
         q,
         q_small,
-        offset,
-        slopes,
+        x.offset,
+        x.slopes,
         far_keys,
         far_values,
-        _contiguous(key_decoder),
-        _contiguous(key_mean),
-        _contiguous(key_shape),
-        _contiguous(value_shape),
+        *map(_contiguous, (x.key_decoder, x.key_mean, x.key_shape, x.value_shape)),
         near_keys,
         near_values,
-        *map(_contiguous, (first, length, position, near_column, near_stop, inverse_frequencies, cosines, sines)),
+        *map(_contiguous, (x.first, x.length)),
+        positions,
+        None if x.query is None else x.query.contiguous(),
+        *map(_contiguous, (x.near_column, x.near_stop, x.inverse_frequencies, x.cosines, x.sines)),
         mask,
         far_sums,
         near_sums,
         tops,
-        masses,
+        totals,
         scale,
         scaling,
         softcap,
         splits,
-        near_keys.shape[2] if windowed else 0,
+        0 if near_keys is None else near_keys.shape[2],
         max(far - 1, 0).bit_length(),
         *mask_strides,
+        0 if positions is None or len(positions) == 1 else positions.stride(0),
         *(stride for layout in layouts for stride in layout[:2]),
         *(layout[2] for layout in layouts),
         *(layout[3] for layout in layouts),
@@ -288,7 +273,7 @@ def _launch(
         KEY_PLAN=pieces(rank_k, widths_k),
         VALUE_PLAN=pieces(rank_v, widths_v),
         NEAR_PLAN=pieces(d),
-        PAIRS=inverse_frequencies.numel() if rotates else 0,
+        PAIRS=0 if x.inverse_frequencies is None else x.inverse_frequencies.numel(),
         INTERLEAVED=interleaved,
         MASK=mask_kind,
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
@@ -299,9 +284,9 @@ def _launch(
         far_sums,
         near_sums,
         tops,
-        masses,
-        _contiguous(value_decoder),
-        _contiguous(value_mean),
+        totals,
+        _contiguous(x.value_decoder),
+        _contiguous(x.value_mean),
         out,
         splits,
         H=h,
@@ -316,18 +301,28 @@ def _launch(
     return out
 
 
+def _numbers(widths: Widths | None) -> list[int]:
+    """Widths as a graph can hold them: bits, channels, bits, channels."""
+    return [] if widths is None else [number for pair in widths.counts for number in pair]
+
+
+def _widths(found: Sequence[int]) -> Widths | None:
+    return Widths(tuple(zip(found[::2], found[1::2], strict=True))) if found else None
+
+
 # One node in a graph: it does not break there, and CUDA graphs record the kernels in it as they run.
 _operator = torch.library.custom_op("eigenattn::decode_over_latents", _launch, mutates_args=())
 
 
 @_operator.register_fake
-def _shape_of_output(q: Tensor, *arguments: Any) -> Tensor:
+def _shape_of_output(tensors: Sequence[Tensor | None], *arguments: Any) -> Tensor:
+    q = _Arguments(*tensors).q
     return q.new_empty(*q.shape[:2], arguments[-1])
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _rows(x: Tensor) -> Tensor:
     """The tensor itself if a token's elements lie together, else a copy."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

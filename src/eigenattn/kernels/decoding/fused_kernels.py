@@ -3,6 +3,9 @@
 A plan is a tuple of pieces of a latent (`fused.Piece`). Loops over plans are unrolled.
 """
 
+# Constants that a kernel computes with are `constexpr` in its signature, and numbers, tuples and loops in its body.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import math
@@ -131,20 +134,20 @@ def _masked(scores, mask, mask_h, n, seen, of_group, MASK: tl.constexpr):
 @triton.jit
 def _attend(
     q, q_small, offset, slope, keys, values, decoder, mean, shape_k, shape_v, inverse, cosines, sines,
-    low, high, start, position, distance, scale, scaling, softcap, mask, mask_h, heads, of_group,
-    sums_out, sums_stride, top_out, mass_out, next_keys,
+    low, high, start, positions, query, distance, scale, scaling, softcap, mask, mask_h, heads, of_group,
+    sums_out, sums_stride, top_out, sum_out, next_keys,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr,
     D: tl.constexpr, SIZE_Q: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
     MASK: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, RANK_V: tl.constexpr,
     SHARED: tl.constexpr, SHARED_K: tl.constexpr, JOINT: tl.constexpr,
 ):  # fmt: skip
-    """Attention over tokens low .. high - 1 of one list: writes sums of values, top score and mass by head.
+    """Attention over tokens low .. high - 1 of one list: writes sums of values, top score and total by head.
 
     The list is of `SHARED` KV heads, each of `GROUP` query heads, that have one latent of values, and one of keys for
     every `SHARED_K` of them, the next one `next_keys` elements further on; with `JOINT`, values come from that of keys.
     A score is of one KV head, so what heads have scores of is the sum of products in which the others' queries are 0.
-    Blocks begin at `start`, not behind `low`. Token n stands at position n + `position`, and n + `distance` from where
-    ALiBi counts. `mask` points at what token 0 finds, if it is not None.
+    Blocks begin at `start`, not behind `low`. `positions` points at the position of token 0, `query` is the
+    query's, and ALiBi counts n + `distance`. `mask` points at what token 0 finds, if it is not None.
     """
     dtype: tl.constexpr = q.dtype.element_ty
     M: tl.constexpr = heads.shape[0]
@@ -156,14 +159,8 @@ def _attend(
         first = pairs * 2 if INTERLEAVED else pairs
         second = pairs * 2 + 1 if INTERLEAVED else pairs + PAIRS
         frequency = tl.load(inverse + pairs, mask=paired, other=0.0)
-        angle = (start + position).to(tl.float32) * frequency
-        cos, sin = tl.cos(angle)[:, None] * scaling, tl.sin(angle)[:, None] * scaling
-        q_a = _dimensions(q, heads, of_group, first, paired, D)
-        q_b = _dimensions(q, heads, of_group, second, paired, D)
-        q_first, q_second = q_a * cos + q_b * sin, q_b * cos - q_a * sin
-        step_cos = tl.load(cosines + BLOCK * PAIRS + pairs, mask=paired, other=0.0)[:, None]
-        step_sin = tl.load(sines + BLOCK * PAIRS + pairs, mask=paired, other=0.0)[:, None]
-        table = tl.arange(0, BLOCK)[:, None] * PAIRS + pairs[None, :]
+        q_a = _dimensions(q, heads, of_group, first, paired, D) * scaling * scaling
+        q_b = _dimensions(q, heads, of_group, second, paired, D) * scaling * scaling
         REST: tl.constexpr = D - 2 * PAIRS
         if REST:
             REST_SIZE: tl.constexpr = triton.next_power_of_2(REST) if REST > 16 else 16
@@ -172,7 +169,7 @@ def _attend(
     else:
         pieces = _queries(q_small, heads, of_group, KEY_PLAN, SIZE_Q)
     top = tl.full([M], float("-inf"), tl.float32)
-    mass = tl.zeros([M], tl.float32)
+    total = tl.zeros([M], tl.float32)
     sums = ()
     for i in tl.static_range(len(VALUE_PLAN)):
         sums += (tl.full([VALUE_PLAN[i][1], M], 0.0, tl.float32),)
@@ -182,13 +179,26 @@ def _attend(
         scores = tl.zeros([BLOCK, M], tl.float32)
         here_k, here_v = _here(shape_k, n0), _here(shape_v, n0)
         if PAIRS:
-            turned = tl.load(cosines + table, mask=paired[None, :], other=0.0)
-            sideways = tl.load(sines + table, mask=paired[None, :], other=0.0)
+            # The query is turned to where the block begins, and keys by how far they stand behind: where positions
+            # are without gaps, by angles from a table that is the same for every block.
+            where = tl.load(positions + n, mask=seen, other=2147483647)
+            begin = tl.min(where, 0)
+            behind = tl.where(seen, where - begin, 0)
+            angle = (query - begin).to(tl.float32) * frequency
+            cos, sin = tl.cos(angle)[:, None], tl.sin(angle)[:, None]
+            q_first, q_second = q_a * cos - q_b * sin, q_b * cos + q_a * sin
+            if tl.max(behind, 0) < BLOCK:
+                table = behind[:, None] * PAIRS + pairs[None, :]
+                key_cos = tl.load(cosines + table, mask=paired[None, :], other=0.0)
+                key_sin = tl.load(sines + table, mask=paired[None, :], other=0.0)
+            else:
+                angles = behind.to(tl.float32)[:, None] * frequency[None, :]
+                key_cos, key_sin = tl.cos(angles), tl.sin(angles)
             for h in tl.static_range(SHARED):
                 tokens = keys + h // SHARED_K * next_keys + n.to(tl.int64) * KEY_STRIDE
                 a = _decoded(tokens, seen, here_k, decoder, mean, h, first, paired, KEY_PLAN, RANK, D, UPCAST, dtype)
                 b = _decoded(tokens, seen, here_k, decoder, mean, h, second, paired, KEY_PLAN, RANK, D, UPCAST, dtype)
-                x, y = (a * turned - b * sideways).to(dtype), (b * turned + a * sideways).to(dtype)
+                x, y = (a * key_cos - b * key_sin).to(dtype), (b * key_cos + a * key_sin).to(dtype)
                 scores = _dot(x, _own(q_first, h, GROUP, SHARED).to(dtype), scores, UPCAST)
                 scores = _dot(y, _own(q_second, h, GROUP, SHARED).to(dtype), scores, UPCAST)
                 if REST:
@@ -196,9 +206,6 @@ def _attend(
                         tokens, seen, here_k, decoder, mean, h, rest, rest < D, KEY_PLAN, RANK, D, UPCAST, dtype
                     )
                     scores = _dot(a.to(dtype), _own(q_rest, h, GROUP, SHARED), scores, UPCAST)
-            ahead = q_first * step_cos + q_second * step_sin
-            q_second = q_second * step_cos - q_first * step_sin
-            q_first = ahead
         else:
             LATENTS: tl.constexpr = (SHARED + SHARED_K - 1) // SHARED_K
             for j in tl.static_range(LATENTS):
@@ -224,7 +231,7 @@ def _attend(
         against = tl.where(risen == float("-inf"), 0.0, risen)  # nothing was seen so far
         weights = tl.exp2(scores - against[None, :])
         fade = tl.exp2(top - against)
-        mass = mass * fade + tl.sum(weights, 0)
+        total = total * fade + tl.sum(weights, 0)
         top = risen
         tokens = (keys if JOINT else values) + n.to(tl.int64) * VALUE_STRIDE
         grown = ()
@@ -239,18 +246,18 @@ def _attend(
             sums_out + heads[None, :] * sums_stride + (VALUE_PLAN[i][0] + channels)[:, None], sums[i], mask=written
         )
     tl.store(top_out, top, mask=of_group)
-    tl.store(mass_out, mass, mask=of_group)
+    tl.store(sum_out, total, mask=of_group)
 
 
 @triton.jit(
-    do_not_specialize=["splits", "near_tokens", "bucket", "mask_b", "mask_h"]
+    do_not_specialize=["splits", "near_tokens", "bucket", "mask_b", "mask_h", "positions_b"]
     + [f"{x}_{y}" for x in ("fk", "fv", "nk", "nv") for y in "bg"]
 )
 def decode_splits(
     q, q_small, offset, slopes, far_keys, far_values, decoder, mean, key_shape, value_shape, near_keys, near_values,
-    firsts, lengths, positions, near_columns, near_stops, inverse, cosines, sines,
-    mask, far_sums, near_sums, tops, masses,
-    scale, scaling, softcap, splits, near_tokens, bucket, mask_b, mask_h,
+    firsts, lengths, positions, queries, near_columns, near_stops, inverse, cosines, sines,
+    mask, far_sums, near_sums, tops, totals,
+    scale, scaling, softcap, splits, near_tokens, bucket, mask_b, mask_h, positions_b,
     fk_b, fk_g, fv_b, fv_g, nk_b, nk_g, nv_b, nv_g,
     FK_VEC: tl.constexpr, FV_VEC: tl.constexpr, NK_VEC: tl.constexpr, NV_VEC: tl.constexpr,
     FK_STRIDE: tl.constexpr, FV_STRIDE: tl.constexpr, NK_STRIDE: tl.constexpr, NV_STRIDE: tl.constexpr,
@@ -260,6 +267,7 @@ def decode_splits(
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr,
     JOINT: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
+    """One split of the sequence, or the exact window, of a row and KV head, or of all that share a latent of values."""
     SHARED: tl.constexpr = SHARED_V if TOGETHER else 1
     LISTS: tl.constexpr = G // SHARED
     row, g = tl.program_id(0) // LISTS, tl.program_id(0) % LISTS * SHARED
@@ -269,13 +277,17 @@ def decode_splits(
     member = tl.arange(0, M)
     of_group = member < GROUP * SHARED
     heads = row * H + g * GROUP + member
-    first, length, position = tl.load(firsts + row), tl.load(lengths + row), tl.load(positions + row)
+    first, length = tl.load(firsts + row), tl.load(lengths + row)
+    query = 0
+    if PAIRS:
+        positions += row.to(tl.int64) * positions_b
+        query = tl.load(queries + row)
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + g * GROUP + member, mask=of_group, other=0.0)
     if MASK:
         mask += row.to(tl.int64) * mask_b + g * GROUP * mask_h
-    top_out, mass_out = tops + heads * (splits + 1) + split, masses + heads * (splits + 1) + split
+    top_out, sum_out = tops + heads * (splits + 1) + split, totals + heads * (splits + 1) + split
     if split < splits:
         mean_of_head, decoder_of_head, offset_of_head = None, None, None
         shape_k, shape_v = None, None
@@ -300,8 +312,8 @@ def decode_splits(
             far_values + (row.to(tl.int64) * fv_b + g // SHARED_V * fv_g) * FV_VEC,
             decoder_of_head, mean_of_head, shape_k, shape_v, inverse, cosines, sines,
             tl.maximum(first, start), tl.minimum(length, start + each), start,
-            position, -length, scale, scaling, softcap, mask, mask_h, heads, of_group,
-            far_sums + split * RANK_V, splits * RANK_V, top_out, mass_out, fk_g.to(tl.int64) * FK_VEC,
+            positions, query, -length, scale, scaling, softcap, mask, mask_h, heads, of_group,
+            far_sums + split * RANK_V, splits * RANK_V, top_out, sum_out, fk_g.to(tl.int64) * FK_VEC,
             FK_STRIDE, FV_STRIDE, KEY_PLAN, VALUE_PLAN, D, SIZE_Q, PAIRS, INTERLEAVED, BLOCK,
             MASK, UPCAST, GROUP, RANK, RANK_V, SHARED, SHARED_K, JOINT,
         )  # fmt: skip
@@ -313,7 +325,9 @@ def decode_splits(
         stop = tl.minimum(tl.load(near_stops + row) - column, near_tokens)
         of_one = member < GROUP
         for h in range(SHARED):  # exact values are of each KV head by itself
-            of_head, own_mask = None, None
+            of_head, own_mask, own_positions = None, None, None
+            if PAIRS:
+                own_positions = positions + column
             if slopes is not None:
                 of_head = tl.load(slopes + (g + h) * GROUP + member, mask=of_one, other=0.0)
             if MASK:
@@ -324,8 +338,8 @@ def decode_splits(
                 near_keys + (row.to(tl.int64) * nk_b + (g + h) * nk_g) * NK_VEC,
                 near_values + (row.to(tl.int64) * nv_b + (g + h) * nv_g) * NV_VEC,
                 None, None, None, None, inverse, cosines, sines, low, stop, low // BLOCK * BLOCK,
-                column + position, column - length, scale, scaling, softcap, own_mask, mask_h, heads + first_head,
-                of_one, near_sums, D, top_out + first_head * (splits + 1), mass_out + first_head * (splits + 1), 0,
+                own_positions, query, column - length, scale, scaling, softcap, own_mask, mask_h, heads + first_head,
+                of_one, near_sums, D, top_out + first_head * (splits + 1), sum_out + first_head * (splits + 1), 0,
                 NK_STRIDE, NV_STRIDE, NEAR_PLAN, NEAR_PLAN, D, D, PAIRS, INTERLEAVED, BLOCK,
                 MASK, UPCAST, GROUP, D, D, 1, 1, False,
             )  # fmt: skip
@@ -333,7 +347,7 @@ def decode_splits(
 
 @triton.jit(do_not_specialize=["splits"])
 def combine(
-    far_sums, near_sums, tops, masses, decoder, mean, out, splits,
+    far_sums, near_sums, tops, totals, decoder, mean, out, splits,
     H: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, SIZE_OUT: tl.constexpr, SPLITS: tl.constexpr,
     PARTS: tl.constexpr, OUT: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
@@ -342,18 +356,18 @@ def combine(
     g = head % H // GROUP
     split, dims = tl.arange(0, SPLITS), tl.arange(0, OUT)
     tops_far = tl.load(tops + head * (splits + 1) + split, mask=split < splits, other=float("-inf"))
-    masses_far = tl.load(masses + head * (splits + 1) + split, mask=split < splits, other=0.0)
+    sums_of_far = tl.load(totals + head * (splits + 1) + split, mask=split < splits, other=0.0)
     top = tl.max(tops_far, 0)
     if NEAR:
         near_top = tl.load(tops + head * (splits + 1) + splits)
         top = tl.maximum(top, near_top)
     top = tl.where(top == float("-inf"), 0.0, top)  # a row that sees nothing
     weights = tl.exp2(tops_far - top)
-    far_mass = tl.sum(weights * masses_far, 0)
-    total = far_mass
+    far_total = tl.sum(weights * sums_of_far, 0)
+    total = far_total
     if NEAR:
         near_weight = tl.exp2(near_top - top)
-        total += near_weight * tl.load(masses + head * (splits + 1) + splits)
+        total += near_weight * tl.load(totals + head * (splits + 1) + splits)
     total = tl.where(total == 0.0, 1.0, total)
     found = tl.zeros([OUT], tl.float32)
     partial = far_sums + head.to(tl.int64) * splits * RANK
@@ -380,7 +394,7 @@ def combine(
             )
             found += tl.sum(latent[:, None] * u.to(tl.float32), 0)
     if mean is not None:
-        found += far_mass * tl.load(mean + g * SIZE_OUT + dims, mask=dims < SIZE_OUT, other=0.0).to(tl.float32)
+        found += far_total * tl.load(mean + g * SIZE_OUT + dims, mask=dims < SIZE_OUT, other=0.0).to(tl.float32)
     if NEAR:
         found += near_weight * tl.load(near_sums + head * SIZE_OUT + dims, mask=dims < SIZE_OUT, other=0.0)
     tl.store(out + head * SIZE_OUT + dims, (found / total).to(out.dtype.element_ty), mask=dims < SIZE_OUT)

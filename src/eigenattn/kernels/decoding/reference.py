@@ -6,66 +6,75 @@ import torch
 from torch import Tensor
 
 from ...cache.codebook import level_table
-from ...cache.packing import BITS, unpack
-from .arguments import Problem, Rotary, Side
-
-
-def rotate_to(x: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate vectors [..., n, D] in fp32 to their positions [..., n]."""
-    angles = positions.unsqueeze(-1) * rotary.inverse_frequencies.float()
-    cos, sin = angles.cos() * rotary.scaling, angles.sin() * rotary.scaling
-    first, second = (x[..., dims] for dims in rotary.pairs())
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    together = torch.stack(turned, dim=-1).flatten(-2) if rotary.interleaved else torch.cat(turned, dim=-1)
-    return torch.cat([together, x[..., rotary.width :]], dim=-1)
+from ...cache.packing import unpack
+from .arguments import Count, Side, Step
 
 
 def _vectors(stored: Tensor, side: Side, g: int) -> Tensor:
     """Latents [n, R] or packed codes [n, bytes] of KV head g, decoded [n, D]."""
     z = stored.float()
     if side.widths is not None:
-        planes = zip(
-            BITS, unpack(stored, side.widths).split(side.widths, dim=-1), side.levels[g].split(side.widths), strict=True
+        widths, levels = side.codebook.widths, side.codebook.levels[g]
+        planes = zip(widths.split(unpack(stored, widths)), widths.split(levels, dim=0), strict=True)
+        z = torch.cat(
+            [level_table(of.float(), bits).T.gather(0, codes.long()) for (bits, codes), (_, of) in planes], dim=-1
         )
-        z = torch.cat([level_table(of.float(), bits).T.gather(0, codes.long()) for bits, codes, of in planes], dim=-1)
     x = z if side.decoder is None else z @ side.decoder[g].float()
     return x if side.mean is None else x + side.mean[g].float()
 
 
-def decode(problem: Problem) -> Tensor:
-    """See `eigenattn.kernels.decoding.decode`."""
-    b, h = problem.q.shape[:2]
-    near, mask = problem.near, problem.mask
+def _at(count: Count | None, row: int) -> int:
+    """The number that counts for a row."""
+    if count is None:
+        return 0
+    return count if isinstance(count, int) else int(count[row])
+
+
+def _of_head(stored: Tensor, g: int, kv_heads: int) -> Tensor:
+    """Of what heads may share [G/N, ...], what KV head g has."""
+    return stored[g // (kv_heads // len(stored))]
+
+
+def decode(step: Step) -> Tensor:
+    """See `eigenattn.kernels.decoding.Step`."""
+    b, h = step.q.shape[:2]
+    window, mask = step.window, step.mask
     if mask is not None:
         mask = mask.expand(b, h, -1)
-    out = torch.zeros(b, h, problem.size_out, device=problem.q.device)
+    q = step.q.float()
+    if step.rotary is not None:
+        positions, query = (x.expand(b, *x.shape[1:]) for x in step.rotary_positions)
+        q = step.rotary.rotate(q, query.unsqueeze(-1))
+    out = torch.zeros(b, h, step.size_out, device=step.q.device)
     for row in range(b):
-        first, length = int(problem.first[row]), int(problem.length[row])
+        first, length = _at(step.first, row), _at(step.length, row)
         for head in range(h):
-            g = head // (h // problem.kv_heads)
-            k, v = (
-                _vectors(latents[row, g // (problem.kv_heads // latents.shape[1]), first:length], side, g)  # [n, D]
-                for latents, side in ((problem.far_keys, problem.keys), (problem.far_values, problem.values))
-            )
-            columns = torch.arange(first, max(first, length), device=k.device)
-            if near is not None:
-                column, stop = int(near.column[row]), int(near.stop[row])
-                from_, to = max(first, length) - column, min(stop - column, near.keys.shape[-2])
+            g = head // (h // step.kv_heads)
+            columns = torch.arange(step.far_keys.shape[2], device=out.device)
+            if step.columns is not None:
+                columns = _of_head(step.columns[row], g, step.kv_heads).long()
+            seen = (columns >= first) & (columns < length)
+            columns = columns[seen]
+            latents = [_of_head(each[row], g, step.kv_heads)[seen] for each in step.rows]
+            k, v = (_vectors(latents[side.row], side, g) for side in (step.keys, step.values))  # [n, D]
+            if window is not None:
+                column, stop = _at(window.column, row), _at(window.stop, row)
+                from_, to = max(first, length) - column, min(stop - column, window.keys.shape[-2])
                 slots = slice(max(from_, 0), max(from_, to, 0))
-                k = torch.cat([k, near.keys[row, g, slots].float()])
-                v = torch.cat([v, near.values[row, g, slots].float()])
+                k = torch.cat([k, window.keys[row, g, slots].float()])
+                v = torch.cat([v, window.values[row, g, slots].float()])
                 columns = torch.cat([columns, torch.arange(column + slots.start, column + slots.stop, device=k.device)])
-            if problem.rotary is not None:
-                k = rotate_to(k, columns + problem.position[row], problem.rotary)
-            scores = k @ problem.q[row, head].float() * problem.scale
-            if problem.softcap is not None:
-                scores = problem.softcap * torch.tanh(scores / problem.softcap)
-            if problem.slopes is not None:
-                scores = scores + problem.slopes[head] * (columns - length)
+            if step.rotary is not None:
+                k = step.rotary.rotate(k, positions[row, columns])
+            scores = k @ q[row, head] * step.scale
+            if step.softcap is not None:
+                scores = step.softcap * torch.tanh(scores / step.softcap)
+            if step.slopes is not None:
+                scores = scores + step.slopes[head] * (columns - length)
             if mask is not None:
                 found = mask[row, head, columns]
                 scores = scores.masked_fill(~found, float("-inf")) if found.dtype == torch.bool else scores + found
             if not (scores > float("-inf")).any():
                 continue  # it sees nothing
             out[row, head] = scores.softmax(0) @ v
-    return out.to(problem.q.dtype)
+    return out.to(step.q.dtype)

@@ -1,0 +1,59 @@
+"""How the fused kernel reads a latent: in pieces of powers of two channels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+from ...cache.packing import PARTS, Widths, plane_bytes
+
+# A piece of a latent as a kernel sees it: (first channel, size, channels, bits, then of each part of a code, upper bits
+# first: first stored element, shift, bits). `size` is a power of two, what lies past the channels is not read, and 16
+# bits are no codes.
+Piece = tuple[int, ...]
+
+
+@functools.cache
+def cut(size: int) -> tuple[int, ...]:
+    """Powers of two of at least 16 that hold `size` elements: as little room as possible, then as few as possible."""
+    best: tuple[int, ...] = ()
+    for exponent in range(4, max(size - 1, 15).bit_length() + 1):
+        piece = 2**exponent
+        found = (piece,) if piece >= size else tuple(sorted((piece, *cut(size - piece)), reverse=True))
+        if not best or (sum(found), len(found)) < (sum(best), len(best)):
+            best = found
+    return best
+
+
+def pieces(channels: int, widths: Widths | None = None) -> tuple[Piece, ...]:
+    """How a latent of so many channels, or with codes of these widths, is read."""
+    found: list[Piece] = []
+    if widths is None:
+        return tuple(
+            (start, size, min(size, channels - start), 16, start, 0, 16) for start, size in _starts(0, channels)
+        )
+    stored = channel = 0
+    for width, count in widths.counts:
+        parts = PARTS[width]
+        # Each part's plane holds a share of the channels at each shift: pieces end where a share of any part does.
+        sizes = [plane_bytes(count, bits) for bits in parts]
+        starts = [stored + sum(sizes[:i]) for i in range(len(parts))]
+        ends = {min(size * (i + 1), count) for size, bits in zip(sizes, parts, strict=True) for i in range(8 // bits)}
+        begin = 0
+        for end in sorted(ends - {0}):
+            for start, size in _starts(begin, end):
+                where: list[int] = []
+                for first, plane, bits in zip(starts, sizes, parts, strict=True):
+                    where += [first + start % plane, start // plane * bits, bits]
+                found.append((channel + start, size, min(size, end - start), sum(parts), *where))
+            begin = end
+        channel += count
+        stored += sum(sizes)
+    return tuple(found)
+
+
+def _starts(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Where pieces of these channels start, and their sizes."""
+    for size in cut(end - begin):
+        yield begin, size
+        begin += size

@@ -1,0 +1,215 @@
+"""Attention of one pass over what a cache holds: latents of far tokens, and the exact window.
+
+Query m sees keys m - W + 1 .. m exactly and all earlier ones through their latents, with a cache and without one, in
+prefill and in decoding; without a window all of them through latents (arXiv 2408.05646, section 4). There are three
+ways to compute that: one query a row, chunks of keys, and all at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..cache.sight import Near, Sight
+from ..kernels import blocks, chunked, decoding
+from ..kernels.decoding.batched import decode_with_weights
+from ..kernels.reference import add_mask, causal_mask
+from ..kernels.reference import attend as reference_attend
+from ..kernels.selection import decoding_backend
+from .forward_pass import ForwardPass
+from .layer import AttentionLayer
+from .rotary import at_columns, rotate
+
+
+def attend(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
+    """Attend with queries [B, H, T, *], before rotation.
+
+    Returns:
+        The output [B, H, T, D], or [B, H, T, R_v] where the values' decoder is folded into the output projection; and
+        the attention weights [B, H, T, columns], where the backend gives them.
+    """
+    if this.is_step(q):
+        return one_query(layer, this, q, sight)
+    if this.is_long(q, sight):
+        return in_chunks(layer, this, q, sight), None
+    return all_at_once(layer, this, q, sight)
+
+
+def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
+    """A step of decoding, by `eigenattn.kernels.decoding`, which reads rows as they are stored."""
+    near, query = sight.near, sight.query
+    backend = "torch" if sight.far.columns is not None else decoding_backend(q)
+    border, window = query + 1, None
+    if near is not None:
+        border = query - layer.layout.window + 1
+        border = border.clamp_min(near.first) if isinstance(border, Tensor) else max(border, near.first)
+        window = decoding.Window(near.keys, near.values, near.first, query + 1)
+    mask = this.mask(q, sight.columns)
+
+    def first() -> Tensor | None:
+        """Columns that the mask hides in front of each row, so that they need not be read."""
+        if mask is None or mask.dtype != torch.bool or mask.shape[1] > 1:
+            return None
+        return mask[:, 0, -1].to(torch.uint8).argmax(-1).to(torch.int32).expand(len(q))
+
+    keys, values = layer.decoding_sides()
+    step = decoding.Step(
+        q=(q if layer.rotates_far else this.rotated(q))[:, :, 0],
+        rows=sight.far.rows,
+        keys=keys,
+        values=values,
+        scale=layer.scaling,
+        length=border,
+        first=this.memoised(("first", layer.layer_type), first) if backend == "triton" else None,
+        positions=this.positions(sight) if layer.rotates_far else None,
+        query=this.query_position if layer.rotates_far else None,
+        columns=sight.far.columns,
+        rotary=this.rotary(q.device) if layer.rotates_far else None,
+        window=window,
+        mask=None if mask is None else mask[:, :, -1],
+        softcap=layer.softcap,
+        memoised=this.memoised,
+    )
+    if backend == "torch" and this.implementation == "eager":  # which gives weights, asked or not
+        out, weights = decode_with_weights(step, sight.columns)
+        return out.unsqueeze(2), weights.unsqueeze(2)
+    return decoding.decode(step, backend).unsqueeze(2), None
+
+
+def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> Tensor:
+    """Many queries over many keys, decoded a chunk at a time: what a pass needs beside the cache is one chunk."""
+    q, far, near, window, t = this.rotated(q), sight.far, sight.near, layer.layout.window, q.shape[-2]
+    query, near_first = int(sight.query), 0 if near is None else int(near.first)
+    # A soft cap is on whole scores, and what the mean adds is known behind it only.
+    decodes = layer.rotates_far or (near is not None and layer.softcap is not None)
+    q_far, offset = (q, None) if decodes else layer.query_in_latent_space(q)
+    positions = this.positions(sight) if layer.rotates_far else None
+
+    def decode(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        latents = layer.restored(tuple(row[:, :, start:stop] for row in far.rows), q.dtype)
+        keys = layer.latent(latents, "key")
+        keys = layer.decode(keys, "key") if decodes else keys
+        if positions is not None:
+            # Some kinds of scaling go by the last position of what they are asked for.
+            last = positions.amax().expand(len(positions), 1)
+            cos, sin = layer.angles(q, torch.cat([positions[:, start:stop], last], dim=-1))
+            keys = rotate(keys, cos[:, :-1], sin[:, :-1], layer.family.interleaved)
+        return layer.for_each_head(keys), layer.for_each_head(layer.latent(latents, "value"))
+
+    options = {"mask": _tiles(this, q, sight, query), "scale": layer.scaling, "softcap": layer.softcap}
+    summed = chunked.attend_far(
+        q_far,
+        decode,
+        keys=min(max(query + t - window, near_first, 0), far.rows[0].shape[2]),
+        size=layer.layout.of("value").rank,
+        seen_by_all=max(query - window + 1, near_first, 0),
+        first=query - window,
+        **options,
+    )
+    if near is None:
+        return layer.decode_output(summed.out.to(q.dtype))
+    if offset is not None:
+        summed.lse += offset * layer.scaling
+    exact = chunked.attend_near(
+        q,
+        _near_keys(layer, this, near, sight, max(near_first, 0)),
+        near.values,
+        window=window,
+        key_first=near_first,
+        query_first=query,
+        **options,
+    )
+    lse = torch.logaddexp(summed.lse, exact.lse)
+    weight = (summed.lse - lse).exp_()
+    sums = layer.decode_output((summed.out * weight).to(q.dtype), weight=weight.to(q.dtype))
+    return sums + (exact.out * (exact.lse - lse).exp_()).to(q.dtype)
+
+
+def all_at_once(
+    layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight, observed: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """All queries over all keys, decoded.
+
+    Args:
+        observed: only so many last queries, and their weights on the far rows in the order of the rows.
+    """
+    q, far, near = this.rotated(q), sight.far, sight.near
+    latents = layer.restored(far.rows, q.dtype)
+    keys = layer.latent(latents, "key")
+    if layer.rotates_far:
+        cos, sin = this.angles(sight)
+        if far.columns is None:
+            cos, sin = cos[:, : keys.shape[2]], sin[:, : keys.shape[2]]
+        else:
+            columns = far.columns.long().repeat_interleave(layer.kv_heads // far.columns.shape[1], dim=1)
+            cos, sin = at_columns(cos, columns), at_columns(sin, columns)
+        keys = rotate(layer.decode(keys, "key"), cos, sin, layer.family.interleaved)
+    mask = this.mask(q, sight.columns)
+    query, start = sight.query, 0 if observed is None else q.shape[-2] - observed
+    if observed is not None:
+        if mask is None:
+            mask = causal_mask(sight.columns, sight.columns, q.device)[None, None, query:]
+        q, mask, query = q[:, :, start:], mask[:, :, start:], query + start
+    # Of each query head; KV heads that share a latent keep the same tokens.
+    columns = None
+    if far.columns is not None:
+        columns = far.columns.long().repeat_interleave(layer.heads // far.columns.shape[1], dim=1)
+    if near is None:
+        if not layer.rotates_far:
+            q, _ = layer.query_in_latent_space(q)
+        if columns is not None:
+            if mask is None and q.shape[-2] > 1:
+                mask = causal_mask(sight.columns, sight.columns, q.device)[None, None, query:]
+            mask = None if mask is None else blocks.take_columns(mask, columns)
+        keys, values = layer.for_each_head(keys), layer.for_each_head(layer.latent(latents, "value"))
+        if observed is not None:
+            return reference_attend(q, keys, values, mask=mask, scale=layer.scaling, softcap=layer.softcap)
+        out, weights = this.attend_at_full_rank(q, keys, values, mask)
+        if weights is not None and columns is not None:
+            weights = blocks.by_column(weights, columns, columns.new_zeros(0), sight.columns)
+        return layer.decode_output(out), weights
+    if not layer.rotates_far:
+        keys = layer.decode(keys, "key")
+    out, weights = blocks.attend(
+        this.backend if observed is None else reference_attend,
+        q,
+        blocks.FarKeys(keys, layer.decode(layer.latent(latents, "value"), "value"), columns),
+        blocks.NearKeys(_near_keys(layer, this, near, sight), near.values, near.first),
+        query_first=query,
+        window=layer.layout.window,
+        mask=mask,
+        columns=sight.columns,
+        scale=layer.scaling,
+        softcap=layer.softcap,
+        **({} if observed is not None else {"dropout": this.dropout}),
+    )
+    if observed is not None and weights is not None:
+        weights = weights[..., : keys.shape[2]] if columns is None else blocks.take_columns(weights, columns)
+    return out, weights
+
+
+def _near_keys(layer: AttentionLayer, this: ForwardPass, near: Near, sight: Sight, first: int = 0) -> Tensor:
+    """Exact keys at their positions; angles are made of the columns from `first` on, which all of them have."""
+    if not layer.rotates:
+        return near.keys
+    columns = (torch.arange(near.keys.shape[-2], device=near.keys.device) + near.first).clamp_min(0) - first
+    cos, sin = this.angles(sight, first)
+    return rotate(near.keys, cos.index_select(1, columns), sin.index_select(1, columns), layer.family.interleaved)
+
+
+def _tiles(this: ForwardPass, q: Tensor, sight: Sight, query: int) -> chunked.Mask | None:
+    """Tiles of the model's mask; None if it says no more than that texts are read forwards."""
+    mask, bias = this.mask_and_bias(sight.columns)
+    if mask is not None and mask.dtype == torch.bool and mask.shape[1] == 1 and chunked.only_causal(mask, query):
+        mask = None
+    if mask is None and bias is None:
+        return None
+
+    def tile(start: int, stop: int, low: int, high: int) -> Tensor | None:
+        seen = None if mask is None else mask[..., start:stop, low:high]
+        if bias is None:
+            return seen
+        part = bias[..., low:high].to(q.dtype)
+        return part.expand(-1, -1, stop - start, -1) if seen is None else add_mask(part, seen)
+
+    return tile

@@ -1,0 +1,212 @@
+"""What a compressed checkpoint's configuration says, and the hook by which transformers builds the modules for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..cache.layout import BOTH, Layout
+from ..config import EigenAttentionConfig, Sharing
+from ..errors import EigenAttnError
+from .attention import EigenAttention
+from .conversion import METHOD, convert_attention, eigen_layers
+from .maps import MAPS, QUANTISERS, local_part
+from .parallel import plan, take_part
+from .placement import offloaded, stored
+
+FORMAT_VERSION = 2
+# Of models that say nothing of how far they reach.
+MOST_WINDOW = 2**20
+
+
+class EigenAttnCheckpointConfig(QuantizationConfigMixin):
+    """What `config.json` carries as `quantization_config`: the latents of each layer, and how they came about.
+
+    Args:
+        layers: `eigenattn.cache.layout.Layout.to_dict` of each layer. In format 1: `rank_k` and `rank_v`, which is 0
+            where keys and values share latents of rank `rank_k`, and of coded latents `widths_k` and `widths_v`, each
+            the numbers of channels of 8, 6, 4 and 2 bits. It is converted to what format 2 has.
+        centred: whether the bases have means.
+        method: the `EigenAttentionConfig` of the compression, as a dictionary.
+        provenance: base model, calibration text and its hash, seed, tokens, versions.
+        format_version: version of the checkpoint's format.
+
+    Raises:
+        EigenAttnError: if something is malformed, or the format is newer than this package. Layers are looked at by
+            `layouts`.
+    """
+
+    def __init__(
+        self,
+        /,
+        layers: list[dict[str, Any]] | None = None,
+        centred: bool = False,
+        method: dict[str, Any] | None = None,
+        provenance: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method: Any = METHOD
+        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
+            raise EigenAttnError(
+                f"this checkpoint has format {format_version!r:.60}, and this eigenattn reads formats up to "
+                f"{FORMAT_VERSION}: install the eigenattn that wrote it."
+            )
+        if not isinstance(layers, list) or not layers:
+            raise EigenAttnError("the checkpoint's quantization_config has no layers.")
+        for name, value, kind in (("centred", centred, bool), ("method", method or {}, dict)):
+            if not isinstance(value, kind):
+                raise EigenAttnError(f"the checkpoint's quantization_config has {name} {value!r:.60}.")
+        if not isinstance(provenance or {}, dict):
+            raise EigenAttnError("the checkpoint's quantization_config has a provenance that is no table of facts.")
+        config = EigenAttentionConfig.from_dict(method or {})
+        if format_version == 1:
+            layers = [_from_format_1(layer, config.sharing) for layer in layers]
+        self.layers = layers
+        self.centred = centred
+        self.method = config.to_dict()
+        self.provenance = provenance or {}
+        self.format_version = FORMAT_VERSION
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> EigenAttnCheckpointConfig:
+        """Read what `to_dict` wrote; names that it does not have are passed over.
+
+        Raises:
+            EigenAttnError: if something is malformed, or the format is newer than this package.
+        """
+        return cls(**values)
+
+    def layouts(self, kv_heads: int, head_dim: int) -> list[Layout]:
+        """The layout of each layer, of a model with G KV heads of D dimensions.
+
+        Raises:
+            EigenAttnError: if a layer is malformed, or does not fit such a model.
+        """
+        found = []
+        for index, entry in enumerate(self.layers):
+            try:
+                layout = Layout.from_dict(entry, kv_heads, head_dim, self.method["window"])
+            except ValueError as error:
+                raise EigenAttnError(f"layer {index} of the checkpoint: {error}.") from error
+            # At full rank, and not coded, vectors are stored as they are: format 1 has no other sign for it.
+            low = [latent for latent in layout.latents if latent.widths is not None or latent.rank < latent.full_rank]
+            found.append(layout.holding(low, layout.window))
+        return found
+
+
+def _from_format_1(layer: Any, sharing: Sharing) -> Any:
+    """A layer's entry as format 2 has it; what is malformed stays so, for `Layout.from_dict` to refuse."""
+    if not isinstance(layer, dict):
+        return layer
+    sides = [(["key"], sharing.keys, "k"), (["value"], sharing.values, "v")]
+    if type(layer.get("rank_v")) is int and layer["rank_v"] == 0:
+        sides = [(list(BOTH), sharing.keys, "k")]
+    latents = []
+    for names, heads, end in sides:
+        latent = {"sides": names, "heads": heads, "rank": layer.get(f"rank_{end}")}
+        widths = layer.get(f"widths_{end}")
+        if isinstance(widths, list) and len(widths) == 4:
+            widths = dict(zip(("8", "6", "4", "2"), widths, strict=True))
+        latents.append(latent if widths is None else latent | {"widths": widths})
+    # Shared latents kept their maps beside the projections, also in layers where none but single heads' are left.
+    return {"latents": latents, "beside": sharing.values > 1}
+
+
+def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) -> None:
+    """Give the layers of a converted model the shapes of a checkpoint.
+
+    Raises:
+        EigenAttnError: if it does not fit the model.
+    """
+    if len(layers) != len(config.layers):
+        raise EigenAttnError(
+            f"the checkpoint has ranks for {len(config.layers)} layers, and its model has {len(layers)}."
+        )
+    longest = getattr(layers[0].config, "max_position_embeddings", None) or MOST_WINDOW
+    if config.method["window"] > longest:
+        raise EigenAttnError(
+            f"the checkpoint has a window of {config.method['window']} tokens, and its model reads {longest}."
+        )
+    layouts = config.layouts(layers[0].kv_heads, layers[0].head_dim)
+    for attention, layout in zip(layers, layouts, strict=True):
+        attention.allocate(layout, config.centred)
+
+
+class EigenAttnQuantizer(HfQuantizer):
+    """Builds the compressed modules before the weights are loaded, and checks them afterwards."""
+
+    requires_calibration = True
+    quantization_config: EigenAttnCheckpointConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        convert_attention(model)
+        layers = eigen_layers(model)
+        allocate(layers, self.quantization_config)
+        plan(model, layers)
+        self._shapes = {
+            (attention.layer_idx, name): parameter.shape
+            for attention in layers
+            for name, parameter in attention.named_parameters()
+        }
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # transformers only warns about a missing parameter, and 5.17 takes any shape: both end here instead.
+        for attention in eigen_layers(model):
+            for name, parameter in attention.named_parameters():
+                where = f"layer {attention.layer_idx}'s {name}"
+                module, _, own_name = name.rpartition(".")
+                found = parameter if getattr(parameter, "_is_hf_initialized", False) else None
+                if offloaded(attention.get_submodule(module)):
+                    # Read from where it will be read in every pass, which is the only place it is in.
+                    found = stored(attention.get_submodule(module), own_name)
+                if found is None:
+                    raise EigenAttnError(f"the checkpoint lacks {where}: is it truncated?")
+                expected = self._shapes[attention.layer_idx, name]
+                if found.shape != expected:
+                    raise EigenAttnError(
+                        f"{where} has shape {tuple(found.shape)} in the checkpoint, and its ranks ask for "
+                        f"{tuple(expected)}."
+                    )
+                if name in (*MAPS, *QUANTISERS) and not local_part(found).isfinite().all():
+                    raise EigenAttnError(f"{where} holds NaN or infinite numbers in {found.dtype}.")
+        take_part(model, eigen_layers(model))
+        _let_cast(model)
+        return model
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Whether `save_pretrained` may write such a model."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether it can be fine-tuned."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `torch.compile` may be used on it."""
+        return True
+
+
+# Called, not used as decorators, which say nothing of the type that they give back.
+register_quantization_config(METHOD)(EigenAttnCheckpointConfig)
+register_quantizer(METHOD)(EigenAttnQuantizer)
+
+
+def mark_compressed(model: Any, config: EigenAttnCheckpointConfig) -> None:
+    """Make `save_pretrained` write a compressed checkpoint of a model compressed in memory."""
+    model.config.quantization_config = config
+    # A model read from a GGUF file comes with a quantizer of its own, which would save it as something else.
+    model.hf_quantizer = EigenAttnQuantizer(config, pre_quantized=True)
+    _let_cast(model)
+    model.quantization_method = METHOD
+
+
+def _let_cast(model: Any) -> None:
+    """Have `half` and `float` work, which transformers refuses where weights are integers."""
+    model.is_quantized = False

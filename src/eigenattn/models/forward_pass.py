@@ -1,0 +1,228 @@
+"""What one layer sees of one pass: made of transformers' arguments, which go no further."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..cache.context import CacheContext
+from ..cache.sight import Sight
+from ..errors import EigenAttnError
+from ..kernels import BACKENDS, chunked
+from ..kernels.blocks import shows_future
+from ..kernels.decoding import Rotary
+from ..kernels.reference import add_mask, causal_mask
+from ..kernels.sdpa import widen
+from .layer import AttentionLayer
+from .memoised import memoised
+from .rotary import rotate
+
+
+class ForwardPass:
+    """A pass through one attention layer.
+
+    Made anew in each layer: not every decoder layer hands unknown arguments on, and threads may share a model. What
+    layers compute once for all of them is in the cache's context.
+
+    Args:
+        layer: whose pass it is.
+        arguments: what the decoder layer calls its attention with.
+
+    Raises:
+        EigenAttnError: if transformers asks for what cannot be had.
+    """
+
+    def __init__(self, layer: AttentionLayer, arguments: dict[str, Any]) -> None:
+        family = layer.family
+        if arguments.get("cache") is not None:
+            raise EigenAttnError("continuous batching has a paged cache for full-rank heads only: use `generate`.")
+        self.layer, self._arguments = layer, arguments
+        self.cache: Any = arguments.get(family.cache_argument)
+        self.position_ids: Tensor | None = arguments.get("position_ids")  # [B or 1, T]
+        self._cos_sin: tuple[Tensor, Tensor] | None = arguments.get("position_embeddings") if layer.rotates else None
+        self._mask: Any = arguments.get("attention_mask")
+        self._bias: Tensor | None = arguments.get(family.bias_argument) if family.bias_argument else None
+        # Falcon asks its attention for weights whatever the backend; the others have transformers collect them.
+        self.asks_weights = bool(arguments.get("output_attentions"))
+        self.implementation: str = "eager" if self.asks_weights else layer.config._attn_implementation
+        self.dropout = layer.dropout if layer.training else 0.0
+
+    @property
+    def backend(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """Attention over one list of keys.
+
+        Raises:
+            EigenAttnError: if the model was loaded with attention that takes one list of keys with one mask only.
+        """
+        if self.implementation not in BACKENDS:
+            raise EigenAttnError(
+                f"{self.implementation} cannot attend with an exact window, or where tokens are evicted: load the "
+                'model with attn_implementation="sdpa".'
+            )
+        return BACKENDS[self.implementation]
+
+    @property
+    def evicts(self) -> bool:
+        """Whether the cache evicts tokens."""
+        return getattr(self.cache, "eviction", None) is not None
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """Vectors [B, heads, T, D] of the current tokens at their positions; as they are without rotary positions."""
+        return x if self._cos_sin is None else rotate(x, *self._cos_sin, self.layer.family.interleaved)
+
+    def memoised(self, name: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives, once for all layers of a pass with a cache."""
+        return compute() if self.cache is None else CacheContext.of(self.cache).memoised(name, compute)
+
+    def end(self) -> None:
+        """Let go of what only this pass needs."""
+        if self.cache is not None:
+            CacheContext.of(self.cache).end(self.layer.layer_idx)
+
+    def angles(self, sight: Sight, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the columns in sight, from the first that is asked for, [B or 1, columns, width]."""
+        assert self._cos_sin is not None  # the layer rotates
+        cos, sin = self._cos_sin
+        if self.cache is None:
+            return cos[:, first:], sin[:, first:]
+        name = ("angles", sight.columns, first, self.layer.layer_type, cos.device)
+        return self.memoised(name, lambda: self.layer.angles(cos, self.positions(sight)[:, first:]))
+
+    def positions(self, sight: Sight) -> Tensor:
+        """Positions of all columns in sight, [B, columns].
+
+        Raises:
+            EigenAttnError: if the model gives none.
+        """
+        if sight.positions is None:
+            raise EigenAttnError("this model calls its attention without position_ids, which cached keys rotate by.")
+        return sight.positions
+
+    @property
+    def query_position(self) -> Tensor | None:
+        """The position of each row's one query, [B or 1]."""
+        return None if self.position_ids is None else self.position_ids[:, -1]
+
+    def mask(self, q: Tensor, keys: int) -> Any:
+        """The mask over columns 0 .. keys - 1 as backends take it, with the family's bias on the scores added.
+
+        Returns:
+            [B or 1, H or 1, T, keys], boolean (True is visible) or additive, or None for causal attention. A mask only
+            the backend asked for understands (FlexAttention's block mask) passes.
+        """
+        mask, bias = self.mask_and_bias(keys)
+        if bias is None:
+            return mask
+        bias = bias.to(q.dtype)
+        if mask is None:
+            mask = causal_mask(q.shape[-2], keys, q.device) if q.shape[-2] > 1 else bias.new_zeros(())
+        return add_mask(bias, mask)
+
+    def whole_mask(self, q: Tensor) -> Tensor:
+        """The mask of a pass without a cache, [B or 1, H or 1, T, T], also where the model leaves it out."""
+        t = q.shape[-2]
+        mask = self.mask(q, t)
+        return causal_mask(t, t, q.device)[None, None] if mask is None else mask
+
+    def mask_and_bias(self, keys: int) -> tuple[Any, Tensor | None]:
+        """The mask over columns, True visible if it is boolean, and the family's bias [B or 1, H, 1, keys]."""
+        mask, bias, layer = self._mask, self._bias, self.layer
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            mask = mask[..., :keys]
+            mask = ~mask if mask.dtype == torch.bool and layer.family.mask_true_is_masked else mask
+        elif bias is None or mask is not None:
+            return mask, None
+        # MPT gives [H, 1, longest] for all rows, BLOOM [B * H, 1, keys].
+        if bias is None:
+            return mask, None
+        bias = bias.view(-1, layer.heads * layer.part[1], 1, bias.shape[-1])
+        return mask, layer.own_heads(bias, layer.heads)[..., -keys:]
+
+    @property
+    def mask_columns(self) -> int | None:
+        """How many columns the model's mask has; None without one."""
+        return self._mask.shape[-1] if isinstance(self._mask, Tensor) else None
+
+    def first_token(self, q: Tensor, seen: int) -> Tensor:
+        """The first column [B or 1] that is no left padding: the first one that the last query sees."""
+        mask, _ = self.mask_and_bias(seen)
+        if mask is None:
+            return torch.zeros(1, dtype=torch.int64, device=q.device)
+        last = mask[:, 0, -1]
+        if last.dtype != torch.bool:
+            last = last > torch.finfo(last.dtype).min / 2  # ALiBi may have been added to it
+        return last.int().argmax(-1)
+
+    def is_step(self, q: Tensor) -> bool:
+        """Whether the pass is a step of decoding: one query a row, over a cache."""
+        if q.shape[-2] > 1 or self.cache is None or torch.is_grad_enabled() or not self._any_way:
+            return False
+        return not self.layer.rotates_far or self.frequencies is not None
+
+    def is_long(self, q: Tensor, sight: Sight) -> bool:
+        """Whether queries [B, H, T, *] are to meet the keys in chunks."""
+        if q.shape[-2] == 1 or sight.columns <= chunked.CHUNK or torch.is_grad_enabled() or not self._any_way:
+            return False
+        if torch.compiler.is_compiling() or self.evicts:  # what evicts looks at attention weights
+            return False
+        return not shows_future(self.mask_and_bias(sight.columns)[0], int(sight.query))
+
+    @property
+    def _any_way(self) -> bool:
+        """Whether any way to attend will do: without attention weights, dropout, or masks of a backend's own kind."""
+        mask, layer = self._mask, self.layer
+        if self.dropout or (mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4)):
+            return False
+        if self.implementation == "eager":
+            # A must for what has soft caps or ALiBi as an argument, and else a wish for the weights.
+            must = layer.softcap is not None or layer.family.bias_argument is not None
+            return must and not (self.asks_weights or getattr(layer.config, "output_attentions", False))
+        return self.implementation == "sdpa"
+
+    @property
+    def frequencies(self) -> Tensor | None:
+        """The model's own inverse frequencies, as they are in this pass: some kinds of scaling change them."""
+        return getattr(self.layer.rotary_module, f"{self._prefix}inv_freq", None)
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.layer.layer_type}_" if self.layer.family.rotary_by_layer_type else ""
+
+    def rotary(self, device: torch.device) -> Rotary:
+        """Rotary positions for a step of decoding."""
+        layer, frequencies = self.layer, self.frequencies
+        assert frequencies is not None  # `is_step`
+        scaling = float(getattr(layer.rotary_module, f"{self._prefix}attention_scaling", 1.0))
+        return memoised(
+            layer.rotary_module,
+            f"_eigenattn_rotary_{self._prefix}{device}",
+            [frequencies, scaling],
+            lambda: Rotary(frequencies.to(device), scaling, layer.family.interleaved),
+        )
+
+    def attend_at_full_rank(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:
+        """Attention over one list of keys by whatever the model was loaded with.
+
+        Args:
+            q: [B, H, T, K]; k: [B, G, S, K]; v: [B, G, S, V].
+
+        Returns:
+            The output [B, H, T, V], and the weights [B, H, T, S] where the backend gives them.
+        """
+        layer = self.layer
+        if self.implementation in BACKENDS:
+            return self.backend(q, k, v, mask=mask, scale=layer.scaling, dropout=self.dropout, softcap=layer.softcap)
+        # FlashAttention, FlexAttention and kernels from the hub take one head size for all three.
+        size, size_v = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+        consumed = {"attention_mask", "position_embeddings", "output_attentions", layer.family.cache_argument}
+        options = {name: value for name, value in self._arguments.items() if name not in consumed}
+        options |= {"dropout": self.dropout, "scaling": layer.scaling, "sliding_window": layer.sliding_window}
+        if layer.softcap is not None:
+            options["softcap"] = layer.softcap
+        attend = ALL_ATTENTION_FUNCTIONS[self.implementation]
+        out, weights = attend(layer, widen(q, size), widen(k, size), widen(v, size), mask, **options)
+        return out.transpose(1, 2)[..., :size_v], weights
