@@ -35,7 +35,8 @@ def cache_bytes(
 
     Args:
         length: tokens, or those that each layer sees.
-        kept: tokens that a cache which evicts holds of them in every layer; None for other caches.
+        kept: tokens that a cache which evicts holds of them in every layer; None for other caches. The tally of a
+            rule that has one, 4 bytes for each of them and head, comes on top.
     """
     lengths = [length] * len(layers) if isinstance(length, int) else length
     exactly = kept is None and all(layer.uncompressed and not layer.window for layer in layers)
