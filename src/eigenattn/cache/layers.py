@@ -51,7 +51,8 @@ class LatentLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.window_keys, self.window_values = key_states[:, :, :0], value_states[:, :, :0]
+        # Copies, for a slice would keep the whole prompt's keys alive.
+        self.window_keys, self.window_values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
         self.is_initialized = True
 
     def update(
@@ -177,8 +178,7 @@ class LatentLayer(CacheLayerMixin):
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
-        held = [store.rows for store in self.stores]
-        return [*held, self.window_keys, self.window_values] if self.window and self.is_initialized else held
+        return [*(store.rows for store in self.stores), self.window_keys, self.window_values]
 
     def _map(self, change: Callable[[Tensor], Tensor], batch: bool = True) -> None:
         if not self.is_initialized:
