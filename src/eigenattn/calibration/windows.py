@@ -30,6 +30,11 @@ def load_texts(sources: Sequence[str]) -> list[Text | None]:
     return [None if source == SELF else load_text(source) for source in sources]
 
 
+def described(text: Text | None) -> dict[str, str | None]:
+    """Which text it was, as checkpoints and results record it; None is what the model wrote."""
+    return {"source": text.source if text else SELF, "sha256": text.sha256 if text else None}
+
+
 def text_windows(
     texts: Sequence[Text | None], tokenizer: Any, samples: int, length: int, seed: int
 ) -> list[Tensor | int]:

@@ -98,6 +98,14 @@ class MemoryOptions:
 TEXT_HELP = (
     f"a file of text, or of JSON ({', '.join(JSON_ROWS)}: a text a line, or an array), or one of {', '.join(SOURCES)}"
 )
+CalibrationSources = Annotated[
+    list[str],
+    typer.Option(
+        "--text",
+        help=f"What to calibrate on: {TEXT_HELP}, or `self`, which is text that the model writes. May be repeated.",
+        metavar="SOURCE",
+    ),
+]
 SHARE_HELP = (
     "Which latents are shared. 1: every KV head has its own. 3: three neighbouring KV heads have one together. 1-3: "
     "they share that of their values alone. 3kv: keys and values of the three are one latent. The cache takes the same "
@@ -179,14 +187,7 @@ class CompressionOptions:
 class CalibrationOptions:
     """What a model is calibrated on."""
 
-    text: Annotated[
-        list[str],
-        typer.Option(
-            "--text",
-            help=f"What to calibrate on: {TEXT_HELP}, or `self`, which is text that the model writes. May be repeated.",
-            metavar="SOURCE",
-        ),
-    ] = field(default_factory=lambda: [DEFAULT_SOURCE])
+    text: CalibrationSources = field(default_factory=lambda: [DEFAULT_SOURCE])
     samples: Annotated[int, typer.Option(min=1, help="How many windows to draw from the text.")] = 32
     length: Annotated[int, typer.Option(min=2, help="How many tokens a window has.")] = 1024
     seed: Annotated[int, typer.Option(**SEEDS, help="The seed of the draw.")] = 0

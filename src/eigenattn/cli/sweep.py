@@ -22,8 +22,8 @@ from .common import SEEDS, Json, Model, app, emit, examples, rich_table
 from .options import (
     CODED_HELP,
     SHARE_HELP,
-    TEXT_HELP,
     WINDOW_HELP,
+    CalibrationSources,
     EvaluationOptions,
     LoadingOptions,
     grouped,
@@ -107,14 +107,7 @@ def sweep(
     rivals: Annotated[
         str, typer.Option(help=f"Compare with plain quantised caches: {', '.join(RIVALS)}. {LIST}", metavar="LIST")
     ] = "",
-    text: Annotated[
-        list[str],
-        typer.Option(
-            "--text",
-            help=f"What to calibrate on: {TEXT_HELP}, or `self`, which is text that the model writes. May be repeated.",
-            metavar="SOURCE",
-        ),
-    ] = [DEFAULT_SOURCE],  # noqa: B006 (typer copies it)
+    text: CalibrationSources = [DEFAULT_SOURCE],  # noqa: B006 (typer copies it)
     evaluation_text: Annotated[
         list[str],
         typer.Option(

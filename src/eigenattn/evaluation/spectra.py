@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..calibration.statistics import Batch
 from ..calibration.text import Text
-from ..calibration.windows import SELF, complete, text_windows
+from ..calibration.windows import complete, described, text_windows
 from ..compression.recipe import Recipe
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
@@ -111,9 +111,7 @@ def measure_spectra(
         "model": name,
         "basis": basis,
         "window": window,
-        "text": [
-            {"source": text.source if text else SELF, "sha256": text.sha256 if text else None} for text in calibration
-        ],
+        "text": [described(text) for text in calibration],
         "samples": samples,
         "length": length,
         "seed": seed,

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration.text import Text
-from ..calibration.windows import SELF, complete, load_texts, text_windows
+from ..calibration.windows import complete, described, load_texts, text_windows
 from ..compression.pipeline import CompressionReport, compress
 from ..compression.recipe import check_supported
 from ..config import EigenAttentionConfig
@@ -101,9 +101,7 @@ def compress_checkpoint(
         windows = _windows(parts, model, text, journal)
         provenance: dict[str, Any] = {
             **source.origin(),
-            "text": [
-                {"source": each.source if each else SELF, "sha256": each.sha256 if each else None} for each in texts
-            ],
+            "text": [described(each) for each in texts],
             **drawn,
             "dtype": str(model.dtype).removeprefix("torch."),
         }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.text import Text, load_text, tokenize
+from ..calibration.windows import described
 from ..errors import EigenAttnError
 from ..files import read_text
 from ..finetuning import FinetuneConfig, FinetuneReport, finetune
@@ -72,7 +73,7 @@ def finetune_checkpoint(
             model, training, validation, config, baseline=baseline, journal=journal, progress=progress
         )
         facts: dict[str, Any] = {
-            "text": [{"source": text.source, "sha256": text.sha256} for text in loaded],
+            "text": [described(text) for text in loaded],
             "distil": distil,
             "length": length,
             "measure": report.measure,

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..calibration.statistics import Batch
 from ..calibration.text import SOURCES, Text, load_text
-from ..calibration.windows import SELF, complete, load_texts, text_windows
+from ..calibration.windows import SELF, complete, described, load_texts, text_windows
 from ..errors import EigenAttnError
 from ..evaluation.grid import Cell, Grid
 from ..evaluation.measuring import EvaluationPlan, measure, report
@@ -108,14 +108,14 @@ def run_sweep(
         "length": length,
         "seed": seed,
         "rank_multiple": grid.rank_multiple,
-        "evaluation": [_named(text) for text in plan.texts],
+        "evaluation": [described(text) for text in plan.texts],
         "protocol": plan.protocol(dtype or "checkpoint", "uncached"),
         "tasks": list(plan.tasks),
         "needles": list(plan.needles.lengths) if plan.needles else [],
     }
     # A quantised cache with no exact token does not exist: its piece is at least one token.
     exact = max(grid.windows) or 32
-    named = {each.name: [_named(text) for text in each.texts] for each in calibrations}
+    named = {each.name: [described(text) for text in each.texts] for each in calibrations}
     with SweepFolder(out, settings, named) as results:
         wanted: dict[Calibration, list[Cell]] = {}
         for calibration in calibrations:
@@ -178,7 +178,3 @@ def run_sweep(
                 record(key, key, facts, plan, uncached)
                 subject.restore()
         return results.values | {"seconds": results.seconds}
-
-
-def _named(text: Text | None) -> dict[str, str | None]:
-    return {"source": text.source if text else SELF, "sha256": text.sha256 if text else None}
