@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 
-def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """[T, S] of booleans, True where query m may see key n: n <= m, both counted from the start of the sequence."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
+def causal_mask(queries: int, keys: int, device: torch.device, first: int = 0) -> Tensor:
+    """[T, S] of booleans, True where query m of first .. may see key n: n <= m, from the start of the sequence."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(first)
 
 
 def add_mask(bias: Tensor, mask: Tensor) -> Tensor:

@@ -145,11 +145,14 @@ def all_at_once(
             cos, sin = at_columns(cos, columns), at_columns(sin, columns)
         keys = rotate(layer.decode(keys, "key"), cos, sin, layer.family.interleaved)
     mask = this.mask(q, sight.columns)
-    query, start = sight.query, 0 if observed is None else q.shape[-2] - observed
+    query = sight.query
     if observed is not None:
-        if mask is None:
-            mask = causal_mask(sight.columns, sight.columns, q.device)[None, None, query:]
-        q, mask, query = q[:, :, start:], mask[:, :, start:], query + start
+        start = q.shape[-2] - observed
+        q, query = q[:, :, start:], query + start
+        mask = None if mask is None else mask[:, :, start:]
+    evicted = near is None and far.columns is not None and q.shape[-2] > 1
+    if mask is None and (evicted or observed is not None):  # backends count queries and rows from 0
+        mask = causal_mask(q.shape[-2], sight.columns, q.device, int(query))[None, None]
     # Of each query head; KV heads that share a latent keep the same tokens.
     columns = None
     if far.columns is not None:
@@ -158,8 +161,6 @@ def all_at_once(
         if not layer.rotates_far:
             q, _ = layer.query_in_latent_space(q)
         if columns is not None:
-            if mask is None and q.shape[-2] > 1:
-                mask = causal_mask(sight.columns, sight.columns, q.device)[None, None, query:]
             mask = None if mask is None else blocks.take_columns(mask, columns)
         keys, values = layer.for_each_head(keys), layer.for_each_head(layer.latent(latents, "value"))
         if observed is not None:

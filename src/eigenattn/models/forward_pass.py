@@ -134,11 +134,11 @@ class ForwardPass:
         if isinstance(mask, Tensor) and mask.dim() == 4:
             mask = mask[..., :keys]
             mask = ~mask if mask.dtype == torch.bool and layer.family.mask_true_is_masked else mask
-        elif bias is None or mask is not None:
+        elif mask is not None:
             return mask, None
-        # MPT gives [H, 1, longest] for all rows, BLOOM [B * H, 1, keys].
         if bias is None:
             return mask, None
+        # MPT gives [H, 1, longest] for all rows, BLOOM [B * H, 1, keys].
         bias = bias.view(-1, layer.heads * layer.part[1], 1, bias.shape[-1])
         return mask, layer.own_heads(bias, layer.heads)[..., -keys:]
 
