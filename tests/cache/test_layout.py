@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import HEAD_DIM, converted, some_bases
 
 from eigenattn import EigenAttnError
-from eigenattn.cache.layout import BOTH, SIDES, Latent, Layout
+from eigenattn.cache.layout import SIDES, Latent, Layout
 from eigenattn.cache.packing import PARTS, Widths
 from eigenattn.cache.size import baseline_bytes_per_token, bytes_per_token, cache_bytes, kv_ratio, ratio_at
 from eigenattn.cache.store import room_for
@@ -28,7 +28,7 @@ def value(rank, heads=1, widths=None):
 
 
 def both(rank, heads=1, widths=None):
-    return Latent(BOTH, heads, rank, D, widths)
+    return Latent(SIDES, heads, rank, D, widths)
 
 
 LAYOUTS = {
@@ -54,7 +54,7 @@ def test_reading_gives_back_what_was_written(layout):
 widths = st.dictionaries(st.sampled_from(sorted(PARTS)), st.integers(0, 9), min_size=1).map(Widths.of)
 latents = st.builds(
     lambda sides, heads, rank, coded: Latent(sides, heads, coded.channels if coded else rank, 2 * D, coded or None),
-    st.sampled_from([(side,) for side in SIDES] + [BOTH]),
+    st.sampled_from([(side,) for side in SIDES] + [SIDES]),
     st.sampled_from([1, 2, 4]),
     st.integers(1, 2 * D),
     st.one_of(st.none(), widths.filter(lambda x: 0 < x.channels <= 2 * D)),

@@ -13,7 +13,7 @@ from torch import multiprocessing
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
-from eigenattn.cache.layout import BOTH, Latent, Layout
+from eigenattn.cache.layout import SIDES, Latent, Layout
 from eigenattn.cache.packing import Widths
 from eigenattn.models.checkpoint_format import EigenAttnCheckpointConfig
 from eigenattn.models.conversion import eigen_layers
@@ -224,7 +224,7 @@ def test_configuration_round_trip():
     config = EigenAttnCheckpointConfig([layer], provenance={"seed": 1})
     again = EigenAttnCheckpointConfig.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()
-    assert again.layouts(2, 16) == [Layout(2, (Latent(BOTH, 2, 4, 16, Widths.of({6: 1, 3: 3})),), 32)]
+    assert again.layouts(2, 16) == [Layout(2, (Latent(SIDES, 2, 4, 16, Widths.of({6: 1, 3: 3})),), 32)]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_configuration_round_trip():
             {"shared_values": 2},
             (Latent(("key",), 1, 16, 16), Latent(("value",), 2, 20, 16)),
         ),
-        ({"rank_k": 24, "rank_v": 0}, {"shared_heads": 2, "joint": True}, (Latent(BOTH, 2, 24, 16),)),
+        ({"rank_k": 24, "rank_v": 0}, {"shared_heads": 2, "joint": True}, (Latent(SIDES, 2, 24, 16),)),
         ({"rank_k": 16, "rank_v": 16}, {"joint": True}, Layout.full(2, 16).latents),
         (
             {"rank_k": 16, "rank_v": 6, "widths_k": [0, 4, 4, 8], "widths_v": [1, 0, 0, 5]},
@@ -254,7 +254,7 @@ def test_configuration_round_trip():
         (
             {"rank_k": 8, "rank_v": 0, "widths_k": [0, 0, 8, 0], "widths_v": [0, 0, 0, 0]},
             {"joint": True},
-            (Latent(BOTH, 1, 8, 16, Widths.of({4: 8})),),
+            (Latent(SIDES, 1, 8, 16, Widths.of({4: 8})),),
         ),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from helpers import run
 from tiny import save_tiny
 
-from eigenattn.cache.layout import BOTH, Latent, Layout
+from eigenattn.cache.layout import SIDES, Latent, Layout
 from eigenattn.cache.packing import Widths
 from eigenattn.config import EigenAttentionConfig
 from eigenattn.errors import EigenAttnError
@@ -120,7 +120,7 @@ def test_page_of_latents_of_values_that_heads_share():
 
 def test_page_of_latents_of_keys_and_values():
     """Ranks are drawn against keys and values together; a layer at full rank has them apart."""
-    layers = (Latent(BOTH, 2, 24, 16),), Layout.full(2, 16).latents
+    layers = (Latent(SIDES, 2, 24, 16),), Layout.full(2, 16).latents
     page = page_of(EigenAttentionConfig(kv_ratio=0.6, share="2kv", refit=False, window=0), *layers)
     assert page.count("layer 0, keys and values: rank 24 of 64") == 2
     assert "layer 1, values: rank 16 of 16" in page

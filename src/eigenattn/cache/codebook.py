@@ -68,7 +68,7 @@ class Codebook:
         return codes.unflatten(2, (z.shape[0], z.shape[2])).permute(2, 0, 3, 1)
 
     def dequantise(self, codes: Tensor) -> Tensor:
-        """Latents [B, G, T, R] of codes, in fp32."""
-        a, b, c, d = self.of_codes
+        """Latents [B, G, T, R] of codes, in fp32; of one in so many heads, where the others have the same levels."""
+        a, b, c, d = self.of_codes[:, :: len(self.levels) // codes.shape[1]]
         codes = codes.float()
         return torch.addcmul(a, codes, torch.addcmul(b, codes, torch.addcmul(c, codes, d)))

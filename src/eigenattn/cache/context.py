@@ -64,7 +64,7 @@ class CacheContext:
         """
         rows = position_ids.expand(batch, -1)[:, None, :, None]
         if self._grown is None:
-            self._grown = Store(rows[:, :, :0].contiguous())
+            self._grown = Store(rows[:, :, :0])
         if len(self._grown) < start or len(self._grown.rows) != batch:
             raise EigenAttnError("this cache was filled by another model, or for another batch: pass a new one.")
         self._grown.crop(start)

@@ -106,7 +106,7 @@ class EvictingLayer(LatentLayer):
             return
         held = describe(columns, kept_rows, self._tally)
         if self._column_store is None:
-            self._column_store = Store(columns[:, :, :0].unsqueeze(-1).contiguous())
+            self._column_store = Store(columns[:, :, :0].unsqueeze(-1))
             self._column_store.append(columns.unsqueeze(-1))
         kept = self.eviction.choose(held)
         for store in (*self.stores, self._column_store):

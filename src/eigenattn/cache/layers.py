@@ -170,10 +170,8 @@ class LatentLayer(CacheLayerMixin):
             )
         exact = max(self.window_keys.shape[-2] - removed, 0)
         self._crop_left(min(max(remaining - self.window, remaining - exact, 0), self._tokens_left()))
-        self.window_keys, self.window_values = self.window_keys[:, :, :exact], self.window_values[:, :, :exact]
-        if self.record_past and self.window:
-            last = slice(max(exact - self.window, 0), None)
-            self.window_keys, self.window_values = self.window_keys[:, :, last], self.window_values[:, :, last]
+        kept = slice(max(exact - self.window, 0) if self.record_past else 0, exact)
+        self.window_keys, self.window_values = self.window_keys[:, :, kept], self.window_values[:, :, kept]
         self._slide(remaining)
 
     def tensors(self) -> list[Tensor]:

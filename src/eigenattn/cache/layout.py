@@ -11,7 +11,6 @@ from ..errors import EigenAttnError
 from .packing import PARTS, Widths
 
 SIDES = ("key", "value")
-BOTH = SIDES
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Latent:
         if not isinstance(values, dict) or not set(values) <= {"sides", "heads", "rank", "widths"}:
             raise ValueError(f"no latent: {values!r:.60}")
         sides, heads, rank, counts = (values.get(name) for name in ("sides", "heads", "rank", "widths"))
-        if not isinstance(sides, list) or tuple(sides) not in (("key",), ("value",), BOTH):
+        if not isinstance(sides, list) or tuple(sides) not in (("key",), ("value",), SIDES):
             raise ValueError(f"no sides: {sides!r:.60}")
         if type(heads) is not int or type(rank) is not int or heads < 1 or rank < 1:
             raise ValueError(f"no heads and rank: {heads!r:.60}, {rank!r:.60}")

@@ -9,7 +9,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..cache.layout import BOTH, Layout
+from ..cache.layout import SIDES, Layout
 from ..config import EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
 from .attention import EigenAttention
@@ -105,7 +105,7 @@ def _from_format_1(layer: Any, sharing: Sharing) -> Any:
         return layer
     sides = [(["key"], sharing.keys, "k"), (["value"], sharing.values, "v")]
     if type(layer.get("rank_v")) is int and layer["rank_v"] == 0:
-        sides = [(list(BOTH), sharing.keys, "k")]
+        sides = [(list(SIDES), sharing.keys, "k")]
     latents = []
     for names, heads, end in sides:
         latent = {"sides": names, "heads": heads, "rank": layer.get(f"rank_{end}")}

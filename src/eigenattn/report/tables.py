@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..cache.layout import BOTH, Layout
+from ..cache.layout import SIDES, Layout
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> Text
 
 
 # What latents are called, by the sides that they are made of.
-SIDES_IN_WORDS = {("key",): "keys", ("value",): "values", BOTH: "keys and values"}
+SIDES_IN_WORDS = {("key",): "keys", ("value",): "values", SIDES: "keys and values"}
 
 
 def layout_table(layers: Sequence[Layout], element_size: int) -> TextTable:

@@ -123,12 +123,8 @@ def _latents(step: Step, rows: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor
 
 
 def _restored(row: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
-    codebook = side.codebook  # with levels of every KV head; one of those that share a latent is enough
-    shared = len(codebook.levels) // row.shape[1]
-    of_codes = codebook.of_codes[:, ::shared]
-    a, b, c, d = of_codes
-    codes = unpack(row, codebook.widths).float()
-    return torch.addcmul(a, codes, torch.addcmul(b, codes, torch.addcmul(c, codes, d))).to(dtype)
+    codebook = side.codebook
+    return codebook.dequantise(unpack(row, codebook.widths)).to(dtype)
 
 
 def _scores(step: Step, keys: _Keys, g: int) -> Tensor:
