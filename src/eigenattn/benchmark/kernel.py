@@ -57,7 +57,7 @@ def baselines(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """How large a step of decoding is.
+    """How large a step of decoding is: by default 16 rows of Llama 3 8B.
 
     Args:
         batch, heads, kv_heads, head_dim, length: B, H, G, D and S.
@@ -67,12 +67,12 @@ class StepShape:
         EigenAttnError: on sizes that do not fit.
     """
 
-    batch: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    length: int
-    window: int
+    batch: int = 16
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    length: int = 8192
+    window: int = 32
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads or not 0 <= self.window < self.length:

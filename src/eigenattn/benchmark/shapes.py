@@ -14,6 +14,7 @@ from ..cache.layout import SIDES, Latent, Layout
 from ..cache.size import kv_ratio
 from ..errors import EigenAttnError
 from ..models.conversion import convert_attention, eigen_layers, layouts_of
+from ..models.families import family_of
 from ..models.loading import DTYPES, Source, load_model
 from .timing import device_of
 
@@ -44,17 +45,8 @@ SHAPES: dict[str, tuple[str, dict]] = {
 RANK_MULTIPLE = 8
 
 
-@dataclass(frozen=True)
-class HeadShape:
-    """Heads H, KV heads G and their dimension D."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-
-def head_shape(name: str) -> HeadShape:
-    """The attention of a preset.
+def head_shape(name: str) -> dict[str, int]:
+    """The `heads`, `kv_heads` and `head_dim` of a preset.
 
     Raises:
         EigenAttnError: if there is no such preset.
@@ -63,8 +55,12 @@ def head_shape(name: str) -> HeadShape:
         raise EigenAttnError(f"unknown shape {name!r}: choose one of {', '.join(SHAPES)}.")
     model_type, sizes = SHAPES[name]
     config = AutoConfig.for_model(model_type, **sizes)
-    heads = config.num_attention_heads
-    return HeadShape(heads, getattr(config, "num_key_value_heads", None) or heads, config.hidden_size // heads)
+    family = family_of(config)
+    return {
+        "heads": config.num_attention_heads,
+        "kv_heads": family.kv_heads(config),
+        "head_dim": family.head_dim(config),
+    }
 
 
 def uniform_ranks(kv_ratio: float, size: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.table import Table
@@ -11,54 +11,43 @@ from rich.table import Table
 from ..config import DEFAULT_CODED_RATIO, DEFAULT_KV_RATIO, EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..report.planning import GIB, CapacityPlan, plan_capacity
-from .common import Json, Model, app, emit, examples
+from .common import Json, Model, command, emit
 from .options import CODED_HELP, SHARE_HELP, WINDOW_HELP
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20}
 
 
-@app.command(
-    epilog=examples(
-        "eigenattn plan meta-llama/Llama-3.1-8B --gpu-memory 80 --context 128k",
-        "eigenattn plan meta-llama/Llama-3.1-70B --gpu-memory 80 --context 32k --tensor-parallel-size 4 --gpus 8",
-        "eigenattn plan meta-llama/Llama-3.1-8B --gpu-memory 24 --context 32k --coded --kv-ratio 0.2 --share 4kv",
-        "eigenattn plan llama-60 --gpu-memory 80 --context 128k --json plan.json",
-    )
+@command(
+    "eigenattn plan meta-llama/Llama-3.1-8B --gpu-memory 80 --context 128k",
+    "eigenattn plan meta-llama/Llama-3.1-70B --gpu-memory 80 --context 32k --tensor-parallel-size 4 --gpus 8",
+    "eigenattn plan meta-llama/Llama-3.1-8B --gpu-memory 24 --context 32k --coded --kv-ratio 0.2 --share 4kv",
+    "eigenattn plan llama-60 --gpu-memory 80 --context 128k --json plan.json",
+    gpu_memory="How many GiB of memory each GPU has.",
+    context="How many tokens a sequence has, prompt and answer: 32768, or 32k.",
+    kv_ratio="The share of its cache's bytes that the model would be compressed to. By default "
+    f"{DEFAULT_KV_RATIO}, and {DEFAULT_CODED_RATIO} with --coded. Only for an original.",
+    coded=f"{CODED_HELP} Only for an original.",
+    window=f"{WINDOW_HELP}; 32 by default. Only for an original.",
+    share=f"{SHARE_HELP} Only for an original.",
+    tensor_parallel_size=typer.Option(min=1, help="How many GPUs share the heads of one copy of the model."),
+    gpus="How many GPUs there are, on all nodes. Each group of --tensor-parallel-size holds a copy; by default "
+    "there is one group.",
+    gpu_memory_utilization="The share of a GPU's memory for weights and cache. The rest is for activations and the "
+    "engine.",
+    dtype="Of weights and cache: float32, bfloat16 or float16. By default as the checkpoint has them.",
 )
 def plan(
     model: Model,
-    gpu_memory: Annotated[float, typer.Option(help="How many GiB of memory each GPU has.")],
-    context: Annotated[str, typer.Option(help="How many tokens a sequence has, prompt and answer: 32768, or 32k.")],
-    kv_ratio: Annotated[
-        float | None,
-        typer.Option(
-            help="The share of its cache's bytes that the model would be compressed to. By default "
-            f"{DEFAULT_KV_RATIO}, and {DEFAULT_CODED_RATIO} with --coded. Only for an original."
-        ),
-    ] = None,
-    coded: Annotated[bool, typer.Option("--coded", help=f"{CODED_HELP} Only for an original.")] = False,
-    window: Annotated[int | None, typer.Option(help=f"{WINDOW_HELP}; 32 by default. Only for an original.")] = None,
-    share: Annotated[str | None, typer.Option(help=f"{SHARE_HELP} Only for an original.")] = None,
-    tensor_parallel_size: Annotated[
-        int, typer.Option(min=1, help="How many GPUs share the heads of one copy of the model.")
-    ] = 1,
-    gpus: Annotated[
-        int | None,
-        typer.Option(
-            help="How many GPUs there are, on all nodes. Each group of --tensor-parallel-size holds a copy; by default "
-            "there is one group."
-        ),
-    ] = None,
-    gpu_memory_utilization: Annotated[
-        float,
-        typer.Option(
-            help="The share of a GPU's memory for weights and cache. The rest is for activations and the engine."
-        ),
-    ] = 0.9,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Of weights and cache: float32, bfloat16 or float16. By default as the checkpoint has them."),
-    ] = None,
+    gpu_memory: float,
+    context: str,
+    kv_ratio: float | None = None,
+    coded: bool = False,
+    window: int | None = None,
+    share: str | None = None,
+    tensor_parallel_size: int = 1,
+    gpus: int | None = None,
+    gpu_memory_utilization: float = 0.9,
+    dtype: str | None = None,
     json_file: Json = None,
 ) -> None:
     """Say how many sequences fit on GPUs, before and after. Only the configuration is read."""

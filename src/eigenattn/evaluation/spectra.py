@@ -12,16 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration.statistics import Batch
-from ..calibration.text import Text
-from ..calibration.windows import complete, described, text_windows
 from ..compression.recipe import Recipe
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
-from ..models.loading import Source, load_model, load_tokenizer
-from ..models.placement import input_device
 from ..progress import TokenProgress
-from ..version import versions
 
 VERSION = 1
 FILE = "spectrum.json"
@@ -75,48 +70,6 @@ def describe(spectra: dict[str, Tensor]) -> dict[str, Any]:
             "energy_kept": plain(energy_kept(spectrum).tolist()),
         }
         for side, spectrum in spectra.items()
-    }
-
-
-def measure_spectra(
-    name: str,
-    *,
-    calibration: Sequence[Text | None],
-    samples: int,
-    length: int,
-    seed: int,
-    basis: str,
-    window: int,
-    dtype: str | None = None,
-    device: str | None = None,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Spectra of a model on windows of texts, with what they were made of: what `spectrum.json` holds.
-
-    Args:
-        name: folder, hub id, `.gguf` file or `smollm2`.
-        calibration, samples, length, seed: as for compressing.
-
-    Raises:
-        EigenAttnError: on a model or text that cannot be used.
-    """
-    source = Source.of(name)
-    parts = text_windows(calibration, load_tokenizer(source), samples, length, seed)
-    model = load_model(source, dtype, device)
-    windows = complete(parts, model, length, seed).to(input_device(model))
-    batches = [Batch(each) for each in windows.split(1)]
-    spectra = spectra_of(model, batches, basis=basis, window=window, progress=progress)
-    return {
-        "version": VERSION,
-        "model": name,
-        "basis": basis,
-        "window": window,
-        "text": [described(text) for text in calibration],
-        "samples": samples,
-        "length": length,
-        "seed": seed,
-        "versions": versions(),
-        **describe(spectra),
     }
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibration.text import Text
+from ..calibration.text import DEFAULT_SOURCE, Text
 from ..calibration.windows import complete, described, load_texts, text_windows
 from ..compression.pipeline import CompressionReport, compress
 from ..compression.recipe import check_supported
@@ -30,14 +30,19 @@ class CalibrationText:
     """What a model is calibrated on: windows drawn from texts.
 
     Args:
-        sources: text sources (`eigenattn.calibration.text.load_text`); `self` is text that the model writes.
+        text: text sources (`eigenattn.calibration.text.load_text`); `self` is text that the model writes.
         samples, length, seed: how many windows of how many tokens are drawn, and the seed of the draw.
     """
 
-    sources: Sequence[str]
+    text: list[str] = field(default_factory=lambda: [DEFAULT_SOURCE])
     samples: int = 32
     length: int = 1024
     seed: int = 0
+
+    @property
+    def drawn(self) -> dict[str, int]:
+        """Which windows are drawn, as `text_windows` takes it and checkpoints record it."""
+        return {"samples": self.samples, "length": self.length, "seed": self.seed}
 
     def load(self) -> list[Text | None]:
         """The texts; None stands for what the model writes.
@@ -45,7 +50,7 @@ class CalibrationText:
         Raises:
             EigenAttnError: if one cannot be read.
         """
-        return load_texts(self.sources)
+        return load_texts(self.text)
 
 
 def compress_checkpoint(
@@ -81,12 +86,11 @@ def compress_checkpoint(
         raise EigenAttnError("--bases-only needs a window: without one the bases are folded into the weights.")
     texts = text.load()  # before the model, which takes longer to load
     source = Source.of(name)
-    drawn = {"samples": text.samples, "length": text.length, "seed": text.seed}
     command = {
         "verb": "compress",
         "model": identity(source.path, source.gguf_file),
         "text": [each.sha256 if each else None for each in texts],
-        **drawn,
+        **text.drawn,
         **config.to_dict(),
         "bases_only": bases_only,
         "dtype": dtype,
@@ -95,14 +99,14 @@ def compress_checkpoint(
     }
     with Journal(out, command) as journal:
         tokenizer = load_tokenizer(source)
-        parts = text_windows(texts, tokenizer, **drawn)
+        parts = text_windows(texts, tokenizer, **text.drawn)
         offload_folder = offload_folder or journal.folder / "offload"
         model = load_model(source, dtype, device, max_memory=max_memory, offload_folder=offload_folder)
         windows = _windows(parts, model, text, journal)
         provenance: dict[str, Any] = {
             **source.origin(),
             "text": [described(each) for each in texts],
-            **drawn,
+            **text.drawn,
             "dtype": str(model.dtype).removeprefix("torch."),
         }
         report = compress(model, windows.split(1), config, provenance=provenance, journal=journal, progress=progress)
