@@ -116,13 +116,18 @@ def several(option: str, text: str, kind: Callable[[str], Any] = str) -> list[An
         raise EigenAttnError(f"{option} takes numbers with commas between them, not {text!r}.") from None
 
 
-def emit(result: dict[str, Any], file: str | None) -> Console:
-    """Write the JSON asked for; give the console that people read, which is not standard output if JSON goes there."""
+def emit(result: Any, file: str | None) -> Console:
+    """Write the JSON asked for; give the console that people read, which is not standard output if JSON goes there.
+
+    Args:
+        result: plain values, or a dataclass of them.
+    """
+    values = to_json(dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result, indent=2)
     if file == "-":
-        sys.stdout.write(to_json(result, indent=2))
+        sys.stdout.write(values)
     elif file is not None:
         with whole(Path(file)) as beside:
-            beside.write_text(to_json(result, indent=2), encoding="utf-8")
+            beside.write_text(values, encoding="utf-8")
     return Console(stderr=file == "-", highlight=False)
 
 

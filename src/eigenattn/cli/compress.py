@@ -52,7 +52,7 @@ def compress(
         progress=True,
     )
     say(
-        emit(report.to_dict(), json_file),
+        emit(report, json_file),
         f"{out}: {report.bytes_per_token:,} cache bytes a token instead of {report.baseline_bytes_per_token:,} "
         f"(KV ratio {report.kv_ratio:.3f}), in {sum(report.seconds.values()):.0f} s.\n{at_lengths(report)}",
     )

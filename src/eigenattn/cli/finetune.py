@@ -63,7 +63,7 @@ def finetune(
         progress=True,
     )
     say(
-        emit(report.to_dict(), json_file),
+        emit(report, json_file),
         f"{out}: {report.measure} {report.before:.4g} before, {report.after:.4g} after {report.best_step} of "
         f"{report.steps} steps, in {report.seconds:.0f} s ({report.trained_parameters:,} numbers trained).",
     )

@@ -48,7 +48,7 @@ def generate(
         seed=seed,
         **eviction.arguments(),
     )
-    say(emit(result.to_dict(), json_file), prompt + result.text)
+    say(emit(result, json_file), prompt + result.text)
 
 
 @command("eigenattn inspect smollm2-60", "eigenattn inspect smollm2-60 --json -")
@@ -73,7 +73,7 @@ def inspect(model: Model, json_file: Json = None) -> None:
 def demo(out: Path | None = None, json_file: Json = None) -> None:
     """Compress SmolLM2-135M to 60% of its cache, save it, reload it and compare the two."""
     result = run_demo(out)
-    console = emit(result.to_dict(), json_file)
+    console = emit(result, json_file)
     table = Table("", "original", "compressed", title="SmolLM2-135M-Instruct")
     columns = (result.original, result.compressed)
     table.add_row("perplexity (held-out text)", *(f"{column.perplexity:.2f}" for column in columns))

@@ -63,7 +63,7 @@ def plan(
         gpus=gpus,
         gpu_memory_utilization=gpu_memory_utilization,
     )
-    console = emit(found.to_dict(), json_file)
+    console = emit(found, json_file)
     console.print(_table(found))
     if found.hypothetical:
         console.print("This model is not compressed: its right column supposes the same rank everywhere.")

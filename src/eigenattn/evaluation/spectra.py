@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from ..calibration.statistics import Batch
 from ..compression.recipe import Recipe
 from ..config import EigenAttentionConfig
-from ..errors import EigenAttnError
+from ..files import read_results
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
 from ..progress import TokenProgress
 
@@ -79,10 +78,4 @@ def read_spectra(folder: Path) -> dict[str, Any]:
     Raises:
         EigenAttnError: if the folder holds none, or one of another version.
     """
-    try:
-        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EigenAttnError(f"{folder} holds no spectra: it has no readable {FILE}.") from error
-    if not isinstance(values, dict) or values.get("version") != VERSION:
-        raise EigenAttnError(f"{folder} holds spectra of another version: install the eigenattn that wrote them.")
-    return values
+    return read_results(folder / FILE, "spectra", VERSION)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,10 +62,6 @@ class CapacityPlan:
     budget: int
     original: Occupancy
     compressed: Occupancy
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain JSON values."""
-        return asdict(self)
 
 
 def plan_capacity(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..calibration.text import DEFAULT_SOURCE, load_text, tokenize
 from ..config import EigenAttentionConfig
@@ -43,10 +42,6 @@ class Demonstration:
     compressed: DemoColumn
     kv_ratio: float
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The demonstration as plain JSON values."""
-        return asdict(self)
 
 
 def _measure(name: str, progress: bool) -> DemoColumn:
