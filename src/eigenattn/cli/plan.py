@@ -89,23 +89,18 @@ def _table(found: CapacityPlan) -> Table:
         "of one GPU", "original", "compressed", title=f"{found.model}, {found.dtype}, {found.context:,} tokens"
     )
     models = (found.original, found.compressed)
-
-    def row(name: str, values: list[str]) -> None:
-        table.add_row(name, *values)
-
     share = f"{found.gpu_memory_utilization:g} of {found.gpu_memory:g} GiB"
-    row(f"memory to use, {share}", [_gib(found.budget)] * 2)
+    table.add_row(f"memory to use, {share}", *[_gib(found.budget)] * 2)
     split = f", 1/{found.tensor_parallel_size} of the matrices" if found.tensor_parallel_size > 1 else ""
-    row(f"- weights{split}", [_gib(each.weights) for each in models])
-    row("= left for the cache", [_gib(each.cache) for each in models])
-    row("bytes a token", [f"{each.bytes_per_token:,}" for each in models])
+    table.add_row(f"- weights{split}", *(_gib(each.weights) for each in models))
+    table.add_row("= left for the cache", *(_gib(each.cache) for each in models))
+    table.add_row("bytes a token", *(f"{each.bytes_per_token:,}" for each in models))
     window = f", {found.window} of its tokens exact" if found.window else ""
-    row(
-        f"/ one sequence (compressed{window})" if window else "/ one sequence", [_gib(each.sequence) for each in models]
-    )
+    name = f"/ one sequence (compressed{window})" if window else "/ one sequence"
+    table.add_row(name, *(_gib(each.sequence) for each in models))
     copies = f" x {groups} copies" if groups > 1 else ""
-    row(f"= sequences{copies}", [f"{each.sequences:,}" for each in models])
-    row("longest single sequence, tokens", [f"{each.longest:,}" for each in models])
+    table.add_row(f"= sequences{copies}", *(f"{each.sequences:,}" for each in models))
+    table.add_row("longest single sequence, tokens", *(f"{each.longest:,}" for each in models))
     return table
 
 

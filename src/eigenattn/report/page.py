@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,63 +231,59 @@ def _origin(material: Material) -> list[str]:
     ]
 
 
-def _option(name: str, value: Any) -> list[str]:
-    """An option as it is written."""
-    name = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", str(value)]
+def _options(values: Mapping[str, Any]) -> list[str]:
+    """Options as they are written; None is left out, and one that holds a list is repeated."""
+    line: list[str] = []
+    for name, value in values.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            for each in value if isinstance(value, list) else [value]:
+                line += [f"--{option}", str(each)]
+    return line
 
 
 def commands(material: Material) -> list[str]:
     """The commands that give this checkpoint, and what the page shows of it."""
-    facts, method = material.inspection.provenance, material.inspection.method
-    base = str(facts.get("base_model", "MODEL"))
-    texts = [part for each in facts.get("text", []) for part in ("--text", each["source"])]
+    facts, method, spectra = material.inspection.provenance, material.inspection.method, material.spectra
     names = ("basis", "window", "share")
     implied = EigenAttentionConfig(**{name: method[name] for name in names if name in method}).refit
     defaults = EigenAttentionConfig().to_dict() | {"kv_ratio": None, "refit": implied, "version": method.get("version")}
-    choices = [
-        part
-        for name, value in method.items()
-        if value is not None and value != defaults.get(name)
-        for part in _option(name, value)
-    ]
-    drawn = [
-        part
-        for name in ("samples", "length", "seed", "dtype")
-        if name in facts
-        for part in (f"--{name}", str(facts[name]))
-    ]
-    lines = [["eigenattn", "compress", base, material.name, *choices, *texts, *drawn]]
+    options = {name: value for name, value in method.items() if value != defaults.get(name)}
+    options["text"] = [text["source"] for text in facts.get("text", [])]
+    options |= {name: facts.get(name) for name in ("samples", "length", "seed", "dtype")}
+    lines = [["compress", str(facts.get("base_model", "MODEL")), material.name, *_options(options)]]
     if material.evaluation is not None:
-        lines.append(_evaluate(material.name, material.evaluation))
+        lines.append(["evaluate", material.name, *_options(_evaluation_options(material.evaluation))])
     if material.sweep is not None:
         model = material.sweep["settings"]["model"]
         cells = [cell for cell in material.sweep["cells"].values() if "asked" in cell]
-        for kind, unit in (([], 1), (["--coded"], 16)):
-            ratios = {cell["asked"] / unit for cell in cells if (cell["bits_per_element"] is not None) == bool(kind)}
+        for coded, unit in ((None, 1), (True, 16)):
+            ratios = {cell["asked"] / unit for cell in cells if (cell["bits_per_element"] is not None) == bool(coded)}
             if ratios:
                 asked = ",".join(f"{ratio:g}" for ratio in sorted(ratios, reverse=True))
-                lines.append(["eigenattn", "sweep", model, "SWEEP", *kind, "--kv-ratio", asked])
-    if material.spectra is not None:
-        asked = ["--basis", material.spectra["basis"], "--samples", str(material.spectra["samples"])]
-        texts = [part for each in material.spectra["text"] for part in ("--text", each["source"])]
-        lines.append(["eigenattn", "spectrum", material.spectra["model"], "SPECTRUM", *asked, *texts])
-    return [shlex.join(line) for line in lines]
+                lines.append(["sweep", model, "SWEEP", *_options({"coded": coded, "kv_ratio": asked})])
+    if spectra is not None:
+        options = {name: spectra[name] for name in ("basis", "samples")}
+        options["text"] = [text["source"] for text in spectra["text"]]
+        lines.append(["spectrum", spectra["model"], "SPECTRUM", *_options(options)])
+    return [shlex.join(["eigenattn", *line]) for line in lines]
 
 
-def _evaluate(name: str, result: dict[str, Any]) -> list[str]:
+def _evaluation_options(result: dict[str, Any]) -> dict[str, Any]:
     protocol = result["protocol"]
-    line = ["eigenattn", "evaluate", name]
-    line += ["--baseline", result["baseline"]] if result["baseline"] else []
-    line += [part for row in result["texts"] for part in ("--text", row["text"])]
-    line += ["--tokens", str(protocol["tokens_read"]), "--length", str(protocol["length"])]
-    line += ["--stride", str(protocol["stride"])] if protocol["stride"] != protocol["length"] else []
-    line += ["--cached"] if protocol["reading"] == "cached" else []
-    line += ["--evict", protocol["evict"], "--budget", str(protocol["budget"])] if "evict" in protocol else []
-    line += ["--tasks", ",".join(row["task"] for row in result["tasks"])] if result["tasks"] else []
-    line += ["--limit", str(protocol["task_limit"])] if protocol["task_limit"] else []
-    lengths = dict.fromkeys(str(row["length"]) for row in result["needles"])
-    line += ["--needles", ",".join(lengths)] if lengths else []
-    return [*line, "--dtype", protocol["dtype"]]
+    return {
+        "baseline": result["baseline"],
+        "text": [row["text"] for row in result["texts"]],
+        "tokens": protocol["tokens_read"],
+        "length": protocol["length"],
+        "stride": protocol["stride"] if protocol["stride"] != protocol["length"] else None,
+        "cached": True if protocol["reading"] == "cached" else None,
+        "evict": protocol.get("evict"),
+        "budget": protocol.get("budget"),
+        "tasks": ",".join(row["task"] for row in result["tasks"]) or None,
+        "limit": protocol["task_limit"],
+        "needles": ",".join(dict.fromkeys(str(row["length"]) for row in result["needles"])) or None,
+        "dtype": protocol["dtype"],
+    }
