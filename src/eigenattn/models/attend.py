@@ -156,7 +156,7 @@ def all_at_once(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sigh
         this.backend,
         q,
         blocks.FarKeys(keys, layer.decode(layer.latent(latents, "value"), "value"), columns),
-        blocks.NearKeys(_near_keys(layer, this, near, sight), near.values, near.first),
+        near._replace(keys=_near_keys(layer, this, near, sight)),
         query_first=sight.query,
         window=layer.layout.window,
         mask=mask,

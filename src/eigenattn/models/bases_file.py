@@ -141,7 +141,7 @@ def _read_config(path: Path) -> tuple[EigenAttnCheckpointConfig, Any]:
         raise EigenAttnError(f"{path} is not a configuration of bases.") from error
     if not isinstance(values, dict) or values.get("quant_method") != METHOD:
         raise EigenAttnError(f"{path} is not a configuration of bases.")
-    config = EigenAttnCheckpointConfig.read(values)
+    config = EigenAttnCheckpointConfig(**values)
     if not config.method["window"]:
         raise EigenAttnError(f"{path} is of a model without a window, whose bases are folded into its weights.")
     return config, values.get("base_model_weights")
