@@ -122,7 +122,7 @@ def emit(result: Any, file: str | None) -> Console:
     Args:
         result: plain values, or a dataclass of them.
     """
-    values = to_json(dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result, indent=2)
+    values = to_json(result if isinstance(result, dict) else dataclasses.asdict(result), indent=2)
     if file == "-":
         sys.stdout.write(values)
     elif file is not None:

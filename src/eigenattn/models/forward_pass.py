@@ -45,9 +45,9 @@ class ForwardPass:
         self.cache: Any = arguments.get(family.cache_argument)
         self.position_ids: Tensor | None = arguments.get("position_ids")  # [B or 1, T]
         self._cos_sin: tuple[Tensor, Tensor] | None = arguments.get("position_embeddings") if layer.rotates else None
-        mask = arguments.get("attention_mask")
-        inverted = family.mask_true_is_masked and isinstance(mask, Tensor) and mask.dtype == torch.bool
-        self._mask: Any = ~mask if inverted else mask
+        mask: Any = arguments.get("attention_mask")
+        whole = isinstance(mask, Tensor) and mask.dim() == 4  # others are of a backend's own kind
+        self._mask = ~mask if whole and mask.dtype == torch.bool and family.mask_true_is_masked else mask
         self._bias: Tensor | None = arguments.get(family.bias_argument) if family.bias_argument else None
         # Falcon asks its attention for weights whatever the backend; the others have transformers collect them.
         self.asks_weights = bool(arguments.get("output_attentions"))

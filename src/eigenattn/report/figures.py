@@ -207,7 +207,7 @@ def _by_layer(
 
     figure, axes = new_figure(8.0, 3.4, columns=2)
     layers = len(values["keys"]["eigenvalues"])
-    colours = ScalarMappable(Normalize(0, max(layers - 1, 1)), matplotlib.colormaps["viridis"])
+    colours: Any = ScalarMappable(Normalize(0, max(layers - 1, 1)), matplotlib.colormaps["viridis"])
     for axis, side, title in zip(axes, ("keys", "values"), spectrum_titles(values), strict=True):
         for layer in range(layers):
             for curve in curves(side, layer):

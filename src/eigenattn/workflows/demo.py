@@ -8,11 +8,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..calibration.checks import checked
 from ..calibration.text import DEFAULT_SOURCE, load_text, tokenize
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..evaluation.generation import Continuation, cache_bytes_used, continue_prompt
-from ..evaluation.perplexity import perplexity, windows_of
+from ..evaluation.reading import read, windows_of
 from ..journal import check_new
 from ..models.loading import Source, load_model, load_tokenizer
 from ..progress import TASK, TokenProgress
@@ -49,13 +50,13 @@ def _measure(name: str, progress: bool) -> DemoColumn:
     tokenizer, model = load_tokenizer(source), load_model(source, "float32")
     held_out = tokenize(tokenizer, load_text(DEFAULT_SOURCE, "evaluation"))
     windows = windows_of(held_out, EVALUATION_TOKENS, LENGTH)
-    with TokenProgress(progress).bar("Evaluating", len(windows)) as bar:
-        value = perplexity(model, windows, advance=lambda: bar.advance(TASK)).value
+    with checked(model), TokenProgress(progress).bar("Evaluating", len(windows)) as bar:
+        reading = read(model, windows, advance=lambda: bar.advance(TASK))
     allocated = cache_bytes_used(model, windows[:1])
     continuation = continue_prompt(model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS)
     del model
     gc.collect()
-    return DemoColumn(value, allocated, continuation)
+    return DemoColumn(reading.perplexity.value, allocated, continuation)
 
 
 def run_demo(out: Path | None, progress: bool = True) -> Demonstration:
