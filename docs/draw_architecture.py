@@ -98,7 +98,7 @@ BELONGS = """\
 | a basis, a rank rule | `compression/bases.py`, `compression/ranks.py` | a function and an entry |
 | an eviction rule | `cache/rules.py` | a function of `Held` and an entry |
 | a width of codes | `cache/packing.py` | an entry: the parts that its codes lie in |
-| a rival to compare with | `evaluation/rivals.py` | an entry |
+| a rival to compare with | `evaluation/rounding.py`, `evaluation/rivals.py` | a code and an entry |
 | a way that latents are laid out | `cache/layout.py` | a property; who asks for it gets it |
 | something that a pass sees | `models/forward_pass.py` | an attribute, made of transformers' arguments |
 | a backend of decoding | `kernels/decoding/` | a function of `Step` and an entry |

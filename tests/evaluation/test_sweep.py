@@ -22,7 +22,7 @@ from eigenattn.errors import EigenAttnError
 from eigenattn.evaluation.grid import Cell, Grid
 from eigenattn.evaluation.measuring import EvaluationPlan
 from eigenattn.evaluation.reading import read, uncached
-from eigenattn.evaluation.rivals import RIVALS, Rival, rounded_in_groups
+from eigenattn.evaluation.rivals import RIVALS, Rival
 from eigenattn.evaluation.sweep import SweepModel, sizes
 from eigenattn.evaluation.sweep_folder import SweepFolder, read_sweep
 from eigenattn.evaluation.sweep_folder import table as rows_of
@@ -213,13 +213,6 @@ def test_the_plain_rival_keeps_the_window(base, tmp_path):
     assert torch.allclose(found[:, :8], exact[:, :8], atol=1e-4)
     assert not torch.allclose(found[:, 8:], exact[:, 8:], atol=1e-3)
     assert torch.allclose(uncached(model, ids, 24), exact, atol=1e-4)
-
-
-def test_values_of_a_group_are_rounded_to_its_levels():
-    x = torch.cat([torch.linspace(0, 3, 64), torch.linspace(10, 40, 16)])
-    found = rounded_in_groups(x, 2)
-    assert found.unique().tolist() == [0, 1, 2, 3, 10, 20, 30, 40]
-    assert (found - x).abs().max() <= 5 + 1e-4
 
 
 def test_bits_stand_beside_ratios(base, tmp_path):

@@ -34,6 +34,8 @@ from .options import (
 # By default, of latents in 16 bits and of coded ones.
 RATIOS, CODED_RATIOS = "0.9,0.8,0.7,0.6,0.5", "0.25,0.1875,0.125"
 LIST = "Several are separated by commas."
+# Without variants, which docs/evaluation.md has.
+RIVAL_NAMES = ", ".join(name for name in RIVALS if not name.endswith(("-rotated", "-centred", "-sinks")))
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def sweep(
     grid: GridOptions,
     evaluation: EvaluationOptions,
     rivals: Annotated[
-        str, typer.Option(help=f"Compare with plain quantised caches: {', '.join(RIVALS)}. {LIST}", metavar="LIST")
+        str, typer.Option(help=f"Compare with caches that need no text: {RIVAL_NAMES}. {LIST}", metavar="LIST")
     ] = "",
     text: CalibrationSources = [DEFAULT_SOURCE],  # noqa: B006 (typer copies it)
     evaluation_text: Annotated[
