@@ -73,6 +73,14 @@ def test_turboquant_has_the_papers_error(bits, error):
     assert relative == pytest.approx(error, rel=0.15 if bits > 2 else 0.02)
 
 
+def test_corrected_norms_are_those_that_there_were():
+    x = gaussian(200, 64) * torch.linspace(0.1, 10, 200)[:, None]
+    found, shorter = SphereCode(2, corrected=True).rounded(x), SphereCode(2).rounded(x)
+    assert torch.allclose(found.norm(dim=-1), x.norm(dim=-1), rtol=1e-3)
+    assert torch.allclose(torch.cosine_similarity(found, shorter), torch.ones(200))
+    assert (shorter.norm(dim=-1) / x.norm(dim=-1)).mean().square() == pytest.approx(1 - 0.117, abs=0.02)
+
+
 def test_levels_are_those_of_lloyd_and_max():
     """Of a Gaussian, where there are many dimensions (Max 1960); and each the mean of what is nearest to it."""
     levels = sphere_levels(4096, 2) * 64

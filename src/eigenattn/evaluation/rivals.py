@@ -232,6 +232,7 @@ def _variants() -> Iterator[RoundedRival]:
             (f"hadamard-{bits}-64", HadamardCode(bits)),
             (f"hadamard-{bits}-32", HadamardCode(bits, symmetric=True)),
             (f"e8-{bits}", LatticeCode(bits)),
+            (f"turboquant-{bits}-nc", SphereCode(bits, corrected=True)),
         ):
             yield RoundedRival(name, bits, code=code)
             yield RoundedRival(f"{name}-centred-sinks", bits, code=code, centred=True, sinks=SINKS)

@@ -106,7 +106,13 @@ class SphereCode(Code):
     Vectors are divided by their norms and rotated at random; what is known of each coordinate is then its density on
     the sphere, and Lloyd-Max levels of that are right for every text. The paper's norms have the precision of the
     original; here they have 16 bits.
+
+    Args:
+        corrected: whether vectors come back with the length that they had, as vLLM's `turboquant_4bit_nc`: what is
+            stored is the norm over that of the levels. Else they come back shorter, which is the least error.
     """
+
+    corrected: bool = False
 
     def bits_per_element(self, head_dim: int) -> float:
         """A norm a vector included."""
@@ -117,8 +123,10 @@ class SphereCode(Code):
         rotation, levels = random_rotation(x.shape[-1]).to(x), sphere_levels(x.shape[-1], self.bits).to(x)
         norms = half(x.norm(dim=-1, keepdim=True))
         unit = (x / norms.clamp_min(1e-12)) @ rotation
-        places = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)
-        return (levels[places] @ rotation.T) * norms
+        coded = levels[torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)]
+        if self.corrected:
+            norms = half(x.norm(dim=-1, keepdim=True) / coded.norm(dim=-1, keepdim=True))
+        return (coded @ rotation.T) * norms
 
 
 @dataclass(frozen=True)
