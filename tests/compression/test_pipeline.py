@@ -11,7 +11,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.size import allocated_bytes, cache_bytes
 from eigenattn.cache.store import room_for
-from eigenattn.compression.bases import BASES
+from eigenattn.compression.methods import BASES
 from eigenattn.compression.ranks import RANK_RULES
 from eigenattn.models.conversion import eigen_layers, layouts_of
 

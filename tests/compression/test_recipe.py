@@ -8,8 +8,8 @@ from tiny import converted, tiny, tokens
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.calibration.statistics import LayerMoments
-from eigenattn.compression.bases import BASES, BasisMethod
 from eigenattn.compression.basis import Basis
+from eigenattn.compression.methods import BASES, BasisMethod
 from eigenattn.compression.ranks import RANK_RULES, RankRule
 from eigenattn.compression.recipe import FEATURES, Recipe, Text, check_supported
 from eigenattn.evaluation.grid import Grid

@@ -14,7 +14,7 @@ import typer
 
 from ..cache.rules import EVICTION_RULES
 from ..calibration.text import DEFAULT_SOURCE, SOURCES, Text
-from ..compression.bases import BASES
+from ..compression.methods import BASES
 from ..compression.ranks import RANK_RULES
 from ..config import DEFAULT_CODED_RATIO, DEFAULT_KV_RATIO, EigenAttentionConfig
 from ..errors import EigenAttnError

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..calibration.text import DEFAULT_SOURCE
 from ..calibration.windows import load_texts
-from ..compression.bases import BASES
+from ..compression.methods import BASES
 from ..evaluation.spectra import FILE, SIDES, measure_spectra
 from ..files import to_json
 from ..journal import Journal

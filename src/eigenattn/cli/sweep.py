@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..calibration.text import DEFAULT_SOURCE
-from ..compression.bases import BASES
+from ..compression.methods import BASES
 from ..compression.ranks import RANK_RULES
 from ..errors import EigenAttnError
 from ..evaluation.grid import Grid
