@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..errors import EigenAttnError
 from ..models.placement import input_device
 from .checks import check_length, checked
-from .text import Text, draw_windows, load_text
+from .text import Text, draw_windows, evenly, load_text
 
 SELF = "self"
 # Sequences that the model writes at a time (chosen: the cache of that many fits wherever the model does).
@@ -45,10 +45,9 @@ def text_windows(
     """
     if samples < len(texts):
         raise EigenAttnError(f"{samples} samples cannot be shared by {len(texts)} texts: raise --samples.")
-    shares = [samples // len(texts) + (i < samples % len(texts)) for i in range(len(texts))]
     return [
         share if text is None else draw_windows(tokenizer, text, share, length, seed)
-        for text, share in zip(texts, shares, strict=True)
+        for text, share in zip(texts, evenly(samples, len(texts)), strict=True)
     ]
 
 
