@@ -102,8 +102,11 @@ def _at_last_layer(
         logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         logits = logits.float() if batch.valid is None else logits.float()[batch.valid.to(logits.device)]
         logits = logits.flatten(0, -2)
-        generator = torch.Generator(logits.device).manual_seed(seed)
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
+        with torch.no_grad():
+            # By the cumulated distribution: one random number a token, not one for every word of the vocabulary.
+            edges = logits.softmax(-1).cumsum(-1)
+            places = torch.rand((len(logits), 1), generator=torch.Generator().manual_seed(seed)).to(logits.device)
+            drawn = torch.searchsorted(edges, places * edges[:, -1:]).clamp_max(logits.shape[-1] - 1).squeeze(-1)
         F.cross_entropy(logits, drawn, reduction="sum").backward()
     assert states.grad is not None
     return states.grad

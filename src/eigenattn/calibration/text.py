@@ -304,15 +304,19 @@ def draw_windows(tokenizer: Any, text: Text, samples: int, length: int, seed: in
 def _kind_windows(tokenizer: Any, kind: Kind, samples: int, length: int, seed: int) -> Tensor:
     """Windows [samples, length] that tile as many neighbouring passages as it takes, from a seeded place on.
 
-    Neighbours are of different files, so that few windows hold much of what a kind is.
+    Neighbours are of different files, so that few windows hold much of what a kind is. The tokenizer's special tokens
+    stand between them in turn: attention likes to rest on such a token, and no text holds it.
     """
     draw = torch.Generator().manual_seed(seed)
     first = int(torch.randint(len(kind.passages), (), generator=draw))
+    specials = getattr(tokenizer, "all_special_ids", None) or []
+    between = itertools.cycle([torch.tensor([each]) for each in specials] or [torch.empty(0, dtype=torch.long)])
     tokens = torch.empty(0, dtype=torch.long)
     for passage in (*kind.passages[first:], *kind.passages[:first]):
         if len(tokens) >= samples * length:
             break
-        tokens = torch.cat([tokens, _token_ids(tokenizer, laid_out(tokenizer, passage) + BREAK)])
+        own = _token_ids(tokenizer, laid_out(tokenizer, passage) + BREAK)
+        tokens = torch.cat([tokens, own, next(between)])
     return sample_windows(tokens[: samples * length], samples, length, seed)
 
 
