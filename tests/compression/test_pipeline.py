@@ -94,9 +94,9 @@ def test_compression_is_deterministic():
 @pytest.mark.parametrize(
     ("batches", "config"),
     [
-        ([], EigenAttentionConfig()),
-        (["words"], EigenAttentionConfig()),
-        ([tokens(1, 20)], EigenAttentionConfig(kv_ratio=0.01, rank_multiple=8)),
+        ([], EigenAttentionConfig(coded=False)),
+        (["words"], EigenAttentionConfig(coded=False)),
+        ([tokens(1, 20)], EigenAttentionConfig(kv_ratio=0.01, rank_multiple=8, coded=False)),
         ([tokens(1, 20)], EigenAttentionConfig(basis="cosine")),
         ([tokens(1, 20)], EigenAttentionConfig(ranks="lottery")),
     ],

@@ -141,7 +141,7 @@ def test_a_stream_is_read_once_and_held_if_need_be():
 def test_steps_are_made_once():
     model, layers = converted()
     clock = Clock()
-    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=4, window=4)
+    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=4, window=4, coded=False)
     recipe = Recipe(model, layers, config, BATCHES, TokenProgress(False), clock=clock)
     assert not clock.seconds
     recipe.choose(config)

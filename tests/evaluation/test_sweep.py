@@ -271,7 +271,9 @@ def test_shared_costs_stand_for_measured_ones():
             ]
 
     def problem(ratio, costs):
-        return RankProblem([(s, s) for s in spectra], EigenAttentionConfig(kv_ratio=ratio, rank_multiple=1), costs)
+        return RankProblem(
+            [(s, s) for s in spectra], EigenAttentionConfig(kv_ratio=ratio, rank_multiple=1, coded=False), costs
+        )
 
     counting = Tails()
     shared, found = SharedCosts(problem(0.5, counting)), []

@@ -14,10 +14,10 @@ from .options import CalibrationOptions, CompressionOptions, LoadingOptions, Mem
 
 @app.command(
     epilog=examples(
-        "eigenattn compress smollm2 smollm2-60 --kv-ratio 0.6",
-        "eigenattn compress meta-llama/Llama-3.1-8B llama-50 --kv-ratio 0.5 --text wikitext2 --dtype bfloat16",
-        "eigenattn compress smollm2 smollm2-4-bits --coded --kv-ratio 0.25",
-        "eigenattn compress smollm2 smollm2-shared --kv-ratio 0.5 --share 3kv",
+        "eigenattn compress smollm2 smollm2-4-bits",
+        "eigenattn compress meta-llama/Llama-3.1-8B llama-2-bits --kv-ratio 0.14 --dtype bfloat16",
+        "eigenattn compress smollm2 smollm2-shared --kv-ratio 0.14 --share 3kv",
+        "eigenattn compress smollm2 smollm2-60 --uncoded --kv-ratio 0.6 --text wikitext2",
         "eigenattn compress ./my-model ./my-model-small --text prompts.jsonl --text self --length 4096",
         "eigenattn compress meta-llama/Llama-3.1-70B llama-60 --device-map auto --max-memory 0=70GiB,cpu=100GiB",
         "eigenattn compress smollm2 papers-way --basis eigen --ranks error_budget --window 0",

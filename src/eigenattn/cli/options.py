@@ -113,8 +113,9 @@ SHARE_HELP = (
     "divisible."
 )
 CODED_HELP = (
-    "Code each channel of a latent in a few bits, from 0 to 8, chosen channel by channel, where otherwise all are kept "
-    "in 16. The KV ratio counts these bits: 0.25 is 4 bits for each element of the original cache."
+    "Code each channel of a latent in a few bits, from 0 to 8, chosen channel by channel, or keep all in 16. The KV "
+    "ratio counts these bits: 0.25 is 4 bits for each element of the original cache. By default they are coded, unless a "
+    "KV ratio above 0.5, another target, a basis or a rank rule is asked for."
 )
 WINDOW_HELP = "How many of the last tokens are kept exactly, beside the latents of all earlier ones"
 
@@ -127,7 +128,7 @@ class CompressionOptions:
         float | None,
         typer.Option(
             help="Compress the cache to this share of its bytes, in (0, 1]. By default "
-            f"{DEFAULT_KV_RATIO}, and {DEFAULT_CODED_RATIO} with --coded."
+            f"{DEFAULT_CODED_RATIO}, and {DEFAULT_KV_RATIO} where latents are not coded."
         ),
     ] = None
     error_budget: Annotated[
@@ -140,14 +141,15 @@ class CompressionOptions:
             help="Instead of a KV ratio: the share of squared singular values to keep in each head, in (0, 1]."
         ),
     ] = None
-    coded: Annotated[bool, typer.Option("--coded", help=CODED_HELP)] = False
+    coded: Annotated[bool | None, typer.Option("--coded/--uncoded", help=CODED_HELP, show_default=False)] = None
     basis: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help=f"How subspaces are found, one of {', '.join(BASES)}: attention minimises the error of attention, "
-            "eigen is the paper's."
+            help=f"How subspaces are found, one of {', '.join(BASES)}: fisher minimises what the model's predictions "
+            "lose, attention the error of attention, eigen is the paper's. By default fisher for coded latents, and "
+            "attention for others."
         ),
-    ] = "attention"
+    ] = None
     ranks: Annotated[
         str | None,
         typer.Option(

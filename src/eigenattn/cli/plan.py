@@ -21,7 +21,7 @@ UNITS = {"": 1, "k": 2**10, "m": 2**20}
     epilog=examples(
         "eigenattn plan meta-llama/Llama-3.1-8B --gpu-memory 80 --context 128k",
         "eigenattn plan meta-llama/Llama-3.1-70B --gpu-memory 80 --context 32k --tensor-parallel-size 4 --gpus 8",
-        "eigenattn plan meta-llama/Llama-3.1-8B --gpu-memory 24 --context 32k --coded --kv-ratio 0.2 --share 4kv",
+        "eigenattn plan meta-llama/Llama-3.1-8B --gpu-memory 24 --context 32k --kv-ratio 0.2 --share 4kv",
         "eigenattn plan llama-60 --gpu-memory 80 --context 128k --json plan.json",
     )
 )
@@ -33,10 +33,12 @@ def plan(
         float | None,
         typer.Option(
             help="The share of its cache's bytes that the model would be compressed to. By default "
-            f"{DEFAULT_KV_RATIO}, and {DEFAULT_CODED_RATIO} with --coded. Only for an original."
+            f"{DEFAULT_CODED_RATIO}, and {DEFAULT_KV_RATIO} with --uncoded. Only for an original."
         ),
     ] = None,
-    coded: Annotated[bool, typer.Option("--coded", help=f"{CODED_HELP} Only for an original.")] = False,
+    coded: Annotated[
+        bool | None, typer.Option("--coded/--uncoded", help=f"{CODED_HELP} Only for an original.", show_default=False)
+    ] = None,
     window: Annotated[int | None, typer.Option(help=f"{WINDOW_HELP}; 32 by default. Only for an original.")] = None,
     share: Annotated[str | None, typer.Option(help=f"{SHARE_HELP} Only for an original.")] = None,
     tensor_parallel_size: Annotated[
@@ -62,7 +64,7 @@ def plan(
     json_file: Json = None,
 ) -> None:
     """Say how many sequences fit on GPUs, before and after. Only the configuration is read."""
-    options = {"kv_ratio": kv_ratio, "coded": coded or None, "window": window, "share": share}
+    options = {"kv_ratio": kv_ratio, "coded": coded, "window": window, "share": share}
     chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     found = plan_capacity(
         model,

@@ -51,7 +51,12 @@ class GridOptions:
         ),
     ] = ""
     coded: Annotated[bool, typer.Option("--coded", help=CODED_HELP)] = False
-    basis: Annotated[str, typer.Option(help=f"How subspaces are found: {', '.join(BASES)}. {LIST}")] = "attention"
+    basis: Annotated[
+        str,
+        typer.Option(
+            help=f"How subspaces are found: {', '.join(BASES)}. {LIST} By default attention, and fisher with --coded."
+        ),
+    ] = ""
     ranks: Annotated[
         str, typer.Option(help=f"How ranks are shared out over the layers: {', '.join(RANK_RULES)}. {LIST}")
     ] = "sensitivity"
@@ -81,7 +86,7 @@ class GridOptions:
         return Grid(
             kv_ratios=numbers("--kv-ratio", self.kv_ratio or (CODED_RATIOS if self.coded else RATIOS), float),
             coded=self.coded,
-            bases=names(self.basis),
+            bases=names(self.basis or ("fisher" if self.coded else "attention")),
             ranks=names(self.ranks),
             windows=numbers("--window", self.window, int),
             share=names(self.share),

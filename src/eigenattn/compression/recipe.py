@@ -37,7 +37,7 @@ COST_TOKENS = 1024
 # What a configuration may ask of a basis (`BasisMethod.supports`), and when it does.
 FEATURES: dict[str, Callable[[EigenAttentionConfig], bool]] = {
     "window": lambda config: config.window > 0,
-    "coded": lambda config: config.coded,
+    "coded": lambda config: bool(config.coded),
     "shared heads": lambda config: config.sharing.values > 1,
     "both sides": lambda config: config.sharing.joint,
     "shrinkage": lambda config: config.shrinkage > 0,
@@ -135,8 +135,8 @@ class Recipe:
         check_sharing(layers[0].kv_heads, config.sharing)
         self.model, self.layers, self.config, self.bars, self.journal = model, layers, config, bars, journal
         self.clock = clock or Clock()
-        self.method = BASES[config.basis]
-        another_pass = config.coded and self.method.quantisers is None
+        self.method = _named(BASES, config.basis)
+        another_pass = bool(config.coded) and self.method.quantisers is None
         self.text = Text(batches, model, again=bool(config.refit) or another_pass)
         self.memo = MemoisedMeasurements(journal)
 
