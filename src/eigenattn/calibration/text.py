@@ -73,7 +73,7 @@ def mixture(split: Split) -> tuple[Kind, ...]:
     Raises:
         EigenAttnError: if the package was installed without it.
     """
-    folder = resources.files(__package__) / "mixture"
+    folder = resources.files("eigenattn.calibration") / "mixture"
     if not folder.is_dir():
         raise EigenAttnError("the text `mixture` is missing from this installation of eigenattn: install it again.")
     kinds = []
