@@ -12,7 +12,7 @@ from ..evaluation.generation import continue_prompt
 from ..models.loading import Source, load_model, load_tokenizer
 from ..report.inspection import inspect_checkpoint
 from ..report.tables import layout_table
-from ..workflows.demo import run_demo
+from ..workflows.demo import RIVAL, run_demo
 from .common import SEEDS, Json, Model, app, at_lengths, emit, examples, rich_table
 from .options import EvictionOptions, LoadingOptions, grouped
 
@@ -73,26 +73,34 @@ def inspect(model: Model, json_file: Json = None) -> None:
         console.print(f"{name}: {value}", highlight=False, soft_wrap=True, markup=False)
 
 
-@app.command(epilog=examples("eigenattn demo", "eigenattn demo --out smollm2-60"))
+@app.command(epilog=examples("eigenattn demo", "eigenattn demo --out smollm2-4-bits"))
 def demo(
     out: Annotated[Path | None, typer.Option(help="Keep the compressed checkpoint here.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Compress SmolLM2-135M to 60% of its cache, save it, reload it and compare the two."""
+    """Compress SmolLM2-135M to a quarter of its cache, save it, reload it and compare it, also with a rival."""
     result = run_demo(out)
     console = emit(result.to_dict(), json_file)
-    table = Table("", "original", "compressed", title="SmolLM2-135M-Instruct")
-    columns = (result.original, result.compressed)
-    table.add_row("perplexity (held-out text)", *(f"{column.perplexity:.2f}" for column in columns))
-    table.add_row("cache bytes of 1,024 tokens (fp32)", *(f"{column.cache_bytes:,}" for column in columns))
-    table.add_row("tokens a second", *(f"{column.continuation.tokens_per_second:.1f}" for column in columns))
+    table = Table("", "original", RIVAL, "compressed", title="SmolLM2-135M-Instruct, text that nobody calibrated on")
+    columns = (result.original, result.rival, result.compressed)
+    table.add_row("bits an element", *(f"{column.bits:.2f}" for column in columns))
+    table.add_row("perplexity", *(f"{column.perplexity:.2f}" for column in columns))
+    table.add_row("divergence, thousandths of a nat", *(f"{1000 * column.divergence:.2f}" for column in columns))
+    table.add_row(
+        "cache bytes of 1,024 tokens (fp32)",
+        *(f"{column.cache_bytes:,}" if column.cache_bytes is not None else "" for column in columns),
+    )
+    table.add_row(
+        "tokens a second",
+        *(f"{column.continuation.tokens_per_second:.1f}" if column.continuation else "" for column in columns),
+    )
     console.print(table)
     console.print(
         f"KV ratio {result.kv_ratio:.3f}. The same prompt, continued by both:\n", highlight=False, soft_wrap=True
     )
-    for title, column in zip(("original", "compressed"), columns, strict=True):
-        console.print(f"[bold]{title}[/bold]")
-        console.print(
-            column.continuation.prompt + column.continuation.text + "\n", highlight=False, soft_wrap=True, markup=False
-        )
+    for title, column in (("original", result.original), ("compressed", result.compressed)):
+        if column.continuation is not None:
+            console.print(f"[bold]{title}[/bold]")
+            words = column.continuation.prompt + column.continuation.text
+            console.print(words + "\n", highlight=False, soft_wrap=True, markup=False)
     console.print(f"{result.seconds:.0f} s in all.", highlight=False, soft_wrap=True)
