@@ -16,7 +16,7 @@ from eigenattn.evaluation.grid import Grid
 from eigenattn.models.conversion import layouts_of
 from eigenattn.progress import Clock, TokenProgress
 
-PLAIN = {"kv_ratio": 0.5, "rank_multiple": 4, "window": 0, "refit": False}
+PLAIN = {"kv_ratio": 0.5, "coded": False, "rank_multiple": 4, "window": 0, "refit": False}
 # What asks for a feature; coded latents leave the rank rule to the configuration.
 ASKING = {
     "window": {"window": 4},
