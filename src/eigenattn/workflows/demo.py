@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..calibration.text import DEFAULT_SOURCE, load_text, tokenize
+from ..calibration.text import load_text, tokenize
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..evaluation.generation import Continuation, cache_bytes_used, continue_prompt
@@ -22,6 +22,7 @@ from .compress import CalibrationText, compress_checkpoint
 MODEL = "smollm2"
 PROMPT = "A dictionary in Python is a mapping from keys to values. To add an item"
 EVALUATION_TOKENS = 8192
+TEXT = "python-docs"
 LENGTH = 1024
 NEW_TOKENS = 48
 
@@ -52,7 +53,7 @@ class Demonstration:
 def _measure(name: str, progress: bool) -> DemoColumn:
     source = Source.of(name)
     tokenizer, model = load_tokenizer(source), load_model(source, "float32")
-    held_out = tokenize(tokenizer, load_text(DEFAULT_SOURCE, "evaluation"))
+    held_out = tokenize(tokenizer, load_text(TEXT, "evaluation"))
     windows = windows_of(held_out, EVALUATION_TOKENS, LENGTH)
     with TokenProgress(progress).bar("Evaluating", len(windows)) as bar:
         value = perplexity(model, windows, advance=lambda: bar.advance(TASK)).value
@@ -81,7 +82,7 @@ def run_demo(out: Path | None, progress: bool = True) -> Demonstration:
             MODEL,
             folder,
             EigenAttentionConfig(kv_ratio=0.6),
-            CalibrationText([DEFAULT_SOURCE], length=LENGTH),
+            CalibrationText([TEXT], length=LENGTH),
             dtype="float32",
             progress=progress,
         )
