@@ -184,7 +184,7 @@ def page() -> str:
         "## The way of a token\n\nThe first, the fourth, the eighth and the ninth are its whole path in decoding.\n",
         drawn(TOKEN, "hidden states [B, T, C]"),
         "## The way of a text",
-        drawn(TEXT, "a name: python-docs, a file, self"),
+        drawn(TEXT, "a name: mixture, a file, self"),
         "## Rooms\n\nA room imports from rooms above it, never from below, and no module imports itself by a detour:\n"
         "`tests/test_architecture.py` holds the code to it.",
         rooms(),

@@ -232,7 +232,7 @@ def test_bits_stand_beside_ratios(base, tmp_path):
 def test_each_calibration_is_a_sweep_of_its_own(base, tmp_path):
     """Cells are those of sweeps with one text and one size, and more of them may come later."""
     fox, numbers = Text("fox", CONTENT), Text("numbers", " ".join(map(str, range(2000))))
-    calibrations = [Calibration((text,), samples) for text in (fox, numbers, None) for samples in (2, 4)]
+    calibrations = [Calibration((text,), samples) for text in (fox, numbers, Text("self", "")) for samples in (2, 4)]
     grid = Grid([0.5], windows=[8], rank_multiple=2)
     sweep(base, tmp_path / "sweep", grid, calibrations=calibrations[:1])
     values = sweep(base, tmp_path / "sweep", grid, calibrations=calibrations)
@@ -306,7 +306,7 @@ def test_files_hold_their_last_fifth_out(tmp_path):
     assert calibration[0].content == "a" * 80
     assert held_out[0].content == "b" * 20
     calibration, held_out = sweep_texts(["self", "python-docs"], [])
-    assert calibration[0] is None
+    assert calibration[0].source == "self" and not calibration[0].content
     assert held_out[0].content != calibration[1].content
     assert sweep_texts(["self"], [str(file)])[1][0].content == file.read_text()
     with pytest.raises(EigenAttnError, match="--evaluation-text"):

@@ -154,16 +154,28 @@ SOURCES: dict[str, Callable[[Split], str | tuple[Kind, ...]]] = {
 }
 
 
-def _file(path: Path) -> str:
+def _file(path: Path) -> str | tuple[Kind, ...]:
     if not holds_rows(path):
         return read_text(path)
-    pieces = []
-    for place, row in read_rows(path):
-        piece = row.get("text") if isinstance(row, dict) else row
-        if not is_text(piece):
-            raise EigenAttnError(f"{place}: expected a text, or an object with one under `text`.")
-        pieces.append(piece)
-    return "\n\n".join(pieces)
+    passages = [_row(place, row) for place, row in read_rows(path)]
+    texts = [each for each in passages if isinstance(each, str)]
+    return BREAK.join(texts) if len(texts) == len(passages) else (Kind(path.name, tuple(passages)),)
+
+
+def _row(place: str, row: Any) -> str | Conversation:
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if messages and isinstance(messages, list) and all(map(_is_message, messages)):
+        return _conversation(messages)
+    text: Any = row.get("text") if isinstance(row, dict) else row
+    if not is_text(text):
+        raise EigenAttnError(
+            f"{place}: expected a text, or an object with one under `text`, or `messages` with `role` and `content`."
+        )
+    return text
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and is_text(value.get("role")) and is_text(value.get("content"))
 
 
 @dataclass(frozen=True)
@@ -171,7 +183,7 @@ class Text:
     """A text and where it came from.
 
     Args:
-        content: all of it, in plain characters.
+        content: all of it, in plain characters; none of one that is made when windows are drawn.
         kinds: what it is of, if it is of several kinds or holds conversations; `content` is their passages.
     """
 
@@ -185,9 +197,9 @@ class Text:
         return cls(source, BREAK.join(map(_plain, _in_turn(kinds))), kinds)
 
     @property
-    def sha256(self) -> str:
-        """The hash of the content, by which results tell texts apart."""
-        return hashlib.sha256(self.content.encode()).hexdigest()
+    def sha256(self) -> str | None:
+        """The hash of the content, by which results tell texts apart; None without one."""
+        return hashlib.sha256(self.content.encode()).hexdigest() if self.content else None
 
 
 def _plain(passage: str | Conversation) -> str:
@@ -224,15 +236,18 @@ def load_text(source: str, split: Split = "calibration") -> Text:
         EigenAttnError: if there is no such source or file, or it is empty or not text.
     """
     if source in SOURCES:
-        found = SOURCES[source](split)
-        return Text(source, found) if isinstance(found, str) else Text.of(source, found)
+        return _text(source, SOURCES[source](split))
     path = Path(source)
     if not os.path.exists(source):  # which a name too long does not
         raise EigenAttnError(f"text {source!r} is neither a file nor one of {', '.join(SOURCES)}.")
-    content = _file(path)
-    if not content.strip():
+    text = _text(path.name, _file(path))
+    if not text.content.strip():
         raise EigenAttnError(f"text {source} is empty.")
-    return Text(path.name, content)
+    return text
+
+
+def _text(source: str, found: str | tuple[Kind, ...]) -> Text:
+    return Text(source, found) if isinstance(found, str) else Text.of(source, found)
 
 
 def tokenize(tokenizer: Any, text: Text, most: int | None = None) -> Tensor:

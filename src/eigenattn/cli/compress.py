@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
+from ..calibration.text import DEFAULT_SOURCE
 from ..workflows.compress import compress_checkpoint
 from .common import Json, Model, app, at_lengths, emit, examples, memory_limits
 from .options import CalibrationOptions, CompressionOptions, LoadingOptions, MemoryOptions, grouped
@@ -43,11 +45,19 @@ def compress(
     json_file: Json = None,
 ) -> None:
     """Compress a model's KV cache and write the checkpoint; killed, it goes on with the same command."""
+    config, text = compression.config(), calibration.windows()
+    if config.coded and text.one_kind:
+        Console(stderr=True).print(
+            f"Calibrated on {text.sources[0]} alone, codes lose more on text of other kinds; `--text {DEFAULT_SOURCE}` "
+            "has many.",
+            highlight=False,
+            soft_wrap=True,
+        )
     report = compress_checkpoint(
         model,
         out,
-        compression.config(),
-        calibration.windows(),
+        config,
+        text,
         dtype=loading.dtype,
         device=loading.device,
         max_memory=memory_limits(memory.max_memory),

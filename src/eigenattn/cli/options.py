@@ -96,13 +96,15 @@ class MemoryOptions:
 
 
 TEXT_HELP = (
-    f"a file of text, or of JSON ({', '.join(JSON_ROWS)}: a text a line, or an array), or one of {', '.join(SOURCES)}"
+    f"a file of text, or of JSON ({', '.join(JSON_ROWS)}: a text or a conversation a line, or an array), or one of "
+    f"{', '.join(SOURCES)}"
 )
+NO_TEXT_HELP = "Without a text: `random` tokens, `self`, which the model writes, or `none`, half each. May be repeated."
 CalibrationSources = Annotated[
     list[str],
     typer.Option(
         "--text",
-        help=f"What to calibrate on: {TEXT_HELP}, or `self`, which is text that the model writes. May be repeated.",
+        help=f"What to calibrate on: {TEXT_HELP}. {NO_TEXT_HELP}",
         metavar="SOURCE",
     ),
 ]

@@ -16,7 +16,7 @@ from ..files import to_json
 from ..journal import Journal
 from ..report.figures import decay, effective_ranks, energy, new_figure, save_figure
 from .common import SEEDS, Json, Model, app, emit, examples
-from .options import TEXT_HELP, WINDOW_HELP, LoadingOptions, grouped
+from .options import NO_TEXT_HELP, TEXT_HELP, WINDOW_HELP, LoadingOptions, grouped
 
 # Energies whose ranks the table shows.
 SHOWN = (0.9, 0.99)
@@ -48,7 +48,7 @@ def spectrum(
         list[str],
         typer.Option(
             "--text",
-            help=f"What to read: {TEXT_HELP}, or `self`, which is text that the model writes. May be repeated.",
+            help=f"What to read: {TEXT_HELP}. {NO_TEXT_HELP}",
             metavar="SOURCE",
         ),
     ] = [DEFAULT_SOURCE],  # noqa: B006 (typer copies it)

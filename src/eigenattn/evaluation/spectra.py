@@ -81,7 +81,7 @@ def describe(spectra: dict[str, Tensor]) -> dict[str, Any]:
 def measure_spectra(
     name: str,
     *,
-    calibration: Sequence[Text | None],
+    calibration: Sequence[Text],
     samples: int,
     length: int,
     seed: int,
