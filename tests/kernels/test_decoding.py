@@ -14,12 +14,13 @@ from tiny import levels_between
 
 from eigenattn import EigenAttnError
 from eigenattn.cache.packing import Widths, pack
-from eigenattn.kernels.decoding import Rotary, Side, Step, Window
+from eigenattn.kernels.decoding import Rotary, Side, Step, Window, native
 from eigenattn.kernels.decoding import decode as decode_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 without_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-BACKENDS = ["torch", pytest.param("triton", marks=without_triton)]
+without_compiler = pytest.mark.skipif(native.unavailable() is not None, reason=f"needs a compiler: {native.unavailable()}")
+BACKENDS = ["torch", pytest.param("triton", marks=without_triton), pytest.param("native", marks=without_compiler)]
 NAN = float("nan")
 
 # B, H, G, S, D, R_k, R_v, window slots (0 for none), positions, dtype

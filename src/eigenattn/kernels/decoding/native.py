@@ -1,0 +1,348 @@
+"""Decoding on a CPU by a kernel of its own: `native.cpp`, which says how it goes about it.
+
+What it cannot do is left to PyTorch's operations, and is said in one place, `why_not`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...cache.packing import PARTS, Widths, plane_bytes
+from ...errors import EigenAttnError
+from .arguments import Count, Rotary, Side, Step
+from .native_library import library
+
+FLOATS = {torch.float32: 0, torch.bfloat16: 1}
+CODES = 2
+LARGEST_BYTES = 2**15  # of a row of codes, the places in which the kernel counts in 16 bits
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("b", "g", "n", "kind", "shared"))]
+
+
+class _Side(ctypes.Structure):
+    _fields_ = [
+        ("rows", _Rows),
+        ("rank", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("decoder", "mean", "levels")),
+        ("bytes", ctypes.c_int64),
+        ("plan", ctypes.c_void_p),
+    ]
+
+
+class _Count(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("stride", "bytes", "value"))]
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("b", "h", "g", "d", "size_out", "tokens", "threads")),
+        *((name, _Rows) for name in ("query", "near_keys", "near_values")),
+        *((name, _Side) for name in ("keys", "values")),
+        ("slots", ctypes.c_int64),
+        *((name, _Count) for name in ("first", "length", "column", "stop", "position", "positions")),
+        *((name, ctypes.c_int64) for name in ("positions_b", "pairs")),
+        *((name, ctypes.c_void_p) for name in ("order", "table", "frequencies")),
+        *((name, ctypes.c_double) for name in ("scaling", "scale", "softcap")),
+        *((name, ctypes.c_void_p) for name in ("slopes", "mask")),
+        *((name, ctypes.c_int64) for name in ("mask_b", "mask_h", "mask_kind")),
+        ("out", ctypes.c_void_p),
+        ("out_kind", ctypes.c_int64),
+    ]
+
+
+class _Tensors(NamedTuple):
+    """What the kernel is given, in the order in which a graph holds them; counts that are numbers are not here."""
+
+    q: Tensor
+    far_keys: Tensor
+    far_values: Tensor
+    key_decoder: Tensor | None
+    key_mean: Tensor | None
+    key_levels: Tensor | None
+    key_plan: Tensor | None
+    value_decoder: Tensor | None
+    value_mean: Tensor | None
+    value_levels: Tensor | None
+    value_plan: Tensor | None
+    near_keys: Tensor | None
+    near_values: Tensor | None
+    first: Tensor | None
+    length: Tensor | None
+    column: Tensor | None
+    stop: Tensor | None
+    query: Tensor | None
+    positions: Tensor | None
+    order: Tensor | None
+    table: Tensor | None
+    frequencies: Tensor | None
+    slopes: Tensor | None
+    mask: Tensor | None
+
+
+def unavailable() -> str | None:
+    """Why the native step does not run on this machine; None if it does. Compiles it if that is to be found out."""
+    found, about = library()
+    return None if found is not None else about
+
+
+def why_not(step: Step) -> str | None:
+    """Why a step is not for the native kernel; None if it is."""
+    tensors = [step.q, *step.rows, *(() if step.window is None else (step.window.keys, step.window.values))]
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return "it runs on a CPU"
+    if any(tensor.dtype not in FLOATS and tensor.dtype != torch.uint8 for tensor in tensors):
+        return "it reads float32, bfloat16 and codes"
+    if step.columns is not None:
+        return "it does not decode where tokens were evicted"
+    if step.mask is not None and step.mask.dtype != torch.bool and not step.mask.is_floating_point():
+        return "masks are boolean or floating-point"
+    if any(side.widths is not None and side.widths.bytes > LARGEST_BYTES for side in (step.keys, step.values)):
+        return f"rows of codes have {LARGEST_BYTES} bytes at most"
+    return unavailable()
+
+
+def decode(step: Step) -> Tensor:
+    """See `eigenattn.kernels.decoding.Step`.
+
+    Raises:
+        EigenAttnError: if the step is not for this kernel.
+    """
+    reason = why_not(step)
+    if reason is not None:
+        raise EigenAttnError(f"the native backend does not take this step: {reason}. Use torch.")
+    rotary, window, mask, slopes = step.rotary, step.window, step.mask, step.slopes
+    counts = [
+        step.first,
+        step.length,
+        None if window is None else window.column,
+        None if window is None else window.stop,
+        None if rotary is None else step.query,
+    ]
+    tensors = _Tensors(
+        step.q,
+        step.far_keys,
+        step.far_values,
+        *_prepared(step.keys, rotary, of_keys=True),
+        *_prepared(step.values, None, of_keys=False),
+        None if window is None else window.keys,
+        None if window is None else window.values,
+        *(count if isinstance(count, Tensor) else None for count in counts),
+        None if rotary is None else step.positions,
+        *((None, None, None) if rotary is None else _turning(rotary, step.q.shape[-1])),
+        None if slopes is None else slopes.float(),
+        mask if mask is None or mask.dtype == torch.bool else mask.float(),
+    )
+    launch = torch.ops.eigenattn.decode_natively if torch.compiler.is_compiling() else _launch
+    return launch(
+        list(tensors),
+        [count if isinstance(count, int) else 0 for count in counts],
+        [_rank(step, step.keys), _rank(step, step.values), step.kv_heads, step.size_out],
+        [step.scale, 1.0 if rotary is None else rotary.scaling, step.softcap or 0.0],
+    )
+
+
+def _rank(step: Step, side: Side) -> int:
+    return step.rows[side.row].shape[-1] if side.widths is None else side.widths.channels
+
+
+def _launch(
+    tensors: Sequence[Tensor | None], counts: Sequence[int], sizes: Sequence[int], scales: Sequence[float]
+) -> Tensor:
+    """The kernel, for arguments that a graph can hold: `_Tensors`, numbers in the place of counts, and the rest."""
+    x = _Tensors(*tensors)
+    found, about = library()
+    if found is None:
+        raise EigenAttnError(about)
+    rank_k, rank_v, g, size_out = sizes
+    q = _rows(x.q)
+    b, h, d = q.shape
+    kept = [q, *map(_rows, (x.far_keys, x.far_values))]
+    near = [None if each is None else _rows(each) for each in (x.near_keys, x.near_values)]
+    mask = None if x.mask is None else _rows(x.mask)
+    positions = x.positions
+    out = torch.empty(b, h, size_out, dtype=q.dtype)
+    first, length, column, stop, query = (
+        _count(tensor, number)
+        for tensor, number in zip((x.first, x.length, x.column, x.stop, x.query), counts, strict=True)
+    )
+    arguments = _Arguments(
+        b,
+        h,
+        g,
+        d,
+        size_out,
+        x.far_keys.shape[2],
+        torch.get_num_threads(),
+        _Rows(q.data_ptr(), q.stride(0), q.stride(1), 0, FLOATS[q.dtype], 1),
+        *(_Rows() if each is None else _layout(each, g) for each in near),
+        _Side(
+            _layout(kept[1], g), rank_k, *map(_at, (x.key_decoder, x.key_mean, x.key_levels)),
+            kept[1].shape[-1], _at(x.key_plan),
+        ),
+        _Side(
+            _layout(kept[2], g), rank_v, *map(_at, (x.value_decoder, x.value_mean, x.value_levels)),
+            kept[2].shape[-1], _at(x.value_plan),
+        ),
+        0 if near[0] is None else near[0].shape[2],
+        first,
+        length,
+        column,
+        stop,
+        query,
+        _Count() if positions is None else _Count(positions.data_ptr(), positions.stride(1), positions.element_size()),
+        0 if positions is None or len(positions) == 1 else positions.stride(0),
+        0 if x.order is None else len(x.order) // 2,
+        *map(_at, (x.order, x.table, x.frequencies)),
+        scales[1],
+        scales[0],
+        scales[2],
+        *map(_at, (x.slopes, mask)),
+        *((0, 0, 0) if mask is None else _mask_layout(mask)),
+        out.data_ptr(),
+        FLOATS[out.dtype],
+    )  # fmt: skip
+    found.eigenattn_decode(ctypes.byref(arguments))
+    return out
+
+
+# One node in a graph, which does not break there.
+_operator = torch.library.custom_op("eigenattn::decode_natively", _launch, mutates_args=())
+
+
+@_operator.register_fake
+def _shape_of_output(tensors: Sequence[Tensor | None], counts: Any, sizes: Sequence[int], scales: Any) -> Tensor:
+    q = _Tensors(*tensors).q
+    return q.new_empty(*q.shape[:2], sizes[3])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The tensor itself if a token's elements lie together, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _at(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _layout(x: Tensor, g: int) -> _Rows:
+    """Where rows [B, G/N, S, R] lie."""
+    return _Rows(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), FLOATS.get(x.dtype, CODES), g // x.shape[1])
+
+
+def _mask_layout(mask: Tensor) -> tuple[int, int, int]:
+    """Strides of rows and heads, and whether it is boolean, 1, or additive, 2."""
+    strides = [mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 1)]
+    return strides[0], strides[1], 1 if mask.dtype == torch.bool else 2
+
+
+def _count(tensor: Tensor | None, number: int) -> _Count:
+    if tensor is None:
+        return _Count(None, 0, 0, number)
+    return _Count(tensor.data_ptr(), tensor.stride(-1) if tensor.numel() > 1 else 0, tensor.element_size(), 0)
+
+
+def _lanes() -> int:
+    """Numbers in a vector of this machine."""
+    found, _ = library()
+    return 1 if found is None else found.eigenattn_lanes()
+
+
+def _prepared(side: Side, rotary: Rotary | None, of_keys: bool) -> tuple[Tensor | None, ...]:
+    """Decoder, mean, levels and plan of codes as the kernel reads them, in fp32; kept.
+
+    Decoders are [G, R, size], of keys that rotate with their dimensions as pairs lie; of other keys, which the query
+    is brought to, [G, D, R] with R filled up to whole vectors.
+    """
+    return side._once(("native", rotary, of_keys), lambda: _prepare(side, rotary, of_keys))
+
+
+def _prepare(side: Side, rotary: Rotary | None, of_keys: bool) -> tuple[Tensor | None, ...]:
+    decoder, mean = (None if x is None else x.detach().float() for x in (side.decoder, side.mean))
+    if rotary is not None:
+        decoder, mean = (None if x is None else _as_pairs(x, rotary) for x in (decoder, mean))
+    elif of_keys and decoder is not None:
+        decoder = _filled(decoder.transpose(1, 2))
+    levels, plan = None, None
+    if side.widths is not None:
+        levels = _filled(side.codebook.of_codes[:, :, 0].transpose(0, 1))  # [G, 4, R]
+        plan = plan_of(side.widths, _lanes())
+    return tuple(None if x is None else x.contiguous() for x in (decoder, mean, levels, plan))
+
+
+def _filled(x: Tensor) -> Tensor:
+    """The last dimension filled up with zeros to whole vectors."""
+    return F.pad(x, (0, -x.shape[-1] % _lanes()))
+
+
+def order_of(rotary: Rotary, size: int, lanes: int) -> list[int]:
+    """Which of `size` dimensions lies where, -1 for none: of each vector of pairs the first ones, then the second ones.
+
+    Dimensions that do not rotate are pairs too, behind the others.
+    """
+    dims = list(range(size))
+    rest = dims[rotary.width :]
+    half = -(-len(rest) // 2)
+    first, second = (dims[part] for part in rotary.pairs())
+    first, second = first + rest[:half], second + rest[half:] + [-1] * (2 * half - len(rest))
+    first, second = (x + [-1] * (-len(x) % lanes) for x in (first, second))
+    return [dim for i in range(0, len(first), lanes) for dim in (*first[i : i + lanes], *second[i : i + lanes])]
+
+
+def _as_pairs(x: Tensor, rotary: Rotary) -> Tensor:
+    """x [..., D] in the order of pairs, with zeros where no dimension lies."""
+    order = order_of(rotary, x.shape[-1], _lanes())
+    return F.pad(x, (0, 1))[..., torch.tensor(order)]
+
+
+def _turning(rotary: Rotary, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The order of pairs, the table of a block's rotations, and radians with those of a whole block; kept."""
+    key = ("native", size)
+    if key not in rotary._tables:
+        found, _ = library()
+        block = 1 if found is None else found.eigenattn_block()
+        order, lanes = order_of(rotary, size, _lanes()), _lanes()
+        frequencies = torch.zeros(len(order) // 2, dtype=torch.float64)
+        frequencies[: rotary.width // 2] = rotary.inverse_frequencies.double()
+        angles = torch.arange(block + 1, dtype=torch.float64).unsqueeze(-1) * frequencies
+        together = torch.stack([part.unflatten(-1, (-1, lanes)) for part in (angles.cos(), angles.sin())], dim=2)
+        of_block = torch.stack([frequencies, angles[-1].cos(), angles[-1].sin()])
+        rotary._tables[key] = torch.tensor(order, dtype=torch.int32), together[:-1].float().contiguous(), of_block
+    return rotary._tables[key]
+
+
+def plan_of(widths: Widths, lanes: int) -> Tensor:
+    """Where each channel's code lies in a row, and how it is taken out, as `native.cpp` says: int32 [vectors, 6, lanes]."""
+    channels: list[tuple[int, int, int, int, int, int]] = []  # bytes, shifts and masks of both parts
+    stored = 0
+    for bits, count in widths.counts:
+        parts, below = PARTS[bits], 0
+        planes = []
+        for part in parts:
+            planes.append((stored, plane_bytes(count, part), part))
+            stored += plane_bytes(count, part)
+        for i in range(count):
+            found = []
+            below = bits
+            for start, size, part in planes:
+                below -= part
+                found.append((start + i % size, i // size * part, 2**part - 1 << below, below))
+            place, shift, mask, _ = found[-1]
+            upper = found[0] if len(found) > 1 else (place, 0, 0, 0)
+            channels.append((place, shift, mask, upper[0], 16 + upper[1] - upper[3], upper[2]))
+    vectors = []
+    for i in range(0, len(channels), lanes):
+        some = channels[i : i + lanes]
+        some += [(some[0][0], 0, 0, some[0][0], 16, 0)] * (lanes - len(some))
+        base = min(min(x[0], x[3]) for x in some)
+        near = max(max(x[0], x[3]) for x in some) - base < 64
+        rows = [[x[0] - base | x[3] - base << 16 for x in some], *([x[j] for x in some] for j in (1, 2, 4, 5))]
+        vectors.append([*rows, [base, int(near)] + [0] * (lanes - 2)])
+    return torch.tensor(vectors, dtype=torch.int32)
