@@ -55,7 +55,7 @@ typedef int32_t UnalignedIntegers __attribute__((vector_size(4 * LANES), aligned
 
 enum Kind : int64_t { FP32, BF16, CODES };
 
-// These mirror `ctypes` structures in `native.py`. Strides count elements.
+// `native.py` packs what follows, in this order, and all of it in 8 bytes. Strides count elements.
 struct Rows {
     const char *data;
     int64_t batch, head, token, kind, shared;  // `shared`: KV heads that have one of the rows' heads
@@ -156,16 +156,22 @@ inline Vector sums_of(const float *x) {  // of 2 S vectors, in lanes 0 .. 2 S - 
         return fold<S>(sums_of<S / 2>(x), sums_of<S / 2>(x + S * LANES), Each{});
 }
 
-inline float sum(Vector x) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
+template <int S, size_t... I> inline Vector exchanged(Vector x, std::index_sequence<I...>) {
+    return __builtin_shufflevector(x, x, (I ^ S)...);
 }
 
-inline float largest(Vector x) {
-    float found = x[0];
-    for (int i = 1; i < LANES; i++) found = std::max(found, x[i]);
-    return found;
+template <int S = LANES / 2> inline float sum(Vector x) {
+    if constexpr (S == 0)
+        return x[0];
+    else
+        return sum<S / 2>(x + exchanged<S>(x, std::make_index_sequence<LANES>{}));
+}
+
+template <int S = LANES / 2> inline float largest(Vector x) {
+    if constexpr (S == 0)
+        return x[0];
+    else
+        return largest<S / 2>(larger(x, exchanged<S>(x, std::make_index_sequence<LANES>{})));
 }
 
 // e^x to an fp32's last digits, for x <= 88; 0 far below, and so of minus infinity.
@@ -268,12 +274,14 @@ class Task {
     void prepare();
     void attend(const List &list);
     void turn_to(const List &list, int64_t n0);
+    const float *turn_by(int64_t distance, float *own);
     template <int V> void score_tile(const List &list, int t0, int64_t pair);
     template <int P> void score_small(const List &list, int t0, int64_t p0);
     void weigh(const List &list, int64_t n0);
     template <int P> void add_values(const List &list, int64_t p0);
     void rows_of(const Side &side, int64_t n, float *room, const float **rows);
     void to_pairs();
+    void fetch(const List &list, int64_t n0);
 
     const Arguments &a;
     const int64_t b, g, group, width;
@@ -346,45 +354,53 @@ void Task::prepare() {
 
 // Turn the query to where a block begins, and find the rotation of each of its tokens.
 void Task::turn_to(const List &list, int64_t n0) {
-    const int64_t row = b * a.positions_batch, column = list.column + n0;
-    const auto position = [&](int64_t i) { return number_of(a.positions, row + column + i); };
-    const int64_t now = position(0);
-    if (standing && now == begin) {
-    } else if (standing && now == begin + BLOCK) {
+    int64_t position[BLOCK], gaps = 0;
+    const int64_t at = b * a.positions_batch + (list.column + n0) * a.positions.stride;
+    for (int t = 0; t < count; t++)
+        position[t] = a.positions.bytes == 8 ? static_cast<const int64_t *>(a.positions.data)[at + t * a.positions.stride]
+                                             : static_cast<const int32_t *>(a.positions.data)[at + t * a.positions.stride];
+    const int64_t now = position[0];
+    for (int t = 0; t < count; t++) gaps |= position[t] - now - t;
+    if (standing && now == begin + BLOCK) {
+        const double *x = a.frequencies + a.pairs, *y = x + a.pairs;
         for (int64_t i = 0; i < a.pairs; i++) {
-            const double c = cosines[i], s = sines[i], x = a.frequencies[a.pairs + i], y = a.frequencies[2 * a.pairs + i];
-            cosines[i] = c * x + s * y;
-            sines[i] = s * x - c * y;
+            const double c = cosines[i], s = sines[i];
+            cosines[i] = c * x[i] + s * y[i];
+            sines[i] = s * x[i] - c * y[i];
         }
-    } else {
+    } else if (!standing || now != begin) {
         const double distance = double(number_of(a.position, b) - now);
         for (int64_t i = 0; i < a.pairs; i++) {
-            const double angle = distance * a.frequencies[i];
-            cosines[i] = std::cos(angle);
-            sines[i] = std::sin(angle);
+            cosines[i] = std::cos(distance * a.frequencies[i]);
+            sines[i] = std::sin(distance * a.frequencies[i]);
         }
     }
     standing = true;
     begin = now;
-    for (int64_t p = 0; p < group; p++)
-        for (int64_t i = 0; i < a.pairs; i++) {
-            const int64_t at = p * width + i / LANES * 2 * LANES + i % LANES;
-            const float x = in_pairs[at], y = in_pairs[at + LANES], c = float(cosines[i]), s = float(sines[i]);
-            turned[at] = x * c - y * s;
-            turned[at + LANES] = y * c + x * s;
+    for (int64_t i = 0; i < a.pairs; i += LANES) {
+        Vector c, s;
+        for (int j = 0; j < LANES; j++) c[j] = float(cosines[i + j]), s[j] = float(sines[i + j]);
+        for (int64_t p = 0; p < group; p++) {
+            const float *q = in_pairs + p * width + 2 * i;
+            const Vector x = load(q), y = load(q + LANES);
+            store(turned + p * width + 2 * i, x * c - y * s);
+            store(turned + p * width + 2 * i + LANES, y * c + x * s);
         }
-    for (int t = 0; t < count; t++) {
-        const int64_t behind = position(t) - now;
-        turns[t] = a.table + behind * width;
-        if (behind >= 0 && behind < BLOCK) continue;
-        float *own = turn_room + t * width;  // a gap: angles of its own
-        for (int64_t i = 0; i < a.pairs; i++) {
-            const double angle = double(behind) * a.frequencies[i];
-            own[i / LANES * 2 * LANES + i % LANES] = float(std::cos(angle));
-            own[i / LANES * 2 * LANES + i % LANES + LANES] = float(std::sin(angle));
-        }
-        turns[t] = own;
     }
+    for (int t = 0; t < count; t++) turns[t] = a.table + t * width;
+    if (gaps)
+        for (int t = 0; t < count; t++) turns[t] = turn_by(position[t] - now, turn_room + t * width);
+}
+
+// The rotation by a distance: the table's, or one of its own.
+const float *Task::turn_by(int64_t distance, float *own) {
+    if (distance >= 0 && distance < BLOCK) return a.table + distance * width;
+    for (int64_t i = 0; i < a.pairs; i++) {
+        float *pair = own + i / LANES * 2 * LANES + i % LANES;
+        pair[0] = float(std::cos(double(distance) * a.frequencies[i]));
+        pair[LANES] = float(std::sin(double(distance) * a.frequencies[i]));
+    }
+    return own;
 }
 
 // Where the rows of a block's tokens lie in fp32: unpacked, with zeros behind, if they are anything else.
@@ -574,6 +590,16 @@ template <class Function> inline void by_heads(int64_t heads, Function function)
     if (heads - p == 1) function(std::integral_constant<int, 1>{}, p);
 }
 
+// Ask for the rows of a tile that a later block will need: the processor by itself asks too late for two lists at once.
+void Task::fetch(const List &list, int64_t n0) {
+    for (int64_t n = n0; n < std::min(n0 + TILE, list.high); n++)
+        for (const Side *side : {list.keys, list.values}) {
+            const char *row = row_of(side->rows, b, g, n);
+            const int64_t size = side->rows.kind == FP32 ? 4 * side->rank : side->rows.kind == BF16 ? 2 * side->rank : side->bytes;
+            for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(row + i);
+        }
+}
+
 void Task::attend(const List &list) {
     const bool same = list.keys->rows.data == list.values->rows.data;
     for (int64_t n0 = list.low; n0 < list.high; n0 += BLOCK) {
@@ -586,6 +612,7 @@ void Task::attend(const List &list) {
         if (a.pairs) turn_to(list, n0);
         if (a.pairs && !list.decoder) to_pairs();
         for (int t0 = 0; t0 < count; t0 += TILE) {
+            fetch(list, n0 + BLOCK + t0);
             if (a.pairs) {
                 int64_t pair = 0;
                 for (; pair + PAIRS * LANES <= a.pairs; pair += PAIRS * LANES) score_tile<PAIRS>(list, t0, pair);

@@ -5,7 +5,7 @@ What it cannot do is left to PyTorch's operations, and is said in one place, `wh
 
 from __future__ import annotations
 
-import ctypes
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,44 +18,9 @@ from ...errors import EigenAttnError
 from .arguments import Count, Rotary, Side, Step
 from .native_library import library
 
-FLOATS = {torch.float32: 0, torch.bfloat16: 1}
-CODES = 2
+# What rows may hold; bytes are codes.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 LARGEST_BYTES = 2**15  # of a row of codes, the places in which the kernel counts in 16 bits
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("b", "g", "n", "kind", "shared"))]
-
-
-class _Side(ctypes.Structure):
-    _fields_ = [
-        ("rows", _Rows),
-        ("rank", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("decoder", "mean", "levels")),
-        ("bytes", ctypes.c_int64),
-        ("plan", ctypes.c_void_p),
-    ]
-
-
-class _Count(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("stride", "bytes", "value"))]
-
-
-class _Arguments(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("b", "h", "g", "d", "size_out", "tokens", "threads")),
-        *((name, _Rows) for name in ("query", "near_keys", "near_values")),
-        *((name, _Side) for name in ("keys", "values")),
-        ("slots", ctypes.c_int64),
-        *((name, _Count) for name in ("first", "length", "column", "stop", "position", "positions")),
-        *((name, ctypes.c_int64) for name in ("positions_b", "pairs")),
-        *((name, ctypes.c_void_p) for name in ("order", "table", "frequencies")),
-        *((name, ctypes.c_double) for name in ("scaling", "scale", "softcap")),
-        *((name, ctypes.c_void_p) for name in ("slopes", "mask")),
-        *((name, ctypes.c_int64) for name in ("mask_b", "mask_h", "mask_kind")),
-        ("out", ctypes.c_void_p),
-        ("out_kind", ctypes.c_int64),
-    ]
 
 
 class _Tensors(NamedTuple):
@@ -96,16 +61,18 @@ def unavailable() -> str | None:
 def why_not(step: Step) -> str | None:
     """Why a step is not for the native kernel; None if it is."""
     tensors = [step.q, *step.rows, *(() if step.window is None else (step.window.keys, step.window.values))]
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        return "it runs on a CPU"
-    if any(tensor.dtype not in FLOATS and tensor.dtype != torch.uint8 for tensor in tensors):
-        return "it reads float32, bfloat16 and codes"
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return "it runs on a CPU"
+        if tensor.dtype not in KINDS:
+            return "it reads float32, bfloat16 and codes"
     if step.columns is not None:
         return "it does not decode where tokens were evicted"
     if step.mask is not None and step.mask.dtype != torch.bool and not step.mask.is_floating_point():
         return "masks are boolean or floating-point"
-    if any(side.widths is not None and side.widths.bytes > LARGEST_BYTES for side in (step.keys, step.values)):
-        return f"rows of codes have {LARGEST_BYTES} bytes at most"
+    for side in (step.keys, step.values):
+        if side.widths is not None and side.widths.bytes > LARGEST_BYTES:
+            return f"rows of codes have {LARGEST_BYTES} bytes at most"
     return unavailable()
 
 
@@ -144,13 +111,10 @@ def decode(step: Step) -> Tensor:
     return launch(
         list(tensors),
         [count if isinstance(count, int) else 0 for count in counts],
-        [_rank(step, step.keys), _rank(step, step.values), step.kv_heads, step.size_out],
-        [step.scale, 1.0 if rotary is None else rotary.scaling, step.softcap or 0.0],
+        [*(step.rows[s.row].shape[-1] if s.widths is None else s.widths.channels for s in (step.keys, step.values)),
+         step.kv_heads, step.size_out],
+        [1.0 if rotary is None else rotary.scaling, step.scale, step.softcap or 0.0],
     )
-
-
-def _rank(step: Step, side: Side) -> int:
-    return step.rows[side.row].shape[-1] if side.widths is None else side.widths.channels
 
 
 def _launch(
@@ -162,55 +126,47 @@ def _launch(
     if found is None:
         raise EigenAttnError(about)
     rank_k, rank_v, g, size_out = sizes
-    q = _rows(x.q)
+    q, mask, positions = x.q, x.mask, x.positions
+    if q.stride(-1) != 1:
+        q = q.contiguous()
     b, h, d = q.shape
-    kept = [q, *map(_rows, (x.far_keys, x.far_values))]
-    near = [None if each is None else _rows(each) for each in (x.near_keys, x.near_values)]
-    mask = None if x.mask is None else _rows(x.mask)
-    positions = x.positions
     out = torch.empty(b, h, size_out, dtype=q.dtype)
-    first, length, column, stop, query = (
-        _count(tensor, number)
-        for tensor, number in zip((x.first, x.length, x.column, x.stop, x.query), counts, strict=True)
+    # Copies, where there are any, live until the kernel has run.
+    far_keys, far_values, near_keys, near_values = (
+        x if x is None or x.stride(-1) == 1 else x.contiguous()
+        for x in (x.far_keys, x.far_values, x.near_keys, x.near_values)
     )
-    arguments = _Arguments(
-        b,
-        h,
-        g,
-        d,
-        size_out,
-        x.far_keys.shape[2],
-        torch.get_num_threads(),
-        _Rows(q.data_ptr(), q.stride(0), q.stride(1), 0, FLOATS[q.dtype], 1),
-        *(_Rows() if each is None else _layout(each, g) for each in near),
-        _Side(
-            _layout(kept[1], g), rank_k, *map(_at, (x.key_decoder, x.key_mean, x.key_levels)),
-            kept[1].shape[-1], _at(x.key_plan),
-        ),
-        _Side(
-            _layout(kept[2], g), rank_v, *map(_at, (x.value_decoder, x.value_mean, x.value_levels)),
-            kept[2].shape[-1], _at(x.value_plan),
-        ),
-        0 if near[0] is None else near[0].shape[2],
-        first,
-        length,
-        column,
-        stop,
-        query,
-        _Count() if positions is None else _Count(positions.data_ptr(), positions.stride(1), positions.element_size()),
+    mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
+    of_rows, of_heads, _ = q.stride()
+    # As `Arguments` in native.cpp has them, all of 8 bytes.
+    arguments = _ARGUMENTS.pack(
+        b, h, g, d, size_out, x.far_keys.shape[2], torch.get_num_threads(),
+        q.data_ptr(), of_rows, of_heads, 0, KINDS[q.dtype], 1,
+        *_layout(near_keys, g),
+        *_layout(near_values, g),
+        *_layout(far_keys, g),
+        rank_k, _at(x.key_decoder), _at(x.key_mean), _at(x.key_levels), x.far_keys.shape[-1], _at(x.key_plan),
+        *_layout(far_values, g),
+        rank_v, _at(x.value_decoder), _at(x.value_mean), _at(x.value_levels), x.far_values.shape[-1], _at(x.value_plan),
+        0 if near_keys is None else near_keys.shape[2],
+        *_count(x.first, counts[0]),
+        *_count(x.length, counts[1]),
+        *_count(x.column, counts[2]),
+        *_count(x.stop, counts[3]),
+        *_count(x.query, counts[4]),
+        *((0, 0, 0, 0) if positions is None else (positions.data_ptr(), positions.stride(1), positions.itemsize, 0)),
         0 if positions is None or len(positions) == 1 else positions.stride(0),
         0 if x.order is None else len(x.order) // 2,
-        *map(_at, (x.order, x.table, x.frequencies)),
-        scales[1],
-        scales[0],
-        scales[2],
-        *map(_at, (x.slopes, mask)),
-        *((0, 0, 0) if mask is None else _mask_layout(mask)),
-        out.data_ptr(),
-        FLOATS[out.dtype],
+        _at(x.order), _at(x.table), _at(x.frequencies),
+        *scales,
+        _at(x.slopes), _at(mask), *((0, 0, 0) if mask is None else _mask_layout(mask)),
+        out.data_ptr(), KINDS[out.dtype],
     )  # fmt: skip
-    found.eigenattn_decode(ctypes.byref(arguments))
+    found.eigenattn_decode(arguments)
     return out
+
+
+_ARGUMENTS = struct.Struct("=7q6q12q24q1q24q2q3q3d5q2q")
 
 
 # One node in a graph, which does not break there.
@@ -223,18 +179,15 @@ def _shape_of_output(tensors: Sequence[Tensor | None], counts: Any, sizes: Seque
     return q.new_empty(*q.shape[:2], sizes[3])
 
 
-def _rows(x: Tensor) -> Tensor:
-    """The tensor itself if a token's elements lie together, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _at(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
-def _at(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _layout(x: Tensor, g: int) -> _Rows:
-    """Where rows [B, G/N, S, R] lie."""
-    return _Rows(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), FLOATS.get(x.dtype, CODES), g // x.shape[1])
+def _layout(x: Tensor | None, g: int) -> tuple[int, ...]:
+    """Where rows [B, G/N, S, R] lie, what they hold, and how many heads share one."""
+    if x is None:
+        return 0, 0, 0, 0, 0, 1
+    return x.data_ptr(), *x.stride()[:3], KINDS[x.dtype], g // x.shape[1]
 
 
 def _mask_layout(mask: Tensor) -> tuple[int, int, int]:
@@ -243,10 +196,10 @@ def _mask_layout(mask: Tensor) -> tuple[int, int, int]:
     return strides[0], strides[1], 1 if mask.dtype == torch.bool else 2
 
 
-def _count(tensor: Tensor | None, number: int) -> _Count:
+def _count(tensor: Tensor | None, number: int) -> tuple[int, int, int, int]:
     if tensor is None:
-        return _Count(None, 0, 0, number)
-    return _Count(tensor.data_ptr(), tensor.stride(-1) if tensor.numel() > 1 else 0, tensor.element_size(), 0)
+        return 0, 0, 0, number
+    return tensor.data_ptr(), tensor.stride(-1) if tensor.numel() > 1 else 0, tensor.itemsize, 0
 
 
 def _lanes() -> int:

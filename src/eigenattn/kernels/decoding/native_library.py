@@ -48,7 +48,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         if not path.exists():
             _build(command, path)
         found = ctypes.CDLL(str(path))
-        found.eigenattn_decode.restype = None
+        found.eigenattn_decode.restype, found.eigenattn_decode.argtypes = None, [ctypes.c_char_p]
         return found, str(path)
     except subprocess.CalledProcessError as error:
         return None, f"{compiler[0]} failed: {_last_line(error.stderr)}"
