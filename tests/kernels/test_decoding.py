@@ -19,7 +19,9 @@ from eigenattn.kernels.decoding import decode as decode_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 without_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-without_compiler = pytest.mark.skipif(native.unavailable() is not None, reason=f"needs a compiler: {native.unavailable()}")
+without_compiler = pytest.mark.skipif(
+    native.unavailable() is not None, reason=f"needs a compiler: {native.unavailable()}"
+)
 BACKENDS = ["torch", pytest.param("triton", marks=without_triton), pytest.param("native", marks=without_compiler)]
 NAN = float("nan")
 

@@ -1,8 +1,8 @@
 """Attention of one query a row over latents: one signature, three backends.
 
 `reference` is loops in fp32; `torch` is batched and runs anywhere; `triton`, on GPUs, and `native`, on CPUs, are fused:
-latents are read once, keys are decoded, rotated and scored in registers, and nothing is written back but one partial sum
-a split of the sequence.
+latents are read once, keys are decoded, rotated and scored in registers, and nothing is written back but one partial
+sum a split of the sequence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .native import decode as native_decode
 from .native import why_not
 from .reference import decode as reference_decode
 
-__all__ = ["DECODE_BACKENDS", "Rotary", "Side", "Step", "Window", "decode", "default_backend"]
+__all__ = ["DECODE_BACKENDS", "Rotary", "Side", "Step", "Window", "decode", "default_backend", "why_not"]
 
 
 def _triton_decode(step: Step) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...cache.packing import PARTS, Widths, plane_bytes
 from ...errors import EigenAttnError
-from .arguments import Count, Rotary, Side, Step
-from .native_library import library
+from ..native_library import library, unavailable
+from .arguments import Rotary, Side, Step
 
 # What rows may hold; bytes are codes.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
@@ -50,12 +50,6 @@ class _Tensors(NamedTuple):
     frequencies: Tensor | None
     slopes: Tensor | None
     mask: Tensor | None
-
-
-def unavailable() -> str | None:
-    """Why the native step does not run on this machine; None if it does. Compiles it if that is to be found out."""
-    found, about = library()
-    return None if found is not None else about
 
 
 def why_not(step: Step) -> str | None:
@@ -111,8 +105,11 @@ def decode(step: Step) -> Tensor:
     return launch(
         list(tensors),
         [count if isinstance(count, int) else 0 for count in counts],
-        [*(step.rows[s.row].shape[-1] if s.widths is None else s.widths.channels for s in (step.keys, step.values)),
-         step.kv_heads, step.size_out],
+        [
+            *(step.rows[s.row].shape[-1] if s.widths is None else s.widths.channels for s in (step.keys, step.values)),
+            step.kv_heads,
+            step.size_out,
+        ],
         [1.0 if rotary is None else rotary.scaling, step.scale, step.softcap or 0.0],
     )
 
@@ -202,6 +199,14 @@ def _count(tensor: Tensor | None, number: int) -> tuple[int, int, int, int]:
     return tensor.data_ptr(), tensor.stride(-1) if tensor.numel() > 1 else 0, tensor.itemsize, 0
 
 
+@torch.compiler.assume_constant_result
+def _block() -> int:
+    """Tokens that the kernel takes at a time."""
+    found, _ = library()
+    return 1 if found is None else found.eigenattn_block()
+
+
+@torch.compiler.assume_constant_result
 def _lanes() -> int:
     """Numbers in a vector of this machine."""
     found, _ = library()
@@ -259,12 +264,10 @@ def _turning(rotary: Rotary, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """The order of pairs, the table of a block's rotations, and radians with those of a whole block; kept."""
     key = ("native", size)
     if key not in rotary._tables:
-        found, _ = library()
-        block = 1 if found is None else found.eigenattn_block()
         order, lanes = order_of(rotary, size, _lanes()), _lanes()
         frequencies = torch.zeros(len(order) // 2, dtype=torch.float64)
         frequencies[: rotary.width // 2] = rotary.inverse_frequencies.double()
-        angles = torch.arange(block + 1, dtype=torch.float64).unsqueeze(-1) * frequencies
+        angles = torch.arange(_block() + 1, dtype=torch.float64).unsqueeze(-1) * frequencies
         together = torch.stack([part.unflatten(-1, (-1, lanes)) for part in (angles.cos(), angles.sin())], dim=2)
         of_block = torch.stack([frequencies, angles[-1].cos(), angles[-1].sin()])
         rotary._tables[key] = torch.tensor(order, dtype=torch.int32), together[:-1].float().contiguous(), of_block
@@ -272,7 +275,7 @@ def _turning(rotary: Rotary, size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plan_of(widths: Widths, lanes: int) -> Tensor:
-    """Where each channel's code lies in a row, and how it is taken out, as `native.cpp` says: int32 [vectors, 6, lanes]."""
+    """Where each channel's code lies in a row, and how it is taken out: `Codes` in native.cpp, [vectors, 6, lanes]."""
     channels: list[tuple[int, int, int, int, int, int]] = []  # bytes, shifts and masks of both parts
     stored = 0
     for bits, count in widths.counts:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE = Path(__file__).parent / "decoding" / "native.cpp"
 FOLDER = "EIGENATTN_CACHE"
 COMPILER = "CXX"
 EXTRA = "EIGENATTN_NATIVE_FLAGS"
@@ -54,6 +54,13 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{compiler[0]} failed: {_last_line(error.stderr)}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, f"the native step could not be built: {error}"
+
+
+@torch.compiler.assume_constant_result
+def unavailable() -> str | None:
+    """Why the native step does not run on this machine; None if it does. Compiles it if that is to be found out."""
+    found, about = library()
+    return None if found is not None else about
 
 
 def _compiler() -> list[str]:
