@@ -1,5 +1,7 @@
-"""Whole models that decode by a fused kernel against those that do without: Triton's, interpreted where there is no GPU,
-and the native one."""
+"""Whole models that decode by a fused kernel against those that do without.
+
+Triton's is interpreted where there is no GPU; the native one is for CPUs.
+"""
 
 import inspect
 from importlib.util import find_spec

@@ -219,7 +219,8 @@ def _prepared(side: Side, rotary: Rotary | None, of_keys: bool) -> tuple[Tensor 
     Decoders are [G, R, size], of keys that rotate with their dimensions as pairs lie; of other keys, which the query
     is brought to, [G, D, R] with R filled up to whole vectors.
     """
-    return side._once(("native", rotary, of_keys), lambda: _prepare(side, rotary, of_keys))
+    turned = (0, False) if rotary is None else (rotary.width, rotary.interleaved)
+    return side._once(("native", of_keys, *turned), lambda: _prepare(side, rotary, of_keys))
 
 
 def _prepare(side: Side, rotary: Rotary | None, of_keys: bool) -> tuple[Tensor | None, ...]:
