@@ -196,37 +196,38 @@ inline int64_t number_of(const Count &count, int64_t row) {
     return count.bytes == 8 ? static_cast<const int64_t *>(count.data)[at] : static_cast<const int32_t *>(count.data)[at];
 }
 
-inline const char *row_of(const Rows &rows, int64_t b, int64_t g, int64_t n) {
-    const int64_t size = rows.kind == FP32 ? 4 : rows.kind == BF16 ? 2 : 1;
-    return rows.data + (b * rows.batch + g / rows.shared * rows.head + n * rows.token) * size;
+inline const char *row_of(const Rows &rows, int64_t b, int64_t g) {
+    return rows.data + (b * rows.batch + g / rows.shared * rows.head) * (rows.kind == FP32 ? 4 : rows.kind == BF16 ? 2 : 1);
 }
 
 // How the codes of one vector of channels are found in a row.
 struct Codes {
     // Lanes have the place of their code's lower part, and 16 bits up that of the upper, counted from `base`; what the
     // two bytes are shifted by; and which bits of what comes of it count.
-    explicit Codes(const int32_t *plan)
+    Codes(const int32_t *plan, int64_t bytes)
         : place(load(plan)), down(load(plan + LANES)), lower(load(plan + 2 * LANES)), down_upper(load(plan + 3 * LANES)),
-          upper(load(plan + 4 * LANES)), base(plan[5 * LANES]), near(plan[5 * LANES + 1]) {}
+          upper(load(plan + 4 * LANES)), base(plan[5 * LANES]), near(plan[5 * LANES + 1]), whole(plan[5 * LANES + 2]),
+          left(bytes - base) {}
 
-    Integers of(const uint8_t *row, int64_t bytes) const {
+    // With `PERMUTED`, of at most 64 bytes at once; with `WHOLE`, of codes that have no upper parts.
+    template <bool PERMUTED, bool WHOLE> Integers of(const uint8_t *row) const {
         Integers found;
 #if defined(__AVX512VBMI__)
-        if (near) {
-            const int64_t left = bytes - base;
+        if constexpr (PERMUTED) {
             const __mmask64 there = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
             const __m512i held = _mm512_maskz_loadu_epi8(there, row + base);
             found = (Integers)_mm512_maskz_permutexvar_epi8(~__mmask64(0), (__m512i)place, held);
-            return (found >> down & lower) | (found >> down_upper & upper);
-        }
+        } else
 #endif
-        (void)bytes;
-        for (int i = 0; i < LANES; i++) found[i] = row[base + (place[i] & 0xffff)] | row[base + (place[i] >> 16)] << 16;
-        return (found >> down & lower) | (found >> down_upper & upper);
+            for (int i = 0; i < LANES; i++)
+                found[i] = row[base + (place[i] & 0xffff)] | row[base + (place[i] >> 16)] << 16;
+        const Integers below = found >> down & lower;
+        return WHOLE ? below : below | (found >> down_upper & upper);
     }
 
     const Integers place, down, lower, down_upper, upper;
-    const int32_t base, near;  // `near`: all within 64 bytes
+    const int32_t base, near, whole;  // `near`: all within 64 bytes
+    const int64_t left;
 };
 
 // Numbers a thread works with: memory that begins where a vector may, and is kept.
@@ -250,6 +251,12 @@ struct List {
     const float *offsets;   // what the keys' mean adds to scores, or null
     const float *decoder, *mean;  // of rotary keys
     int64_t total, sums;    // where in a partial result what weights add up to lies, and sums of values
+};
+
+// A head's rows, in bytes.
+struct Strip {
+    const char *first;
+    int64_t step, size;
 };
 
 // What a task leaves of each head: the top score, what weights on latents and on the window add up to against it, and
@@ -279,9 +286,10 @@ class Task {
     template <int P> void score_small(const List &list, int t0, int64_t p0);
     void weigh(const List &list, int64_t n0);
     template <int P> void add_values(const List &list, int64_t p0);
-    void rows_of(const Side &side, int64_t n, float *room, const float **rows);
+    void rows_of(const Side &side, const Strip &strip, int64_t n0, float *room, const float **rows);
+    Strip strip_of(const Side &side) const;
     void to_pairs();
-    void fetch(const List &list, int64_t n0);
+    void fetch(const Strip &strip, int64_t n0, int64_t n1);
 
     const Arguments &a;
     const int64_t b, g, group, width;
@@ -321,7 +329,7 @@ void Task::prepare() {
     cosines = turning.of(2 * a.pairs);
     sines = cosines + a.pairs;
     for (int64_t p = 0; p < group; p++) {
-        const char *q = row_of(a.query, b, g * group + p, 0);
+        const char *q = row_of(a.query, b, g * group + p);
         float *own = query + p * d;
         for (int64_t i = 0; i < d; i++) {
             const float x = i >= a.size              ? 0.0f
@@ -404,28 +412,40 @@ const float *Task::turn_by(int64_t distance, float *own) {
 }
 
 // Where the rows of a block's tokens lie in fp32: unpacked, with zeros behind, if they are anything else.
-void Task::rows_of(const Side &side, int64_t n, float *room, const float **rows) {
+void Task::rows_of(const Side &side, const Strip &strip, int64_t n0, float *room, const float **rows) {
     const int64_t size = padded(side.rank);
-    const char *stored[BLOCK];
-    for (int t = 0; t < count; t++) {
-        stored[t] = row_of(side.rows, b, g, n + t);
-        rows[t] = side.rows.kind == FP32 ? reinterpret_cast<const float *>(stored[t]) : room + t * size;
-    }
+    const char *first = strip.first + n0 * strip.step;
+    const int tokens = count;
+    for (int t = 0; t < tokens; t++)
+        rows[t] = side.rows.kind == FP32 ? reinterpret_cast<const float *>(first + t * strip.step) : room + t * size;
     if (side.rows.kind == BF16)
-        for (int t = 0; t < count; t++)
-            for (int64_t i = 0; i < size; i += LANES)
-                store(room + t * size + i, load_part(reinterpret_cast<const uint16_t *>(stored[t]) + i, side.rank - i));
-    if (side.rows.kind == CODES)
-        for (int64_t i = 0; i < size; i += LANES) {
-            const Codes codes(side.plan + 6 * i);
-            const float *levels = side.levels + g * 4 * size + i;
-            const Vector a0 = load(levels), a1 = load(levels + size), a2 = load(levels + 2 * size), a3 = load(levels + 3 * size);
-            for (int t = 0; t < count; t++) {
-                const Integers code = codes.of(reinterpret_cast<const uint8_t *>(stored[t]), side.bytes);
-                const Vector u = __builtin_convertvector(code, Vector);
-                store(room + t * size + i, a0 + u * (a1 + u * (a2 + u * a3)));
-            }
+        for (int t = 0; t < tokens; t++) {
+            const uint16_t *row = reinterpret_cast<const uint16_t *>(first + t * strip.step);
+            for (int64_t i = 0; i < size; i += LANES) store(room + t * size + i, load_part(row + i, side.rank - i));
         }
+    if (side.rows.kind != CODES) return;
+    for (int64_t i = 0; i < size; i += LANES) {
+        const Codes codes(side.plan + 6 * i, side.bytes);
+        const float *levels = side.levels + g * 4 * size + i;
+        const Vector a = load(levels), b = load(levels + size), c = load(levels + 2 * size), d = load(levels + 3 * size);
+        const auto unpack = [&](auto permuted, auto whole) {
+            float *out = room + i;
+            const char *row = first;
+            for (int t = 0; t < tokens; t++, row += strip.step, out += size) {
+                const Integers code = codes.of<permuted.value, whole.value>(reinterpret_cast<const uint8_t *>(row));
+                const Vector u = __builtin_convertvector(code, Vector);
+                store(out, a + u * (b + u * (c + u * d)));
+            }
+        };
+        const std::true_type yes;
+        const std::false_type no;
+        if (codes.near && codes.whole)
+            unpack(yes, yes);
+        else if (codes.near)
+            unpack(yes, no);
+        else
+            unpack(no, no);
+    }
 }
 
 // Keys that have no decoder, as pairs lie.
@@ -590,29 +610,37 @@ template <class Function> inline void by_heads(int64_t heads, Function function)
     if (heads - p == 1) function(std::integral_constant<int, 1>{}, p);
 }
 
-// Ask for the rows of a tile that a later block will need: the processor by itself asks too late for two lists at once.
-void Task::fetch(const List &list, int64_t n0) {
-    for (int64_t n = n0; n < std::min(n0 + TILE, list.high); n++)
-        for (const Side *side : {list.keys, list.values}) {
-            const char *row = row_of(side->rows, b, g, n);
-            const int64_t size = side->rows.kind == FP32 ? 4 * side->rank : side->rows.kind == BF16 ? 2 * side->rank : side->bytes;
-            for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(row + i);
-        }
+Strip Task::strip_of(const Side &side) const {
+    const int64_t size = side.rows.kind == FP32 ? 4 : side.rows.kind == BF16 ? 2 : 1;
+    return {row_of(side.rows, b, g), side.rows.token * size, side.rows.kind == CODES ? side.bytes : side.rank * size};
+}
+
+// Ask for rows that a later block will need: the processor by itself asks too late for two lists at once.
+void Task::fetch(const Strip &strip, int64_t n0, int64_t n1) {
+    const char *row = strip.first + n0 * strip.step;
+    if (strip.step < strip.size + 64)  // one behind the other
+        for (const char *end = strip.first + n1 * strip.step; row < end; row += 64) __builtin_prefetch(row);
+    else
+        for (int64_t n = n0; n < n1; n++, row += strip.step)
+            for (int64_t i = 0; i < strip.size; i += 64) __builtin_prefetch(row + i);
 }
 
 void Task::attend(const List &list) {
     const bool same = list.keys->rows.data == list.values->rows.data;
+    const Strip keys_at = strip_of(*list.keys), values_at = strip_of(*list.values);
     for (int64_t n0 = list.low; n0 < list.high; n0 += BLOCK) {
         count = int(std::min<int64_t>(BLOCK, list.high - n0));
-        rows_of(*list.keys, n0, key_room, keys);
+        rows_of(*list.keys, keys_at, n0, key_room, keys);
         if (same)
             std::copy(keys, keys + count, values);
         else
-            rows_of(*list.values, n0, value_room, values);
+            rows_of(*list.values, values_at, n0, value_room, values);
         if (a.pairs) turn_to(list, n0);
         if (a.pairs && !list.decoder) to_pairs();
         for (int t0 = 0; t0 < count; t0 += TILE) {
-            fetch(list, n0 + BLOCK + t0);
+            const int64_t later = n0 + BLOCK + t0, end = std::min(later + TILE, list.high);
+            fetch(keys_at, later, end);
+            if (!same) fetch(values_at, later, end);
             if (a.pairs) {
                 int64_t pair = 0;
                 for (; pair + PAIRS * LANES <= a.pairs; pair += PAIRS * LANES) score_tile<PAIRS>(list, t0, pair);

@@ -301,5 +301,6 @@ def plan_of(widths: Widths, lanes: int) -> Tensor:
         base = min(min(x[0], x[3]) for x in some)
         near = max(max(x[0], x[3]) for x in some) - base < 64
         rows = [[x[0] - base | x[3] - base << 16 for x in some], *([x[j] for x in some] for j in (1, 2, 4, 5))]
-        vectors.append([*rows, [base, int(near)] + [0] * (lanes - 2)])
+        whole = not any(x[5] for x in some)
+        vectors.append([*rows, [base, int(near), int(whole)] + [0] * (lanes - 3)])
     return torch.tensor(vectors, dtype=torch.int32)
