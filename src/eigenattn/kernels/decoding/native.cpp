@@ -46,6 +46,9 @@ constexpr int LANES = 4;
 constexpr int BLOCK = 32;            // tokens; the table of rotations, and a block's scores, stay in the first cache
 constexpr int TILE = 4;              // tokens whose keys are in registers together
 constexpr int PAIRS = LANES == 8 ? 1 : 2;  // vectors of pairs in a tile: AVX2 has half as many registers
+// Arrays of vectors are registers only if loops over them are no loops before the compiler looks for such arrays.
+#define UNROLLED _Pragma("GCC unroll 16")
+
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
@@ -462,27 +465,27 @@ template <int V> void Task::score_tile(const List &list, int t0, int64_t pair) {
     Vector x[TILE][2 * V];
     const float *rows[TILE], *turn[TILE];
     const int64_t at = 2 * pair;
-    for (int t = 0; t < TILE; t++) {
+    UNROLLED for (int t = 0; t < TILE; t++) {
         const int n = std::min(t0 + t, count - 1);  // behind the block's end the last token again
         rows[t] = keys[n];
         turn[t] = turns[n] + at;
     }
-    for (int t = 0; t < TILE; t++)
-        for (int j = 0; j < 2 * V; j++) x[t][j] = list.mean ? load(list.mean + at + j * LANES) : Vector{};
+    UNROLLED for (int t = 0; t < TILE; t++)
+        UNROLLED for (int j = 0; j < 2 * V; j++) x[t][j] = list.mean ? load(list.mean + at + j * LANES) : Vector{};
     if (list.decoder) {
         const float *u = list.decoder + at;
         for (int64_t r = 0; r < list.keys->rank; r++, u += width) {
             Vector of_channel[2 * V];
-            for (int j = 0; j < 2 * V; j++) of_channel[j] = load(u + j * LANES);
-            for (int t = 0; t < TILE; t++)
-                for (int j = 0; j < 2 * V; j++) x[t][j] += rows[t][r] * of_channel[j];
+            UNROLLED for (int j = 0; j < 2 * V; j++) of_channel[j] = load(u + j * LANES);
+            UNROLLED for (int t = 0; t < TILE; t++)
+                UNROLLED for (int j = 0; j < 2 * V; j++) x[t][j] += rows[t][r] * of_channel[j];
         }
     } else {
-        for (int t = 0; t < TILE; t++)
-            for (int j = 0; j < 2 * V; j++) x[t][j] += load(rows[t] + at + j * LANES);
+        UNROLLED for (int t = 0; t < TILE; t++)
+            UNROLLED for (int j = 0; j < 2 * V; j++) x[t][j] += load(rows[t] + at + j * LANES);
     }
-    for (int t = 0; t < TILE; t++)
-        for (int j = 0; j < V; j++) {
+    UNROLLED for (int t = 0; t < TILE; t++)
+        UNROLLED for (int j = 0; j < V; j++) {
             const Vector c = load(turn[t] + 2 * j * LANES), s = load(turn[t] + 2 * j * LANES + LANES);
             const Vector first = x[t][2 * j], second = x[t][2 * j + 1];
             x[t][2 * j] = first * c - second * s;
@@ -492,10 +495,10 @@ template <int V> void Task::score_tile(const List &list, int t0, int64_t pair) {
         const float *q = turned + p * width + at;
         float *part = parts + (p * BLOCK + t0) * LANES;
         Vector own[2 * V];
-        for (int j = 0; j < 2 * V; j++) own[j] = load(q + j * LANES);
-        for (int t = 0; t < TILE; t++) {
+        UNROLLED for (int j = 0; j < 2 * V; j++) own[j] = load(q + j * LANES);
+        UNROLLED for (int t = 0; t < TILE; t++) {
             Vector total = pair ? load(part + t * LANES) : Vector{};
-            for (int j = 0; j < 2 * V; j++) total += x[t][j] * own[j];
+            UNROLLED for (int j = 0; j < 2 * V; j++) total += x[t][j] * own[j];
             store(part + t * LANES, total);
         }
     }
@@ -506,19 +509,19 @@ template <int P> void Task::score_small(const List &list, int t0, int64_t p0) {
     const int64_t rank = list.keys->rank, size = padded(rank);
     Vector total[TILE][P];
     const float *rows[TILE], *q = list.queries + p0 * size;
-    for (int t = 0; t < TILE; t++) {
+    UNROLLED for (int t = 0; t < TILE; t++) {
         rows[t] = keys[std::min(t0 + t, count - 1)];
-        for (int p = 0; p < P; p++) total[t][p] = Vector{};
+        UNROLLED for (int p = 0; p < P; p++) total[t][p] = Vector{};
     }
     int64_t i = 0;
     for (; i + LANES <= rank; i += LANES)
-        for (int t = 0; t < TILE; t++)
-            for (int p = 0; p < P; p++) total[t][p] += load(rows[t] + i) * load(q + p * size + i);
+        UNROLLED for (int t = 0; t < TILE; t++)
+            UNROLLED for (int p = 0; p < P; p++) total[t][p] += load(rows[t] + i) * load(q + p * size + i);
     if (i < rank)
-        for (int t = 0; t < TILE; t++)
-            for (int p = 0; p < P; p++) total[t][p] += load_part(rows[t] + i, rank - i) * load(q + p * size + i);
-    for (int t = 0; t < TILE; t++)
-        for (int p = 0; p < P; p++) store(parts + ((p0 + p) * BLOCK + t0 + t) * LANES, total[t][p]);
+        UNROLLED for (int t = 0; t < TILE; t++)
+            UNROLLED for (int p = 0; p < P; p++) total[t][p] += load_part(rows[t] + i, rank - i) * load(q + p * size + i);
+    UNROLLED for (int t = 0; t < TILE; t++)
+        UNROLLED for (int p = 0; p < P; p++) store(parts + ((p0 + p) * BLOCK + t0 + t) * LANES, total[t][p]);
 }
 
 // Partial sums to scores, and scores to weights; what was summed before fades as the top score rises.
@@ -581,19 +584,19 @@ template <int P> void Task::add_values(const List &list, int64_t p0) {
     const auto some = [&](auto vectors, int64_t i) {
         constexpr int V = decltype(vectors)::value;
         Vector total[P][V];
-        for (int p = 0; p < P; p++)
-            for (int j = 0; j < V; j++) total[p][j] = load(sums + p * partial.size + i + j * LANES);
+        UNROLLED for (int p = 0; p < P; p++)
+            UNROLLED for (int j = 0; j < V; j++) total[p][j] = load(sums + p * partial.size + i + j * LANES);
         const int64_t left = rank - (i + (V - 1) * LANES);  // channels of the last vector
         for (int t = 0; t < count; t++) {
             Vector x[V];
-            for (int j = 0; j < V - 1; j++) x[j] = load(values[t] + i + j * LANES);
+            UNROLLED for (int j = 0; j < V - 1; j++) x[j] = load(values[t] + i + j * LANES);
             const float *last = values[t] + i + (V - 1) * LANES;
             x[V - 1] = left >= LANES ? load(last) : load_part(last, left);
-            for (int p = 0; p < P; p++)
-                for (int j = 0; j < V; j++) total[p][j] += weight[p * BLOCK + t] * x[j];
+            UNROLLED for (int p = 0; p < P; p++)
+                UNROLLED for (int j = 0; j < V; j++) total[p][j] += weight[p * BLOCK + t] * x[j];
         }
-        for (int p = 0; p < P; p++)
-            for (int j = 0; j < V; j++) store(sums + p * partial.size + i + j * LANES, total[p][j]);
+        UNROLLED for (int p = 0; p < P; p++)
+            UNROLLED for (int j = 0; j < V; j++) store(sums + p * partial.size + i + j * LANES, total[p][j]);
     };
     int64_t i = 0;
     for (; i + 3 * LANES < rank; i += 4 * LANES) some(std::integral_constant<int, 4>{}, i);
