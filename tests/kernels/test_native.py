@@ -112,9 +112,7 @@ def test_without_a_compiler_pytorch_decodes(fresh, monkeypatch):
 def test_a_compiler_that_fails_is_told(fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("EIGENATTN_CACHE", str(tmp_path))
     compiler = tmp_path / "compiler"
-    compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] || { echo "bad luck" >&2; exit 1; }\n'
-    )
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "bad luck" >&2; exit 1; }\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     assert "bad luck" in str(native_library.unavailable())

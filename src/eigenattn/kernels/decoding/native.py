@@ -65,8 +65,12 @@ def why_not(step: Step) -> str | None:
     if step.mask is not None and step.mask.dtype != torch.bool and not step.mask.is_floating_point():
         return "masks are boolean or floating-point"
     for side in (step.keys, step.values):
-        if side.widths is not None and side.widths.bytes > LARGEST_BYTES:
+        if side.widths is None:
+            continue
+        if side.widths.bytes > LARGEST_BYTES:
             return f"rows of codes have {LARGEST_BYTES} bytes at most"
+        if any(len(PARTS[bits]) > 2 for bits, _ in side.widths.counts):
+            return "codes lie in two parts at most"
     return unavailable()
 
 
@@ -87,7 +91,7 @@ def decode(step: Step) -> Tensor:
         None if window is None else window.stop,
         None if rotary is None else step.query,
     ]
-    tensors = _Tensors(
+    tensors: list[Tensor | None] = [  # `_Tensors`
         step.q,
         step.far_keys,
         step.far_values,
@@ -100,10 +104,10 @@ def decode(step: Step) -> Tensor:
         *((None, None, None) if rotary is None else _turning(rotary, step.q.shape[-1])),
         None if slopes is None else slopes.float(),
         mask if mask is None or mask.dtype == torch.bool else mask.float(),
-    )
+    ]
     launch = torch.ops.eigenattn.decode_natively if torch.compiler.is_compiling() else _launch
     return launch(
-        list(tensors),
+        tensors,
         [count if isinstance(count, int) else 0 for count in counts],
         [
             *(step.rows[s.row].shape[-1] if s.widths is None else s.widths.channels for s in (step.keys, step.values)),
@@ -118,7 +122,7 @@ def _launch(
     tensors: Sequence[Tensor | None], counts: Sequence[int], sizes: Sequence[int], scales: Sequence[float]
 ) -> Tensor:
     """The kernel, for arguments that a graph can hold: `_Tensors`, numbers in the place of counts, and the rest."""
-    x = _Tensors(*tensors)
+    x = _Tensors._make(tensors)
     found, about = library()
     if found is None:
         raise EigenAttnError(about)
@@ -172,7 +176,7 @@ _operator = torch.library.custom_op("eigenattn::decode_natively", _launch, mutat
 
 @_operator.register_fake
 def _shape_of_output(tensors: Sequence[Tensor | None], counts: Any, sizes: Sequence[int], scales: Any) -> Tensor:
-    q = _Tensors(*tensors).q
+    q = _Tensors._make(tensors).q
     return q.new_empty(*q.shape[:2], sizes[3])
 
 
