@@ -119,11 +119,12 @@ def _watched(attention: EigenAttention, window: int, valid: Tensor | None, found
 
     def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         output = args[0].unflatten(-1, (attention.heads, -1)).transpose(1, 2)  # [B, H, T, D]
+        found_output = output.detach()  # a hook that held its own tensor would outlive the pass
 
         def give(gradient: Tensor) -> None:
             heads, this = seen.pop()
             heads = Heads(*(each.detach() for each in heads))
-            gradients = far_gradients(attention, heads, this, output.detach(), gradient, window, valid)
+            gradients = far_gradients(attention, heads, this, found_output, gradient, window, valid)
             found(attention, (heads.key, heads.value), gradients)
 
         output.register_hook(give)
