@@ -125,7 +125,7 @@ def main() -> None:
     models = {
         "full rank": at_full_rank,
         f"KV ratio {args.kv_ratio:g}": lambda: compressed(
-            EigenAttentionConfig(kv_ratio=args.kv_ratio, window=args.window), f"r{args.kv_ratio:g}"
+            EigenAttentionConfig(kv_ratio=args.kv_ratio, window=args.window, coded=False), f"r{args.kv_ratio:g}"
         ),
         f"{16 * args.coded_kv_ratio:g} bits": lambda: compressed(
             EigenAttentionConfig(coded=True, kv_ratio=args.coded_kv_ratio, window=args.window),

@@ -61,7 +61,7 @@ def main() -> None:
         compress_checkpoint(
             args.model,
             compressed,
-            EigenAttentionConfig(kv_ratio=args.kv_ratio, window=args.window),
+            EigenAttentionConfig(kv_ratio=args.kv_ratio, window=args.window, coded=False),
             CalibrationText([args.calibration], args.samples, args.length, args.seed),
             dtype="float32",
             progress=True,

@@ -1,4 +1,4 @@
-"""Write docs/results.md, and its plots, from what `quality.py` and `eigenattn sweep` measured.
+"""Write docs/results.md, and its plots, from what `standard.py`, `quality.py` and `eigenattn sweep` measured.
 
 python benchmarks/report_quality.py [--plot]    # the plot needs the extra `plot`
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
+import report_standard
 import report_sweeps
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +109,8 @@ def section(name: str, result: dict) -> str:
 
 def page(results: dict[str, dict]) -> str:
     tables = "\n".join(section(name, result) for name, result in results.items())
-    return f"{INTRODUCTION}\n{tables}\n{report_sweeps.page(report_sweeps.load())}"
+    standard = report_standard.section(report_standard.load())
+    return f"{INTRODUCTION}\n{standard}\n{tables}\n{report_sweeps.page(report_sweeps.load())}"
 
 
 def plot(results: dict[str, dict]) -> None:
@@ -141,6 +143,7 @@ def main() -> None:
     if parser.parse_args().plot:
         plot(results)
         report_sweeps.plot(report_sweeps.load())
+        report_standard.plot(report_standard.load())
     PAGE.write_text(page(results), encoding="utf-8")
 
 

@@ -20,10 +20,13 @@ measure another machine, run the commands below on it (`--device cuda` is the de
 `python benchmarks/report_speed.py`. `python benchmarks/gpu.py` runs all that a GPU is needed for, with random weights
 in the shapes of Llama 3 8B, Llama 2 7B, OPT 6.7B and MPT 7B, and contexts from 4k to 2M tokens.
 
-On a GPU with Triton, models in half precision decode by a fused kernel, and by PyTorch's operations elsewhere. That is
-chosen at run time: `eigenattn.kernels.use("torch")`, or `EIGENATTN_KERNELS=torch`, takes PyTorch's always, and `triton`
-the fused kernel, on a CPU too under `TRITON_INTERPRET=1`, which is how it is tested. Texts longer than 2,048 tokens are
-read a chunk of keys at a time: beside the cache and its own activations a pass needs one chunk of decoded keys.
+On a GPU with Triton, models in half precision decode by a fused kernel; on a CPU, in float32 and bfloat16, by a native
+one where there is a C++ compiler, which builds it at the first step and keeps it in the user's cache folder (or in
+`EIGENATTN_CACHE`); and elsewhere by PyTorch's operations. `eigenattn.kernels.decoding_step_reason()` says which, and
+why. That is chosen at run time: `eigenattn.kernels.use("torch")`, or `EIGENATTN_KERNELS=torch`, takes PyTorch's always,
+and `triton` the fused kernel, on a CPU too under `TRITON_INTERPRET=1`, which is how it is tested. Texts longer than
+2,048 tokens are read a chunk of keys at a time: beside the cache and its own activations a pass needs one chunk of
+decoded keys.
 """
 # What the kernels are built to reach: time against the best at full rank, with a window of 32 tokens.
 # (heads shaped as, batch, tokens, positions, latents) -> (bytes, aim)

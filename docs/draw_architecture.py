@@ -58,7 +58,7 @@ TOKEN = (
     Step("cache/context.py:CacheContext.write", "positions of all columns, for all layers"),
     Step("cache/sight.py:Sight", "far rows, near keys and values, columns, positions"),
     Step("models/attend.py:attend", "one of three ways:"),
-    Step("models/attend.py:one_query", "T = 1, over a cache: kernels/decoding/ (reference, batched, fused)"),
+    Step("models/attend.py:one_query", "T = 1, over a cache: kernels/decoding/ (reference, batched, fused, native)"),
     Step("models/attend.py:in_chunks", "long texts: kernels/chunked.py, parts joined by their log-sum-exp"),
     Step("models/attend.py:all_at_once", "all else: kernels/blocks.py, with weights and gradients"),
     Step("models/eviction.py:evict", "rows that stay (cache/rules.py scores, cache/evicting.py gathers)"),
@@ -98,7 +98,7 @@ BELONGS = """\
 | a basis, a rank rule | `compression/bases.py`, `compression/ranks.py` | a function and an entry |
 | an eviction rule | `cache/rules.py` | a function of `Held` and an entry |
 | a width of codes | `cache/packing.py` | an entry: the parts that its codes lie in |
-| a rival to compare with | `evaluation/rivals.py` | an entry |
+| a rival to compare with | `evaluation/rounding.py`, `evaluation/rivals.py` | a code and an entry |
 | a way that latents are laid out | `cache/layout.py` | a property; who asks for it gets it |
 | something that a pass sees | `models/forward_pass.py` | an attribute, made of transformers' arguments |
 | a backend of decoding | `kernels/decoding/` | a function of `Step` and an entry |
@@ -184,7 +184,7 @@ def page() -> str:
         "## The way of a token\n\nThe first, the fourth, the eighth and the ninth are its whole path in decoding.\n",
         drawn(TOKEN, "hidden states [B, T, C]"),
         "## The way of a text",
-        drawn(TEXT, "a name: python-docs, a file, self"),
+        drawn(TEXT, "a name: mixture, a file, self"),
         "## Rooms\n\nA room imports from rooms above it, never from below, and no module imports itself by a detour:\n"
         "`tests/test_architecture.py` holds the code to it.",
         rooms(),

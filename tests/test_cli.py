@@ -194,6 +194,45 @@ def test_latents_that_keys_and_values_share(base, text, tmp_path):
     assert "share is written" in fails("compress", base, tmp_path / "no", "--share", "2-3kv")
 
 
+def test_the_text_need_not_be_given(base, tmp_path):
+    options = (
+        "--coded",
+        "--kv-ratio",
+        "0.25",
+        "--samples",
+        "7",
+        "--length",
+        "64",
+        "--window",
+        "4",
+        "--rank-multiple",
+        "4",
+    )
+    for source in ([], ["--text", "none"]):
+        out = tmp_path / "-".join(["out", *source[1:]])
+        run("compress", base, out, *source, *options)
+        (found,) = run_json("inspect", out)["provenance"]["text"]
+        assert found["source"] == ("none" if source else "mixture")
+        assert (found["sha256"] is None) == bool(source)
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        (["--coded", "--text", "fox.txt"], True),
+        (["--coded", "--text", "python-docs"], True),
+        (["--coded", "--text", "fox.txt", "--text", "mixture"], False),
+        (["--coded"], False),
+        (["--coded", "--text", "none"], False),
+        (["--text", "fox.txt"], False),
+    ],
+)
+def test_codes_for_one_kind_of_text(tmp_path, options, warned):
+    result = CliRunner().invoke(app, ["compress", str(tmp_path / "nothing"), str(tmp_path / "out"), *options])
+    assert ("alone, codes lose more on text of other kinds" in result.stderr) == warned
+    assert "alone" not in result.stdout
+
+
 def test_coded_latents(base, text, tmp_path):
     options = ("--text", text, "--samples", "4", "--length", "64", "--window", "4", "--rank-multiple", "4")
     run("compress", base, tmp_path / "out", "--coded", "--kv-ratio", "0.1875", *options)
@@ -204,7 +243,7 @@ def test_coded_latents(base, text, tmp_path):
         assert sum(found["bytes_by_layer"]) == found["bytes_per_token"]
         latents = [latent for layer in found["layers"] for latent in layer["latents"]]
         assert all(sum(latent["widths"].values()) == latent["rank"] for latent in latents)
-        assert re.search(r"\| keys, channels of [8642, ]* bits \|", (folder / "README.md").read_text())
+        assert re.search(r"\| keys, channels of [86432, ]* bits \|", (folder / "README.md").read_text())
     assert "bits" in run("inspect", tmp_path / "out")
     whole, attached = (run("generate", tmp_path / name, "The quick brown") for name in ("out", "bases"))
     assert whole == attached

@@ -24,8 +24,19 @@ def test_target_implies_the_rule(given, ranks):
 
 
 def test_default_target():
-    assert EigenAttentionConfig().kv_ratio == 0.6
-    assert EigenAttentionConfig(coded=True).kv_ratio == 0.25
+    assert EigenAttentionConfig().kv_ratio == EigenAttentionConfig(coded=True).kv_ratio == 0.25
+    assert EigenAttentionConfig(coded=False).kv_ratio == 0.6
+
+
+@pytest.mark.parametrize(
+    "other", [{"kv_ratio": 0.6}, {"basis": "eigen"}, {"ranks": "uniform"}, {"energy": 0.9}, {"error_budget": 0.02}]
+)
+def test_latents_are_coded_unless_something_else_is_asked_for(other):
+    assert EigenAttentionConfig().coded and EigenAttentionConfig(kv_ratio=0.5).coded
+    assert EigenAttentionConfig().basis == EigenAttentionConfig(kv_ratio=0.1, share="3kv").basis == "fisher"
+    config = EigenAttentionConfig(**other)
+    assert not config.coded
+    assert config.basis == other.get("basis", "attention")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +104,8 @@ def test_what_is_shared_is_read_and_written(text, expected):
 )
 def test_version_1_is_read(old, new):
     nothing = {"kv_ratio": None, "error_budget": None, "energy": None, "bits_per_element": None}
-    assert EigenAttentionConfig.from_dict({**nothing, **old, "version": 1}) == EigenAttentionConfig(**new)
+    read = EigenAttentionConfig.from_dict({**nothing, **old, "version": 1})
+    assert read == EigenAttentionConfig(**({"coded": False, "basis": "attention"} | new))
 
 
 @pytest.mark.parametrize(
@@ -115,8 +127,9 @@ def test_wrong_values_of_version_1_are_one_line(wrong):
 
 
 def test_decoders_are_refitted_without_a_window():
-    assert EigenAttentionConfig(window=0).refit
-    assert not EigenAttentionConfig().refit
+    assert EigenAttentionConfig(window=0, coded=False).refit
+    assert not EigenAttentionConfig(window=0).refit
+    assert not EigenAttentionConfig(coded=False).refit
     assert not EigenAttentionConfig(window=0, basis="eigen", ranks="error_budget").refit
     assert EigenAttentionConfig(refit=True).refit
     with pytest.raises(EigenAttnError, match="refit"):

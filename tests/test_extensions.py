@@ -12,8 +12,8 @@ from eigenattn import EigenAttentionConfig, EigenCache, compress
 from eigenattn.cache.packing import PARTS, Widths, pack, unpack
 from eigenattn.cache.rules import EVICTION_RULES, Rule
 from eigenattn.compression import quantise
-from eigenattn.compression.bases import BASES
 from eigenattn.compression.folding import compress_layer
+from eigenattn.compression.methods import BASES
 from eigenattn.compression.ranks import RANK_RULES, RankRule
 from eigenattn.evaluation.rivals import RIVALS, Rival
 from eigenattn.kernels.decoding import DECODE_BACKENDS, decode

@@ -46,7 +46,7 @@ def compress(workshop: Path, out: Path) -> None:
     compress_checkpoint(
         str(workshop / "base"),
         out,
-        EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=8, refit=True),
+        EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=8, refit=True, coded=False),
         CalibrationText([str(workshop / "fox.txt"), "self"], samples=8, length=48),
     )
 

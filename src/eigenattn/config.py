@@ -63,9 +63,10 @@ class Sharing(NamedTuple):
 class EigenAttentionConfig:
     """What to compress a model's KV cache to, and how.
 
-    The paper's own method is `basis="eigen", ranks="error_budget", window=0`.
+    Latents are coded unless something else is asked for: `coded=False`, a KV ratio above 0.5, a basis, a rank rule or a
+    target other than a KV ratio. The paper's own method is `basis="eigen", ranks="error_budget", window=0`.
 
-    One of the three targets is given; with none of them, `kv_ratio` is 0.6, or 0.25 if latents are coded.
+    One of the three targets is given; with none of them, `kv_ratio` is 0.25, or 0.6 if latents are not coded.
 
     Args:
         kv_ratio: bytes of the compressed cache over those of the original at 16 bits, in (0, 1]. The rank rule is
@@ -75,7 +76,8 @@ class EigenAttentionConfig:
         coded: whether each channel of a latent is coded in a few bits, from 0 to 8, or all are kept in the model's
             dtype. Ranks and bits are then one choice, to a KV ratio of at most 0.5, which is 8 bits for each element of
             the original; weighed by `sensitivity`.
-        basis: name of the basis (`eigenattn.compression.bases.BASES`): `attention`, or the paper's `eigen`.
+        basis: name of the basis (`eigenattn.compression.methods.BASES`): by default `fisher` for coded latents and
+            `attention` for others; `eigen` is the paper's.
         ranks: name of the rank rule (`eigenattn.compression.ranks.RANK_RULES`); `sensitivity` for a KV ratio.
         rank_multiple: ranks are multiples of this, or the full head dimension. Quantised latents choose theirs in steps
             of 4 channels, whatever it is.
@@ -99,8 +101,8 @@ class EigenAttentionConfig:
     kv_ratio: float | None = None
     error_budget: float | None = None
     energy: float | None = None
-    coded: bool = False
-    basis: str = "attention"
+    coded: bool | None = None
+    basis: str | None = None
     ranks: str | None = None
     rank_multiple: int = 8
     window: int = 32
@@ -115,6 +117,7 @@ class EigenAttentionConfig:
                 f"this configuration has version {self.version!r:.60}, and this eigenattn reads version "
                 f"{CONFIG_VERSION}: install the eigenattn that wrote it."
             )
+        self._choose()
         for name, kinds, allowed, words in _KINDS:
             value = getattr(self, name)
             if type(value) not in kinds or not allowed(value):
@@ -128,6 +131,17 @@ class EigenAttentionConfig:
             raise EigenAttnError(f"refit must be true or false, not {self.refit!r:.60}.")
         if self.refit and sharing.joint:
             raise EigenAttnError("decoders of latents that keys and values share are not refitted: leave out refit.")
+
+    def _choose(self) -> None:
+        """Whether latents are coded, and by which basis, where that is left open."""
+        if self.coded is None:
+            other = (self.basis, self.ranks, self.error_budget, self.energy)
+            small = self.kv_ratio is None or (
+                type(self.kv_ratio) in (int, float) and self.kv_ratio <= LARGEST_CODED_RATIO
+            )
+            object.__setattr__(self, "coded", small and all(each is None for each in other))
+        if self.basis is None:
+            object.__setattr__(self, "basis", "fisher" if self.coded else "attention")
 
     def _check_target(self) -> None:
         targets = {name: getattr(self, name) for name in TARGETS}
@@ -197,7 +211,8 @@ _KINDS: tuple[tuple[str, tuple[type, ...], Callable[[Any], bool], str], ...] = (
 
 def _from_version_1(values: dict[str, Any]) -> dict[str, Any]:
     """Version 1 had a target `bits_per_element`, 16 times the KV ratio, and three names for what is shared."""
-    old = {"bits_per_element": None, "shared_heads": 1, "shared_values": None, "joint": False} | values
+    old = {"bits_per_element": None, "shared_heads": 1, "shared_values": None, "joint": False}
+    old = {"coded": False, "basis": "attention"} | old | values
     bits, keys, joint = (old.pop(name) for name in ("bits_per_element", "shared_heads", "joint"))
     share = old.pop("shared_values") or keys
     if type(keys) is not int or type(share) is not int or type(joint) is not bool:

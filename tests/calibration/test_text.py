@@ -1,4 +1,6 @@
 import json
+import re
+from importlib import resources
 
 import pytest
 import torch
@@ -6,7 +8,9 @@ from tiny import character_tokenizer
 
 from eigenattn import EigenAttnError, files
 from eigenattn.calibration import text as text_module
-from eigenattn.calibration.text import Text, draw_windows, load_text, sample_windows, tokenize
+from eigenattn.calibration.text import Kind, Text, draw_windows, laid_out, load_text, sample_windows, tokenize
+
+MIXTURE = resources.files("eigenattn.calibration") / "mixture"
 
 
 def test_python_docs_splits_are_disjoint():
@@ -15,6 +19,106 @@ def test_python_docs_splits_are_disjoint():
     assert len(evaluation.content) > 50_000
     paragraphs = {p for p in calibration.content.split("\n\n") if p.strip()}
     assert not paragraphs & set(evaluation.content.split("\n\n"))
+
+
+def test_mixture_holds_a_fifth_of_every_kind_out():
+    calibration, evaluation = load_text("mixture"), load_text("mixture", "evaluation")
+    assert [kind.name for kind in calibration.kinds] == [kind.name for kind in evaluation.kinds]
+    for kept, held_out in zip(calibration.kinds, evaluation.kinds, strict=True):
+        assert not set(kept.passages) & set(held_out.passages)
+        size, all_of_it = (
+            sum(len(str(p)) for p in each) for each in (held_out.passages, kept.passages + held_out.passages)
+        )
+        assert 0.1 < size / all_of_it < 0.3
+    # Paragraphs of some length are in one place only; instructions to assistants are repeated.
+    paragraphs = [
+        {
+            p
+            for kind in text.kinds
+            for each in kind.passages
+            if isinstance(each, str)
+            for p in each.split("\n\n")
+            if len(p) > 60
+        }
+        for text in (calibration, evaluation)
+    ]
+    assert not paragraphs[0] & paragraphs[1]
+    assert load_text("mixture").sha256 == calibration.sha256 != evaluation.sha256
+
+
+def test_mixture_is_small_and_its_origins_are_listed():
+    kinds = [kind for kind in MIXTURE.iterdir() if kind.is_dir()]
+    assert sum(len(file.read_bytes()) for kind in kinds for file in kind.iterdir()) < 1_400_000
+    origins = (MIXTURE / "ORIGINS.md").read_text(encoding="utf-8")
+    for kind in kinds:
+        listed = re.split(r"^## ", origins, flags=re.MULTILINE)
+        (section,) = (each for each in listed if each.startswith(kind.name + "\n"))
+        # The section of languages lists literature alone; all have the rest.
+        assert kind.name == "languages" or all(file.name in section for file in kind.iterdir())
+
+
+def test_windows_of_the_mixture_are_shared_out_over_kinds():
+    text, tokenizer = load_text("mixture"), character_tokenizer()
+    windows = draw_windows(tokenizer, text, 9, 700, seed=0)
+    assert windows.shape == (9, 700)
+    assert torch.equal(windows, draw_windows(tokenizer, text, 9, 700, seed=0))
+    assert not torch.equal(windows, draw_windows(tokenizer, text, 9, 700, seed=1))
+    held = [tokenize(tokenizer, Text.of("", (kind,))).tolist() for kind in text.kinds]
+    shares = [0] * len(held)
+    for window in windows.tolist():
+        (kind,) = (i for i, tokens in enumerate(held) if holds(tokens + tokens, window))
+        shares[kind] += 1
+    assert sorted(shares) == [1, 1, 1, 1, 1, 2, 2]
+
+
+def holds(tokens: list[int], window: list[int]) -> bool:
+    """Whether one stands in the other, as characters."""
+    return "".join(map(chr, window)) in "".join(map(chr, tokens))
+
+
+def test_the_beginning_of_the_mixture_is_of_all_kinds():
+    text = load_text("mixture", "evaluation")
+    first = "".join(map(chr, tokenize(character_tokenizer(), text, most=20_000).tolist()))
+    assert len(first) < 30_000
+    assert all(
+        str(kind.passages[0])[2:] in first
+        for kind in text.kinds
+        if str(kind.passages[0]).isascii() and isinstance(kind.passages[0], str)
+    )
+
+
+def test_mixture_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(text_module.resources, "files", lambda package: tmp_path)
+    with pytest.raises(EigenAttnError, match="install it again"):
+        load_text("mixture")
+
+
+MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+
+
+def test_conversations_in_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": MESSAGES}) + "\n" + json.dumps({"text": "plain"}))
+    text, tokenizer = load_text(str(tmp_path / "a.jsonl")), character_tokenizer()
+    assert text.content == "user: Hello\nassistant: Hi\n\nplain"
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert "".join(map(chr, tokenize(tokenizer, text).tolist())) == "<user>Hello<assistant>Hi\n\nplain\n\n"
+    assert draw_windows(tokenizer, text, 2, 10, seed=0).shape == (2, 10)
+    with pytest.raises(EigenAttnError, match="--samples"):
+        draw_windows(tokenizer, text, 4, 10, seed=0)
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    assert laid_out(tokenizer, text.kinds[0].passages[0]) == "user: Hello\nassistant: Hi"
+
+
+def test_kinds_take_turns():
+    text = Text.of("", (Kind("a", ("1", "2", "3")), Kind("b", ("x",))))
+    assert text.content == "1\n\nx\n\n2\n\n3"
+
+
+def test_long_lines_and_paragraphs_are_cut_into_passages():
+    lines = [f"{number:06}" for number in range(1000)]
+    passages = text_module._joined(["short", "\n".join(lines), "end"], "\n\n")
+    assert max(map(len, passages)) <= text_module.PASSAGE
+    assert "\n".join(passages).replace("\n\n", "\n").split("\n") == ["short", *lines, "end"]
 
 
 def test_jsonl_and_txt(tmp_path):
@@ -44,6 +148,8 @@ def test_json_by_other_names_and_as_an_array(tmp_path, name, indent):
         ("bad.jsonl", b'{"body": "a"}\n', "line 1"),
         ("bad.jsonl", b'{"text": "a"}\n\n{"text": null}\n', "line 3: expected a text"),
         ("bad.jsonl", b'{"text": "a\\ud800"}\n', "line 1: expected a text"),
+        ("bad.jsonl", b'{"messages": [{"role": "user"}]}\n', "line 1: expected a text"),
+        ("bad.jsonl", b'{"messages": []}\n', "line 1: expected a text"),
         ("bad.jsonl", b"[" * 100_000, "line 1: expected JSON"),
         ("bad.jsonl", b'"\xff"', "UTF-8"),
         ("bad.json", b'[{"text": "a"},\n{"body": "b"}]', "line 1, item 2: expected a text"),

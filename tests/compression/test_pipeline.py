@@ -11,7 +11,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.size import allocated_bytes, cache_bytes
 from eigenattn.cache.store import room_for
-from eigenattn.compression.bases import BASES
+from eigenattn.compression.methods import BASES
 from eigenattn.compression.ranks import RANK_RULES
 from eigenattn.models.conversion import eigen_layers, layouts_of
 
@@ -94,9 +94,9 @@ def test_compression_is_deterministic():
 @pytest.mark.parametrize(
     ("batches", "config"),
     [
-        ([], EigenAttentionConfig()),
-        (["words"], EigenAttentionConfig()),
-        ([tokens(1, 20)], EigenAttentionConfig(kv_ratio=0.01, rank_multiple=8)),
+        ([], EigenAttentionConfig(coded=False)),
+        (["words"], EigenAttentionConfig(coded=False)),
+        ([tokens(1, 20)], EigenAttentionConfig(kv_ratio=0.01, rank_multiple=8, coded=False)),
         ([tokens(1, 20)], EigenAttentionConfig(basis="cosine")),
         ([tokens(1, 20)], EigenAttentionConfig(ranks="lottery")),
     ],

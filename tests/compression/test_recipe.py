@@ -8,15 +8,15 @@ from tiny import converted, tiny, tokens
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.calibration.statistics import LayerMoments
-from eigenattn.compression.bases import BASES, BasisMethod
 from eigenattn.compression.basis import Basis
+from eigenattn.compression.methods import BASES, BasisMethod
 from eigenattn.compression.ranks import RANK_RULES, RankRule
 from eigenattn.compression.recipe import FEATURES, Recipe, Text, check_supported
 from eigenattn.evaluation.grid import Grid
 from eigenattn.models.conversion import layouts_of
 from eigenattn.progress import Clock, TokenProgress
 
-PLAIN = {"kv_ratio": 0.5, "rank_multiple": 4, "window": 0, "refit": False}
+PLAIN = {"kv_ratio": 0.5, "coded": False, "rank_multiple": 4, "window": 0, "refit": False}
 # What asks for a feature; coded latents leave the rank rule to the configuration.
 ASKING = {
     "window": {"window": 4},
@@ -141,7 +141,7 @@ def test_a_stream_is_read_once_and_held_if_need_be():
 def test_steps_are_made_once():
     model, layers = converted()
     clock = Clock()
-    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=4, window=4)
+    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=4, window=4, coded=False)
     recipe = Recipe(model, layers, config, BATCHES, TokenProgress(False), clock=clock)
     assert not clock.seconds
     recipe.choose(config)

@@ -22,7 +22,7 @@ from eigenattn.errors import EigenAttnError
 from eigenattn.evaluation.grid import Cell, Grid
 from eigenattn.evaluation.measuring import EvaluationPlan
 from eigenattn.evaluation.reading import read, uncached
-from eigenattn.evaluation.rivals import RIVALS, Rival, rounded_in_groups
+from eigenattn.evaluation.rivals import RIVALS, Rival
 from eigenattn.evaluation.sweep import SweepModel, sizes
 from eigenattn.evaluation.sweep_folder import SweepFolder, read_sweep
 from eigenattn.evaluation.sweep_folder import table as rows_of
@@ -215,13 +215,6 @@ def test_the_plain_rival_keeps_the_window(base, tmp_path):
     assert torch.allclose(uncached(model, ids, 24), exact, atol=1e-4)
 
 
-def test_values_of_a_group_are_rounded_to_its_levels():
-    x = torch.cat([torch.linspace(0, 3, 64), torch.linspace(10, 40, 16)])
-    found = rounded_in_groups(x, 2)
-    assert found.unique().tolist() == [0, 1, 2, 3, 10, 20, 30, 40]
-    assert (found - x).abs().max() <= 5 + 1e-4
-
-
 def test_bits_stand_beside_ratios(base, tmp_path):
     sweep(base, tmp_path / "sweep", Grid([0.5], windows=[8], ranks=["uniform"], rank_multiple=2))
     values = sweep(base, tmp_path / "sweep", Grid([4 / 16, 2 / 16], windows=[8], rank_multiple=2, coded=True))
@@ -239,7 +232,7 @@ def test_bits_stand_beside_ratios(base, tmp_path):
 def test_each_calibration_is_a_sweep_of_its_own(base, tmp_path):
     """Cells are those of sweeps with one text and one size, and more of them may come later."""
     fox, numbers = Text("fox", CONTENT), Text("numbers", " ".join(map(str, range(2000))))
-    calibrations = [Calibration((text,), samples) for text in (fox, numbers, None) for samples in (2, 4)]
+    calibrations = [Calibration((text,), samples) for text in (fox, numbers, Text("self", "")) for samples in (2, 4)]
     grid = Grid([0.5], windows=[8], rank_multiple=2)
     sweep(base, tmp_path / "sweep", grid, calibrations=calibrations[:1])
     values = sweep(base, tmp_path / "sweep", grid, calibrations=calibrations)
@@ -278,7 +271,9 @@ def test_shared_costs_stand_for_measured_ones():
             ]
 
     def problem(ratio, costs):
-        return RankProblem([(s, s) for s in spectra], EigenAttentionConfig(kv_ratio=ratio, rank_multiple=1), costs)
+        return RankProblem(
+            [(s, s) for s in spectra], EigenAttentionConfig(kv_ratio=ratio, rank_multiple=1, coded=False), costs
+        )
 
     counting = Tails()
     shared, found = SharedCosts(problem(0.5, counting)), []
@@ -311,7 +306,7 @@ def test_files_hold_their_last_fifth_out(tmp_path):
     assert calibration[0].content == "a" * 80
     assert held_out[0].content == "b" * 20
     calibration, held_out = sweep_texts(["self", "python-docs"], [])
-    assert calibration[0] is None
+    assert calibration[0].source == "self" and not calibration[0].content
     assert held_out[0].content != calibration[1].content
     assert sweep_texts(["self"], [str(file)])[1][0].content == file.read_text()
     with pytest.raises(EigenAttnError, match="--evaluation-text"):

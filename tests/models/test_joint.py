@@ -149,7 +149,7 @@ def test_other_targets(target):
 def test_where_keys_and_values_fill_no_more_half_is_lossless(name, ratio):
     """With as many KV heads as query heads both are made of half as many dimensions: the hidden state's."""
     model, ids = tiny(name), tokens(8, 100)
-    config = EigenAttentionConfig(kv_ratio=ratio, rank_multiple=2, window=WINDOW, share="4kv")
+    config = EigenAttentionConfig(kv_ratio=ratio, rank_multiple=2, window=WINDOW, share="4kv", coded=False)
     report = compress(model, ids.split(1), config)
     assert report.kv_ratio <= ratio
     close(model(tokens(2, 60, seed=9)).logits, tiny(name)(tokens(2, 60, seed=9)).logits, 1e-3)
@@ -165,7 +165,7 @@ def test_all_of_it_is_the_original():
 @torch.no_grad()
 def test_bases_alone(tmp_path):
     model, ids = tiny("llama"), tokens(2, 60)
-    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=WINDOW, share="2kv")
+    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=WINDOW, share="2kv", coded=False)
     compress(model, [ids], config, provenance={"base_model": "base"})
     save_bases(model, tmp_path)
     assert torch.equal(eigenattn.attach(tiny("llama"), tmp_path)(ids).logits, model(ids).logits)
@@ -175,5 +175,5 @@ def test_what_cannot_be_of_both_sides():
     with pytest.raises(EigenAttnError, match="eigen"):
         compress(tiny("llama"), [tokens(1, 60)], EigenAttentionConfig(share="1kv", basis="eigen"))
     with pytest.raises(EigenAttnError, match="not refitted"):
-        EigenAttentionConfig(share="1kv", window=0, refit=True)
-    assert not EigenAttentionConfig(share="1kv", window=0).refit
+        EigenAttentionConfig(share="1kv", window=0, refit=True, coded=False)
+    assert not EigenAttentionConfig(share="1kv", window=0, coded=False).refit

@@ -100,7 +100,7 @@ def test_compressed_as_in_memory(name, config, tmp_path):
 
 def test_layers_measured_together_cost_what_they_cost_alone(tmp_path, monkeypatch):
     whole, spread = made("llama", tmp_path / "base", torch.bfloat16)
-    config = EigenAttentionConfig(kv_ratio=0.4, rank_multiple=2, window=8)
+    config = EigenAttentionConfig(kv_ratio=0.4, rank_multiple=2, window=8, coded=False)
     expected = compress(whole, BATCHES, config)
     monkeypatch.setattr(measure, "LAYERS_A_PASS", 3)
     assert compress(spread, BATCHES, config).layers == expected.layers
@@ -108,7 +108,7 @@ def test_layers_measured_together_cost_what_they_cost_alone(tmp_path, monkeypatc
 
 def test_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(resuming, "SAVE_SECONDS", 0.0)
-    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=0, refit=False)
+    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=0, refit=False, coded=False)
     whole, spread = made("llama", tmp_path / "base")
     compress(whole, BATCHES, config)
 
@@ -133,7 +133,7 @@ def test_command(tmp_path):
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {f"model.layers.{i}": "disk" if i else "cpu" for i in range(3)}
     (tmp_path / "places.json").write_text(json.dumps(places))
-    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=0)
+    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=0, coded=False)
     text = CalibrationText([str(tmp_path / "fox.txt"), "self"], samples=4, length=32)
     found = []
     for name, device in (("whole", "cpu"), ("spread", str(tmp_path / "places.json"))):
@@ -145,7 +145,7 @@ def test_command(tmp_path):
 
 def test_bases_attach_to_a_spread_model(tmp_path):
     whole, spread = made("llama", tmp_path / "base")
-    compress(whole, BATCHES, EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=8))
+    compress(whole, BATCHES, EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=8, coded=False))
     (tmp_path / "bases").mkdir()
     save_bases(whole, tmp_path / "bases")
     attach(spread, tmp_path / "bases")
@@ -156,7 +156,7 @@ def test_bases_attach_to_a_spread_model(tmp_path):
 
 def test_missing_map_on_disk_is_found(tmp_path):
     whole, _ = made("llama", tmp_path / "base")
-    compress(whole, BATCHES, EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=8))
+    compress(whole, BATCHES, EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=8, coded=False))
     whole.save_pretrained(tmp_path / "small")
     path = tmp_path / "small" / "model.safetensors"
     tensors = load_file(path)
@@ -172,7 +172,7 @@ def test_damaged_weight_on_disk_is_named(tmp_path):
     model.save_pretrained(tmp_path / "base")
     spread = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=spread_map("llama"))
     with pytest.raises(EigenAttnError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
-        compress(spread, BATCHES, EigenAttentionConfig(window=8))
+        compress(spread, BATCHES, EigenAttentionConfig(window=8, coded=False))
 
 
 def test_loaded_stays_loaded_and_goes_again(tmp_path):

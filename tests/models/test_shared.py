@@ -110,7 +110,7 @@ def test_save_and_load(coded, name, window, share, tmp_path):
 @pytest.mark.parametrize("share", ["3", "1-3"])
 def test_what_cannot_be_shared(share):
     with pytest.raises(EigenAttnError, match="3 KV heads cannot share a latent where there are 2: choose 1, 2"):
-        compress(tiny("llama"), [tokens(1, 60)], EigenAttentionConfig(share=share))
+        compress(tiny("llama"), [tokens(1, 60)], EigenAttentionConfig(share=share, coded=False))
 
 
 @pytest.mark.parametrize("share", [BOTH, VALUES])
@@ -122,4 +122,4 @@ def test_the_paper_s_bases_share_nothing(share):
 @pytest.mark.parametrize("share", ["2-3", "0", "2kv-2", "2-2kv", "kv", "", "-1", "1.5", 2, None])
 def test_what_is_not_in_the_notation(share):
     with pytest.raises(EigenAttnError, match="share is written 3"):
-        EigenAttentionConfig(share=share)
+        EigenAttentionConfig(share=share, coded=False)

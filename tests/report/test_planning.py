@@ -39,7 +39,7 @@ def test_llama_8b_by_hand(tmp_path):
         llama_8b(tmp_path),
         gpu_memory=80,
         context=131072,
-        config=EigenAttentionConfig(kv_ratio=0.5),
+        config=EigenAttentionConfig(kv_ratio=0.5, coded=False),
     )
     # Embeddings and head, then a layer's q and o, k and v, gate, up and down, and norms.
     parameters = 2 * 128256 * 4096 + 32 * (2 * 4096**2 + 2 * 1024 * 4096 + 3 * 14336 * 4096 + 2 * 4096) + 4096
@@ -110,7 +110,7 @@ def test_planned_is_allocated(name, config, tmp_path):
 def test_bases_are_planned_with_their_model(tmp_path):
     base = save_tiny(tmp_path / "base")
     model = tiny("llama")
-    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=8)
+    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=8, coded=False)
     report = compress(model, tokens(3, 40).split(1), config, provenance={"base_model": str(base)})
     (tmp_path / "bases").mkdir()
     save_bases(model, tmp_path / "bases")
@@ -169,8 +169,11 @@ def test_contexts(text, expected):
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
         ({"dtype": "int3"}, "unknown dtype"),
         ({"config": EigenAttentionConfig(error_budget=0.1)}, "needs a kv_ratio"),
-        ({"config": EigenAttentionConfig(share="3kv")}, "3 KV heads cannot share a latent, of 8"),
-        ({"config": EigenAttentionConfig(share="8kv"), "tensor_parallel_size": 2}, "8 to a latent, cannot be split"),
+        ({"config": EigenAttentionConfig(share="3kv", coded=False)}, "3 KV heads cannot share a latent, of 8"),
+        (
+            {"config": EigenAttentionConfig(share="8kv", coded=False), "tensor_parallel_size": 2},
+            "8 to a latent, cannot be split",
+        ),
     ],
 )
 def test_bad_numbers_are_one_line(options, message, tmp_path):
@@ -185,4 +188,4 @@ def test_a_compressed_model_has_its_own_ratio(tmp_path):
     compress(model, tokens(3, 40).split(1), EigenAttentionConfig(rank_multiple=2, ranks="uniform"))
     model.save_pretrained(tmp_path)
     with pytest.raises(EigenAttnError, match="compressed already"):
-        plan_capacity(str(tmp_path), gpu_memory=1, context=100, config=EigenAttentionConfig(kv_ratio=0.5))
+        plan_capacity(str(tmp_path), gpu_memory=1, context=100, config=EigenAttentionConfig(kv_ratio=0.5, coded=False))

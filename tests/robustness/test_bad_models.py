@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, attach, compress
 from eigenattn.calibration.text import load_text
-from eigenattn.compression.bases import BASES
+from eigenattn.compression.methods import BASES
 from eigenattn.compression.ranks import RANK_RULES
 from eigenattn.evaluation.reading import read
 from eigenattn.models.bases_file import save_bases

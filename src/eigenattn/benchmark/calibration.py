@@ -35,7 +35,7 @@ def _passes(
 
     def statistics() -> None:
         originals = convert_attention(model)
-        Recipe(model, eigen_layers(model), config, batches, TokenProgress(False)).moments()
+        Recipe(model, eigen_layers(model), config, batches, TokenProgress(False)).moments  # noqa: B018 (made when asked for)
         restore_attention(model, originals)
 
     return in_turns({"forward": plain, "statistics": statistics}, device, rounds, warm_up=1)

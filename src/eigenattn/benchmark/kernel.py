@@ -19,6 +19,7 @@ from ..compression.checks import check_sharing
 from ..config import Sharing
 from ..errors import EigenAttnError
 from ..kernels.decoding import Rotary, Side, Step, Window, decode
+from ..kernels.native_library import unavailable
 from ..kernels.selection import HAS_TRITON
 from ..models.loading import dtype_of
 from .timing import copy_bandwidth, device_of, in_turns, machine, recorded
@@ -210,6 +211,7 @@ def benchmark_kernel(
     kernels = [
         *(["torch"] if not fused or shape.batch * shape.length <= 2**18 else []),
         *(["triton"] if fused else []),
+        *(["native"] if where.type == "cpu" and unavailable() is None else []),
     ]
     far, element = shape.length - shape.window, stored.itemsize
     for case, layout in cases.items():

@@ -58,6 +58,12 @@ def second_moment(x: Tensor, valid: Tensor | None, kv_heads: int) -> Tensor:
     return rows.transpose(-1, -2) @ rows
 
 
+class Counted(Protocol):
+    """Sums that know how many tokens they are of."""
+
+    tokens: int
+
+
 class Moments(Protocol):
     """What a basis is made of: sums over calibration text for one layer.
 
@@ -84,6 +90,7 @@ def tensors_of(moments: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 AnyMoments = TypeVar("AnyMoments", bound=Moments)
+Summed = TypeVar("Summed", bound=Counted)
 
 
 @dataclass(frozen=True)
@@ -169,6 +176,15 @@ def collect_moments(
     finally:
         for attention in layers:
             attention.observer = None
+    return checked_moments(layers, moments)
+
+
+def checked_moments(layers: Sequence[EigenAttention], moments: list[Summed]) -> list[Summed]:
+    """The same moments.
+
+    Raises:
+        EigenAttnError: if there were no tokens, or a layer's activations are not finite.
+    """
     for attention, sums in zip(layers, moments, strict=True):
         if sums.tokens == 0:
             raise EigenAttnError("the calibration batches held no tokens.")

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
+from ..calibration.text import DEFAULT_SOURCE
 from ..config import EigenAttentionConfig
 from ..workflows.compress import CalibrationText, compress_checkpoint
 from .common import Json, Model, at_lengths, command, emit, memory_limits, say
@@ -14,10 +16,10 @@ from .options import LoadingOptions
 
 
 @command(
-    "eigenattn compress smollm2 smollm2-60 --kv-ratio 0.6",
-    "eigenattn compress meta-llama/Llama-3.1-8B llama-50 --kv-ratio 0.5 --text wikitext2 --dtype bfloat16",
-    "eigenattn compress smollm2 smollm2-4-bits --coded --kv-ratio 0.25",
-    "eigenattn compress smollm2 smollm2-shared --kv-ratio 0.5 --share 3kv",
+    "eigenattn compress smollm2 smollm2-4-bits",
+    "eigenattn compress meta-llama/Llama-3.1-8B llama-2-bits --kv-ratio 0.14 --dtype bfloat16",
+    "eigenattn compress smollm2 smollm2-shared --kv-ratio 0.14 --share 3kv",
+    "eigenattn compress smollm2 smollm2-60 --uncoded --kv-ratio 0.6 --text wikitext2",
     "eigenattn compress ./my-model ./my-model-small --text prompts.jsonl --text self --length 4096",
     "eigenattn compress meta-llama/Llama-3.1-70B llama-60 --device-map auto --max-memory 0=70GiB,cpu=100GiB",
     "eigenattn compress smollm2 papers-way --basis eigen --ranks error_budget --window 0",
@@ -40,6 +42,12 @@ def compress(
     json_file: Json = None,
 ) -> None:
     """Compress a model's KV cache and write the checkpoint; killed, it goes on with the same command."""
+    if config.coded and text.one_kind:
+        say(
+            Console(stderr=True, highlight=False),
+            f"Calibrated on {text.text[0]} alone, codes lose more on text of other kinds; `--text {DEFAULT_SOURCE}` "
+            "has many.",
+        )
     report = compress_checkpoint(
         model,
         out,

@@ -12,7 +12,7 @@ from ..evaluation.generation import continue_prompt
 from ..models.loading import Source, load_model, load_tokenizer
 from ..report.inspection import inspect_checkpoint
 from ..report.tables import layout_table
-from ..workflows.demo import run_demo
+from ..workflows.demo import RIVAL, run_demo
 from .common import Json, Model, at_lengths, command, emit, rich_table, say
 from .options import EvictionOptions, LoadingOptions, seed_of
 
@@ -69,19 +69,28 @@ def inspect(model: Model, json_file: Json = None) -> None:
         say(console, f"{name}: {value}")
 
 
-@command("eigenattn demo", "eigenattn demo --out smollm2-60", out="Keep the compressed checkpoint here.")
+@command("eigenattn demo", "eigenattn demo --out smollm2-4-bits", out="Keep the compressed checkpoint here.")
 def demo(out: Path | None = None, json_file: Json = None) -> None:
-    """Compress SmolLM2-135M to 60% of its cache, save it, reload it and compare the two."""
+    """Compress SmolLM2-135M to a quarter of its cache, save it, reload it and compare it, also with a rival."""
     result = run_demo(out)
     console = emit(result, json_file)
-    table = Table("", "original", "compressed", title="SmolLM2-135M-Instruct")
-    columns = (result.original, result.compressed)
-    table.add_row("perplexity (held-out text)", *(f"{column.perplexity:.2f}" for column in columns))
-    table.add_row("cache bytes of 1,024 tokens (fp32)", *(f"{column.cache_bytes:,}" for column in columns))
-    table.add_row("tokens a second", *(f"{column.continuation.tokens_per_second:.1f}" for column in columns))
+    table = Table("", "original", RIVAL, "compressed", title="SmolLM2-135M-Instruct, text that nobody calibrated on")
+    columns = (result.original, result.rival, result.compressed)
+    table.add_row("bits an element", *(f"{column.bits:.2f}" for column in columns))
+    table.add_row("perplexity", *(f"{column.perplexity:.2f}" for column in columns))
+    table.add_row("divergence, thousandths of a nat", *(f"{1000 * column.divergence:.2f}" for column in columns))
+    table.add_row(
+        "cache bytes of 1,024 tokens (fp32)",
+        *(f"{column.cache_bytes:,}" if column.cache_bytes is not None else "" for column in columns),
+    )
+    table.add_row(
+        "tokens a second",
+        *(f"{column.continuation.tokens_per_second:.1f}" if column.continuation else "" for column in columns),
+    )
     console.print(table)
     say(console, f"KV ratio {result.kv_ratio:.3f}. The same prompt, continued by both:\n")
-    for title, column in zip(("original", "compressed"), columns, strict=True):
-        console.print(f"[bold]{title}[/bold]")
-        say(console, column.continuation.prompt + column.continuation.text + "\n")
+    for title, column in (("original", result.original), ("compressed", result.compressed)):
+        if column.continuation is not None:
+            console.print(f"[bold]{title}[/bold]")
+            say(console, column.continuation.prompt + column.continuation.text + "\n")
     say(console, f"{result.seconds:.0f} s in all.")

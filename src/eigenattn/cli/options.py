@@ -9,7 +9,7 @@ import typer
 
 from ..cache.rules import EVICTION_RULES
 from ..calibration.text import SOURCES, Text
-from ..compression.bases import BASES
+from ..compression.methods import BASES
 from ..compression.ranks import RANK_RULES
 from ..config import DEFAULT_CODED_RATIO, DEFAULT_KV_RATIO, EigenAttentionConfig
 from ..errors import EigenAttnError
@@ -21,9 +21,11 @@ from ..workflows.compress import CalibrationText
 from .common import WORDS, several
 
 TEXT_HELP = (
-    f"a file of text, or of JSON ({', '.join(JSON_ROWS)}: a text a line, or an array), or one of {', '.join(SOURCES)}"
+    f"a file of text, or of JSON ({', '.join(JSON_ROWS)}: a text or a conversation a line, or an array), or one of "
+    f"{', '.join(SOURCES)}"
 )
-SELF_HELP = f"{TEXT_HELP}, or `self`, which is text that the model writes. May be repeated."
+NO_TEXT_HELP = "Without a text: `random` tokens, `self`, which the model writes, or `none`, half each. May be repeated."
+CALIBRATION_HELP = f"{TEXT_HELP}. {NO_TEXT_HELP}"
 SHARE_HELP = (
     "Which latents are shared. 1: every KV head has its own. 3: three neighbouring KV heads have one together. 1-3: "
     "they share that of their values alone. 3kv: keys and values of the three are one latent. The cache takes the same "
@@ -31,8 +33,9 @@ SHARE_HELP = (
     "divisible."
 )
 CODED_HELP = (
-    "Code each channel of a latent in a few bits, from 0 to 8, chosen channel by channel, where otherwise all are kept "
-    "in 16. The KV ratio counts these bits: 0.25 is 4 bits for each element of the original cache."
+    "Code each channel of a latent in a few bits, from 0 to 8, chosen channel by channel, or keep all in 16. The KV "
+    "ratio counts these bits: 0.25 is 4 bits for each element of the original cache. By default they are coded, unless "
+    "a KV ratio above 0.5, another target, a basis or a rank rule is asked for."
 )
 WINDOW_HELP = "How many of the last tokens are kept exactly, beside the latents of all earlier ones"
 
@@ -40,6 +43,11 @@ WINDOW_HELP = "How many of the last tokens are kept exactly, beside the latents 
 def seed_of(what: str) -> Any:
     """The option for a seed: what torch takes for one, and what a seed is multiplied into."""
     return typer.Option(min=0, max=2**32 - 1, help=f"The seed of {what}.")
+
+
+def coded_or_not(help: str) -> Any:
+    """The option for whether latents are coded, which the configuration chooses if nothing is said."""
+    return typer.Option("--coded/--uncoded", help=help, show_default=False)
 
 
 def sources(help: str, *names: str) -> Any:
@@ -67,12 +75,13 @@ WORDS[LoadingOptions] = {
 }
 WORDS[EigenAttentionConfig] = {
     "kv_ratio": "Compress the cache to this share of its bytes, in (0, 1]. By default "
-    f"{DEFAULT_KV_RATIO}, and {DEFAULT_CODED_RATIO} with --coded.",
+    f"{DEFAULT_CODED_RATIO}, and {DEFAULT_KV_RATIO} where latents are not coded.",
     "error_budget": "Instead of a KV ratio: the relative error that is allowed at each layer's output.",
     "energy": "Instead of a KV ratio: the share of squared singular values to keep in each head, in (0, 1].",
-    "coded": CODED_HELP,
-    "basis": f"How subspaces are found, one of {', '.join(BASES)}: attention minimises the error of attention, "
-    "eigen is the paper's.",
+    "coded": coded_or_not(CODED_HELP),
+    "basis": f"How subspaces are found, one of {', '.join(BASES)}: fisher minimises what the model's predictions lose, "
+    "attention the error of attention, eigen is the paper's. By default fisher for coded latents, and attention for "
+    "others.",
     "ranks": f"How ranks are shared out over the layers, one of {', '.join(RANK_RULES)}. By default by sensitivity "
     "for a KV ratio, and for the other targets by the rule of the same name.",
     "rank_multiple": "Ranks are multiples of this number.",
@@ -84,7 +93,7 @@ WORDS[EigenAttentionConfig] = {
     "window.",
 }
 WORDS[CalibrationText] = {
-    "text": sources(f"What to calibrate on: {SELF_HELP}"),
+    "text": sources(f"What to calibrate on: {CALIBRATION_HELP}"),
     "samples": typer.Option(min=1, help="How many windows to draw from the text."),
     "length": typer.Option(min=2, help="How many tokens a window has."),
     "seed": seed_of("the draw"),

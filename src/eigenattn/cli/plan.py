@@ -12,7 +12,7 @@ from ..config import DEFAULT_CODED_RATIO, DEFAULT_KV_RATIO, EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..report.planning import GIB, CapacityPlan, plan_capacity
 from .common import Json, Model, command, emit
-from .options import CODED_HELP, SHARE_HELP, WINDOW_HELP
+from .options import CODED_HELP, SHARE_HELP, WINDOW_HELP, coded_or_not
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20}
 
@@ -20,13 +20,13 @@ UNITS = {"": 1, "k": 2**10, "m": 2**20}
 @command(
     "eigenattn plan meta-llama/Llama-3.1-8B --gpu-memory 80 --context 128k",
     "eigenattn plan meta-llama/Llama-3.1-70B --gpu-memory 80 --context 32k --tensor-parallel-size 4 --gpus 8",
-    "eigenattn plan meta-llama/Llama-3.1-8B --gpu-memory 24 --context 32k --coded --kv-ratio 0.2 --share 4kv",
+    "eigenattn plan meta-llama/Llama-3.1-8B --gpu-memory 24 --context 32k --kv-ratio 0.2 --share 4kv",
     "eigenattn plan llama-60 --gpu-memory 80 --context 128k --json plan.json",
     gpu_memory="How many GiB of memory each GPU has.",
     context="How many tokens a sequence has, prompt and answer: 32768, or 32k.",
     kv_ratio="The share of its cache's bytes that the model would be compressed to. By default "
-    f"{DEFAULT_KV_RATIO}, and {DEFAULT_CODED_RATIO} with --coded. Only for an original.",
-    coded=f"{CODED_HELP} Only for an original.",
+    f"{DEFAULT_CODED_RATIO}, and {DEFAULT_KV_RATIO} with --uncoded. Only for an original.",
+    coded=coded_or_not(f"{CODED_HELP} Only for an original."),
     window=f"{WINDOW_HELP}; 32 by default. Only for an original.",
     share=f"{SHARE_HELP} Only for an original.",
     tensor_parallel_size=typer.Option(min=1, help="How many GPUs share the heads of one copy of the model."),
@@ -41,7 +41,7 @@ def plan(
     gpu_memory: float,
     context: str,
     kv_ratio: float | None = None,
-    coded: bool = False,
+    coded: bool | None = None,
     window: int | None = None,
     share: str | None = None,
     tensor_parallel_size: int = 1,
@@ -51,7 +51,7 @@ def plan(
     json_file: Json = None,
 ) -> None:
     """Say how many sequences fit on GPUs, before and after. Only the configuration is read."""
-    options = {"kv_ratio": kv_ratio, "coded": coded or None, "window": window, "share": share}
+    options = {"kv_ratio": kv_ratio, "coded": coded, "window": window, "share": share}
     chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     found = plan_capacity(
         model,

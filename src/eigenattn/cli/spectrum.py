@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..compression.bases import BASES
+from ..compression.methods import BASES
 from ..evaluation.spectra import FILE, SIDES
 from ..workflows.compress import CalibrationText
 from ..workflows.spectrum import write_spectra
 from .common import WORDS, Json, Model, command, emit, say
-from .options import SELF_HELP, WINDOW_HELP, LoadingOptions, sources
+from .options import CALIBRATION_HELP, WINDOW_HELP, LoadingOptions, sources
 
 # Energies whose ranks the table shows.
 SHOWN = (0.9, 0.99)
@@ -27,7 +27,7 @@ class SpectrumText(CalibrationText):
     samples: int = 16
 
 
-WORDS[SpectrumText] = WORDS[CalibrationText] | {"text": sources(f"What to read: {SELF_HELP}")}
+WORDS[SpectrumText] = WORDS[CalibrationText] | {"text": sources(f"What to read: {CALIBRATION_HELP}")}
 
 
 @command(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..calibration.text import DEFAULT_SOURCE
-from ..compression.bases import BASES
+from ..compression.methods import BASES
 from ..compression.ranks import RANK_RULES
 from ..errors import EigenAttnError
 from ..evaluation.grid import Grid
@@ -20,8 +20,8 @@ from ..report.tables import calibrations, sweep_table
 from ..workflows.sweep import Calibration, run_sweep, sweep_texts
 from .common import WORDS, Json, Model, command, emit, rich_table, say, several
 from .options import (
+    CALIBRATION_HELP,
     CODED_HELP,
-    SELF_HELP,
     SHARE_HELP,
     WINDOW_HELP,
     EvaluationOptions,
@@ -33,6 +33,8 @@ from .options import (
 # By default, of latents in 16 bits and of coded ones.
 RATIOS, CODED_RATIOS = "0.9,0.8,0.7,0.6,0.5", "0.25,0.1875,0.125"
 LIST = "Several are separated by commas."
+# Without variants, which docs/evaluation.md has.
+RIVAL_NAMES = ", ".join(name for name in RIVALS if not name.endswith(("-rotated", "-centred", "-sinks")))
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class GridOptions:
 
     kv_ratio: str = ""
     coded: bool = False
-    basis: str = "attention"
+    basis: str = ""
     ranks: str = "sensitivity"
     window: str = "32"
     share: str = "1"
@@ -58,7 +60,7 @@ class GridOptions:
         return Grid(
             kv_ratios=several("--kv-ratio", self.kv_ratio or (CODED_RATIOS if self.coded else RATIOS), float),
             coded=self.coded,
-            bases=several("--basis", self.basis),
+            bases=several("--basis", self.basis or ("fisher" if self.coded else "attention")),
             ranks=several("--ranks", self.ranks),
             windows=several("--window", self.window, int),
             share=several("--share", self.share),
@@ -75,7 +77,7 @@ WORDS[GridOptions] = {
         metavar="LIST",
     ),
     "coded": CODED_HELP,
-    "basis": f"How subspaces are found: {', '.join(BASES)}. {LIST}",
+    "basis": f"How subspaces are found: {', '.join(BASES)}. {LIST} By default attention, and fisher with --coded.",
     "ranks": f"How ranks are shared out over the layers: {', '.join(RANK_RULES)}. {LIST}",
     "window": f"{WINDOW_HELP}. {LIST}",
     "share": f"{SHARE_HELP} {LIST}",
@@ -92,8 +94,8 @@ WORDS[GridOptions] = {
     "eigenattn sweep my-model sweep --kv-ratio 0.6,0.4 --basis attention,eigen --window 0,32 --text prompts.jsonl",
     "eigenattn sweep smollm2 sweep --coded --share 1,3kv --rivals plain-4,plain-2 --tasks my-task.jsonl",
     "eigenattn sweep smollm2 study --each-text --text wikitext2 --text python-docs --text self --samples 4,8,16,32",
-    rivals=typer.Option(help=f"Compare with plain quantised caches: {', '.join(RIVALS)}. {LIST}", metavar="LIST"),
-    text=sources(f"What to calibrate on: {SELF_HELP}"),
+    rivals=typer.Option(help=f"Compare with caches that need no text: {RIVAL_NAMES}. {LIST}", metavar="LIST"),
+    text=sources(f"What to calibrate on: {CALIBRATION_HELP}"),
     evaluation_text=sources(
         "What to evaluate on. By default what named sources hold out, and the last fifth of files."
     ),

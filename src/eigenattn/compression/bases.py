@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cache.layout import SIDES
 from ..calibration.attention_moments import AttentionMoments, Sums
-from ..calibration.statistics import LayerMoments, Moments
-from ..config import Sharing
-from ..models.attention import EigenAttention
+from ..calibration.statistics import LayerMoments
 from .basis import Basis, orthonormal
 
 TINY = torch.finfo(torch.float64).tiny
@@ -99,7 +94,7 @@ def _spreads(moments: AttentionMoments) -> list[tuple[Tensor, Tensor]]:
         return [(covariance[:, half, half], mean[:, half]) for half in _halves(mean)]
     share = moments.outputs.weight.clamp_min(TINY)
     mean = moments.outputs.first / share[:, None]
-    found = [_spread(moments.vectors), (moments.outputs.second - outer(mean) * share[:, None, None], mean)]
+    found = [spread(moments.vectors), (moments.outputs.second - outer(mean) * share[:, None, None], mean)]
     if not moments.shrinkage:
         return found
     return [
@@ -108,7 +103,7 @@ def _spreads(moments: AttentionMoments) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _spread(sums: Sums) -> tuple[Tensor, Tensor]:
+def spread(sums: Sums) -> tuple[Tensor, Tensor]:
     """Covariance [G/N, n, n] and mean [G/N, n] of tokens, each counted with the attention it gets.
 
     Divided by the weight here, not in the metric: the product is the sum of squared errors over all pairs.
@@ -126,7 +121,7 @@ def _shrunk(covariance: Tensor, prior: Tensor, shrinkage: float) -> Tensor:
 
 def _spread_of_both(moments: AttentionMoments) -> tuple[Tensor, Tensor]:
     """Covariance [G/N, 2 * N * D, 2 * N * D] and mean of keys and values side by side, shrunk if asked for."""
-    covariance, mean = _spread(moments.vectors)
+    covariance, mean = spread(moments.vectors)
     if not moments.shrinkage:
         return covariance, mean
     # Keys and values have units of their own, so the prior of each is scaled for itself.
@@ -173,41 +168,3 @@ def best_maps(metric: Tensor, covariance: Tensor, mean: Tensor) -> Basis:
     inverse = (vectors / values.clamp_min(TINY).sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
     basis = orthonormal(root @ covariance @ root)
     return Basis(root @ basis.encoder, basis.decoder @ inverse, basis.spectrum, mean)
-
-
-@dataclass(frozen=True)
-class BasisMethod:
-    """A kind of basis. Another package adds its own to `BASES`.
-
-    Args:
-        moments: the empty moments of a layer, `(attention, window, sharing, shrinkage)`; they hold sums over all pairs,
-            or over what the window leaves.
-        build: the bases of keys and of values at full rank that moments give.
-        supports: the features (`eigenattn.compression.recipe.FEATURES`) that the basis goes with. `coded` needs a
-            spectrum in whose units a squared error of a latent counts.
-        build_both: one basis of both sides, `(moments, key_weight, value_weight)`, where a unit of error of either
-            costs the model so much; None if keys and values cannot share latents. Moments for them have to give bases
-            by `build`, too.
-    """
-
-    moments: Callable[[EigenAttention, int, Sharing, float], Moments]
-    build: Callable[[Any], tuple[Basis, Basis]]
-    supports: frozenset[str] = frozenset()
-    build_both: Callable[[Any, float, float], Basis] | None = None
-
-    @property
-    def features(self) -> frozenset[str]:
-        """All that it supports."""
-        return self.supports if self.build_both is None else self.supports | {"both sides"}
-
-
-# The paper's moments are over all tokens, whatever the window, and of single heads.
-BASES: dict[str, BasisMethod] = {
-    "eigen": BasisMethod(lambda attention, *_: LayerMoments.of(attention), eigen, frozenset({"window", "refit"})),
-    "attention": BasisMethod(
-        AttentionMoments.of,
-        attention,
-        frozenset({"window", "coded", "shared heads", "shrinkage", "refit"}),
-        attention_of_both,
-    ),
-}

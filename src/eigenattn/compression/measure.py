@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..calibration.passes import decoder_layers, embeddings_loaded, hidden, stubbed
 from ..calibration.statistics import Batch, forward_hidden
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
@@ -18,7 +19,6 @@ from ..models.placement import is_spread, loaded
 from ..progress import TASK, TokenProgress
 from .basis import Bases, truncated
 from .folding import attach, detach
-from .passes import decoder_layers, embeddings_loaded, hidden, stubbed
 from .rank_problem import Ranks
 from .resuming import MemoisedMeasurements
 

@@ -38,16 +38,18 @@ class RankProblem:
         spectra: those of each layer's latents, [G/N, D] each, descending.
         config: the target, and the multiple that ranks are held to.
         costs: measures what truncation costs, by running the model.
+        in_nats: whether spectra say already what it costs, in nats a token.
     """
 
     spectra: Sequence[tuple[Tensor, ...]]
     config: EigenAttentionConfig
     costs: Costs
+    in_nats: bool = False
 
     @classmethod
-    def of(cls, bases: Bases, config: EigenAttentionConfig, costs: Costs) -> RankProblem:
+    def of(cls, bases: Bases, config: EigenAttentionConfig, costs: Costs, in_nats: bool = False) -> RankProblem:
         """The problem of bases at full rank."""
-        return cls([tuple(basis.spectrum.cpu() for basis in layer) for layer in bases], config, costs)
+        return cls([tuple(basis.spectrum.cpu() for basis in layer) for layer in bases], config, costs, in_nats)
 
     @property
     def kv_ratio(self) -> float:

@@ -10,17 +10,18 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 
 from ..calibration.checks import check_tokens
-from ..calibration.statistics import Batch, Moments, collect_moments
+from ..calibration.statistics import Batch, Moments
 from ..config import TARGETS, EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..journal import Journal
 from ..models.attention import EigenAttention
 from ..models.placement import input_device
 from ..progress import Clock, TokenProgress
-from .bases import BASES, WEIGHED_AT
+from .bases import WEIGHED_AT
 from .basis import Bases, truncated
 from .checks import check_range, check_sharing
 from .measure import Measurement
+from .methods import BASES
 from .quantise import Fitted, equivalent_ratio, fit_quantisers, quantise_bases
 from .rank_problem import RankProblem
 from .ranks import RANK_RULES
@@ -36,7 +37,7 @@ COST_TOKENS = 1024
 # What a configuration may ask of a basis (`BasisMethod.supports`), and when it does.
 FEATURES: dict[str, Callable[[EigenAttentionConfig], bool]] = {
     "window": lambda config: config.window > 0,
-    "coded": lambda config: config.coded,
+    "coded": lambda config: bool(config.coded),
     "shared heads": lambda config: config.sharing.values > 1,
     "both sides": lambda config: config.sharing.joint,
     "shrinkage": lambda config: config.shrinkage > 0,
@@ -134,10 +135,12 @@ class Recipe:
         check_sharing(layers[0].kv_heads, config.sharing)
         self.model, self.layers, self.config, self.bars, self.journal = model, layers, config, bars, journal
         self.clock = clock or Clock()
-        self.method = BASES[config.basis]
-        self.text = Text(batches, model, again=bool(config.refit) or config.coded)
+        self.method = _named(BASES, config.basis)
+        another_pass = bool(config.coded) and self.method.quantisers is None
+        self.text = Text(batches, model, again=bool(config.refit) or another_pass)
         self.memo = MemoisedMeasurements(journal)
 
+    @cached_property
     def moments(self) -> list[Moments]:
         """The moments of each layer, from one pass over the text.
 
@@ -150,7 +153,7 @@ class Recipe:
         with self.clock.stage("statistics"):
             batches = resumable.batches(self.text.first_pass())
             shown = self.bars.batches("Calibrating", batches, self.text.count)
-            found = collect_moments(self.model, self.layers, shown, resumable.empty)
+            found = self.method.collect(self.model, self.layers, shown, resumable.empty)
         if config.kv_ratio != 1 and self.text.longest <= config.window:
             raise EigenAttnError(
                 f"the calibration sequences have {self.text.longest} tokens at most, and the window keeps "
@@ -161,7 +164,7 @@ class Recipe:
     @cached_property
     def bases(self) -> Bases:
         """The bases of each layer's latents at full rank."""
-        moments = self.moments()
+        moments = self.moments
         with self.clock.stage("bases"):
             bases: Bases = [self.method.build(sums) for sums in moments]
             build_both = self.method.build_both
@@ -178,13 +181,15 @@ class Recipe:
 
     def _problem_of(self, bases: Bases) -> RankProblem:
         costs = Measurement(self.model, self.layers, bases, self.config.window, self.text.judged, self.bars, self.memo)
-        return RankProblem.of(bases, self.config, costs)
+        return RankProblem.of(bases, self.config, costs, self.method.in_nats)
 
     @cached_property
     def quantisers(self) -> list[tuple[Fitted, ...]]:
-        """Quantisers of each layer's latents, of all widths, from another pass over the text."""
-        bases = self.bases
+        """Quantisers of each layer's latents, of all widths, from moments or another pass over the text."""
+        bases, of_moments = self.bases, self.method.quantisers
         with self.clock.stage("quantisers"):
+            if of_moments is not None:
+                return [of_moments(*each) for each in zip(self.moments, bases, strict=True)]
             batches = self.bars.batches("Fitting quantisers", self.text, self.text.count)
             return fit_quantisers(self.model, self.layers, bases, batches, self.config.window)
 

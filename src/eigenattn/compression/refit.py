@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..cache.sight import Near
+from ..calibration.passes import decoder_layers, embeddings_loaded, layer_output
 from ..calibration.statistics import Batch
 from ..journal import Journal
 from ..kernels.blocks import FarKeys, attend
@@ -25,7 +26,6 @@ from ..progress import TASK, TokenProgress
 from . import resuming
 from .basis import Bases, Basis
 from .folding import attach, detach
-from .passes import decoder_layers, embeddings_loaded, layer_output
 
 STAGE = "refit"
 # How far decoders are held to what they were, as a share of the mean energy of what they decode (chosen).

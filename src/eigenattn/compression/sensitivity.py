@@ -29,6 +29,8 @@ def sensitivity(problem: RankProblem) -> Ranks:
 
 def sensitivities(problem: RankProblem) -> list[tuple[float, ...]]:
     """What a unit of each latent's tail costs the model, layer by layer, near the problem's KV ratio."""
+    if problem.in_nats:
+        return [(1.0,) * len(layer) for layer in problem.spectra]
     weights = _measured_weights(problem)
     ranks = allot(problem, _costs(problem, weights))
     return [
@@ -54,6 +56,8 @@ def measured_costs(problem: RankProblem) -> list[tuple[Tensor, ...]]:
     Returns:
         For each layer, for each of its latents, the costs at ranks 0 .. D in nats a token, [D + 1].
     """
+    if problem.in_nats:
+        return [tuple(tail(spectrum) for spectrum in layer) for layer in problem.spectra]
     return _costs(problem, _measured_weights(problem))
 
 

@@ -1,4 +1,4 @@
-"""Smaller caches by plain quantisation, as curves to compare with: what transformers offers, and a stronger one."""
+"""Smaller caches to compare with, which need no text: what transformers offers, and stronger ones from papers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, QuantizedCache
 
+from ..cache.layout import Layout
 from ..compression.folding import attach, detach
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
+from ..models.families import family_of
+from ..models.rotary import rotate
 from .reading import Logits, uncached
+from .rounding import GROUP, STORED, ChannelCode, Code, HadamardCode, LatticeCode, SphereCode, half
 
-# Elements that share a scale and a zero point (transformers' own default).
-GROUP = 64
+# First tokens that are kept exactly, where any are (KVTC, arXiv 2511.01815, keeps as many).
+SINKS = 4
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,11 @@ class Rival(ABC):
 
     @abstractmethod
     def bits_per_element(self, head_dim: int) -> float:
-        """Bits a cached element takes, all that is stored beside it included."""
+        """Bits that an element of a token outside the window takes, all that is stored beside it included."""
+
+    def once_a_sequence(self, layout: Layout) -> float:
+        """Bytes that one layer of an uncompressed model takes more, once a sequence; none by default."""
+        return 0.0
 
     def check(self, config: Any, window: int) -> None:
         """Raise an `EigenAttnError` if such a model, of which `config` is the configuration, has no such cache."""
@@ -74,16 +83,42 @@ class Rival(ABC):
         """
 
 
-class PlainRival(Rival):
-    """What transformers does not have: keys quantised per channel and before rotation, values per token.
+@dataclass(frozen=True)
+class RoundedRival(Rival):
+    """What transformers does not have: keys and values in some code, beside the same window of exact tokens as ours.
 
-    They stand beside the same window of exact tokens as ours. Elements are rounded and not packed. So does KIVI (arXiv
-    2402.02750), and before rotation KVQuant (arXiv 2401.18079).
+    Elements are rounded and not packed.
+
+    Args:
+        code: of keys and values.
+        after_rotary: whether keys are coded as they are rotated to their positions, and not before.
+        centred: whether the mean of each channel of keys is taken out, over all tokens of a prefill outside the window,
+            and stored once a sequence. Here the whole text is the prefill.
+        sinks: first tokens that are kept exactly.
     """
 
+    code: Code = field(kw_only=True)
+    after_rotary: bool = False
+    centred: bool = False
+    sinks: int = 0
+
     def bits_per_element(self, head_dim: int) -> float:
-        """Scale and zero point of a group at 16 bits included."""
-        return self.bits + 16 / GROUP + 16 / min(GROUP, head_dim)
+        """Norms, scales and zero points at 16 bits included."""
+        return self.code.bits_per_element(head_dim)
+
+    def once_a_sequence(self, layout: Layout) -> float:
+        """Means, and what exact tokens take more."""
+        means = layout.kv_heads * layout.head_dim * STORED / 8 if self.centred else 0
+        more = (STORED - self.bits_per_element(layout.head_dim)) / 8
+        return means + self.sinks * layout.original_elements * more
+
+    def check(self, config: Any, window: int) -> None:
+        """Raise an `EigenAttnError` if keys are not rotated, or vectors have no such code."""
+        text = config.get_text_config(decoder=True)
+        family = family_of(text)
+        if self.after_rotary and family.positions_of(text) != "rotary":
+            raise EigenAttnError(f"{self.name} rotates keys to their positions, and this model has none to rotate by.")
+        self.code.check(family.head_dim(text))
 
     @contextmanager
     def reading(self, layers: Sequence[EigenAttention], window: int) -> Iterator[Logits]:
@@ -91,17 +126,36 @@ class PlainRival(Rival):
         try:
             for attention in layers:
                 attach(attention, (), window)
-                attention.rounded = self._rounded
+                attention.rounded = partial(self._rounded, attention)
             yield uncached
         finally:
             for attention in layers:
                 del attention.rounded
                 detach(attention)
 
-    def _rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """In place of `EigenAttention.rounded`: of [B, G, S, D], keys per channel and values per token."""
-        by_channel = rounded_in_groups(keys.transpose(-1, -2), self.bits)
-        return by_channel.transpose(-1, -2), rounded_in_groups(values, self.bits)
+    def round(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes back of keys and values [B, G, S, D] of all tokens outside the window, in fp32."""
+        exact, far = keys[:, :, : self.sinks], keys[:, :, self.sinks :]
+        if not far.shape[2]:
+            return keys, values
+        mean = half(far.mean(2, keepdim=True)) if self.centred else torch.zeros_like(far[:, :, :1])
+        keys = torch.cat([exact, self.code.rounded_keys(far - mean) + mean], dim=2)
+        exact, far = values[:, :, : self.sinks], values[:, :, self.sinks :]
+        return keys, torch.cat([exact, self.code.rounded(far)], dim=2)
+
+    def _rounded(self, attention: EigenAttention, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """In place of `EigenAttention.rounded`, of keys before rotation."""
+        dtype, keys, values = keys.dtype, keys.float(), values.float()
+        if not (self.after_rotary and attention.rotates_far):
+            keys, values = self.round(keys, values)
+            return keys.to(dtype), values.to(dtype)
+        count, interleaved = keys.shape[2], attention.family.interleaved
+        # Some kinds of scaling go by the last position, which is in the window.
+        positions = torch.arange(count + attention.layout.window, device=keys.device)[None]
+        cos, sin = (x[:, :count] for x in attention.angles(keys, positions))
+        keys, values = self.round(rotate(keys, cos, sin, interleaved), values)
+        square = cos.square() + sin.square()  # some kinds of scaling make vectors longer, too
+        return rotate(keys, cos / square, -sin / square, interleaved).to(dtype), values.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -125,7 +179,7 @@ class QuantisedCacheRival(Rival):
 
     def bits_per_element(self, head_dim: int) -> float:
         """Scale and zero point of a group at 16 bits included."""
-        return self.bits + 2 * 16 / GROUP if self.grouped else self.bits
+        return self.bits + 2 * STORED / GROUP if self.grouped else self.bits
 
     def check(self, config: Any, window: int) -> None:
         """Raise an `EigenAttnError` if transformers does not quantise the cache of such a model so."""
@@ -170,14 +224,23 @@ def _installed(package: str) -> bool:
         return False
 
 
-def rounded_in_groups(x: Tensor, bits: int) -> Tensor:
-    """Vectors [..., n] quantised uniformly from the least to the greatest of each group along the last dimension."""
-    pieces = []
-    for piece in x.split(GROUP, dim=-1):
-        low, high = piece.amin(-1, keepdim=True).half().to(x.dtype), piece.amax(-1, keepdim=True)
-        step = ((high - low) / (2**bits - 1)).half().to(x.dtype).clamp_min(1e-7)
-        pieces.append(low + ((piece - low) / step).round().clamp(0, 2**bits - 1) * step)
-    return torch.cat(pieces, dim=-1) if pieces else x
+def _variants() -> Iterator[RoundedRival]:
+    """Codes at 4, 3 and 2 bits, with what keys are coded beside: `-rotated`, `-centred`, `-sinks`."""
+    for bits in (4, 3, 2):
+        yield RoundedRival(f"kivi-{bits}", bits, code=ChannelCode(bits), after_rotary=True)
+        for name, code in (
+            (f"hadamard-{bits}-64", HadamardCode(bits)),
+            (f"hadamard-{bits}-32", HadamardCode(bits, symmetric=True)),
+            (f"e8-{bits}", LatticeCode(bits)),
+            (f"turboquant-{bits}-nc", SphereCode(bits, corrected=True)),
+        ):
+            yield RoundedRival(name, bits, code=code)
+            yield RoundedRival(f"{name}-centred-sinks", bits, code=code, centred=True, sinks=SINKS)
+        for after_rotary, centred, sinks in product((False, True), repeat=3):
+            ends = zip(("rotated", "centred", "sinks"), (after_rotary, centred, sinks), strict=True)
+            name = "-".join([f"turboquant-{bits}", *(end for end, given in ends if given)])
+            options = {"after_rotary": after_rotary, "centred": centred, "sinks": SINKS * sinks}
+            yield RoundedRival(name, bits, code=SphereCode(bits), **options)
 
 
 # HQQ quantises along axis 1 only in a form that is as good as along axis 0, and works on every device; so its codes of
@@ -185,7 +248,8 @@ def rounded_in_groups(x: Tensor, bits: int) -> Tensor:
 RIVALS: dict[str, Rival] = {
     rival.name: rival
     for rival in (
-        *(PlainRival(f"plain-{bits}", bits) for bits in (8, 4, 3, 2)),
+        *(RoundedRival(f"plain-{bits}", bits, code=ChannelCode(bits)) for bits in (8, 4, 3, 2)),
+        *_variants(),
         *(QuantisedCacheRival(f"quanto-{bits}", bits, "optimum.quanto", "quanto") for bits in (4, 2)),
         *(
             QuantisedCacheRival(f"hqq-{bits}", bits, "hqq", "hqq", {"axis_key": 1, "axis_value": 1})

@@ -109,8 +109,12 @@ def _sizes(token: float, sequence: float, original_token: int, length: int) -> d
 
 
 def rival_sizes(layouts: Sequence[Layout], rival: Rival, window: int, length: int) -> dict[str, Any]:
-    """The same of a plain quantised cache that holds up to `window` tokens exactly."""
+    """The same of a plain quantised cache that holds up to `window` tokens exactly.
+
+    What it stores once a sequence is counted as a part of each token outside the window.
+    """
     original = baseline_bytes_per_token(layouts, HALF)
-    token = original * rival.bits_per_element(layouts[0].head_dim) / (8 * HALF)
     exact = min(window, length) if rival.keeps_window else 0
+    once = sum(rival.once_a_sequence(layout) for layout in layouts)
+    token = original * rival.bits_per_element(layouts[0].head_dim) / (8 * HALF) + once / max(length - exact, 1)
     return _sizes(token, token * (length - exact) + original * exact, original, length)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from .reference import attend as reference_attend
 from .sdpa import attend as sdpa_attend
-from .selection import use
+from .selection import decoding_step_reason, use
 
-__all__ = ["BACKENDS", "reference_attend", "sdpa_attend", "use"]
+__all__ = ["BACKENDS", "decoding_step_reason", "reference_attend", "sdpa_attend", "use"]
 
 BACKENDS: dict[str, Callable] = {"eager": reference_attend, "sdpa": sdpa_attend}

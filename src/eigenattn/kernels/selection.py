@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import EigenAttnError
+from .native_library import unavailable
 
-CHOICES = ("auto", "torch", "triton")
+CHOICES = ("auto", "torch", "triton", "native")
 VARIABLE = "EIGENATTN_KERNELS"
 HAS_TRITON = find_spec("triton") is not None
 HALF = (torch.bfloat16, torch.float16)
@@ -23,22 +24,25 @@ def _check(name: str) -> None:
         raise EigenAttnError(f"unknown kernels {name!r}: choose one of {', '.join(CHOICES)}.")
     if name == "triton" and not HAS_TRITON:
         raise EigenAttnError("triton kernels need triton: pip install 'eigenattn[triton]'.")
+    if name == "native" and (reason := unavailable()) is not None:
+        raise EigenAttnError(f"there are no native kernels: {reason}.")
 
 
 def use(name: str) -> str:
     """Choose the kernels that models decode with, for the whole process.
 
     Args:
-        name: `auto`, the fused Triton kernel on GPUs that have Triton, in half precision; `torch`, PyTorch's own
-            operations always; `triton`, the fused kernel in fp32 too, and on a CPU under `TRITON_INTERPRET=1`. What the
-            kernel cannot serve (gradients, attention weights, other attention implementations) is left to PyTorch by
-            all of them. The environment variable `EIGENATTN_KERNELS` says the same from outside.
+        name: `auto`, the fused Triton kernel on GPUs that have Triton, in half precision, and the native one on CPUs
+            with a C++ compiler; `torch`, PyTorch's own operations always; `triton`, the fused kernel in fp32 too, and
+            on a CPU under `TRITON_INTERPRET=1`; `native`, the same as `auto` on a CPU, and an error where it cannot be
+            had. What a kernel cannot serve (gradients, attention weights, other attention implementations) is left to
+            PyTorch by all of them. The environment variable `EIGENATTN_KERNELS` says the same from outside.
 
     Returns:
         What was chosen before.
 
     Raises:
-        EigenAttnError: on another name, or without Triton where it is asked for.
+        EigenAttnError: on another name, or without Triton or a compiler where they are asked for.
     """
     global _chosen
     _check(name)
@@ -47,12 +51,24 @@ def use(name: str) -> str:
 
 
 def decoding_backend(q: Tensor) -> str:
-    """The backend of `eigenattn.kernels.decoding` for queries of this device and dtype.
+    """The backend of `eigenattn.kernels.decoding` for queries of this device and dtype; it may decline a step.
 
     Raises:
         EigenAttnError: if the environment asks for what is not there.
     """
     if _chosen == "auto":
-        return "triton" if q.is_cuda and q.dtype in HALF and HAS_TRITON else "torch"
+        if q.is_cuda:
+            return "triton" if q.dtype in HALF and HAS_TRITON else "torch"
+        return "native" if q.device.type == "cpu" and unavailable() is None else "torch"
     _check(_chosen)
+    if _chosen == "native":
+        return "native" if q.device.type == "cpu" else "torch"
     return "triton" if _chosen == "triton" and q.dtype in (*HALF, torch.float32) else "torch"
+
+
+def decoding_step_reason() -> str:
+    """Which decoding step models run on this machine's CPU, and why."""
+    if _chosen in ("torch", "triton"):
+        return f"{_chosen}, as chosen (`eigenattn.kernels.use`, or {VARIABLE})"
+    reason = unavailable()
+    return "native" if reason is None else f"torch: {reason}"

@@ -85,6 +85,13 @@ class ForwardPass:
         """Vectors [B, heads, T, D] of the current tokens at their positions; as they are without rotary positions."""
         return x if self._cos_sin is None else rotate(x, *self._cos_sin, self.layer.family.interleaved)
 
+    def rotated_back(self, x: Tensor) -> Tensor:
+        """Gradients [B, heads, T, D] at rotated vectors as ones at vectors before rotation: the transpose of it."""
+        if self._cos_sin is None:
+            return x
+        cos, sin = self._cos_sin
+        return rotate(x, cos, -sin, self.layer.family.interleaved)
+
     def memoised(self, name: Hashable, compute: Callable[[], Any]) -> Any:
         """What `compute` gives, once for all layers of a pass with a cache."""
         return compute() if self.cache is None else CacheContext.of(self.cache).memoised(name, compute)

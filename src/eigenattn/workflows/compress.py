@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration.text import DEFAULT_SOURCE, Text
-from ..calibration.windows import complete, described, load_texts, text_windows
+from ..calibration.windows import WITHOUT_TEXT, complete, described, load_texts, text_windows, unwritten
 from ..compression.pipeline import CompressionReport, compress
 from ..compression.recipe import check_supported
 from ..config import EigenAttentionConfig
@@ -30,7 +30,8 @@ class CalibrationText:
     """What a model is calibrated on: windows drawn from texts.
 
     Args:
-        text: text sources (`eigenattn.calibration.text.load_text`); `self` is text that the model writes.
+        text: text sources (`eigenattn.calibration.text.load_text`); or one that needs no text
+            (`eigenattn.calibration.windows.WITHOUT_TEXT`).
         samples, length, seed: how many windows of how many tokens are drawn, and the seed of the draw.
     """
 
@@ -40,12 +41,17 @@ class CalibrationText:
     seed: int = 0
 
     @property
+    def one_kind(self) -> bool:
+        """Whether it is all from one source, and that is neither of many kinds nor the model's own."""
+        return len(self.text) == 1 and self.text[0] not in (DEFAULT_SOURCE, *WITHOUT_TEXT)
+
+    @property
     def drawn(self) -> dict[str, int]:
         """Which windows are drawn, as `text_windows` takes it and checkpoints record it."""
         return {"samples": self.samples, "length": self.length, "seed": self.seed}
 
-    def load(self) -> list[Text | None]:
-        """The texts; None stands for what the model writes.
+    def load(self) -> list[Text]:
+        """The texts; those that need none have no content.
 
         Raises:
             EigenAttnError: if one cannot be read.
@@ -89,7 +95,7 @@ def compress_checkpoint(
     command = {
         "verb": "compress",
         "model": identity(source.path, source.gguf_file),
-        "text": [each.sha256 if each else None for each in texts],
+        "text": [described(each) for each in texts],
         **text.drawn,
         **config.to_dict(),
         "bases_only": bases_only,
@@ -121,12 +127,12 @@ def compress_checkpoint(
     return report
 
 
-def _windows(parts: Sequence[Tensor | int], model: PreTrainedModel, text: CalibrationText, journal: Journal) -> Tensor:
+def _windows(parts: Sequence[Tensor], model: PreTrainedModel, text: CalibrationText, journal: Journal) -> Tensor:
     """All calibration windows; those the model writes go to the journal, for writing takes long."""
     finished = journal.read("windows")
     if finished is not None:
         return finished[0]["windows"]
     windows = complete(parts, model, text.length, text.seed)
-    if any(isinstance(part, int) for part in parts):
+    if unwritten(parts, text.length):
         journal.write("windows", {"windows": windows})
     return windows

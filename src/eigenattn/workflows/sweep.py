@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.statistics import Batch
-from ..calibration.text import SOURCES, Text, load_text
-from ..calibration.windows import SELF, complete, described, load_texts, text_windows
+from ..calibration.text import SOURCES, Kind, Text, load_text
+from ..calibration.windows import WITHOUT_TEXT, complete, described, load_texts, text_windows
 from ..errors import EigenAttnError
 from ..evaluation.grid import Cell, Grid
 from ..evaluation.measuring import EvaluationPlan, measure, report
@@ -26,8 +26,8 @@ from ..progress import Clock, TokenProgress
 HELD_OUT = 5
 
 
-def sweep_texts(sources: Sequence[str], evaluation: Sequence[str]) -> tuple[list[Text | None], list[Text]]:
-    """Texts to calibrate on, None standing for `self`, and texts to evaluate on, which share nothing with them.
+def sweep_texts(sources: Sequence[str], evaluation: Sequence[str]) -> tuple[list[Text], list[Text]]:
+    """Texts to calibrate on, and texts to evaluate on, which share nothing with them.
 
     Args:
         evaluation: other sources to evaluate on. By default the same: named ones have a held-out part, and of a file
@@ -38,32 +38,42 @@ def sweep_texts(sources: Sequence[str], evaluation: Sequence[str]) -> tuple[list
     """
     if evaluation:
         return load_texts(sources), [load_text(source, "evaluation") for source in evaluation]
-    calibration: list[Text | None] = []
-    held_out = []
+    calibration, held_out = [], []
     for source, text in zip(sources, load_texts(sources), strict=True):
-        if text is None or source in SOURCES:
+        if source in WITHOUT_TEXT or source in SOURCES:
             calibration.append(text)
-            held_out += [] if source == SELF else [load_text(source, "evaluation")]
+            held_out += [] if source in WITHOUT_TEXT else [load_text(source, "evaluation")]
             continue
-        cut = len(text.content) - len(text.content) // HELD_OUT
-        calibration.append(Text(f"{text.source}, first part", text.content[:cut]))
-        held_out.append(Text(f"{text.source}, last fifth", text.content[cut:]))
+        first, last = _first_and_last(text)
+        calibration.append(first)
+        held_out.append(last)
     if not held_out:
         raise EigenAttnError("there is no text to evaluate on: give --evaluation-text.")
     return calibration, held_out
 
 
+def _first_and_last(text: Text) -> tuple[Text, Text]:
+    """A file without its last fifth, and that; conversations are not cut."""
+    names = f"{text.source}, first part", f"{text.source}, last fifth"
+    if not text.kinds:
+        cut = len(text.content) - len(text.content) // HELD_OUT
+        return Text(names[0], text.content[:cut]), Text(names[1], text.content[cut:])
+    passages = text.kinds[0].passages
+    cut = len(passages) - len(passages) // HELD_OUT
+    return Text.of(names[0], (Kind("", passages[:cut]),)), Text.of(names[1], (Kind("", passages[cut:]),))
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """What statistics are collected on: so many windows of some texts together, None being what the model writes."""
+    """What statistics are collected on: so many windows of some texts together."""
 
-    texts: tuple[Text | None, ...]
+    texts: tuple[Text, ...]
     samples: int
 
     @property
     def name(self) -> str:
         """The sources."""
-        return " + ".join(text.source if text else SELF for text in self.texts)
+        return " + ".join(text.source for text in self.texts)
 
     @property
     def key(self) -> str:

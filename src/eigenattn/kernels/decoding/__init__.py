@@ -1,7 +1,8 @@
 """Attention of one query a row over latents: one signature, three backends.
 
-`reference` is loops in fp32; `torch` is batched and runs anywhere; `triton` is fused: latents are read once, keys are
-decoded, rotated and scored in registers, and nothing is written back but one partial sum a split of the sequence.
+`reference` is loops in fp32; `torch` is batched and runs anywhere; `triton`, on GPUs, and `native`, on CPUs, are fused:
+latents are read once, keys are decoded, rotated and scored in registers, and nothing is written back but one partial
+sum a split of the sequence.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from ...errors import EigenAttnError
 from ..selection import HAS_TRITON
 from .arguments import Rotary, Side, Step, Window
 from .batched import decode as torch_decode
+from .native import decode as native_decode
+from .native import why_not
 from .reference import decode as reference_decode
 
-__all__ = ["DECODE_BACKENDS", "Rotary", "Side", "Step", "Window", "decode", "default_backend"]
+__all__ = ["DECODE_BACKENDS", "Rotary", "Side", "Step", "Window", "decode", "default_backend", "why_not"]
 
 
 def _triton_decode(step: Step) -> Tensor:
@@ -33,12 +36,15 @@ DECODE_BACKENDS: dict[str, Callable[[Step], Tensor]] = {
     "reference": reference_decode,
     "torch": torch_decode,
     "triton": _triton_decode,
+    "native": native_decode,
 }
 
 
-def default_backend(q: Tensor) -> str:
-    """`triton` on a GPU that has it, else `torch`."""
-    return "triton" if q.is_cuda and HAS_TRITON else "torch"
+def default_backend(step: Step) -> str:
+    """`triton` on a GPU that has it, `native` on a CPU where it takes the step, else `torch`."""
+    if step.q.is_cuda:
+        return "triton" if HAS_TRITON else "torch"
+    return "torch" if why_not(step) else "native"
 
 
 def decode(step: Step, backend: str | None = None) -> Tensor:
@@ -53,7 +59,7 @@ def decode(step: Step, backend: str | None = None) -> Tensor:
     Raises:
         EigenAttnError: on an unknown backend, on shapes that do not fit, or without Triton where it is asked for.
     """
-    name = backend or default_backend(step.q)
+    name = backend or default_backend(step)
     if name not in DECODE_BACKENDS:
         raise EigenAttnError(f"unknown decoding backend {name!r}: choose one of {', '.join(DECODE_BACKENDS)}.")
     step.check()

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calibration.statistics import Batch, forward_hidden
 from ..models.attention import EigenAttention
 from ..models.placement import loaded
+from .statistics import Batch, forward_hidden
 
 
 def decoder_layers(model: PreTrainedModel, layers: Sequence[EigenAttention]) -> list[nn.Module]:

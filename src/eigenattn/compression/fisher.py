@@ -1,0 +1,83 @@
+"""The `fisher` basis: directions, ranks and bits by what errors do to the model's own predictions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..calibration.fisher_moments import FisherMoments, LatentMoments
+from ..calibration.latent_histograms import Histograms
+from .bases import TINY, best_maps, spread
+from .basis import Basis
+from .codebooks import fit
+from .quantise import ALLOTTED, Fitted
+
+# Part of the metric that is taken to be the same in all directions: few tokens carry most of a gradient's second
+# moment, and other texts have others (chosen: see docs/decisions.md).
+METRIC_SHRINKAGE = 0.5
+# What errors in proportion to a latent cost, in units of errors that are independent from token to token: they add up
+# in attention's sums (chosen: 1 to 14 in the layers of SmolLM2, and see docs/decisions.md).
+COHERENCE = 3.0
+# Latents of other texts reach further than those of any calibration text: quantisers are fitted to these multiples of
+# what was drawn, with these weights (chosen: see docs/decisions.md; three quarters of what 4 bits lost on foreign
+# text was lost where ranges ended).
+STRETCHES = ((1.0, 1.0), (2.0, 0.1))
+
+
+def fisher(moments: FisherMoments) -> tuple[Basis, ...]:
+    """The best map of each rank where an error `e` of a token's vector costs the model `(g . e)^2 / 2` nats.
+
+    `g` is the gradient of the loss, whose second moment is the Fisher information. Taking the cost as a product of
+    that metric and of the covariance of the vectors, each weighted by its influence, Eckart-Young gives the maps as in
+    `eigenattn.compression.bases.attention`. Whatever heads share a latent, and whether keys and values do, the metric
+    is of all their dimensions.
+
+    Returns:
+        The bases of each kind of latents at full rank, in float64; the spectrum is in nats a token.
+    """
+    return tuple(
+        _basis(latents, sides, heads, moments.tokens)
+        for latents, (sides, heads) in zip(moments.latents, moments.sharing.kinds, strict=True)
+    )
+
+
+def _basis(moments: LatentMoments, sides: tuple[str, ...], heads: int, tokens: int) -> Basis:
+    covariance, mean = spread(moments.vectors)
+    found = best_maps(_shrunk(moments.metric, len(sides)), covariance, mean)
+    spectrum = found.spectrum * (COHERENCE / (2 * tokens))
+    return dataclasses.replace(found, spectrum=spectrum, sides=sides, heads=heads)
+
+
+def _shrunk(metric: Tensor, sides: int) -> Tensor:
+    """A metric [G/N, n, n], part of which is replaced by a multiple of the identity, of either side's own size."""
+    level = metric.diagonal(dim1=-2, dim2=-1).unflatten(-1, (sides, -1)).mean(-1, keepdim=True)
+    level = level.expand(-1, -1, metric.shape[-1] // sides).flatten(1)
+    # A head that reaches no far query has no metric: any will do.
+    level = torch.where(level > 0, level, 1.0)
+    return (1 - METRIC_SHRINKAGE) * metric + torch.diag_embed(METRIC_SHRINKAGE * level)
+
+
+def fisher_quantisers(moments: FisherMoments, bases: tuple[Basis, ...]) -> tuple[Fitted, ...]:
+    """Quantisers of each latent at all widths, fitted to the vectors that were drawn, and what they cost in nats.
+
+    A quantiser's error has a part in proportion to the latent, which adds up over tokens as a latent that is cut off
+    does, and a rest that is independent from token to token.
+    """
+    return tuple(_fitted(*each, moments.tokens) for each in zip(moments.latents, bases, strict=True))
+
+
+def _fitted(moments: LatentMoments, basis: Basis, tokens: int) -> Fitted:
+    mean = 0 if basis.mean is None else basis.mean.unsqueeze(1)
+    z = (moments.sample.vectors.double() - mean) @ basis.encoder
+    histograms = Histograms.empty(basis.encoder, *z.shape[::2])
+    for stretch, weight in STRETCHES:
+        histograms.add(stretch * z.unsqueeze(0), weight * moments.sample.estimates.unsqueeze(0))
+    found = fit(histograms, ALLOTTED[1:])
+    unit = histograms.weight.clamp_min(TINY).reciprocal() / (2 * tokens)
+    costs = [COHERENCE * found.energy * unit]
+    for bits in ALLOTTED[1:]:
+        share = (found.error[bits] / found.energy.clamp_min(TINY)).clamp_max(1)
+        costs.append((COHERENCE * share.square() * found.energy + (1 - share) * found.error[bits]) * unit)
+    return Fitted(found, torch.stack([cost.sum(0) for cost in costs], dim=-1).cpu())

@@ -1,0 +1,760 @@
+// One step of decoding over latents on a CPU; `native.py` says what it is given, and `Step` what it means.
+//
+// A task is one row's KV head with all query heads that share it, over one stretch of the sequence. It goes through
+// blocks of tokens: keys to scores, scores to weights, and values summed as latents, so that of a block nothing leaves
+// the first cache. What makes it fast:
+//
+// - `R_(n0 + i) = R_n0 R_i`: one small table of `R_i` turns the keys of every block, and the query is turned back by
+//   the position at which the block begins, where positions have no gap in it.
+// - Keys are decoded in tiles that stay in registers, are rotated there, and scored by all heads. Each pair of
+//   dimensions is padded to lie in two vectors side by side, whatever pairs are (`order`), and dimensions that do not
+//   rotate are pairs that turn by 0.
+// - A score's partial sums are a vector. As many as a vector has lanes are transposed and added up at once.
+// - Values are taken to the output's dimensions once a query, not once a token.
+//
+// Vectors are the compiler's own extension, so that the same source serves AVX-512, AVX2 and NEON. Intrinsics stand
+// where there is no other way to say it.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(EIGENATTN_STD_THREADS)
+#include <atomic>
+#include <thread>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define EIGENATTN_AVX512
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int BLOCK = 32;            // tokens; the table of rotations, and a block's scores, stay in the first cache
+constexpr int TILE = 4;              // tokens whose keys are in registers together
+constexpr int PAIRS = LANES == 8 ? 1 : 2;  // vectors of pairs in a tile: AVX2 has half as many registers
+// Arrays of vectors are registers only if loops over them are no loops before the compiler looks for such arrays.
+#define UNROLLED _Pragma("GCC unroll 16")
+
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t UnalignedIntegers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+enum Kind : int64_t { FP32, BF16, CODES };
+
+// `native.py` packs what follows, in this order, and all of it in 8 bytes. Strides count elements.
+struct Rows {
+    const char *data;
+    int64_t batch, head, token, kind, shared;  // `shared`: KV heads that have one of the rows' heads
+};
+
+struct Side {
+    Rows rows;
+    int64_t rank;
+    const float *decoder, *mean, *levels;  // levels: [G, 4, padded rank], coefficients of a polynomial in the code
+    int64_t bytes;                         // of a row of codes
+    const int32_t *plan;                   // [vectors, 6, LANES]; see `codes_of`
+};
+
+struct Count {
+    const void *data;  // of each row, or null: `value` of all
+    int64_t stride, bytes, value;
+};
+
+struct Arguments {
+    int64_t batch, heads, kv_heads, size, size_out, tokens, threads;
+    Rows query, near_keys, near_values;
+    Side keys, values;
+    int64_t slots;
+    Count first, length, column, stop, position, positions;
+    int64_t positions_batch;
+    // Rotary positions: `pairs` with padding, 0 without any; the place in D of each dimension as pairs lie, or -1.
+    int64_t pairs;
+    const int32_t *order;
+    const float *table;         // [BLOCK, pairs / LANES, 2, LANES]: cosines and sines
+    const double *frequencies;  // [3, pairs]: radians a token, and cosines and sines of a block's length
+    double scaling, scale, softcap;
+    const float *slopes;
+    const char *mask;
+    int64_t mask_batch, mask_head, mask_kind;  // 1: boolean, 2: fp32
+    char *out;
+    int64_t out_kind;
+};
+
+inline Vector load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
+inline void store(float *p, Vector x) { *reinterpret_cast<Unaligned *>(p) = x; }
+inline Integers load(const int32_t *p) { return *reinterpret_cast<const UnalignedIntegers *>(p); }
+inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+inline float number(uint16_t bf16) {
+    uint32_t wide = uint32_t(bf16) << 16;
+    float found;
+    std::memcpy(&found, &wide, 4);
+    return found;
+}
+
+inline uint16_t rounded(float x) {
+    uint32_t wide;
+    std::memcpy(&wide, &x, 4);
+    if ((wide & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // not a number
+    return uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+}
+
+#if defined(EIGENATTN_AVX512)
+inline __mmask16 mask_of(int64_t n) { return __mmask16(n >= LANES ? 0xffff : (1u << n) - 1); }
+#endif
+
+// The first n elements, and zeros: what lies behind a row may be another's NaN, or not be there.
+inline Vector load_part(const float *p, int64_t n) {
+#if defined(EIGENATTN_AVX512)
+    return (Vector)_mm512_maskz_loadu_ps(mask_of(n), p);
+#else
+    float x[LANES] = {};
+    for (int i = 0; i < std::min<int64_t>(n, LANES); i++) x[i] = p[i];
+    return load(x);
+#endif
+}
+
+inline Vector load_part(const uint16_t *p, int64_t n) {  // of bf16
+#if defined(EIGENATTN_AVX512)
+    const __m256i found = _mm256_maskz_loadu_epi16(mask_of(n), p);
+    return (Vector)((Integers)_mm512_maskz_cvtepu16_epi32(0xffff, found) << 16);
+#else
+    float x[LANES] = {};
+    for (int i = 0; i < std::min<int64_t>(n, LANES); i++) x[i] = number(p[i]);
+    return load(x);
+#endif
+}
+
+template <int S, size_t... I>
+inline Vector fold(Vector a, Vector b, std::index_sequence<I...>) {
+    // Lanes of `a` and, where their number has bit S, of `b`: each plus its neighbour S lanes away.
+    return __builtin_shufflevector(a, b, (I & S ? LANES + I : I)...) +
+           __builtin_shufflevector(a, b, (I & S ? LANES + (I ^ S) : (I ^ S))...);
+}
+
+template <int S>
+inline Vector sums_of(const float *x) {  // of 2 S vectors, in lanes 0 .. 2 S - 1
+    using Each = std::make_index_sequence<LANES>;
+    if constexpr (S == 0)
+        return load(x);
+    else
+        return fold<S>(sums_of<S / 2>(x), sums_of<S / 2>(x + S * LANES), Each{});
+}
+
+template <int S, size_t... I> inline Vector exchanged(Vector x, std::index_sequence<I...>) {
+    return __builtin_shufflevector(x, x, (I ^ S)...);
+}
+
+template <int S = LANES / 2> inline float sum(Vector x) {
+    if constexpr (S == 0)
+        return x[0];
+    else
+        return sum<S / 2>(x + exchanged<S>(x, std::make_index_sequence<LANES>{}));
+}
+
+template <int S = LANES / 2> inline float largest(Vector x) {
+    if constexpr (S == 0)
+        return x[0];
+    else
+        return largest<S / 2>(larger(x, exchanged<S>(x, std::make_index_sequence<LANES>{})));
+}
+
+// e^x to an fp32's last digits, for x <= 88; 0 far below, and so of minus infinity.
+inline Vector exponential(Vector x) {
+    const float magic = 12582912;  // 1.5 * 2^23: adding it leaves no digits behind the point
+    Vector shifted = x * 1.44269504f + magic;
+    Vector n = shifted - magic;
+    Vector f = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Vector y = f * 1.98756915e-4f + 1.39819995e-3f;
+    y = y * f + 8.33345190e-3f;
+    y = y * f + 4.16657960e-2f;
+    y = y * f + 1.66666655e-1f;
+    y = y * f + 5.00000012e-1f;
+    y = y * f * f + f + 1.0f;
+    Vector scaled = Vector(Integers(y) + (Integers(shifted) << 23));
+    return x > -87.0f ? scaled : Vector{};
+}
+
+inline int64_t number_of(const Count &count, int64_t row) {
+    if (!count.data) return count.value;
+    const int64_t at = row * count.stride;
+    return count.bytes == 8 ? static_cast<const int64_t *>(count.data)[at] : static_cast<const int32_t *>(count.data)[at];
+}
+
+inline const char *row_of(const Rows &rows, int64_t b, int64_t g) {
+    return rows.data + (b * rows.batch + g / rows.shared * rows.head) * (rows.kind == FP32 ? 4 : rows.kind == BF16 ? 2 : 1);
+}
+
+// How the codes of one vector of channels are found in a row.
+struct Codes {
+    // Lanes have the place of their code's lower part, and 16 bits up that of the upper, counted from `base`; what the
+    // two bytes are shifted by; and which bits of what comes of it count.
+    Codes(const int32_t *plan, int64_t bytes)
+        : place(load(plan)), down(load(plan + LANES)), lower(load(plan + 2 * LANES)), down_upper(load(plan + 3 * LANES)),
+          upper(load(plan + 4 * LANES)), base(plan[5 * LANES]), near(plan[5 * LANES + 1]), whole(plan[5 * LANES + 2]),
+          left(bytes - base) {}
+
+    // With `PERMUTED`, of at most 64 bytes at once; with `WHOLE`, of codes that have no upper parts.
+    template <bool PERMUTED, bool WHOLE> Integers of(const uint8_t *row) const {
+        Integers found;
+#if defined(__AVX512VBMI__)
+        if constexpr (PERMUTED) {
+            const __mmask64 there = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+            const __m512i held = _mm512_maskz_loadu_epi8(there, row + base);
+            found = (Integers)_mm512_maskz_permutexvar_epi8(~__mmask64(0), (__m512i)place, held);
+        } else
+#endif
+            for (int i = 0; i < LANES; i++)
+                found[i] = row[base + (place[i] & 0xffff)] | row[base + (place[i] >> 16)] << 16;
+        const Integers below = found >> down & lower;
+        return WHOLE ? below : below | (found >> down_upper & upper);
+    }
+
+    const Integers place, down, lower, down_upper, upper;
+    const int32_t base, near, whole;  // `near`: all within 64 bytes
+    const int64_t left;
+};
+
+// Numbers a thread works with: memory that begins where a vector may, and is kept.
+template <class T = float> class Room {
+  public:
+    T *of(int64_t count) {
+        if (int64_t(held.size()) < count + 64) held.resize(count + 64);
+        return reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(held.data()) + 63) / 64 * 64);
+    }
+
+  private:
+    std::vector<T> held;
+};
+
+// A list of tokens: those that are latents, or the exact window.
+struct List {
+    const Side *keys, *values;
+    int64_t low, high;      // which of its tokens are seen
+    int64_t column;         // of its token 0
+    const float *queries;   // [heads, width of keys], without rotary positions
+    const float *offsets;   // what the keys' mean adds to scores, or null
+    const float *decoder, *mean;  // of rotary keys
+    int64_t total, sums;    // where in a partial result what weights add up to lies, and sums of values
+};
+
+// A head's rows, in bytes.
+struct Strip {
+    const char *first;
+    int64_t step, size;
+};
+
+// What a task leaves of each head: the top score, what weights on latents and on the window add up to against it, and
+// sums of latents and of exact values.
+struct Partial {
+    explicit Partial(const Arguments &a)
+        : far(LANES), near(far + padded(a.values.rank)), size(near + (a.slots ? padded(a.size_out) : 0)) {}
+    const int64_t far, near, size;
+};
+
+class Task {
+  public:
+    Task(const Arguments &arguments, int64_t b, int64_t g)
+        : a(arguments), b(b), g(g), group(a.heads / a.kv_heads), width(2 * a.pairs) {
+        prepare();
+    }
+
+    // Attend to latents low .. high - 1 and, if asked, to the window.
+    void run(int64_t low, int64_t high, bool with_window, float *results);
+
+  private:
+    void prepare();
+    void attend(const List &list);
+    void turn_to(const List &list, int64_t n0);
+    const float *turn_by(int64_t distance, float *own);
+    template <int V> void score_tile(const List &list, int t0, int64_t pair);
+    template <int P> void score_small(const List &list, int t0, int64_t p0);
+    void weigh(const List &list, int64_t n0);
+    template <int P> void add_values(const List &list, int64_t p0);
+    void rows_of(const Side &side, const Strip &strip, int64_t n0, float *room, const float **rows);
+    Strip strip_of(const Side &side) const;
+    void to_pairs();
+    void fetch(const Strip &strip, int64_t n0, int64_t n1);
+
+    const Arguments &a;
+    const int64_t b, g, group, width;
+    int count = 0;                // tokens of the block
+    const Partial partial{a};
+    float *results = nullptr;     // [heads, partial.size]
+    float *query = nullptr;       // [heads, size] in fp32, scaled
+    float *in_pairs = nullptr;    // [heads, width]: the same as pairs lie
+    float *turned = nullptr;      // [heads, width]: turned to where the block begins
+    float *parts = nullptr;       // [heads, BLOCK, LANES]: partial sums of scores
+    float *weights = nullptr;     // [heads, BLOCK]
+    float *small = nullptr;       // [heads, padded rank]: in the keys' space
+    float *offsets = nullptr;     // [heads]
+    float *key_room = nullptr, *value_room = nullptr, *pair_room = nullptr, *turn_room = nullptr;
+    double *cosines = nullptr, *sines = nullptr;  // [pairs]: of the way from the block's begin to the query
+    bool standing = false;        // whether these are of a block, which began at `begin`
+    int64_t begin = 0;
+    const float *keys[BLOCK], *values[BLOCK], *turns[BLOCK];
+};
+
+void Task::prepare() {
+    thread_local Room<> rooms[11];
+    thread_local Room<double> turning;
+    const int64_t rank = padded(a.keys.rank), d = padded(a.size);
+    const int64_t widest = std::max({rank, d, width, padded(a.values.rank), padded(a.size_out)});
+    query = rooms[0].of(group * d);
+    in_pairs = rooms[1].of(group * width);
+    turned = rooms[2].of(group * width);
+    parts = rooms[3].of(group * BLOCK * LANES);
+    weights = rooms[4].of(group * BLOCK);
+    small = rooms[5].of(group * rank);
+    offsets = rooms[6].of(group);
+    key_room = rooms[7].of(BLOCK * widest);
+    value_room = rooms[8].of(BLOCK * widest);
+    pair_room = rooms[9].of(BLOCK * width);
+    turn_room = rooms[10].of(BLOCK * width);
+    cosines = turning.of(2 * a.pairs);
+    sines = cosines + a.pairs;
+    for (int64_t p = 0; p < group; p++) {
+        const char *q = row_of(a.query, b, g * group + p);
+        float *own = query + p * d;
+        for (int64_t i = 0; i < d; i++) {
+            const float x = i >= a.size              ? 0.0f
+                            : a.query.kind == FP32 ? reinterpret_cast<const float *>(q)[i]
+                                                   : number(reinterpret_cast<const uint16_t *>(q)[i]);
+            own[i] = x * float(a.scale);
+        }
+        if (a.pairs) {
+            for (int64_t i = 0; i < width; i++) {
+                const bool rotates = a.frequencies[i / (2 * LANES) * LANES + i % LANES] != 0;
+                const double scaling = rotates ? a.scaling * a.scaling : 1.0;
+                in_pairs[p * width + i] = a.order[i] < 0 ? 0.0f : float(own[a.order[i]] * scaling);
+            }
+            continue;
+        }
+        const float *mean = a.keys.mean ? a.keys.mean + g * a.size : nullptr;
+        offsets[p] = mean ? std::inner_product(mean, mean + a.size, own, 0.0f) : 0.0f;
+        if (!a.keys.decoder) {
+            std::copy(own, own + rank, small + p * rank);
+            continue;
+        }
+        const float *decoder = a.keys.decoder + g * a.size * rank;
+        for (int64_t r = 0; r < rank; r += LANES) {
+            Vector total = {};
+            for (int64_t i = 0; i < a.size; i++) total += own[i] * load(decoder + i * rank + r);
+            store(small + p * rank + r, total);
+        }
+    }
+}
+
+// Turn the query to where a block begins, and find the rotation of each of its tokens.
+void Task::turn_to(const List &list, int64_t n0) {
+    int64_t position[BLOCK], gaps = 0;
+    const int64_t at = b * a.positions_batch + (list.column + n0) * a.positions.stride;
+    for (int t = 0; t < count; t++)
+        position[t] = a.positions.bytes == 8 ? static_cast<const int64_t *>(a.positions.data)[at + t * a.positions.stride]
+                                             : static_cast<const int32_t *>(a.positions.data)[at + t * a.positions.stride];
+    const int64_t now = position[0];
+    for (int t = 0; t < count; t++) gaps |= position[t] - now - t;
+    if (standing && now == begin + BLOCK) {
+        const double *x = a.frequencies + a.pairs, *y = x + a.pairs;
+        for (int64_t i = 0; i < a.pairs; i++) {
+            const double c = cosines[i], s = sines[i];
+            cosines[i] = c * x[i] + s * y[i];
+            sines[i] = s * x[i] - c * y[i];
+        }
+    } else if (!standing || now != begin) {
+        const double distance = double(number_of(a.position, b) - now);
+        for (int64_t i = 0; i < a.pairs; i++) {
+            cosines[i] = std::cos(distance * a.frequencies[i]);
+            sines[i] = std::sin(distance * a.frequencies[i]);
+        }
+    }
+    standing = true;
+    begin = now;
+    for (int64_t i = 0; i < a.pairs; i += LANES) {
+        Vector c, s;
+        for (int j = 0; j < LANES; j++) c[j] = float(cosines[i + j]), s[j] = float(sines[i + j]);
+        for (int64_t p = 0; p < group; p++) {
+            const float *q = in_pairs + p * width + 2 * i;
+            const Vector x = load(q), y = load(q + LANES);
+            store(turned + p * width + 2 * i, x * c - y * s);
+            store(turned + p * width + 2 * i + LANES, y * c + x * s);
+        }
+    }
+    for (int t = 0; t < count; t++) turns[t] = a.table + t * width;
+    if (gaps)
+        for (int t = 0; t < count; t++) turns[t] = turn_by(position[t] - now, turn_room + t * width);
+}
+
+// The rotation by a distance: the table's, or one of its own.
+const float *Task::turn_by(int64_t distance, float *own) {
+    if (distance >= 0 && distance < BLOCK) return a.table + distance * width;
+    for (int64_t i = 0; i < a.pairs; i++) {
+        float *pair = own + i / LANES * 2 * LANES + i % LANES;
+        pair[0] = float(std::cos(double(distance) * a.frequencies[i]));
+        pair[LANES] = float(std::sin(double(distance) * a.frequencies[i]));
+    }
+    return own;
+}
+
+// Where the rows of a block's tokens lie in fp32: unpacked, with zeros behind, if they are anything else.
+void Task::rows_of(const Side &side, const Strip &strip, int64_t n0, float *room, const float **rows) {
+    const int64_t size = padded(side.rank);
+    const char *first = strip.first + n0 * strip.step;
+    const int tokens = count;
+    for (int t = 0; t < tokens; t++)
+        rows[t] = side.rows.kind == FP32 ? reinterpret_cast<const float *>(first + t * strip.step) : room + t * size;
+    if (side.rows.kind == BF16)
+        for (int t = 0; t < tokens; t++) {
+            const uint16_t *row = reinterpret_cast<const uint16_t *>(first + t * strip.step);
+            for (int64_t i = 0; i < size; i += LANES) store(room + t * size + i, load_part(row + i, side.rank - i));
+        }
+    if (side.rows.kind != CODES) return;
+    for (int64_t i = 0; i < size; i += LANES) {
+        const Codes codes(side.plan + 6 * i, side.bytes);
+        const float *levels = side.levels + g * 4 * size + i;
+        const Vector a = load(levels), b = load(levels + size), c = load(levels + 2 * size), d = load(levels + 3 * size);
+        const auto unpack = [&](auto permuted, auto whole) {
+            float *out = room + i;
+            const char *row = first;
+            for (int t = 0; t < tokens; t++, row += strip.step, out += size) {
+                const Integers code = codes.of<permuted.value, whole.value>(reinterpret_cast<const uint8_t *>(row));
+                const Vector u = __builtin_convertvector(code, Vector);
+                store(out, a + u * (b + u * (c + u * d)));
+            }
+        };
+        const std::true_type yes;
+        const std::false_type no;
+        if (codes.near && codes.whole)
+            unpack(yes, yes);
+        else if (codes.near)
+            unpack(yes, no);
+        else
+            unpack(no, no);
+    }
+}
+
+// Keys that have no decoder, as pairs lie.
+void Task::to_pairs() {
+    for (int t = 0; t < count; t++) {
+        float *own = pair_room + t * width;
+        for (int64_t i = 0; i < width; i++) own[i] = a.order[i] < 0 ? 0.0f : keys[t][a.order[i]];
+        keys[t] = own;
+    }
+}
+
+// Decode, rotate and score some tokens in V vectors of pairs: partial sums are added to what other pairs gave.
+template <int V> void Task::score_tile(const List &list, int t0, int64_t pair) {
+    Vector x[TILE][2 * V];
+    const float *rows[TILE], *turn[TILE];
+    const int64_t at = 2 * pair;
+    UNROLLED for (int t = 0; t < TILE; t++) {
+        const int n = std::min(t0 + t, count - 1);  // behind the block's end the last token again
+        rows[t] = keys[n];
+        turn[t] = turns[n] + at;
+    }
+    UNROLLED for (int t = 0; t < TILE; t++)
+        UNROLLED for (int j = 0; j < 2 * V; j++) x[t][j] = list.mean ? load(list.mean + at + j * LANES) : Vector{};
+    if (list.decoder) {
+        const float *u = list.decoder + at;
+        for (int64_t r = 0; r < list.keys->rank; r++, u += width) {
+            Vector of_channel[2 * V];
+            UNROLLED for (int j = 0; j < 2 * V; j++) of_channel[j] = load(u + j * LANES);
+            UNROLLED for (int t = 0; t < TILE; t++)
+                UNROLLED for (int j = 0; j < 2 * V; j++) x[t][j] += rows[t][r] * of_channel[j];
+        }
+    } else {
+        UNROLLED for (int t = 0; t < TILE; t++)
+            UNROLLED for (int j = 0; j < 2 * V; j++) x[t][j] += load(rows[t] + at + j * LANES);
+    }
+    UNROLLED for (int t = 0; t < TILE; t++)
+        UNROLLED for (int j = 0; j < V; j++) {
+            const Vector c = load(turn[t] + 2 * j * LANES), s = load(turn[t] + 2 * j * LANES + LANES);
+            const Vector first = x[t][2 * j], second = x[t][2 * j + 1];
+            x[t][2 * j] = first * c - second * s;
+            x[t][2 * j + 1] = second * c + first * s;
+        }
+    for (int64_t p = 0; p < group; p++) {
+        const float *q = turned + p * width + at;
+        float *part = parts + (p * BLOCK + t0) * LANES;
+        Vector own[2 * V];
+        UNROLLED for (int j = 0; j < 2 * V; j++) own[j] = load(q + j * LANES);
+        UNROLLED for (int t = 0; t < TILE; t++) {
+            Vector total = pair ? load(part + t * LANES) : Vector{};
+            UNROLLED for (int j = 0; j < 2 * V; j++) total += x[t][j] * own[j];
+            store(part + t * LANES, total);
+        }
+    }
+}
+
+// Scores of P heads in the keys' own space, where nothing rotates.
+template <int P> void Task::score_small(const List &list, int t0, int64_t p0) {
+    const int64_t rank = list.keys->rank, size = padded(rank);
+    Vector total[TILE][P];
+    const float *rows[TILE], *q = list.queries + p0 * size;
+    UNROLLED for (int t = 0; t < TILE; t++) {
+        rows[t] = keys[std::min(t0 + t, count - 1)];
+        UNROLLED for (int p = 0; p < P; p++) total[t][p] = Vector{};
+    }
+    int64_t i = 0;
+    for (; i + LANES <= rank; i += LANES)
+        UNROLLED for (int t = 0; t < TILE; t++)
+            UNROLLED for (int p = 0; p < P; p++) total[t][p] += load(rows[t] + i) * load(q + p * size + i);
+    if (i < rank)
+        UNROLLED for (int t = 0; t < TILE; t++)
+            UNROLLED for (int p = 0; p < P; p++) total[t][p] += load_part(rows[t] + i, rank - i) * load(q + p * size + i);
+    UNROLLED for (int t = 0; t < TILE; t++)
+        UNROLLED for (int p = 0; p < P; p++) store(parts + ((p0 + p) * BLOCK + t0 + t) * LANES, total[t][p]);
+}
+
+// Partial sums to scores, and scores to weights; what was summed before fades as the top score rises.
+void Task::weigh(const List &list, int64_t n0) {
+    Integers lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    const int64_t column = list.column + n0, distance = column - number_of(a.length, b);
+    for (int64_t p = 0; p < group; p++) {
+        const int64_t head = g * group + p;
+        const float *part = parts + p * BLOCK * LANES;
+        float *own = weights + p * BLOCK;
+        for (int i = 0; i < BLOCK; i += LANES) {
+            Vector score = sums_of<LANES / 2>(part + i * LANES);
+            if (list.offsets) score += list.offsets[p];
+            if (a.softcap > 0) {
+                // tanh(x) = 1 - 2 / (exp(2 x) + 1), with x within the bounds of exp
+                const Vector x = score * float(2 / a.softcap);
+                const Vector bounded = x > 80.0f ? Vector{} + 80.0f : x;
+                score = float(a.softcap) - float(2 * a.softcap) / (exponential(bounded) + 1.0f);
+            }
+            if (a.slopes) score += __builtin_convertvector(lane + int32_t(distance + i), Vector) * a.slopes[head];
+            store(own + i, lane + i < count ? score : Vector{} + NOTHING);
+        }
+        if (a.mask) {
+            const int64_t at = b * a.mask_batch + head * a.mask_head + column;
+            for (int t = 0; t < count; t++)
+                if (a.mask_kind == 2)
+                    own[t] += reinterpret_cast<const float *>(a.mask)[at + t];
+                else if (!a.mask[at + t])
+                    own[t] = NOTHING;
+        }
+        Vector most = load(own);
+        for (int i = LANES; i < BLOCK; i += LANES) most = larger(most, load(own + i));
+        float *result = results + p * partial.size;
+        const float risen = std::max(result[0], largest(most));
+        if (risen == NOTHING) {
+            std::fill(own, own + BLOCK, 0.0f);
+            continue;
+        }
+        if (risen > result[0]) {
+            const float fade = std::exp(result[0] - risen);
+            for (int64_t i = 0; i < partial.size; i++) result[i] *= fade;
+            result[0] = risen;
+        }
+        Vector total = {};
+        for (int i = 0; i < BLOCK; i += LANES) {
+            const Vector weight = exponential(load(own + i) - risen);
+            store(own + i, weight);
+            total += weight;
+        }
+        result[list.total] += sum(total);
+    }
+}
+
+// Values of a block, for P heads from the p0-th on, four vectors at a time.
+template <int P> void Task::add_values(const List &list, int64_t p0) {
+    const int64_t rank = list.values->rank;
+    float *sums = results + p0 * partial.size + list.sums;
+    const float *weight = weights + p0 * BLOCK;
+    const auto some = [&](auto vectors, int64_t i) {
+        constexpr int V = decltype(vectors)::value;
+        Vector total[P][V];
+        UNROLLED for (int p = 0; p < P; p++)
+            UNROLLED for (int j = 0; j < V; j++) total[p][j] = load(sums + p * partial.size + i + j * LANES);
+        const int64_t left = rank - (i + (V - 1) * LANES);  // channels of the last vector
+        for (int t = 0; t < count; t++) {
+            Vector x[V];
+            UNROLLED for (int j = 0; j < V - 1; j++) x[j] = load(values[t] + i + j * LANES);
+            const float *last = values[t] + i + (V - 1) * LANES;
+            x[V - 1] = left >= LANES ? load(last) : load_part(last, left);
+            UNROLLED for (int p = 0; p < P; p++)
+                UNROLLED for (int j = 0; j < V; j++) total[p][j] += weight[p * BLOCK + t] * x[j];
+        }
+        UNROLLED for (int p = 0; p < P; p++)
+            UNROLLED for (int j = 0; j < V; j++) store(sums + p * partial.size + i + j * LANES, total[p][j]);
+    };
+    int64_t i = 0;
+    for (; i + 3 * LANES < rank; i += 4 * LANES) some(std::integral_constant<int, 4>{}, i);
+    for (; i + LANES < rank; i += 2 * LANES) some(std::integral_constant<int, 2>{}, i);
+    for (; i < rank; i += LANES) some(std::integral_constant<int, 1>{}, i);
+}
+
+// Call with so many of a group's heads at a time, from the first on.
+template <class Function> inline void by_heads(int64_t heads, Function function) {
+    int64_t p = 0;
+    for (; p + 4 <= heads; p += 4) function(std::integral_constant<int, 4>{}, p);
+    if (heads - p == 3) function(std::integral_constant<int, 3>{}, p);
+    if (heads - p == 2) function(std::integral_constant<int, 2>{}, p);
+    if (heads - p == 1) function(std::integral_constant<int, 1>{}, p);
+}
+
+Strip Task::strip_of(const Side &side) const {
+    const int64_t size = side.rows.kind == FP32 ? 4 : side.rows.kind == BF16 ? 2 : 1;
+    return {row_of(side.rows, b, g), side.rows.token * size, side.rows.kind == CODES ? side.bytes : side.rank * size};
+}
+
+// Ask for rows that a later block will need: the processor by itself asks too late for two lists at once.
+void Task::fetch(const Strip &strip, int64_t n0, int64_t n1) {
+    const char *row = strip.first + n0 * strip.step;
+    if (strip.step < strip.size + 64)  // one behind the other
+        for (const char *end = strip.first + n1 * strip.step; row < end; row += 64) __builtin_prefetch(row);
+    else
+        for (int64_t n = n0; n < n1; n++, row += strip.step)
+            for (int64_t i = 0; i < strip.size; i += 64) __builtin_prefetch(row + i);
+}
+
+void Task::attend(const List &list) {
+    const bool same = list.keys->rows.data == list.values->rows.data;
+    const Strip keys_at = strip_of(*list.keys), values_at = strip_of(*list.values);
+    for (int64_t n0 = list.low; n0 < list.high; n0 += BLOCK) {
+        count = int(std::min<int64_t>(BLOCK, list.high - n0));
+        rows_of(*list.keys, keys_at, n0, key_room, keys);
+        if (same)
+            std::copy(keys, keys + count, values);
+        else
+            rows_of(*list.values, values_at, n0, value_room, values);
+        if (a.pairs) turn_to(list, n0);
+        if (a.pairs && !list.decoder) to_pairs();
+        for (int t0 = 0; t0 < count; t0 += TILE) {
+            const int64_t later = n0 + BLOCK + t0, end = std::min(later + TILE, list.high);
+            fetch(keys_at, later, end);
+            if (!same) fetch(values_at, later, end);
+            if (a.pairs) {
+                int64_t pair = 0;
+                for (; pair + PAIRS * LANES <= a.pairs; pair += PAIRS * LANES) score_tile<PAIRS>(list, t0, pair);
+                for (; pair < a.pairs; pair += LANES) score_tile<1>(list, t0, pair);
+            } else {
+                by_heads(group, [&](auto some, int64_t p) { score_small<decltype(some)::value>(list, t0, p); });
+            }
+        }
+        weigh(list, n0);
+        by_heads(group, [&](auto some, int64_t p) { add_values<decltype(some)::value>(list, p); });
+    }
+}
+
+void Task::run(int64_t low, int64_t high, bool with_window, float *into) {
+    results = into;
+    std::fill(results, results + group * partial.size, 0.0f);
+    for (int64_t p = 0; p < group; p++) results[p * partial.size] = NOTHING;
+    const float *decoder = a.pairs && a.keys.decoder ? a.keys.decoder + g * a.keys.rank * width : nullptr;
+    const float *mean = a.pairs && a.keys.mean ? a.keys.mean + g * width : nullptr;
+    attend({&a.keys, &a.values, low, high, 0, small, a.pairs ? nullptr : offsets, decoder, mean, 1, partial.far});
+    if (!with_window) return;
+    Side near_keys{}, near_values{};
+    near_keys.rows = a.near_keys, near_keys.rank = a.size;
+    near_values.rows = a.near_values, near_values.rank = a.size_out;
+    const int64_t column = number_of(a.column, b), seen = std::max(number_of(a.first, b), number_of(a.length, b));
+    const int64_t from = std::max<int64_t>(seen - column, 0), to = std::min(number_of(a.stop, b) - column, a.slots);
+    attend({&near_keys, &near_values, from, to, column, query, nullptr, nullptr, nullptr, 2, partial.near});
+}
+
+// One head's output: of partial results, of which each counts by its top score.
+void combine(const Arguments &a, int64_t b, int64_t h, const float *results, int64_t parts, int64_t stride) {
+    const Partial partial(a);
+    const int64_t group = a.heads / a.kv_heads, g = h / group;
+    thread_local Room<> rooms[2];
+    float *sums = rooms[0].of(partial.size), *out = rooms[1].of(a.size_out);
+    std::fill(sums, sums + partial.size, 0.0f);
+    float top = NOTHING;
+    for (int64_t i = 0; i < parts; i++) top = std::max(top, results[i * stride]);
+    for (int64_t i = 0; i < parts; i++) {
+        const float *result = results + i * stride;
+        if (result[0] == NOTHING) continue;
+        const float share = std::exp(result[0] - top);
+        for (int64_t j = 1; j < partial.size; j++) sums[j] += share * result[j];
+    }
+    const float total = sums[1] + sums[2], scale = total > 0 ? 1 / total : 0.0f;
+    for (int64_t d = 0; d < a.size_out; d++)
+        out[d] = (a.slots ? sums[partial.near + d] : 0.0f) + (a.values.mean ? sums[1] * a.values.mean[g * a.size_out + d] : 0.0f);
+    if (a.values.decoder) {
+        const float *u = a.values.decoder + g * a.values.rank * a.size_out;
+        for (int64_t r = 0; r < a.values.rank; r++, u += a.size_out)
+            for (int64_t d = 0; d < a.size_out; d++) out[d] += sums[partial.far + r] * u[d];
+    } else {
+        for (int64_t d = 0; d < a.size_out; d++) out[d] += sums[partial.far + d];
+    }
+    const int64_t at = (b * a.heads + h) * a.size_out;
+    for (int64_t d = 0; d < a.size_out; d++)
+        if (a.out_kind == FP32)
+            reinterpret_cast<float *>(a.out)[at + d] = out[d] * scale;
+        else
+            reinterpret_cast<uint16_t *>(a.out)[at + d] = rounded(out[d] * scale);
+}
+
+template <class Function> void in_parallel(int64_t count, int64_t threads, Function function) {
+    threads = std::min(threads, count);
+    if (threads <= 1) {
+        for (int64_t i = 0; i < count; i++) function(i);
+        return;
+    }
+#if defined(EIGENATTN_STD_THREADS)  // a thread sanitiser does not understand OpenMP's
+    std::atomic<int64_t> next{0};
+    std::vector<std::thread> workers;
+    for (int64_t i = 0; i < threads; i++)
+        workers.emplace_back([&] {
+            for (int64_t j; (j = next++) < count;) function(j);
+        });
+    for (auto &worker : workers) worker.join();
+#else
+#pragma omp parallel for num_threads(int(threads)) schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; i++) function(i);
+#endif
+}
+
+}  // namespace
+
+extern "C" {
+
+int eigenattn_lanes() { return LANES; }
+int eigenattn_block() { return BLOCK; }
+int64_t eigenattn_size() { return sizeof(Arguments); }
+
+void eigenattn_decode(const Arguments *arguments) {
+    const Arguments &a = *arguments;
+    const Partial partial(a);
+    const int64_t group = a.heads / a.kv_heads, lists = a.batch * a.kv_heads, size = group * partial.size;
+    // Few lists are split, so that all threads have work, and none of less than some blocks.
+    const int64_t wanted = a.threads > 1 ? (2 * a.threads + lists - 1) / lists : 1;
+    const int64_t splits = std::max<int64_t>(std::min(wanted, a.tokens / (8 * BLOCK)), 1);
+    thread_local Room<> room;
+    float *results = room.of(lists * splits * size);
+    in_parallel(lists * splits, a.threads, [&](int64_t i) {
+        const int64_t list = i / splits, split = i % splits, b = list / a.kv_heads;
+        const int64_t first = std::max<int64_t>(number_of(a.first, b), 0);
+        const int64_t stop = std::max(std::min(number_of(a.length, b), a.tokens), first);
+        const int64_t each = (stop - first + splits * BLOCK - 1) / (splits * BLOCK) * BLOCK;
+        const int64_t low = std::min(first + split * each, stop);
+        Task task(a, b, list % a.kv_heads);
+        task.run(low, std::min(low + each, stop), split == splits - 1 && a.slots, results + i * size);
+    });
+    in_parallel(a.batch * a.heads, a.threads > 4 ? a.threads : 1, [&](int64_t i) {
+        const int64_t list = i / group;
+        combine(a, i / a.heads, i % a.heads, results + list * splits * size + i % group * partial.size, splits, size);
+    });
+}
+}

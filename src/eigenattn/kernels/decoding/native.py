@@ -1,0 +1,310 @@
+"""Decoding on a CPU by a kernel of its own: `native.cpp`, which says how it goes about it.
+
+What it cannot do is left to PyTorch's operations, and is said in one place, `why_not`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...cache.packing import PARTS, Widths, plane_bytes
+from ...errors import EigenAttnError
+from ..native_library import library, unavailable
+from .arguments import Rotary, Side, Step
+
+# What rows may hold; bytes are codes.
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+LARGEST_BYTES = 2**15  # of a row of codes, the places in which the kernel counts in 16 bits
+
+
+class _Tensors(NamedTuple):
+    """What the kernel is given, in the order in which a graph holds them; counts that are numbers are not here."""
+
+    q: Tensor
+    far_keys: Tensor
+    far_values: Tensor
+    key_decoder: Tensor | None
+    key_mean: Tensor | None
+    key_levels: Tensor | None
+    key_plan: Tensor | None
+    value_decoder: Tensor | None
+    value_mean: Tensor | None
+    value_levels: Tensor | None
+    value_plan: Tensor | None
+    near_keys: Tensor | None
+    near_values: Tensor | None
+    first: Tensor | None
+    length: Tensor | None
+    column: Tensor | None
+    stop: Tensor | None
+    query: Tensor | None
+    positions: Tensor | None
+    order: Tensor | None
+    table: Tensor | None
+    frequencies: Tensor | None
+    slopes: Tensor | None
+    mask: Tensor | None
+
+
+def why_not(step: Step) -> str | None:
+    """Why a step is not for the native kernel; None if it is."""
+    tensors = [step.q, *step.rows, *(() if step.window is None else (step.window.keys, step.window.values))]
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return "it runs on a CPU"
+        if tensor.dtype not in KINDS:
+            return "it reads float32, bfloat16 and codes"
+    if step.columns is not None:
+        return "it does not decode where tokens were evicted"
+    if step.mask is not None and step.mask.dtype != torch.bool and not step.mask.is_floating_point():
+        return "masks are boolean or floating-point"
+    for side in (step.keys, step.values):
+        if side.widths is None:
+            continue
+        if side.widths.bytes > LARGEST_BYTES:
+            return f"rows of codes have {LARGEST_BYTES} bytes at most"
+        if any(len(PARTS[bits]) > 2 for bits, _ in side.widths.counts):
+            return "codes lie in two parts at most"
+    return unavailable()
+
+
+def decode(step: Step) -> Tensor:
+    """See `eigenattn.kernels.decoding.Step`.
+
+    Raises:
+        EigenAttnError: if the step is not for this kernel.
+    """
+    reason = why_not(step)
+    if reason is not None:
+        raise EigenAttnError(f"the native backend does not take this step: {reason}. Use torch.")
+    rotary, window, mask, slopes = step.rotary, step.window, step.mask, step.slopes
+    counts = [
+        step.first,
+        step.length,
+        None if window is None else window.column,
+        None if window is None else window.stop,
+        None if rotary is None else step.query,
+    ]
+    tensors: list[Tensor | None] = [  # `_Tensors`
+        step.q,
+        step.far_keys,
+        step.far_values,
+        *_prepared(step.keys, rotary, of_keys=True),
+        *_prepared(step.values, None, of_keys=False),
+        None if window is None else window.keys,
+        None if window is None else window.values,
+        *(count if isinstance(count, Tensor) else None for count in counts),
+        None if rotary is None else step.positions,
+        *((None, None, None) if rotary is None else _turning(rotary, step.q.shape[-1])),
+        None if slopes is None else slopes.float(),
+        mask if mask is None or mask.dtype == torch.bool else mask.float(),
+    ]
+    launch = torch.ops.eigenattn.decode_natively if torch.compiler.is_compiling() else _launch
+    return launch(
+        tensors,
+        [count if isinstance(count, int) else 0 for count in counts],
+        [
+            *(step.rows[s.row].shape[-1] if s.widths is None else s.widths.channels for s in (step.keys, step.values)),
+            step.kv_heads,
+            step.size_out,
+        ],
+        [1.0 if rotary is None else rotary.scaling, step.scale, step.softcap or 0.0],
+    )
+
+
+def _launch(
+    tensors: Sequence[Tensor | None], counts: Sequence[int], sizes: Sequence[int], scales: Sequence[float]
+) -> Tensor:
+    """The kernel, for arguments that a graph can hold: `_Tensors`, numbers in the place of counts, and the rest."""
+    x = _Tensors._make(tensors)
+    found, about = library()
+    if found is None:
+        raise EigenAttnError(about)
+    rank_k, rank_v, g, size_out = sizes
+    q, mask, positions = x.q, x.mask, x.positions
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    b, h, d = q.shape
+    out = torch.empty(b, h, size_out, dtype=q.dtype)
+    # Copies, where there are any, live until the kernel has run.
+    far_keys, far_values, near_keys, near_values = (
+        x if x is None or x.stride(-1) == 1 else x.contiguous()
+        for x in (x.far_keys, x.far_values, x.near_keys, x.near_values)
+    )
+    mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
+    of_rows, of_heads, _ = q.stride()
+    # As `Arguments` in native.cpp has them, all of 8 bytes.
+    arguments = _ARGUMENTS.pack(
+        b, h, g, d, size_out, x.far_keys.shape[2], torch.get_num_threads(),
+        q.data_ptr(), of_rows, of_heads, 0, KINDS[q.dtype], 1,
+        *_layout(near_keys, g),
+        *_layout(near_values, g),
+        *_layout(far_keys, g),
+        rank_k, _at(x.key_decoder), _at(x.key_mean), _at(x.key_levels), x.far_keys.shape[-1], _at(x.key_plan),
+        *_layout(far_values, g),
+        rank_v, _at(x.value_decoder), _at(x.value_mean), _at(x.value_levels), x.far_values.shape[-1], _at(x.value_plan),
+        0 if near_keys is None else near_keys.shape[2],
+        *_count(x.first, counts[0]),
+        *_count(x.length, counts[1]),
+        *_count(x.column, counts[2]),
+        *_count(x.stop, counts[3]),
+        *_count(x.query, counts[4]),
+        *((0, 0, 0, 0) if positions is None else (positions.data_ptr(), positions.stride(1), positions.itemsize, 0)),
+        0 if positions is None or len(positions) == 1 else positions.stride(0),
+        0 if x.order is None else len(x.order) // 2,
+        _at(x.order), _at(x.table), _at(x.frequencies),
+        *scales,
+        _at(x.slopes), _at(mask), *((0, 0, 0) if mask is None else _mask_layout(mask)),
+        out.data_ptr(), KINDS[out.dtype],
+    )  # fmt: skip
+    found.eigenattn_decode(arguments)
+    return out
+
+
+_ARGUMENTS = struct.Struct("=7q6q12q24q1q24q2q3q3d5q2q")
+
+
+# One node in a graph, which does not break there.
+_operator = torch.library.custom_op("eigenattn::decode_natively", _launch, mutates_args=())
+
+
+@_operator.register_fake
+def _shape_of_output(tensors: Sequence[Tensor | None], counts: Any, sizes: Sequence[int], scales: Any) -> Tensor:
+    q = _Tensors._make(tensors).q
+    return q.new_empty(*q.shape[:2], sizes[3])
+
+
+def _at(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _layout(x: Tensor | None, g: int) -> tuple[int, ...]:
+    """Where rows [B, G/N, S, R] lie, what they hold, and how many heads share one."""
+    if x is None:
+        return 0, 0, 0, 0, 0, 1
+    return x.data_ptr(), *x.stride()[:3], KINDS[x.dtype], g // x.shape[1]
+
+
+def _mask_layout(mask: Tensor) -> tuple[int, int, int]:
+    """Strides of rows and heads, and whether it is boolean, 1, or additive, 2."""
+    strides = [mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 1)]
+    return strides[0], strides[1], 1 if mask.dtype == torch.bool else 2
+
+
+def _count(tensor: Tensor | None, number: int) -> tuple[int, int, int, int]:
+    if tensor is None:
+        return 0, 0, 0, number
+    return tensor.data_ptr(), tensor.stride(-1) if tensor.numel() > 1 else 0, tensor.itemsize, 0
+
+
+@torch.compiler.assume_constant_result
+def _block() -> int:
+    """Tokens that the kernel takes at a time."""
+    found, _ = library()
+    return 1 if found is None else found.eigenattn_block()
+
+
+@torch.compiler.assume_constant_result
+def _lanes() -> int:
+    """Numbers in a vector of this machine."""
+    found, _ = library()
+    return 1 if found is None else found.eigenattn_lanes()
+
+
+def _prepared(side: Side, rotary: Rotary | None, of_keys: bool) -> tuple[Tensor | None, ...]:
+    """Decoder, mean, levels and plan of codes as the kernel reads them, in fp32; kept.
+
+    Decoders are [G, R, size], of keys that rotate with their dimensions as pairs lie; of other keys, which the query
+    is brought to, [G, D, R] with R filled up to whole vectors.
+    """
+    turned = (0, False) if rotary is None else (rotary.width, rotary.interleaved)
+    return side._once(("native", of_keys, *turned), lambda: _prepare(side, rotary, of_keys))
+
+
+def _prepare(side: Side, rotary: Rotary | None, of_keys: bool) -> tuple[Tensor | None, ...]:
+    decoder, mean = (None if x is None else x.detach().float() for x in (side.decoder, side.mean))
+    if rotary is not None:
+        decoder, mean = (None if x is None else _as_pairs(x, rotary) for x in (decoder, mean))
+    elif of_keys and decoder is not None:
+        decoder = _filled(decoder.transpose(1, 2))
+    levels, plan = None, None
+    if side.widths is not None:
+        levels = _filled(side.codebook.of_codes[:, :, 0].transpose(0, 1))  # [G, 4, R]
+        plan = plan_of(side.widths, _lanes())
+    return tuple(None if x is None else x.contiguous() for x in (decoder, mean, levels, plan))
+
+
+def _filled(x: Tensor) -> Tensor:
+    """The last dimension filled up with zeros to whole vectors."""
+    return F.pad(x, (0, -x.shape[-1] % _lanes()))
+
+
+def order_of(rotary: Rotary, size: int, lanes: int) -> list[int]:
+    """Which of `size` dimensions lies where, -1 for none: of each vector of pairs the first ones, then the second ones.
+
+    Dimensions that do not rotate are pairs too, behind the others.
+    """
+    dims = list(range(size))
+    rest = dims[rotary.width :]
+    half = -(-len(rest) // 2)
+    first, second = (dims[part] for part in rotary.pairs())
+    first, second = first + rest[:half], second + rest[half:] + [-1] * (2 * half - len(rest))
+    first, second = (x + [-1] * (-len(x) % lanes) for x in (first, second))
+    return [dim for i in range(0, len(first), lanes) for dim in (*first[i : i + lanes], *second[i : i + lanes])]
+
+
+def _as_pairs(x: Tensor, rotary: Rotary) -> Tensor:
+    """x [..., D] in the order of pairs, with zeros where no dimension lies."""
+    order = order_of(rotary, x.shape[-1], _lanes())
+    return F.pad(x, (0, 1))[..., torch.tensor(order)]
+
+
+def _turning(rotary: Rotary, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The order of pairs, the table of a block's rotations, and radians with those of a whole block; kept."""
+    key = ("native", size)
+    if key not in rotary._tables:
+        order, lanes = order_of(rotary, size, _lanes()), _lanes()
+        frequencies = torch.zeros(len(order) // 2, dtype=torch.float64)
+        frequencies[: rotary.width // 2] = rotary.inverse_frequencies.double()
+        angles = torch.arange(_block() + 1, dtype=torch.float64).unsqueeze(-1) * frequencies
+        together = torch.stack([part.unflatten(-1, (-1, lanes)) for part in (angles.cos(), angles.sin())], dim=2)
+        of_block = torch.stack([frequencies, angles[-1].cos(), angles[-1].sin()])
+        rotary._tables[key] = torch.tensor(order, dtype=torch.int32), together[:-1].float().contiguous(), of_block
+    return rotary._tables[key]
+
+
+def plan_of(widths: Widths, lanes: int) -> Tensor:
+    """Where each channel's code lies in a row, and how it is taken out: `Codes` in native.cpp, [vectors, 6, lanes]."""
+    channels: list[tuple[int, int, int, int, int, int]] = []  # bytes, shifts and masks of both parts
+    stored = 0
+    for bits, count in widths.counts:
+        parts, below = PARTS[bits], 0
+        planes = []
+        for part in parts:
+            planes.append((stored, plane_bytes(count, part), part))
+            stored += plane_bytes(count, part)
+        for i in range(count):
+            found = []
+            below = bits
+            for start, size, part in planes:
+                below -= part
+                found.append((start + i % size, i // size * part, 2**part - 1 << below, below))
+            place, shift, mask, _ = found[-1]
+            upper = found[0] if len(found) > 1 else (place, 0, 0, 0)
+            channels.append((place, shift, mask, upper[0], 16 + upper[1] - upper[3], upper[2]))
+    vectors = []
+    for i in range(0, len(channels), lanes):
+        some = channels[i : i + lanes]
+        some += [(some[0][0], 0, 0, some[0][0], 16, 0)] * (lanes - len(some))
+        base = min(min(x[0], x[3]) for x in some)
+        near = max(max(x[0], x[3]) for x in some) - base < 64
+        rows = [[x[0] - base | x[3] - base << 16 for x in some], *([x[j] for x in some] for j in (1, 2, 4, 5))]
+        whole = not any(x[5] for x in some)
+        vectors.append([*rows, [base, int(near), int(whole)] + [0] * (lanes - 3)])
+    return torch.tensor(vectors, dtype=torch.int32)

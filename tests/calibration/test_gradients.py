@@ -1,0 +1,90 @@
+"""Gradients of far keys and values against autograd through the path that attends with an exact window."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import converted, tokens
+
+from eigenattn.calibration import gradients
+from eigenattn.calibration.gradients import backward
+from eigenattn.calibration.statistics import Batch
+from eigenattn.compression.folding import attach, detach
+from eigenattn.errors import EigenAttnError
+
+NAMES = ["llama", "llama-yarn", "phi3-partial", "qwen3", "opt", "mpt", "bloom", "mistral-sliding", "gemma2", "gpt_neox"]
+LENGTH, WINDOW, SEED = 13, 4, 3
+
+
+def watched(monkeypatch, model, layers, batch, window):
+    """Gradients by layer, and the tokens that were drawn."""
+    found, drawn, plain = {}, [], F.cross_entropy
+
+    def loss(logits, labels, reduction):
+        drawn.append(labels)
+        return plain(logits, labels, reduction=reduction)
+
+    monkeypatch.setattr(gradients.F, "cross_entropy", loss)
+    backward(model, layers, batch, window, SEED, lambda a, vectors, grads: found.update({a.layer_idx: grads}))
+    monkeypatch.undo()
+    return found, drawn[0]
+
+
+def by_autograd(model, attention, batch, drawn, window):
+    """The same loss's gradients at what is added to a layer's far keys and values."""
+    b, t = batch.input_ids.shape
+    shape = (b, attention.kv_heads, t, attention.head_dim)
+    keys, values = (torch.zeros(shape, requires_grad=True) for _ in range(2))
+    attach(attention, (), window)
+    attention.rounded = lambda k, v: (k + keys[:, :, : k.shape[2]], v + values[:, :, : v.shape[2]])
+    try:
+        logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.float()
+        logits = logits.flatten(0, 1) if batch.valid is None else logits[batch.valid]
+        F.cross_entropy(logits, drawn, reduction="sum").backward()
+    finally:
+        del attention.rounded
+        detach(attention)
+    return keys.grad, values.grad
+
+
+@pytest.mark.parametrize("blocks", [256, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_autograd(monkeypatch, name, blocks):
+    model, layers = converted(name)
+    batch = Batch(tokens(2, LENGTH))
+    monkeypatch.setattr(gradients, "QUERY_BLOCK", blocks)
+    found, drawn = watched(monkeypatch, model, layers, batch, WINDOW)
+    for attention in layers:
+        for own, expected in zip(
+            found[attention.layer_idx], by_autograd(model, attention, batch, drawn, WINDOW), strict=True
+        ):
+            assert expected.abs().max() > 0
+            assert torch.allclose(own, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
+
+
+def test_padding_counts_for_nothing(monkeypatch):
+    model, layers = converted("llama")
+    ids = tokens(1, LENGTH)
+    alone, drawn = watched(monkeypatch, model, layers, Batch(ids), WINDOW)
+    mask = torch.cat([torch.zeros(1, 3), torch.ones(1, LENGTH)], dim=1).long()
+    padded = Batch(torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1), mask)
+    beside, same = watched(monkeypatch, model, layers, padded, WINDOW)
+    assert torch.equal(drawn, same)
+    for index, pair in alone.items():
+        for one, other in zip(pair, beside[index], strict=True):
+            assert torch.allclose(one, other[:, :, 3:], atol=1e-4, rtol=1e-3)
+            assert not other[:, :, :3].any()
+
+
+def test_weights_keep_whether_they_are_trained():
+    model, layers = converted("llama")
+    trained = [each.requires_grad for each in model.parameters()]
+    backward(model, layers, Batch(tokens(1, LENGTH)), WINDOW, SEED, lambda *_: None)
+    assert [each.requires_grad for each in model.parameters()] == trained
+    assert all(each.grad is None for each in model.parameters())
+    assert all(attention.observer is None for attention in layers)
+
+
+def test_a_model_without_a_head_is_refused():
+    model, layers = converted("llama")
+    with pytest.raises(EigenAttnError, match="language head"):
+        backward(model.model, layers, Batch(tokens(1, LENGTH)), WINDOW, SEED, lambda *_: None)

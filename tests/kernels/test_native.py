@@ -1,0 +1,132 @@
+"""The native decoding step: what only it does, and what is done without it."""
+
+import re
+
+import pytest
+import torch
+from tiny import levels_between
+
+from eigenattn import EigenAttnError, kernels
+from eigenattn.cache.packing import Widths, pack
+from eigenattn.kernels import native_library, selection
+from eigenattn.kernels.decoding import Rotary, Side, Step, Window, decode, default_backend
+
+native = pytest.mark.skipif(
+    native_library.unavailable() is not None, reason=f"no native kernels: {native_library.unavailable()}"
+)
+
+
+def some_step(s=1100, rank=20, widths=None, dtype=torch.float32, **changes):
+    """Enough tokens for several splits, with ragged rows; the window lies behind them."""
+    torch.manual_seed(0)
+    b, h, g, d, slots = 2, 6, 2, 24, 9
+
+    def normal(*shape):
+        return torch.randn(*shape).to(dtype)
+
+    coded, rows = {}, (normal(b, g, s, rank), normal(b, g, s, rank))
+    if widths is not None:
+        rank, numbers = widths.channels, 2 ** torch.tensor(widths.each())
+        rows = tuple(pack((torch.rand(b, g, s, rank) * numbers).to(torch.uint8), widths) for _ in range(2))
+        low = torch.randn(g, rank) - 2
+        coded = {"widths": widths, "levels": levels_between(low, low + 3, widths)}
+    length = torch.tensor([s, s - 70], dtype=torch.int32)
+    step = {
+        "q": normal(b, h, d),
+        "rows": rows,
+        "keys": Side(0, normal(g, rank, d) / rank**0.5, normal(g, d), **coded),
+        "values": Side(1, normal(g, rank, d) / rank**0.5, normal(g, d), **coded),
+        "scale": 0.3,
+        "length": length,
+        "first": torch.tensor([0, 37], dtype=torch.int32),
+        "positions": torch.arange(s + slots).expand(b, -1),
+        "query": length + slots,
+        "rotary": Rotary(100.0 ** -(torch.arange(0, d, 2) / d)),
+        "window": Window(normal(b, g, slots, d), normal(b, g, slots, d), length, length + slots),
+    }
+    return Step(**step | changes)
+
+
+def assert_same(step, tolerance=2e-6):
+    expected = decode(step, "reference")
+    found = decode(step, "native")
+    assert (found.float() - expected.float()).norm() < tolerance * expected.float().norm()
+
+
+@native
+@pytest.mark.parametrize("threads", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_blocks_and_threads(threads, dtype):
+    torch.set_num_threads(threads)
+    step = some_step(dtype=dtype)
+    assert_same(step, {torch.float32: 5e-6, torch.bfloat16: 1e-2}[dtype])
+    assert torch.equal(decode(step, "native"), decode(step, "native"))
+    torch.set_num_threads(1)
+
+
+@native
+def test_positions_jump_between_blocks_and_within():
+    positions = torch.arange(1109) + 500 * (torch.arange(1109) >= 64) + 3 * (torch.arange(1109) >= 81)
+    positions[700:705] = 12  # and back
+    assert_same(some_step(positions=positions.expand(2, -1), query=torch.tensor([2000, 1900])), 5e-6)
+
+
+@native
+@pytest.mark.parametrize("widths", [{8: 70, 3: 90}, {6: 17, 4: 150, 1: 3}, {8: 16}, {2: 64}], ids=str)
+def test_wide_rows_of_codes(widths):
+    """A vector's codes may lie too far apart for one load."""
+    assert_same(some_step(s=70, widths=Widths.of(widths)), 5e-6)
+
+
+@native
+def test_dimensions_that_are_odd():
+    step = some_step(s=70, rotary=Rotary(torch.tensor([1.0, 0.3]), 1.1, interleaved=True))
+    assert_same(step)
+    d = 23
+    odd = [Side(side.row, side.decoder[..., :d], side.mean[..., :d]) for side in (step.keys, step.values)]
+    window = Window(step.window.keys[..., :d], step.window.values[..., :d], step.window.column, step.window.stop)
+    changes = {"q": step.q[..., :d], "keys": odd[0], "values": odd[1], "window": window}
+    assert_same(some_step(s=70, **changes, rotary=Rotary(torch.tensor([1.0, 0.3]))))
+
+
+@pytest.fixture
+def fresh():
+    """The library is looked for anew."""
+    native_library.library.cache_clear()
+    yield
+    native_library.library.cache_clear()
+
+
+def test_without_a_compiler_pytorch_decodes(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(selection, "_chosen", "auto")
+    step = some_step(s=40)
+    assert selection.decoding_backend(step.q) == "torch" == default_backend(step)
+    assert re.match("torch: there is no C[+][+] compiler", kernels.decoding_step_reason())
+    torch.testing.assert_close(decode(step), decode(step, "reference"))
+    for choose in (lambda: decode(step, "native"), lambda: kernels.use("native")):
+        with pytest.raises(EigenAttnError, match=r"no C[+][+] compiler"):
+            choose()
+
+
+def test_a_compiler_that_fails_is_told(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("EIGENATTN_CACHE", str(tmp_path))
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "bad luck" >&2; exit 1; }\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert "bad luck" in str(native_library.unavailable())
+    assert list(tmp_path.iterdir()) == [compiler]  # nothing half-built
+
+
+@native
+def test_it_is_compiled_once(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("EIGENATTN_CACHE", str(tmp_path))
+    monkeypatch.setenv("EIGENATTN_NATIVE_FLAGS", "-O1")
+    assert native_library.unavailable() is None
+    (built,) = tmp_path.iterdir()
+    then = built.stat().st_mtime_ns
+    native_library.library.cache_clear()
+    assert native_library.unavailable() is None
+    assert built.stat().st_mtime_ns == then
+    assert kernels.decoding_step_reason() == "native"
