@@ -60,7 +60,7 @@ def file(standard, arguments) -> Path:
 
 def test_every_cell_is_measured_once(standard, arguments, file, monkeypatch):
     results = json.loads(file.read_text())
-    ours = "law/attention/bits/32/3"
+    ours = "law/fisher/bits/32/3"
     every = {"nothing coded", ours, *RIVALS}
     assert {key for key in results["cells"] if key.startswith("96/animals/")} == {f"96/animals/{n}" for n in every}
     for place in ("96/sums", "96/law", "128/animals"):

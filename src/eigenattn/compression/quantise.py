@@ -24,7 +24,7 @@ from .sensitivity import TIE
 
 # Bits a channel may be allotted, fewest first: 0, of which nothing is stored and the latent is its mean, and widths of
 # `eigenattn.cache.packing.PARTS`. Another package may add one.
-ALLOTTED = [0, 2, 3, 4, 6, 8]
+ALLOTTED = [0, 2, 4, 6, 8]
 # Channels that share a width: planes of whole bytes, and hardly coarser than single channels (see docs/rules.md).
 GROUP = 4
 

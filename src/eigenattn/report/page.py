@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import EigenAttentionConfig
+from ..config import TARGETS, EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..evaluation.generation import continue_prompt
 from ..evaluation.spectra import read_spectra
@@ -235,8 +235,19 @@ def _option(name: str, value: Any) -> list[str]:
     """An option as it is written."""
     name = name.replace("_", "-")
     if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
+        return [f"--{name}" if value else f"--no-{name}".replace("no-coded", "uncoded")]
     return [f"--{name}", str(value)]
+
+
+def _asked(method: dict[str, Any]) -> dict[str, Any]:
+    """What has to be asked for to get a configuration, whose defaults depend on each other."""
+    target = {name: method[name] for name in TARGETS if method.get(name) is not None}
+    defaults, chosen = EigenAttentionConfig(**target).to_dict(), ("coded", "basis", "refit", "version")
+    asked = target | {n: v for n, v in method.items() if n not in chosen and v is not None and v != defaults.get(n)}
+    for name in (*chosen[:3], "coded"):  # a basis that is named says that latents are not coded
+        if name in method and getattr(EigenAttentionConfig(**asked), name) != method[name]:
+            asked[name] = method[name]
+    return {name: asked[name] for name in method if name in asked}
 
 
 def commands(material: Material) -> list[str]:
@@ -244,15 +255,7 @@ def commands(material: Material) -> list[str]:
     facts, method = material.inspection.provenance, material.inspection.method
     base = str(facts.get("base_model", "MODEL"))
     texts = [part for each in facts.get("text", []) for part in ("--text", each["source"])]
-    names = ("basis", "window", "share")
-    implied = EigenAttentionConfig(**{name: method[name] for name in names if name in method}).refit
-    defaults = EigenAttentionConfig().to_dict() | {"kv_ratio": None, "refit": implied, "version": method.get("version")}
-    choices = [
-        part
-        for name, value in method.items()
-        if value is not None and value != defaults.get(name)
-        for part in _option(name, value)
-    ]
+    choices = [part for name, value in _asked(method).items() for part in _option(name, value)]
     drawn = [
         part
         for name in ("samples", "length", "seed", "dtype")
