@@ -75,7 +75,7 @@ def test_page_holds_everything(made):
     assert f"{evaluation['texts'][0]['divergence']:.4f}" in page
     assert "needle at 50% of 300 tokens" in page
     assert "&lt;b&gt;The &amp; quick" in page and "<b>The" not in page
-    assert f"eigenattn compress {made / 'base'} {made / 'small'} --kv-ratio 0.6 --rank-multiple 2 --window 8" in page
+    assert f"eigenattn compress {made / 'base'} {made / 'small'} --kv-ratio 0.25 --rank-multiple 2 --window 8" in page
     assert "eigenattn sweep" in page and "eigenattn spectrum" in page
     ranks = re.findall(r"<title>layer (\d), (keys|values): rank (\d+) of 16</title>", page)
     assert len(ranks) == 6

@@ -74,7 +74,8 @@ def compress(
         model: a model as `AutoModelForCausalLM.from_pretrained` gives it.
         batches: calibration text: token-id tensors [B, T], or dictionaries with `input_ids` and `attention_mask`. Any
             iterable; it is read once.
-        config: what to compress to, and how; the default keeps 60% of the cache, and the last 32 tokens exact.
+        config: what to compress to, and how; the default codes latents to a quarter of the cache, and keeps the last 32
+            tokens exact.
         provenance: facts to keep in the checkpoint (where model and text came from).
         journal: keeps what is finished, and is asked for it: the same model, batches and config have to come again.
         progress: show progress bars on the error stream, if it is a terminal.
