@@ -249,6 +249,42 @@ def test_coded_latents(base, text, tmp_path):
     assert whole == attached
 
 
+def test_statistics_of_several_texts(base, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[::-1])
+    drawn = ("--samples", "4", "--length", "48")
+    fox, rest = tmp_path / "fox", tmp_path / "rest"
+    found = run_json("calibrate", base, fox, "--text", text, *drawn, "--window", "8")
+    assert (found["tokens"], found["window"], found["share"]) == (192, 8, "1")
+    assert found["text"][0]["source"] == "fox.txt"
+    assert "96 tokens of other.txt, self" in run(
+        *("calibrate", base, rest, "--text", other, "--text", "self", "--samples", "2", "--length", "48"),
+        *("--window", "8", "--seed", "1"),
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fox", "other.txt", "rest"]
+    run("compress", base, tmp_path / "of-text", "--text", text, *drawn, "--window", "8")
+    run("compress", base, tmp_path / "of-file", "--statistics", fox)  # by whose window
+    of_text, of_file = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("of-text", "of-file"))
+    assert of_text == of_file
+    both = ("--statistics", fox, "--statistics", rest)
+    assert run_json("compress", base, tmp_path / "both", *both, "--kv-ratio", "0.2")["tokens"] == 288
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert "calibrated on 4 windows of 48 tokens, seed 0, of fox.txt (SHA-256" in card
+    assert "calibrated on 2 windows of 48 tokens, seed 1, of other.txt (SHA-256" in card
+    out = tmp_path / "out"
+    assert "leave out --text" in fails("compress", base, out, *both, "--text", text)
+    assert "of window 8, not 16" in fails("compress", base, out, *both, "--window", "16")
+    assert "of share 1, not 2" in fails("compress", base, out, *both, "--share", "2")
+    assert "for coded latents" in fails("compress", base, out, *both, "--uncoded")
+    assert "drawn with seed 0" in fails("compress", base, out, "--statistics", fox, "--statistics", fox)
+    assert "eigenattn calibrate" in fails("compress", base, out, "--statistics", base)
+    assert "exists already" in fails("calibrate", base, fox, "--text", text, *drawn, "--window", "8")
+    assert not out.exists()
+    run("report", tmp_path / "both")
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert "--statistics STATISTICS-1 --statistics STATISTICS-2" in page
+
+
 def test_inspect(compressed, base):
     found = run_json("inspect", compressed)
     assert found["compressed"] is True
@@ -262,7 +298,7 @@ def test_inspect(compressed, base):
 
 
 def test_help_has_examples():
-    for verb in ("compress", "evaluate", "generate", "inspect", "demo", "sweep", "spectrum", "report"):
+    for verb in ("calibrate", "compress", "evaluate", "generate", "inspect", "demo", "sweep", "spectrum", "report"):
         assert f"eigenattn {verb}" in run(verb, "--help")
 
 

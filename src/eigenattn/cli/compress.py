@@ -1,4 +1,4 @@
-"""`eigenattn compress`."""
+"""`eigenattn calibrate` and `eigenattn compress`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,57 @@ import typer
 from rich.console import Console
 
 from ..calibration.text import DEFAULT_SOURCE
+from ..errors import EigenAttnError
+from ..workflows.calibrate import calibrate_checkpoint
 from ..workflows.compress import compress_checkpoint
 from .common import Json, Model, app, at_lengths, emit, examples, memory_limits
-from .options import CalibrationOptions, CompressionOptions, LoadingOptions, MemoryOptions, grouped
+from .options import (
+    SHARE_HELP,
+    WINDOW_HELP,
+    CalibrationOptions,
+    CompressionOptions,
+    LoadingOptions,
+    MemoryOptions,
+    grouped,
+)
+
+
+@app.command(
+    epilog=examples(
+        "eigenattn calibrate smollm2 prose --text speeches.txt",
+        "eigenattn calibrate smollm2 code --text code.jsonl --samples 64 --length 4096",
+        "eigenattn compress smollm2 smollm2-4-bits --statistics prose --statistics code",
+    )
+)
+@grouped
+def calibrate(
+    model: Model,
+    statistics: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    *,
+    calibration: CalibrationOptions,
+    window: Annotated[int, typer.Option(min=0, help=f"{WINDOW_HELP}; 0 for none.")] = 32,
+    share: Annotated[str, typer.Option(help=SHARE_HELP)] = "1",
+    loading: LoadingOptions,
+    memory: MemoryOptions,
+    json_file: Json = None,
+) -> None:
+    """Collect statistics that `compress --statistics` adds up, for caches of any size; killed, it goes on."""
+    found = calibrate_checkpoint(
+        model,
+        statistics,
+        calibration.windows(),
+        window=window,
+        share=share,
+        dtype=loading.dtype,
+        device=loading.device,
+        max_memory=memory_limits(memory.max_memory),
+        offload_folder=memory.offload_folder,
+        progress=True,
+    )
+    sources = ", ".join(each["source"] for each in found["text"])
+    emit(found, json_file).print(
+        f"{statistics}: statistics of {found['tokens']:,} tokens of {sources}.", highlight=False, soft_wrap=True
+    )
 
 
 @app.command(
@@ -19,6 +67,7 @@ from .options import CalibrationOptions, CompressionOptions, LoadingOptions, Mem
         "eigenattn compress smollm2 smollm2-4-bits",
         "eigenattn compress meta-llama/Llama-3.1-8B llama-2-bits --kv-ratio 0.14 --dtype bfloat16",
         "eigenattn compress smollm2 smollm2-shared --kv-ratio 0.14 --share 3kv",
+        "eigenattn compress smollm2 smollm2-3-bits --kv-ratio 0.1875 --statistics prose --statistics code",
         "eigenattn compress smollm2 smollm2-60 --uncoded --kv-ratio 0.6 --text wikitext2",
         "eigenattn compress ./my-model ./my-model-small --text prompts.jsonl --text self --length 4096",
         "eigenattn compress meta-llama/Llama-3.1-70B llama-60 --device-map auto --max-memory 0=70GiB,cpu=100GiB",
@@ -32,6 +81,13 @@ def compress(
     *,
     compression: CompressionOptions,
     calibration: CalibrationOptions,
+    statistics: Annotated[
+        list[Path],
+        typer.Option(
+            help="In place of texts: a folder that `eigenattn calibrate` wrote. May be repeated; they are added up.",
+            metavar="STATISTICS",
+        ),
+    ] = [],  # noqa: B006 (typer copies it)
     bases_only: Annotated[
         bool,
         typer.Option(
@@ -45,8 +101,10 @@ def compress(
     json_file: Json = None,
 ) -> None:
     """Compress a model's KV cache and write the checkpoint; killed, it goes on with the same command."""
-    config, text = compression.config(), calibration.windows()
-    if config.coded and text.one_kind:
+    if statistics and calibration != CalibrationOptions():
+        raise EigenAttnError("statistics are of texts already: leave out --text, --samples, --length and --seed.")
+    config, text = compression.config(statistics), calibration.windows()
+    if config.coded and text.one_kind and not statistics:
         Console(stderr=True).print(
             f"Calibrated on {text.sources[0]} alone, codes lose more on text of other kinds; `--text {DEFAULT_SOURCE}` "
             "has many.",
@@ -57,7 +115,7 @@ def compress(
         model,
         out,
         config,
-        text,
+        statistics or text,
         dtype=loading.dtype,
         device=loading.device,
         max_memory=memory_limits(memory.max_memory),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from ..cache.rules import EVICTION_RULES
+from ..calibration.statistics_file import open_statistics
 from ..calibration.text import DEFAULT_SOURCE, SOURCES, Text
 from ..compression.methods import BASES
 from ..compression.ranks import RANK_RULES
@@ -22,7 +23,7 @@ from ..evaluation.measuring import EvaluationPlan
 from ..evaluation.retrieval import Needles
 from ..evaluation.tasks import PAPER_TASKS, load_tasks, task_names
 from ..files import JSON_ROWS
-from ..workflows.compress import CalibrationText
+from ..workflows.calibrate import CalibrationText
 from .common import SEEDS
 
 
@@ -160,8 +161,10 @@ class CompressionOptions:
         ),
     ] = None
     rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this number.")] = 8
-    window: Annotated[int, typer.Option(help=f"{WINDOW_HELP}; 0 for none.")] = 32
-    share: Annotated[str, typer.Option(help=SHARE_HELP)] = "1"
+    window: Annotated[
+        int | None, typer.Option(help=f"{WINDOW_HELP}; 0 for none. By default 32, or as statistics have it.")
+    ] = None
+    share: Annotated[str | None, typer.Option(help=f"{SHARE_HELP} By default 1, or as statistics have it.")] = None
     shrinkage: Annotated[
         float,
         typer.Option(
@@ -178,13 +181,18 @@ class CompressionOptions:
         ),
     ] = None
 
-    def config(self) -> EigenAttentionConfig:
+    def config(self, statistics: Sequence[Path] = ()) -> EigenAttentionConfig:
         """The configuration asked for.
 
+        Args:
+            statistics: folders of statistics, for what is left open.
+
         Raises:
-            EigenAttnError: if it is none.
+            EigenAttnError: if it is none, or the statistics do not go together.
         """
-        return EigenAttentionConfig(**vars(self))
+        files = open_statistics(statistics)
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return EigenAttentionConfig(**(files[0].latents if files else {}) | given)
 
 
 @dataclass(frozen=True)

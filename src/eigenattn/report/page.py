@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,16 @@ from . import html
 from .card import EVALUATION
 from .figures import decay, effective_ranks, energy, frontier, inline_svg
 from .inspection import Inspection, inspect_checkpoint
-from .tables import TextTable, calibrations, evaluation_tables, latents_in_words, layout_table, notes, sweep_table
+from .tables import (
+    TextTable,
+    calibrations,
+    evaluation_tables,
+    latents_in_words,
+    layout_table,
+    notes,
+    sweep_table,
+    windows_in_words,
+)
 
 PROMPTS = ("The history of the city begins with", "To make a good soup, first", "def fibonacci(n):\n")
 NEW_TOKENS = 48
@@ -219,6 +228,8 @@ def _origin(material: Material) -> list[str]:
                 f"{each['source']}" + (f" (SHA-256 {each['sha256'][:12]}…)" if each.get("sha256") else "")
                 for each in value
             )
+        elif name == "statistics":
+            value = "; ".join(map(windows_in_words, value))
         elif isinstance(value, dict):
             value = ", ".join(f"{key} {each}" for key, each in value.items())
         rows.append([name.replace("_", " "), str(value)])
@@ -254,15 +265,17 @@ def commands(material: Material) -> list[str]:
     """The commands that give this checkpoint, and what the page shows of it."""
     facts, method = material.inspection.provenance, material.inspection.method
     base = str(facts.get("base_model", "MODEL"))
-    texts = [part for each in facts.get("text", []) for part in ("--text", each["source"])]
     choices = [part for name, value in _asked(method).items() for part in _option(name, value)]
-    drawn = [
-        part
-        for name in ("samples", "length", "seed", "dtype")
-        if name in facts
-        for part in (f"--{name}", str(facts[name]))
-    ]
-    lines = [["eigenattn", "compress", base, material.name, *choices, *texts, *drawn]]
+    lines, read = [], _read(facts)
+    if "statistics" in facts:
+        folders = [f"STATISTICS-{number}" for number, _ in enumerate(facts["statistics"], 1)]
+        latents = [part for name in ("window", "share") if name in method for part in _option(name, method[name])]
+        lines += [
+            ["eigenattn", "calibrate", base, folder, *latents, *_read(each), *read]
+            for folder, each in zip(folders, facts["statistics"], strict=True)
+        ]
+        read = [*(part for folder in folders for part in ("--statistics", folder)), *read]
+    lines.append(["eigenattn", "compress", base, material.name, *choices, *read])
     if material.evaluation is not None:
         lines.append(_evaluate(material.name, material.evaluation))
     if material.sweep is not None:
@@ -278,6 +291,13 @@ def commands(material: Material) -> list[str]:
         texts = [part for each in material.spectra["text"] for part in ("--text", each["source"])]
         lines.append(["eigenattn", "spectrum", material.spectra["model"], "SPECTRUM", *asked, *texts])
     return [shlex.join(line) for line in lines]
+
+
+def _read(facts: Mapping[str, Any]) -> list[str]:
+    """The options by which a text is read again."""
+    texts = [part for each in facts.get("text", []) for part in ("--text", each["source"])]
+    names = [name for name in ("samples", "length", "seed", "dtype") if name in facts]
+    return [*texts, *(part for name in names for part in (f"--{name}", str(facts[name])))]
 
 
 def _evaluate(name: str, result: dict[str, Any]) -> list[str]:
