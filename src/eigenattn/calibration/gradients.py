@@ -39,7 +39,7 @@ def backward(
         seed: of the tokens drawn.
 
     Raises:
-        EigenAttnError: if the model predicts no tokens.
+        EigenAttnError: if the model predicts no tokens, or a layer's activations are not finite.
     """
     if model.get_output_embeddings() is None:
         raise EigenAttnError(
@@ -49,6 +49,12 @@ def backward(
     modules = decoder_layers(model, layers)
     with _frozen(model):
         calls, output = _calls(model, modules, batch)
+        for attention, given in zip(layers, [*(args[0] for args, _ in calls[1:]), hidden(output)], strict=True):
+            if not given.isfinite().all():  # gradients would be none in the layers before it
+                raise EigenAttnError(
+                    f"layer {attention.layer_idx} gives NaN or infinite vectors on the calibration text: try --dtype "
+                    "float32, or check the model's weights."
+                )
         gradient = _at_last_layer(model, modules, batch, output, seed)
         for attention, layer, (args, kwargs) in zip(reversed(layers), reversed(modules), reversed(calls), strict=True):
             states = args[0].detach().requires_grad_()
