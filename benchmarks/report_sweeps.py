@@ -28,7 +28,7 @@ INTRODUCTIONS = {
 Latents coded channel by channel, and what plain quantisation costs beside the same exact window: keys per channel
 and before rotation, values per token, scales and zero points counted (`plain`); and transformers' own quantised caches
 (`quanto`, `hqq`), which read in pieces of 32 tokens. The latents' basis is `attention`, calibrated on text of the same
-kind, and their channels had 0, 2, 4, 6 or 8 bits: a width of 3, which is now chosen as well, changes figures a little.
+kind.
 Bits are those of the latents for each element of the original cache, which has 16. "Whole cache" is all that is
 allocated at 1,024 tokens, window included, against the original's. KL is the divergence of predictions from the
 original's, in thousandths of a nat a token.
