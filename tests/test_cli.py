@@ -224,7 +224,8 @@ def test_the_text_need_not_be_given(base, tmp_path):
         (["--coded", "--text", "fox.txt", "--text", "mixture"], False),
         (["--coded"], False),
         (["--coded", "--text", "none"], False),
-        (["--text", "fox.txt"], False),
+        (["--text", "fox.txt"], True),
+        (["--uncoded", "--text", "fox.txt"], False),
     ],
 )
 def test_codes_for_one_kind_of_text(tmp_path, options, warned):

@@ -60,7 +60,9 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         values=values,
         scale=layer.scaling,
         length=border,
-        first=this.memoised(("first", layer.layer_type), first) if backend != "torch" else None,
+        first=this.memoised(("first", layer.layer_type, layer.sliding_window, sight.columns), first)
+        if backend != "torch"
+        else None,
         positions=this.positions(sight) if layer.rotates_far else None,
         query=this.query_position if layer.rotates_far else None,
         columns=sight.far.columns,
@@ -70,7 +72,7 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         softcap=layer.softcap,
         memoised=this.memoised,
     )
-    if backend == "native" and decoding.why_not(step) is not None:
+    if backend == "native" and (this.implementation == "eager" or decoding.why_not(step) is not None):
         backend = "torch"
     if backend == "torch" and this.implementation == "eager":  # which gives weights, asked or not
         out, weights = decode_with_weights(step, sight.columns)

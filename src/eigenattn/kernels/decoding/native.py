@@ -267,7 +267,7 @@ def _as_pairs(x: Tensor, rotary: Rotary) -> Tensor:
 
 def _turning(rotary: Rotary, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """The order of pairs, the table of a block's rotations, and radians with those of a whole block; kept."""
-    key = ("native", size)
+    key = ("native", size, rotary.interleaved)  # a copy with other pairs shares the tables
     if key not in rotary._tables:
         order, lanes = order_of(rotary, size, _lanes()), _lanes()
         frequencies = torch.zeros(len(order) // 2, dtype=torch.float64)
