@@ -15,7 +15,7 @@ from ..kernels import blocks, chunked, decoding
 from ..kernels.decoding.batched import decode_with_weights
 from ..kernels.reference import add_mask, causal_mask
 from ..kernels.reference import attend as reference_attend
-from ..kernels.selection import decoding_backend
+from ..kernels.selection import decoding_backend, is_chosen
 from .forward_pass import ForwardPass
 from .layer import AttentionLayer
 from .rotary import at_columns, rotate
@@ -72,7 +72,8 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         softcap=layer.softcap,
         memoised=this.memoised,
     )
-    if backend == "native" and (this.implementation == "eager" or decoding.why_not(step) is not None):
+    wants_weights = this.implementation == "eager" and not is_chosen("native")
+    if backend == "native" and (wants_weights or decoding.why_not(step) is not None):
         backend = "torch"
     if backend == "torch" and this.implementation == "eager":  # which gives weights, asked or not
         out, weights = decode_with_weights(step, sight.columns)
