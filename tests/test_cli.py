@@ -273,6 +273,9 @@ def test_statistics_of_several_texts(base, text, tmp_path):
     assert "calibrated on 4 windows of 48 tokens, seed 0, of fox.txt (SHA-256" in card
     assert "calibrated on 2 windows of 48 tokens, seed 1, of other.txt (SHA-256" in card
     out = tmp_path / "out"
+    for folders, warned in ((("--statistics", fox), True), (both, False)):
+        result = CliRunner().invoke(app, ["compress", str(tmp_path / "nothing"), str(out), *map(str, folders)])
+        assert ("Calibrated on fox.txt alone" in result.stderr) == warned
     assert "leave out --text" in fails("compress", base, out, *both, "--text", text)
     assert "of window 8, not 16" in fails("compress", base, out, *both, "--window", "16")
     assert "of share 1, not 2" in fails("compress", base, out, *both, "--share", "2")

@@ -100,6 +100,11 @@ class StatisticsFile:
         return {"window": self.facts["window"], "share": self.facts["share"]}
 
     @property
+    def sources(self) -> list[str]:
+        """Where the texts read came from."""
+        return [each["source"] for each in self.facts["text"]]
+
+    @property
     def draws(self) -> set[tuple[str, int]]:
         """The texts read, each with the seed of its draw."""
         return {(each["sha256"] or each["source"], self.facts["seed"]) for each in self.facts["text"]}

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..calibration.statistics_file import open_statistics
 from ..calibration.text import DEFAULT_SOURCE
 from ..errors import EigenAttnError
-from ..workflows.calibrate import calibrate_checkpoint
+from ..workflows.calibrate import calibrate_checkpoint, of_one_kind
 from ..workflows.compress import compress_checkpoint
 from .common import Json, Model, app, at_lengths, emit, examples, memory_limits
 from .options import (
@@ -103,10 +104,12 @@ def compress(
     """Compress a model's KV cache and write the checkpoint; killed, it goes on with the same command."""
     if statistics and calibration != CalibrationOptions():
         raise EigenAttnError("statistics are of texts already: leave out --text, --samples, --length and --seed.")
-    config, text = compression.config(statistics), calibration.windows()
-    if config.coded and text.one_kind and not statistics:
+    files = open_statistics(statistics)
+    config = compression.config(files)
+    sources = [source for file in files for source in file.sources] or calibration.text
+    if config.coded and of_one_kind(sources):
         Console(stderr=True).print(
-            f"Calibrated on {text.sources[0]} alone, codes lose more on text of other kinds; `--text {DEFAULT_SOURCE}` "
+            f"Calibrated on {sources[0]} alone, codes lose more on text of other kinds; `--text {DEFAULT_SOURCE}` "
             "has many.",
             highlight=False,
             soft_wrap=True,
@@ -115,7 +118,7 @@ def compress(
         model,
         out,
         config,
-        statistics or text,
+        statistics or calibration.windows(),
         dtype=loading.dtype,
         device=loading.device,
         max_memory=memory_limits(memory.max_memory),

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from ..cache.rules import EVICTION_RULES
-from ..calibration.statistics_file import open_statistics
+from ..calibration.statistics_file import StatisticsFile
 from ..calibration.text import DEFAULT_SOURCE, SOURCES, Text
 from ..compression.methods import BASES
 from ..compression.ranks import RANK_RULES
@@ -181,18 +181,17 @@ class CompressionOptions:
         ),
     ] = None
 
-    def config(self, statistics: Sequence[Path] = ()) -> EigenAttentionConfig:
+    def config(self, statistics: Sequence[StatisticsFile] = ()) -> EigenAttentionConfig:
         """The configuration asked for.
 
         Args:
-            statistics: folders of statistics, for what is left open.
+            statistics: by which latents are chosen where that is left open.
 
         Raises:
-            EigenAttnError: if it is none, or the statistics do not go together.
+            EigenAttnError: if it is none.
         """
-        files = open_statistics(statistics)
         given = {name: value for name, value in vars(self).items() if value is not None}
-        return EigenAttentionConfig(**(files[0].latents if files else {}) | given)
+        return EigenAttentionConfig(**(statistics[0].latents if statistics else {}) | given)
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,6 @@ class CalibrationText:
         """How windows are drawn."""
         return {"samples": self.samples, "length": self.length, "seed": self.seed}
 
-    @property
-    def one_kind(self) -> bool:
-        """Whether it is all from one source, and that is neither of many kinds nor the model's own."""
-        return len(self.sources) == 1 and self.sources[0] not in (DEFAULT_SOURCE, *WITHOUT_TEXT)
-
     def load(self) -> list[Text]:
         """The texts; those that need none have no content.
 
@@ -90,6 +85,11 @@ class Subject:
     def provenance(self, model: PreTrainedModel) -> dict[str, Any]:
         """Facts to keep with what is made of it."""
         return {**self.source.origin(), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def of_one_kind(sources: Sequence[str]) -> bool:
+    """Whether text is all from one source, and that is neither of many kinds nor the model's own."""
+    return len(set(sources)) == 1 and sources[0] not in (DEFAULT_SOURCE, *WITHOUT_TEXT)
 
 
 def calibrate_checkpoint(
