@@ -73,8 +73,7 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         memoised=this.memoised,
     )
     wants_weights = this.implementation == "eager" and not is_chosen("native")
-    if backend == "native" and (wants_weights or decoding.why_not(step) is not None):
-        backend = "torch"
+    backend = "torch" if backend == "native" and wants_weights else decoding.accepted(step, backend)
     if backend == "torch" and this.implementation == "eager":  # which gives weights, asked or not
         out, weights = decode_with_weights(step, sight.columns)
         return out.unsqueeze(2), weights.unsqueeze(2)
