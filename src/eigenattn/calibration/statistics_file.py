@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..config import EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
@@ -18,7 +17,7 @@ from ..files import is_text
 from ..models.attention import EigenAttention
 from ..models.bases_file import alike, fingerprint_of, read_into, read_object
 from .fisher_moments import FisherMoments
-from .statistics import tensors_of
+from .statistics import named_tensors
 
 VERSION = 1
 FACTS_FILE = "eigenattn_statistics.json"
@@ -50,7 +49,7 @@ class Statistics(NamedTuple):
         Returns:
             What the folder says of them.
         """
-        tensors = {name: each.detach().cpu().contiguous() for name, each in _named(self.moments).items()}
+        tensors = {name: each.detach().cpu().contiguous() for name, each in named_tensors(self.moments).items()}
         save_file(tensors, folder / TENSORS_FILE)
         first = self.moments[0]
         facts = {
@@ -127,7 +126,7 @@ class StatisticsFile:
             raise EigenAttnError(f"{self.folder / TENSORS_FILE} is damaged: its SHA-256 is not the one it was given.")
         sharing = Sharing.of(self.facts["share"])
         moments = [FisherMoments.of(attention, self.facts["window"], sharing) for attention in layers]
-        read_into(_named(moments), self.folder / TENSORS_FILE, "statistics")
+        read_into(named_tensors(moments), self.folder / TENSORS_FILE, "statistics")
         for each in moments:
             each.tokens = self.facts["tokens"]
         return moments
@@ -184,11 +183,6 @@ def merged(files: Sequence[StatisticsFile], layers: Sequence[EigenAttention]) ->
         for own, others in zip(found, file.moments(layers), strict=True):
             own.merge(others)
     return found
-
-
-def _named(moments: Sequence[FisherMoments]) -> dict[str, Tensor]:
-    """The tensors of all layers, by their names in the file."""
-    return {f"{place}.{name}": tensor for place, sums in enumerate(moments) for name, tensor in tensors_of(sums)}
 
 
 def _sha256(path: Path) -> str:

@@ -117,8 +117,11 @@ SHARE_HELP = (
 )
 CODED_HELP = (
     "Code each channel of a latent in a few bits, from 0 to 8, chosen channel by channel, or keep all in 16. The KV "
-    "ratio counts these bits: 0.25 is 4 bits for each element of the original cache. By default they are coded, unless "
-    "a KV ratio above 0.5, another target, a basis or a rank rule is asked for."
+    "ratio counts these bits: 0.25 is 4 bits for each element of the original cache."
+)
+CODED_BY_DEFAULT_HELP = (
+    f"{CODED_HELP} By default they are coded, unless a KV ratio above 0.5, another target, a basis or a rank rule is "
+    "asked for."
 )
 WINDOW_HELP = "How many of the last tokens are kept exactly, beside the latents of all earlier ones"
 
@@ -144,7 +147,9 @@ class CompressionOptions:
             help="Instead of a KV ratio: the share of squared singular values to keep in each head, in (0, 1]."
         ),
     ] = None
-    coded: Annotated[bool | None, typer.Option("--coded/--uncoded", help=CODED_HELP, show_default=False)] = None
+    coded: Annotated[bool | None, typer.Option("--coded/--uncoded", help=CODED_BY_DEFAULT_HELP, show_default=False)] = (
+        None
+    )
     basis: Annotated[
         str | None,
         typer.Option(

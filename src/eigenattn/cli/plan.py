@@ -12,7 +12,7 @@ from ..config import DEFAULT_CODED_RATIO, DEFAULT_KV_RATIO, EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..report.planning import GIB, CapacityPlan, plan_capacity
 from .common import Json, Model, app, emit, examples
-from .options import CODED_HELP, SHARE_HELP, WINDOW_HELP
+from .options import CODED_BY_DEFAULT_HELP, SHARE_HELP, WINDOW_HELP
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20}
 
@@ -37,7 +37,8 @@ def plan(
         ),
     ] = None,
     coded: Annotated[
-        bool | None, typer.Option("--coded/--uncoded", help=f"{CODED_HELP} Only for an original.", show_default=False)
+        bool | None,
+        typer.Option("--coded/--uncoded", help=f"{CODED_BY_DEFAULT_HELP} Only for an original.", show_default=False),
     ] = None,
     window: Annotated[int | None, typer.Option(help=f"{WINDOW_HELP}; 32 by default. Only for an original.")] = None,
     share: Annotated[str | None, typer.Option(help=f"{SHARE_HELP} Only for an original.")] = None,

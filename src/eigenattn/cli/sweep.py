@@ -86,7 +86,7 @@ class GridOptions:
         return Grid(
             kv_ratios=numbers("--kv-ratio", self.kv_ratio or (CODED_RATIOS if self.coded else RATIOS), float),
             coded=self.coded,
-            bases=names(self.basis or ("fisher" if self.coded else "attention")),
+            bases=names(self.basis) or (None,),
             ranks=names(self.ranks),
             windows=numbers("--window", self.window, int),
             share=names(self.share),

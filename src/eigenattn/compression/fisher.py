@@ -76,8 +76,5 @@ def _fitted(moments: LatentMoments, basis: Basis, tokens: int) -> quantise.Fitte
         histograms.add(stretch * z.unsqueeze(0), weight * moments.sample.estimates.unsqueeze(0))
     found = fit(histograms, quantise.ALLOTTED[1:])
     unit = histograms.weight.clamp_min(TINY).reciprocal() / (2 * tokens)
-    costs = [COHERENCE * found.energy * unit]
-    for bits in quantise.ALLOTTED[1:]:
-        share = (found.error[bits] / found.energy.clamp_min(TINY)).clamp_max(1)
-        costs.append((COHERENCE * share.square() * found.energy + (1 - share) * found.error[bits]) * unit)
-    return quantise.Fitted(found, torch.stack([cost.sum(0) for cost in costs], dim=-1).cpu())
+    costs = quantise.costs_in_part_coherent(found, COHERENCE * found.energy * unit, unit)
+    return quantise.Fitted(found, costs.cpu())

@@ -246,16 +246,19 @@ def _option(name: str, value: Any) -> list[str]:
     """An option as it is written."""
     name = name.replace("_", "-")
     if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}".replace("no-coded", "uncoded")]
+        return [f"--{name}" if value else "--uncoded" if name == "coded" else f"--no-{name}"]
     return [f"--{name}", str(value)]
 
 
 def _asked(method: dict[str, Any]) -> dict[str, Any]:
     """What has to be asked for to get a configuration, whose defaults depend on each other."""
     target = {name: method[name] for name in TARGETS if method.get(name) is not None}
-    defaults, chosen = EigenAttentionConfig(**target).to_dict(), ("coded", "basis", "refit", "version")
-    asked = target | {n: v for n, v in method.items() if n not in chosen and v is not None and v != defaults.get(n)}
-    for name in (*chosen[:3], "coded"):  # a basis that is named says that latents are not coded
+    defaults = EigenAttentionConfig(**target).to_dict()
+    # The default of each hangs on those before it, and a basis that is named says that latents are not coded.
+    dependent = ("coded", "basis", "refit", "coded")
+    free = {name: value for name, value in method.items() if name not in (*dependent, "version")}
+    asked = target | {n: value for n, value in free.items() if value is not None and value != defaults.get(n)}
+    for name in dependent:
         if name in method and getattr(EigenAttentionConfig(**asked), name) != method[name]:
             asked[name] = method[name]
     return {name: asked[name] for name in method if name in asked}

@@ -130,7 +130,7 @@ def calibrate_checkpoint(
     with Journal(out, command) as journal:
         model, windows = subject.load_with_windows(journal, load_tokenizer(subject.source), text, texts)
         found = calibrate(model, windows.split(1), config, journal=journal, progress=progress)
-        facts = {**subject.provenance(model), "text": [described(each) for each in texts], **text.drawn}
+        facts = {**subject.provenance(model), "text": read, **text.drawn}
         with journal.output() as folder:
             return found.save(folder, facts | {"versions": versions()})
 

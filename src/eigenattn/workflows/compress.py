@@ -50,27 +50,28 @@ def compress_checkpoint(
     check_supported(config)
     if bases_only and not config.window:
         raise EigenAttnError("--bases-only needs a window: without one the bases are folded into the weights.")
-    texts = text.load() if isinstance(text, CalibrationText) else []  # before the model, which takes longer to load
-    files = [] if isinstance(text, CalibrationText) else open_statistics(text)
-    if files:
-        check_fit(files, config)
-    subject = Subject(Source.of(name), dtype, device, max_memory, offload_folder)
-    command = {"verb": "compress", **subject.facts(), **config.to_dict(), "bases_only": bases_only}
-    if isinstance(text, CalibrationText):
-        command |= {"text": [described(each) for each in texts], **text.drawn}
+    if isinstance(text, CalibrationText):  # read before the model, which takes longer to load
+        texts, files = text.load(), []
+        read = {"text": [described(each) for each in texts], **text.drawn}
+        known = read
     else:
-        command |= {"statistics": [file.facts.get("sha256") for file in files]}
+        texts, files = [], open_statistics(text)
+        if files:
+            check_fit(files, config)
+        read = {"statistics": [file.provenance() for file in files]}
+        known = {"statistics": [file.facts.get("sha256") for file in files]}
+    subject = Subject(Source.of(name), dtype, device, max_memory, offload_folder)
+    command = {"verb": "compress", **subject.facts(), **config.to_dict(), "bases_only": bases_only, **known}
     with Journal(out, command) as journal:
         tokenizer = load_tokenizer(subject.source)
         options = {"journal": journal, "progress": progress}
         if isinstance(text, CalibrationText):
             model, windows = subject.load_with_windows(journal, tokenizer, text, texts)
-            read = {"text": [described(each) for each in texts], **text.drawn}
             provenance = subject.provenance(model) | read
             report = compress(model, windows.split(1), config, provenance=provenance, **options)
         else:
             model = subject.load(journal)
-            provenance = subject.provenance(model) | {"statistics": [file.provenance() for file in files]}
+            provenance = subject.provenance(model) | read
             report = compress(model, config=config, statistics=text, provenance=provenance, **options)
         with journal.output() as folder:
             if bases_only:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..calibration.checks import checked
 from ..calibration.text import DEFAULT_SOURCE, load_text, tokenize
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
@@ -79,7 +80,7 @@ def _read(
     original: Predictions | None = None,
     logits_of: Logits = uncached,
 ) -> Reading:
-    with TokenProgress(progress).bar("Evaluating", len(windows)) as bar:
+    with checked(model), TokenProgress(progress).bar("Evaluating", len(windows)) as bar:
         advance = lambda: bar.advance(TASK)  # noqa: E731
         return read(model, windows, logits_of=logits_of, original=original, keep=original is None, advance=advance)
 

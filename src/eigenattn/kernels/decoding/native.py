@@ -267,7 +267,7 @@ def _as_pairs(x: Tensor, rotary: Rotary) -> Tensor:
 
 def _turning(rotary: Rotary, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """The order of pairs, the table of a block's rotations, and radians with those of a whole block; kept."""
-    key = ("native", size, rotary.interleaved)  # a copy with other pairs shares the tables
+    key = ("native", size)
     if key not in rotary._tables:
         order, lanes = order_of(rotary, size, _lanes()), _lanes()
         frequencies = torch.zeros(len(order) // 2, dtype=torch.float64)
@@ -284,9 +284,8 @@ def plan_of(widths: Widths, lanes: int) -> Tensor:
     channels: list[tuple[int, int, int, int, int, int]] = []  # bytes, shifts and masks of both parts
     stored = 0
     for bits, count in widths.counts:
-        parts, below = PARTS[bits], 0
         planes = []
-        for part in parts:
+        for part in PARTS[bits]:
             planes.append((stored, plane_bytes(count, part), part))
             stored += plane_bytes(count, part)
         for i in range(count):
