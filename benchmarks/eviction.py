@@ -128,7 +128,7 @@ def main() -> None:
             EigenAttentionConfig(kv_ratio=args.kv_ratio, window=args.window, coded=False), f"r{args.kv_ratio:g}"
         ),
         f"{16 * args.coded_kv_ratio:g} bits": lambda: compressed(
-            EigenAttentionConfig(coded=True, kv_ratio=args.coded_kv_ratio, window=args.window),
+            EigenAttentionConfig(coded=True, basis="attention", kv_ratio=args.coded_kv_ratio, window=args.window),
             f"c{args.coded_kv_ratio:g}",
         ),
     }

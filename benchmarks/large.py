@@ -132,7 +132,7 @@ def run(folder: Path, device: str, window: int) -> dict:
     arguments = {
         "model": str(folder / "model"),
         "out": str(out),
-        "config": {"kv_ratio": 0.5, "window": window},
+        "config": {"coded": False, "kv_ratio": 0.5, "window": window},
         "text": {"sources": [str(folder / "text.txt")], "samples": SAMPLES, "length": LENGTH},
         "device": device,
     }

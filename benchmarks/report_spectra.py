@@ -37,8 +37,8 @@ Which layers and families compress, and which do not? Of every KV head, the eige
 
 - basis `eigen`, the paper's: of keys with their group's queries, before rotation, and of values, about zero and not
   about their mean;
-- basis `attention`, window 32, the default: of the error that leaving a direction out would make, over pairs of queries
-  and keys that lie further apart than the exact window.
+- basis `attention`, window 32, that of latents in 16 bits: of the error that leaving a direction out would make, over
+  pairs of queries and keys that lie further apart than the exact window.
 
 The *effective rank* is the exponential of the entropy of the eigenvalues' shares: 1 if one direction holds everything,
 the head dimension if all weigh the same. Where it is low, few channels of a latent do.
@@ -103,14 +103,14 @@ def page(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _reading(results: dict[str, dict[str, Any]]) -> str:
-    """In words what the table says of the default basis."""
+    """In words what the table says of the basis `attention`."""
     parts = []
     for model, by_basis in results.items():
         keys, values = (by_basis["attention"][side]["effective_rank"] for side in SIDES)
         lower = sum(key < value for key, value in zip(keys, values, strict=True))
         parts.append(f"{lower} of {len(keys)} layers of {MODELS[model]}")
     return (
-        f"As the default basis weighs them, keys need fewer directions than values in {'; '.join(parts)}. So rank "
+        f"As the basis `attention` weighs them, keys need fewer directions than values in {'; '.join(parts)}. So rank "
         "rules give values more. An effective rank is not a rank to choose: many small eigenvalues beyond it add up, "
         "and a model may mind them (see the curves in [Results](results.md))."
     )

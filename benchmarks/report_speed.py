@@ -66,9 +66,9 @@ Statistics against a plain forward pass over the same tokens, and the whole of `
     "kernel": """\
 ## One step of attention
 
-`torch` is batched PyTorch, `triton` the fused kernel. The bytes are those that have to be read: latents, and the exact
-window; their share of the bandwidth of copying says how far a kernel is from the floor. (On a CPU, what fits in its
-caches can be read faster than memory is copied.)
+`torch` is batched PyTorch, `triton` the fused kernel, `native` the one for CPUs. The bytes are those that have to be
+read: latents, and the exact window; their share of the bandwidth of copying says how far a kernel is from the floor.
+(On a CPU, what fits in its caches can be read faster than memory is copied.)
 """,
     "memory": """\
 ## What fits on a GPU

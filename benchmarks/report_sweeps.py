@@ -27,9 +27,11 @@ INTRODUCTIONS = {
 
 Latents coded channel by channel, and what plain quantisation costs beside the same exact window: keys per channel
 and before rotation, values per token, scales and zero points counted (`plain`); and transformers' own quantised caches
-(`quanto`, `hqq`), which read in pieces of 32 tokens. Bits are those of the latents for each
-element of the original cache, which has 16. "Whole cache" is all that is allocated at 1,024 tokens, window included,
-against the original's. KL is the divergence of predictions from the original's, in thousandths of a nat a token.
+(`quanto`, `hqq`), which read in pieces of 32 tokens. The latents' basis is `attention`, calibrated on text of the same
+kind.
+Bits are those of the latents for each element of the original cache, which has 16. "Whole cache" is all that is
+allocated at 1,024 tokens, window included, against the original's. KL is the divergence of predictions from the
+original's, in thousandths of a nat a token.
 
 ![Increase of perplexity against bits an element](bits.png)
 """,
@@ -263,7 +265,9 @@ def _one_command(kind: str, model: str, sweep: dict[str, Any], cells: list[dict[
     sizes = (" --coded" if _is_coded(cells[0]) else "") + several(
         "kv-ratio", (f"{cell['asked'] / (16 if _is_coded(cell) else 1):g}" for cell in cells)
     )
-    choices = several("basis", of("basis")) + several("ranks", of("ranks")) if kind == "limits" else ""
+    # A sweep of coded latents has another basis by default than one of others.
+    choices = several("basis", of("basis")) if kind == "limits" or _is_coded(cells[0]) else ""
+    choices += several("ranks", of("ranks")) if kind == "limits" else ""
     # Without a window decoders are refitted unless one says otherwise.
     refit = " --no-refit" if any(not (cell["window"] or cell.get("refit")) for cell in cells) else ""
     shrinkage = several("shrinkage", of("shrinkage")) if any(of("shrinkage")) else ""

@@ -86,7 +86,7 @@ class Protocol:
     main: list[str]
     matched: list[str]
     lengths: dict[int, int]
-    calibrations: dict[str, list[Text | None]]
+    calibrations: dict[str, list[Text]]
     samples: int
     calibration_length: int
     seed: int

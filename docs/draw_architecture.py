@@ -7,6 +7,7 @@ code does not.
 from __future__ import annotations
 
 import ast
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,14 +67,19 @@ TOKEN = (
 )
 TEXT = (
     Step("calibration/text.py:load_text", "a text and where it came from"),
-    Step("calibration/text.py:sample_windows", "windows of tokens [samples, length]"),
+    Step("calibration/text.py:draw_windows", "windows of tokens [samples, length], of all kinds of text"),
     Step("compression/recipe.py:Recipe", "each of these once, when it is asked for:"),
+    Step("compression/methods.py:BasisMethod", "how moments, bases and quantisers are made; by default:"),
+    Step("calibration/gradients.py:backward", "gradients of far keys and values, a layer at a time"),
+    Step("calibration/fisher_moments.py:FisherMoments", "sums and samples of each layer"),
+    Step("compression/fisher.py:fisher", "encoder, decoder, mean and spectrum, in nats, of each latent"),
+    Step("compression/fisher.py:fisher_quantisers", "levels and costs of all widths"),
+    Step("compression/quantise.py:quantise_bases", "ranks and bits as one choice; in 16 bits instead:"),
     Step("calibration/attention_moments.py:AttentionMoments", "sums of each layer, streamed in float64"),
     Step("compression/bases.py:attention", "encoder, decoder, mean and spectrum of each latent"),
     Step("compression/measure.py:Measurement", "what truncation costs, in nats"),
-    Step("compression/sensitivity.py:sensitivity", "ranks, or with codes"),
-    Step("compression/quantise.py:quantise_bases", "ranks and bits as one choice"),
-    Step("compression/refit.py:refit", "value decoders fitted anew"),
+    Step("compression/sensitivity.py:sensitivity", "ranks; without a window, also:"),
+    Step("compression/refit.py:refit", "value decoders fitted anew; and of either kind:"),
     Step("compression/folding.py:compress_layer", "parameters of the layer, folded where nothing stands between"),
     Step("models/checkpoint_format.py:EigenAttnCheckpointConfig", "`quantization_config` of `config.json`"),
     Step("workflows/compress.py:compress_checkpoint", "a checkpoint, or bases alone, with a model card"),
@@ -95,7 +101,7 @@ BELONGS = """\
 | what is new | where it goes | how |
 | --- | --- | --- |
 | a model family | `models/families.py` | a row |
-| a basis, a rank rule | `compression/bases.py`, `compression/ranks.py` | a function and an entry |
+| a basis, a rank rule | `compression/methods.py`, `compression/ranks.py` | a function and an entry |
 | an eviction rule | `cache/rules.py` | a function of `Held` and an entry |
 | a width of codes | `cache/packing.py` | an entry: the parts that its codes lie in |
 | a rival to compare with | `evaluation/rounding.py`, `evaluation/rivals.py` | a code and an entry |
@@ -123,9 +129,8 @@ def definition(place: str) -> ast.AST:
 def says(place: str) -> str:
     """The first sentence of what a place says of itself."""
     text = " ".join((ast.get_docstring(definition(place)) or "").split())
-    for end in (". ", ": "):
-        text = text.partition(end)[0]
-    return text.rstrip(".:")
+    # A product `a . b` ends no sentence.
+    return re.split(r"(?<=\S)[.:] ", text)[0].rstrip(".:")
 
 
 def drawn(steps: tuple[Step, ...], begins: str) -> str:

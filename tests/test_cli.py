@@ -224,7 +224,8 @@ def test_the_text_need_not_be_given(base, tmp_path):
         (["--coded", "--text", "fox.txt", "--text", "mixture"], False),
         (["--coded"], False),
         (["--coded", "--text", "none"], False),
-        (["--text", "fox.txt"], False),
+        (["--text", "fox.txt"], True),
+        (["--uncoded", "--text", "fox.txt"], False),
     ],
 )
 def test_codes_for_one_kind_of_text(tmp_path, options, warned):
@@ -243,10 +244,49 @@ def test_coded_latents(base, text, tmp_path):
         assert sum(found["bytes_by_layer"]) == found["bytes_per_token"]
         latents = [latent for layer in found["layers"] for latent in layer["latents"]]
         assert all(sum(latent["widths"].values()) == latent["rank"] for latent in latents)
-        assert re.search(r"\| keys, channels of [86432, ]* bits \|", (folder / "README.md").read_text())
+        assert re.search(r"\| keys, channels of [8642, ]* bits \|", (folder / "README.md").read_text())
     assert "bits" in run("inspect", tmp_path / "out")
     whole, attached = (run("generate", tmp_path / name, "The quick brown") for name in ("out", "bases"))
     assert whole == attached
+
+
+def test_statistics_of_several_texts(base, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[::-1])
+    drawn = ("--samples", "4", "--length", "48")
+    fox, rest = tmp_path / "fox", tmp_path / "rest"
+    found = run_json("calibrate", base, fox, "--text", text, *drawn, "--window", "8")
+    assert (found["tokens"], found["window"], found["share"]) == (192, 8, "1")
+    assert found["text"][0]["source"] == "fox.txt"
+    assert "96 tokens of other.txt, self" in run(
+        *("calibrate", base, rest, "--text", other, "--text", "self", "--samples", "2", "--length", "48"),
+        *("--window", "8", "--seed", "1"),
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fox", "other.txt", "rest"]
+    run("compress", base, tmp_path / "of-text", "--text", text, *drawn, "--window", "8")
+    run("compress", base, tmp_path / "of-file", "--statistics", fox)  # by whose window
+    of_text, of_file = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("of-text", "of-file"))
+    assert of_text == of_file
+    both = ("--statistics", fox, "--statistics", rest)
+    assert run_json("compress", base, tmp_path / "both", *both, "--kv-ratio", "0.2")["tokens"] == 288
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert "calibrated on 4 windows of 48 tokens, seed 0, of fox.txt (SHA-256" in card
+    assert "calibrated on 2 windows of 48 tokens, seed 1, of other.txt (SHA-256" in card
+    out = tmp_path / "out"
+    for folders, warned in ((("--statistics", fox), True), (both, False)):
+        result = CliRunner().invoke(app, ["compress", str(tmp_path / "nothing"), str(out), *map(str, folders)])
+        assert ("Calibrated on fox.txt alone" in result.stderr) == warned
+    assert "leave out --text" in fails("compress", base, out, *both, "--text", text)
+    assert "of window 8, not 16" in fails("compress", base, out, *both, "--window", "16")
+    assert "of share 1, not 2" in fails("compress", base, out, *both, "--share", "2")
+    assert "for coded latents" in fails("compress", base, out, *both, "--uncoded")
+    assert "drawn with seed 0" in fails("compress", base, out, "--statistics", fox, "--statistics", fox)
+    assert "eigenattn calibrate" in fails("compress", base, out, "--statistics", base)
+    assert "exists already" in fails("calibrate", base, fox, "--text", text, *drawn, "--window", "8")
+    assert not out.exists()
+    run("report", tmp_path / "both")
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert "--statistics STATISTICS-1 --statistics STATISTICS-2" in page
 
 
 def test_inspect(compressed, base):
@@ -262,7 +302,7 @@ def test_inspect(compressed, base):
 
 
 def test_help_has_examples():
-    for verb in ("compress", "evaluate", "generate", "inspect", "demo", "sweep", "spectrum", "report"):
+    for verb in ("calibrate", "compress", "evaluate", "generate", "inspect", "demo", "sweep", "spectrum", "report"):
         assert f"eigenattn {verb}" in run(verb, "--help")
 
 

@@ -60,7 +60,7 @@ def file(standard, arguments) -> Path:
 
 def test_every_cell_is_measured_once(standard, arguments, file, monkeypatch):
     results = json.loads(file.read_text())
-    ours = "law/attention/bits/32/3"
+    ours = "law/fisher/bits/32/3"
     every = {"nothing coded", ours, *RIVALS}
     assert {key for key in results["cells"] if key.startswith("96/animals/")} == {f"96/animals/{n}" for n in every}
     for place in ("96/sums", "96/law", "128/animals"):
@@ -129,7 +129,8 @@ def test_variants_are_the_default_but_for_what_they_name(standard, arguments):
     default = EigenAttentionConfig(coded=True, kv_ratio=3 / 16).to_dict()
     assert [each.variant for each in ours] == ["", "attention:2kv", "attention:7", "attention~0.25"]
     for each, changed in zip(ours, ({}, {"share": "2kv"}, {"share": "7"}, {"shrinkage": 0.25}), strict=True):
-        assert each.cell.config.to_dict() == default | changed
+        basis = {"basis": "attention"} if changed else {}
+        assert each.cell.config.to_dict() == default | basis | changed
 
 
 def test_the_page_has_what_was_measured(reporting, file):

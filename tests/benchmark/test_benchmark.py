@@ -18,9 +18,11 @@ from eigenattn.benchmark.timing import device_of, file_name, in_turns
 from eigenattn.cache.layout import SIDES, Latent, Layout
 from eigenattn.cli import app
 from eigenattn.kernels.decoding import decode
+from eigenattn.kernels.native_library import unavailable
 from eigenattn.models.conversion import layouts_of
 
 CPU = torch.device("cpu")
+KERNELS = ["torch"] if unavailable() else ["torch", "native"]
 SHAPE = StepShape(batch=2, heads=4, kv_heads=2, head_dim=16, length=40, window=8)
 
 
@@ -34,7 +36,7 @@ def test_functions_take_turns():
 def test_kernel_rows():
     found = benchmark_kernel(SHAPE, ranks=[(8, 4)], dtype="float32", device="cpu", rounds=2)
     rows = {row["name"]: row for row in found["rows"]}
-    assert list(rows) == ["sdpa", "torch, none, (8, 4)", "torch, rotary, (8, 4)"]
+    assert list(rows) == ["sdpa", *(f"{name}, {where}, (8, 4)" for where in ("none", "rotary") for name in KERNELS)]
     assert rows["sdpa"]["bytes"] == 2 * 2 * 2 * 40 * 16 * 4
     assert rows["torch, rotary, (8, 4)"]["bytes"] == 2 * 2 * (32 * 12 + 8 * 32) * 4
     assert found["best_baseline"] == "sdpa" and rows["sdpa"]["speed_against_best"] == 1
@@ -45,24 +47,21 @@ def test_kernel_rows_of_shared_latents():
     options = {"dtype": "float32", "device": "cpu", "rounds": 1}
     found = benchmark_kernel(SHAPE, ranks=[(8, 4)], share=["1-2", "1kv"], **options)
     rows = {row["name"]: row["bytes"] for row in found["rows"] if "rotary" in row["name"]}
-    assert list(rows) == [
-        "torch, rotary, (8, 4)",
-        "torch, rotary, (8, 4), share 1-2",
-        "torch, rotary, (8, 4), share 1kv",
-    ]
+    cases = ("(8, 4)", "(8, 4), share 1-2", "(8, 4), share 1kv")
+    assert list(rows) == [f"{name}, rotary, {case}" for case in cases for name in KERNELS]
     assert len(set(rows.values())) == 1
 
 
 @pytest.mark.parametrize("window", [0, 8])
 def test_steps_that_are_timed_give_attention(window):
-    """By both ways to compute it, whatever is shared or coded, and again with what was kept of the first."""
+    """By all ways to compute it, whatever is shared or coded, and again with what was kept of the first."""
     shape = dataclasses.replace(SHAPE, window=window)
     inputs = Inputs(shape, CPU, torch.float32)
     for layout in layouts(shape, [(8, 4)], 2.5, ["2", "1-2", "2kv"]).values():
         step = dataclasses.replace(inputs.step(layout), rotary=inputs.rotary)
         expected = decode(step, "reference")
-        for _ in range(2):
-            torch.testing.assert_close(decode(step, "torch"), expected, rtol=1e-3, atol=1e-4)
+        for kernel in KERNELS * 2:
+            torch.testing.assert_close(decode(step, kernel), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_baselines_are_attention():
@@ -146,7 +145,7 @@ def test_reading_in_pieces_fills_the_cache():
 def test_packed_latents_are_measured_too():
     found = benchmark_kernel(SHAPE, ranks=[], bits=2.5, dtype="float32", device="cpu", rounds=1, label="x")
     rows = {row["name"]: row for row in found["rows"]}
-    assert list(rows) == ["sdpa", "torch, none, 2.5 bits", "torch, rotary, 2.5 bits"]
+    assert list(rows) == ["sdpa", *(f"{name}, {where}, 2.5 bits" for where in ("none", "rotary") for name in KERNELS)]
     assert rows["torch, none, 2.5 bits"]["bytes"] == 2 * 2 * (32 * 2 * 5 + 8 * 32 * 4)
     assert file_name("kernel", CPU, found["model"]).endswith("-x.json")
 

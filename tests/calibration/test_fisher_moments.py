@@ -53,16 +53,6 @@ def test_more_bits_cost_less():
             assert (fitted.costs.diff(dim=1) <= 1e-9 * fitted.costs[:, :1] + 1e-30).all()
 
 
-def test_moments_of_two_texts_add_up():
-    (together, *_), (one, *_), (other, *_) = (collected(batches=each) for each in (BATCHES, BATCHES[:1], BATCHES[1:]))
-    one.merge(other)
-    assert one.tokens == together.tokens
-    for own, expected in zip(one.latents, together.latents, strict=True):
-        # Labels are drawn anew, so gradients differ; what does not depend on them is equal.
-        assert own.metric.shape == expected.metric.shape
-        assert (own.sample.priorities > 0).sum() == (expected.sample.priorities > 0).sum()
-
-
 def test_a_sample_estimates_sums_over_all(monkeypatch):
     monkeypatch.setattr(fisher_moments, "SAMPLE", 40)
     generator = torch.Generator().manual_seed(0)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny import converted, tokens
 
-from eigenattn.calibration import gradients
+from eigenattn.calibration import attention_moments, gradients
 from eigenattn.calibration.gradients import backward
 from eigenattn.calibration.statistics import Batch
 from eigenattn.compression.folding import attach, detach
@@ -51,7 +51,7 @@ def by_autograd(model, attention, batch, drawn, window):
 def test_gradients_are_those_of_autograd(monkeypatch, name, blocks):
     model, layers = converted(name)
     batch = Batch(tokens(2, LENGTH))
-    monkeypatch.setattr(gradients, "QUERY_BLOCK", blocks)
+    monkeypatch.setattr(attention_moments, "QUERY_BLOCK", blocks)
     found, drawn = watched(monkeypatch, model, layers, batch, WINDOW)
     for attention in layers:
         for own, expected in zip(

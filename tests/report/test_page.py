@@ -75,7 +75,7 @@ def test_page_holds_everything(made):
     assert f"{evaluation['texts'][0]['divergence']:.4f}" in page
     assert "needle at 50% of 300 tokens" in page
     assert "&lt;b&gt;The &amp; quick" in page and "<b>The" not in page
-    assert f"eigenattn compress {made / 'base'} {made / 'small'} --kv-ratio 0.6 --rank-multiple 2 --window 8" in page
+    assert f"eigenattn compress {made / 'base'} {made / 'small'} --kv-ratio 0.25 --rank-multiple 2 --window 8" in page
     assert "eigenattn sweep" in page and "eigenattn spectrum" in page
     ranks = re.findall(r"<title>layer (\d), (keys|values): rank (\d+) of 16</title>", page)
     assert len(ranks) == 6
@@ -106,7 +106,23 @@ def test_page_of_coded_and_shared_latents():
     page = page_of(EigenAttentionConfig(coded=True, kv_ratio=0.1875, share="2"), (keys, values))
     assert "layer 0, keys: rank 24 of 32" in page
     assert "<td>24 of 32</td><td>8, 8, 8</td><td>16 of 32</td><td>0, 16, 0</td><td>22</td>" in page
-    assert "eigenattn compress base some/model --kv-ratio 0.1875 --coded --share 2 --text self" in page
+    assert "eigenattn compress base some/model --kv-ratio 0.1875 --share 2 --text self" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({}, "--kv-ratio 0.25"),
+        ({"kv_ratio": 0.4, "coded": False}, "--kv-ratio 0.4 --uncoded"),
+        ({"kv_ratio": 0.4, "coded": True, "basis": "attention"}, "--kv-ratio 0.4 --coded --basis attention"),
+        ({"kv_ratio": 0.6, "basis": "eigen"}, "--kv-ratio 0.6 --basis eigen"),
+        ({"kv_ratio": 0.4, "coded": False, "basis": "fisher"}, "--kv-ratio 0.4 --uncoded --basis fisher"),
+        ({"energy": 0.9, "refit": True}, "--energy 0.9 --refit"),
+    ],
+)
+def test_the_command_asks_for_what_is_no_default(options, asked):
+    page = page_of(EigenAttentionConfig(**options), Layout.full(2, 16).latents)
+    assert f"eigenattn compress base some/model {asked} --text self" in page
 
 
 def test_page_of_latents_of_values_that_heads_share():

@@ -123,9 +123,9 @@ def test_bases_are_planned_with_their_model(tmp_path):
     "config",
     [
         {"kv_ratio": 0.6},
-        {"kv_ratio": 0.37, "window": 0},
-        {"kv_ratio": 0.37, "share": "1-4"},
-        {"kv_ratio": 0.5, "share": "8kv"},
+        {"kv_ratio": 0.37, "coded": False, "window": 0},
+        {"kv_ratio": 0.37, "coded": False, "share": "1-4"},
+        {"kv_ratio": 0.5, "coded": False, "share": "8kv"},
         {"kv_ratio": 0.1875, "coded": True},
         {"kv_ratio": 0.1875, "coded": True, "share": "2kv"},
     ],

@@ -113,6 +113,23 @@ def test_rows_decode_together_as_alone(window, positions, share):
         torch.testing.assert_close(together[0][place : place + 1], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_what_the_native_step_does_not_take_is_decoded_all_the_same():
+    """Pages, maps and queries in fp16, on a CPU."""
+    layer, far, near = case(4, "rotary", "1")
+    assert near is not None
+    q, rows = torch.randn(len(LENGTHS), H, D, generator=torch.Generator().manual_seed(5)), list(range(len(LENGTHS)))
+    exact = decode_rows(layer, q, batch_of(rows, LENGTHS), far, near)
+    far, near = (Pages(pages.cache.half(), pages.table) for pages in (far, near))
+    keys, values = (
+        Side(side.row, *(None if x is None else x.half() for x in (side.decoder, side.mean)))
+        for side in (layer.keys, layer.values)
+    )
+    layer = dataclasses.replace(layer, keys=keys, values=values)
+    found = decode_rows(layer, q.half(), batch_of(rows, LENGTHS), far, near)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), exact, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("name", ["llama3", "llama-yarn", "cohere", "phi3-partial"])
 def test_rotary_positions_are_the_models(name):
     """Scaling, pairs that are neighbours, dimensions that stay: nothing that a family has may be left out."""

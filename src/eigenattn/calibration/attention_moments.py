@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -215,6 +216,31 @@ def _outer_products(x: Tensor) -> Tensor:
     """Sum of outer products of vectors [..., D] in float64: [D, D]."""
     rows = x.double().flatten(0, -2)
     return rows.T @ rows
+
+
+def far_weights(
+    attention: EigenAttention, rotated: tuple[Tensor, Tensor], mask: Tensor, window: int, valid: Tensor | None
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Attention weights on what lies outside the window, a block of queries at a time.
+
+    Args:
+        rotated: queries [B, H, T, D] and keys [B, G, T, D] at their positions.
+        mask: of the whole pass.
+        window: exact tokens, W.
+        valid: [B, T] of booleans, or None: queries that are no padding; others have no weights.
+
+    Yields:
+        Where the block begins and stops, and masked scores and weights [B, H, block, stop] in fp32.
+    """
+    q, k = rotated
+    t = q.shape[-2]
+    for start in range(0, t, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, t)
+        scores = masked_scores(attention, q[:, :, start:stop], k[:, :, :stop], mask[..., start:stop, :stop])
+        weights = scores.softmax(-1).tril(start - window)  # n <= m - W
+        if valid is not None:
+            weights = weights * valid[:, None, start:stop, None]
+        yield start, stop, scores, weights
 
 
 def masked_scores(attention: EigenAttention, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -137,9 +138,13 @@ class FisherMoments:
         """Of each kind of latents, in the order of `Sharing.kinds`."""
         return (self.keys,) if self.values is None else (self.keys, self.values)
 
-    def add(self, vectors: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor]) -> None:
-        """Add one batch: keys and values before rotation, and their gradients, [B, G, T, D] each."""
-        generator = torch.Generator().manual_seed(self.tokens)
+    def add(self, vectors: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor], seed: int) -> None:
+        """Add one batch: keys and values before rotation, and their gradients, [B, G, T, D] each.
+
+        Args:
+            seed: of the vectors that are drawn; a batch that comes again later draws others.
+        """
+        generator = torch.Generator().manual_seed(seed + self.tokens)
         for moments, (sides, _) in zip(self.latents, self.sharing.kinds, strict=True):
             count, of_sides = len(moments.metric), [SIDES.index(side) for side in sides]
             x, g = (torch.cat([joined(each[i], count) for i in of_sides], -1) for each in (vectors, gradients))
@@ -162,19 +167,29 @@ def collect_fisher(
     batches: Iterable[Batch],
     empty: Callable[[EigenAttention], FisherMoments],
 ) -> list[FisherMoments]:
-    """As `eigenattn.calibration.statistics.collect_moments`, by passes forward and back."""
+    """As `eigenattn.calibration.statistics.collect_moments`, by passes forward and back.
+
+    Random numbers hang on a batch's own tokens. So the sums of a text are the same whatever else is read in one run,
+    and runs over different texts, whose moments are merged, draw independently.
+    """
     moments = [empty(attention) for attention in layers]
     of = {attention.layer_idx: sums for attention, sums in zip(layers, moments, strict=True)}
     for batch in batches:
-        before = moments[0].tokens
+        seed = _seed_of(batch)
         backward(
             model,
             layers,
             batch,
             moments[0].window,
-            before,
-            lambda attention, vectors, gradients: of[attention.layer_idx].add(vectors, gradients),
+            seed,
+            lambda attention, vectors, gradients, seed=seed: of[attention.layer_idx].add(vectors, gradients, seed),
         )
         for sums in moments:
             sums.tokens += batch.tokens
     return checked_moments(layers, moments)
+
+
+def _seed_of(batch: Batch) -> int:
+    """A number of 32 bits that stands for the tokens of a batch."""
+    ids = batch.input_ids.cpu().long().contiguous()
+    return int.from_bytes(hashlib.sha256(ids.numpy().tobytes()).digest()[:4], "little")

@@ -16,9 +16,9 @@ from ..models.attention import EigenAttention
 from ..models.forward_pass import ForwardPass
 from ..models.placement import loaded
 from ..models.projections import Heads
-from .attention_moments import QUERY_BLOCK, masked_scores
+from .attention_moments import far_weights
 from .passes import decoder_layers, hidden, stubbed
-from .statistics import Batch
+from .statistics import Batch, not_finite
 
 # Takes a layer, its keys and values [B, G, T, D], before rotation, and the gradients of both.
 Found = Callable[[EigenAttention, tuple[Tensor, Tensor], tuple[Tensor, Tensor]], None]
@@ -39,7 +39,7 @@ def backward(
         seed: of the tokens drawn.
 
     Raises:
-        EigenAttnError: if the model predicts no tokens.
+        EigenAttnError: if the model predicts no tokens, or a layer's activations are not finite.
     """
     if model.get_output_embeddings() is None:
         raise EigenAttnError(
@@ -49,6 +49,9 @@ def backward(
     modules = decoder_layers(model, layers)
     with _frozen(model):
         calls, output = _calls(model, modules, batch)
+        for attention, given in zip(layers, [*(args[0] for args, _ in calls[1:]), hidden(output)], strict=True):
+            if not given.isfinite().all():  # gradients would be none in the layers before it
+                raise not_finite(attention, "vectors")
         gradient = _at_last_layer(model, modules, batch, output, seed)
         for attention, layer, (args, kwargs) in zip(reversed(layers), reversed(modules), reversed(calls), strict=True):
             states = args[0].detach().requires_grad_()
@@ -118,18 +121,16 @@ def _watched(attention: EigenAttention, window: int, valid: Tensor | None, found
     seen: list[tuple[Heads[Tensor], ForwardPass]] = []
 
     def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        output = args[0].unflatten(-1, (attention.heads, -1)).transpose(1, 2)  # [B, H, T, D]
-        found_output = output.detach()  # a hook that held its own tensor would outlive the pass
+        output = args[0].detach()  # a hook that held its own tensor would outlive the pass
 
         def give(gradient: Tensor) -> None:
             heads, this = seen.pop()
             heads = Heads(*(each.detach() for each in heads))
-            gradients = far_gradients(attention, heads, this, found_output, gradient, window, valid)
+            own, of_loss = (x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (output, gradient))
+            gradients = far_gradients(attention, heads, this, own, of_loss, window, valid)
             found(attention, (heads.key, heads.value), gradients)
 
-        output.register_hook(give)
-        # The hook has to stand on the way to the loss, so the projection is given what it is on.
-        return (output.transpose(1, 2).flatten(2), *args[1:])  # type: ignore[return-value]
+        args[0].register_hook(give)
 
     hook = attention.output_projection.register_forward_pre_hook(look)
     attention.observer = lambda layer, heads, this: seen.append((heads, this))
@@ -164,16 +165,13 @@ def far_gradients(
         Both [B, G, T, D] in fp32.
     """
     q, k, v = heads
-    t, groups = q.shape[-2], k.shape[1]
+    groups = k.shape[1]
     q_rotated, k_rotated, mask = this.rotated(q), this.rotated(k), this.whole_mask(q)
     of_keys, of_values = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-    gradient = gradient.float() if valid is None else gradient.float() * valid[:, None, :, None].to(gradient.device)
+    valid = None if valid is None else valid.to(q.device)
+    gradient = gradient.float()
     along = (gradient * output.float()).sum(-1, keepdim=True)  # [B, H, T, 1]
-    for start in range(0, t, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, t)
-        visible = mask[..., start:stop, :stop]
-        scores = masked_scores(attention, q_rotated[:, :, start:stop], k_rotated[:, :, :stop], visible)
-        weights = scores.softmax(-1).tril(start - window)  # n <= m - W
+    for start, stop, scores, weights in far_weights(attention, (q_rotated, k_rotated), mask, window, valid):
         if attention.softcap is not None:
             slope = 1 - (scores / attention.softcap).clamp(-1, 1).square()
         grouped, g, q_block = (

@@ -13,7 +13,7 @@ from ..models.attention import EigenAttention
 from ..models.forward_pass import ForwardPass
 from ..models.maps import joined
 from ..models.projections import Heads
-from .attention_moments import QUERY_BLOCK, masked_scores
+from .attention_moments import far_weights
 
 # Bins between -REACH and REACH in `asinh(z / scale)` (chosen): fine near zero, in proportion to z far out, and an
 # outlier of a thousand scales still has its place.
@@ -100,20 +100,13 @@ class LatentHistograms:
     def observe(self, attention: EigenAttention, heads: Heads[Tensor], this: ForwardPass, valid: Tensor | None) -> None:
         """Add one batch: queries, keys and values before rotation, and the pass that they are of."""
         q, k, v = heads
-        t, groups = q.shape[-2], k.shape[1]
+        groups = k.shape[1]
         latents = [_latents(each, k, v) for each in self.maps]  # [B, G/N, T, R] each
         both = latents[0] if self.of_both else None
         mask = this.whole_mask(q)
-        q_rotated, k_rotated = this.rotated(q), this.rotated(k)
+        rotated = this.rotated(q), this.rotated(k)
         first, second = (torch.zeros(k.shape[:-1], dtype=torch.float64, device=k.device) for _ in range(2))  # [B, G, T]
-        for start in range(0, t, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, t)
-            scores = masked_scores(
-                attention, q_rotated[:, :, start:stop], k_rotated[:, :, :stop], mask[..., start:stop, :stop]
-            )
-            weights = scores.softmax(-1).tril(start - self.window)  # n <= m - W
-            if valid is not None:
-                weights = weights * valid[:, None, start:stop, None]
+        for _, stop, _, weights in far_weights(attention, rotated, mask, self.window, valid):
             weights = weights.unflatten(1, (groups, -1))  # [B, G, H/G, block, stop]
             first[..., :stop] += weights.sum((2, 3))
             second[..., :stop] += weights.square().sum((2, 3))

@@ -89,6 +89,11 @@ def tensors_of(moments: Any) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{name}.{inner}", tensor) for inner, tensor in tensors_of(value))
 
 
+def named_tensors(moments: Iterable[Any]) -> dict[str, Tensor]:
+    """All tensors of the moments of some layers, by their names in a file."""
+    return {f"{place}.{name}": value for place, sums in enumerate(moments) for name, value in tensors_of(sums)}
+
+
 AnyMoments = TypeVar("AnyMoments", bound=Moments)
 Summed = TypeVar("Summed", bound=Counted)
 
@@ -190,8 +195,13 @@ def checked_moments(layers: Sequence[EigenAttention], moments: list[Summed]) -> 
             raise EigenAttnError("the calibration batches held no tokens.")
         for name, value in tensors_of(sums):
             if not value.isfinite().all():
-                raise EigenAttnError(
-                    f"layer {attention.layer_idx} gives NaN or infinite {name} vectors on the calibration text: "
-                    "try --dtype float32, or check the model's weights."
-                )
+                raise not_finite(attention, f"{name} vectors")
     return moments
+
+
+def not_finite(attention: EigenAttention, what: str) -> EigenAttnError:
+    """What is said of a layer that gives no numbers."""
+    return EigenAttnError(
+        f"layer {attention.layer_idx} gives NaN or infinite {what} on the calibration text: try --dtype float32, or "
+        "check the model's weights."
+    )

@@ -50,11 +50,11 @@ def python_docs(split: Split) -> str:
         seen += len(topics[name])
         keep_out = held_out + len(topics[name]) <= seen / 5
         held_out += len(topics[name]) if keep_out else 0
-        parts["evaluation" if keep_out else "calibration"] += topics[name].strip().split("\n\n")
+        parts["evaluation" if keep_out else "calibration"] += topics[name].strip().split(BREAK)
     # Topics quote each other: what is held out leaves the calibration text wherever it stands.
     held_out_paragraphs = set(parts["evaluation"])
     parts["calibration"] = [p for p in parts["calibration"] if p not in held_out_paragraphs]
-    return "\n\n".join(parts[split])
+    return BREAK.join(parts[split])
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _hub(*dataset: str, column: str, splits: tuple[str, str], name: str) -> Call
             raise EigenAttnError(
                 f"text source {name!r} could not be read from the hub ({first}). Offline, use --text with a file."
             ) from error
-        return "\n\n".join(pieces)
+        return BREAK.join(pieces)
 
     return read
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -17,8 +18,8 @@ from ..evaluation.measuring import EvaluationPlan
 from ..evaluation.retrieval import Needles
 from ..evaluation.tasks import PAPER_TASKS, load_tasks, task_names
 from ..files import JSON_ROWS
-from ..workflows.compress import CalibrationText
-from .common import WORDS, several
+from ..workflows.calibrate import CalibrationText
+from .common import WORDS, memory_limits, several
 
 TEXT_HELP = (
     f"a file of text, or of JSON ({', '.join(JSON_ROWS)}: a text or a conversation a line, or an array), or one of "
@@ -34,8 +35,7 @@ SHARE_HELP = (
 )
 CODED_HELP = (
     "Code each channel of a latent in a few bits, from 0 to 8, chosen channel by channel, or keep all in 16. The KV "
-    "ratio counts these bits: 0.25 is 4 bits for each element of the original cache. By default they are coded, unless "
-    "a KV ratio above 0.5, another target, a basis or a rank rule is asked for."
+    "ratio counts these bits: 0.25 is 4 bits for each element of the original cache."
 )
 WINDOW_HELP = "How many of the last tokens are kept exactly, beside the latents of all earlier ones"
 
@@ -45,8 +45,12 @@ def seed_of(what: str) -> Any:
     return typer.Option(min=0, max=2**32 - 1, help=f"The seed of {what}.")
 
 
-def coded_or_not(help: str) -> Any:
+def coded_or_not(more: str = "") -> Any:
     """The option for whether latents are coded, which the configuration chooses if nothing is said."""
+    help = (
+        f"{CODED_HELP} By default they are coded, unless a KV ratio above 0.5, another target, a basis or a rank rule "
+        f"is asked for.{more}"
+    )
     return typer.Option("--coded/--uncoded", help=help, show_default=False)
 
 
@@ -63,6 +67,22 @@ class LoadingOptions:
     device: str | None = None
 
 
+@dataclass(frozen=True)
+class PlacementOptions(LoadingOptions):
+    """How models are loaded that may not fit on one device."""
+
+    max_memory: str | None = None
+    offload_folder: Path | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As workflows take them.
+
+        Raises:
+            EigenAttnError: if memory is written otherwise.
+        """
+        return vars(self) | {"max_memory": memory_limits(self.max_memory)}
+
+
 WORDS[LoadingOptions] = {
     "dtype": "Load weights as float32, bfloat16 or float16. By default as the checkpoint has them.",
     "device": typer.Option(
@@ -73,20 +93,25 @@ WORDS[LoadingOptions] = {
         metavar="DEVICE",
     ),
 }
+WORDS[PlacementOptions] = WORDS[LoadingOptions] | {
+    "max_memory": "With --device-map auto, balanced or sequential: the most memory to use of each GPU, by its number, "
+    "and of the CPU, such as 0=70GiB,cpu=100GiB.",
+    "offload_folder": "The folder for weights that are put on disk. By default they go into OUT.partial.",
+}
 WORDS[EigenAttentionConfig] = {
     "kv_ratio": "Compress the cache to this share of its bytes, in (0, 1]. By default "
     f"{DEFAULT_CODED_RATIO}, and {DEFAULT_KV_RATIO} where latents are not coded.",
     "error_budget": "Instead of a KV ratio: the relative error that is allowed at each layer's output.",
     "energy": "Instead of a KV ratio: the share of squared singular values to keep in each head, in (0, 1].",
-    "coded": coded_or_not(CODED_HELP),
+    "coded": coded_or_not(),
     "basis": f"How subspaces are found, one of {', '.join(BASES)}: fisher minimises what the model's predictions lose, "
     "attention the error of attention, eigen is the paper's. By default fisher for coded latents, and attention for "
     "others.",
     "ranks": f"How ranks are shared out over the layers, one of {', '.join(RANK_RULES)}. By default by sensitivity "
     "for a KV ratio, and for the other targets by the rule of the same name.",
     "rank_multiple": "Ranks are multiples of this number.",
-    "window": f"{WINDOW_HELP}; 0 for none.",
-    "share": SHARE_HELP,
+    "window": f"{WINDOW_HELP}; 0 for none. By default 32, or as statistics have it.",
+    "share": f"{SHARE_HELP} By default 1, or as statistics have it.",
     "shrinkage": "Take this share of the statistics, in [0, 1), from the weights and not from the text. It helps where "
     "texts to come are of another kind.",
     "refit": "Fit the decoders of values anew, layer by layer, once ranks are chosen. By default only without a "

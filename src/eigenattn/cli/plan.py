@@ -12,7 +12,7 @@ from ..config import DEFAULT_CODED_RATIO, DEFAULT_KV_RATIO, EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..report.planning import GIB, CapacityPlan, plan_capacity
 from .common import Json, Model, command, emit
-from .options import CODED_HELP, SHARE_HELP, WINDOW_HELP, coded_or_not
+from .options import SHARE_HELP, WINDOW_HELP, coded_or_not
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20}
 
@@ -26,7 +26,7 @@ UNITS = {"": 1, "k": 2**10, "m": 2**20}
     context="How many tokens a sequence has, prompt and answer: 32768, or 32k.",
     kv_ratio="The share of its cache's bytes that the model would be compressed to. By default "
     f"{DEFAULT_CODED_RATIO}, and {DEFAULT_KV_RATIO} with --uncoded. Only for an original.",
-    coded=coded_or_not(f"{CODED_HELP} Only for an original."),
+    coded=coded_or_not(" Only for an original."),
     window=f"{WINDOW_HELP}; 32 by default. Only for an original.",
     share=f"{SHARE_HELP} Only for an original.",
     tensor_parallel_size=typer.Option(min=1, help="How many GPUs share the heads of one copy of the model."),

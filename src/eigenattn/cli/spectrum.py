@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..compression.methods import BASES
 from ..evaluation.spectra import FILE, SIDES
-from ..workflows.compress import CalibrationText
+from ..workflows.calibrate import CalibrationText
 from ..workflows.spectrum import write_spectra
 from .common import WORDS, Json, Model, command, emit, say
 from .options import CALIBRATION_HELP, WINDOW_HELP, LoadingOptions, sources

@@ -60,7 +60,7 @@ class GridOptions:
         return Grid(
             kv_ratios=several("--kv-ratio", self.kv_ratio or (CODED_RATIOS if self.coded else RATIOS), float),
             coded=self.coded,
-            bases=several("--basis", self.basis or ("fisher" if self.coded else "attention")),
+            bases=several("--basis", self.basis) or (None,),
             ranks=several("--ranks", self.ranks),
             windows=several("--window", self.window, int),
             share=several("--share", self.share),

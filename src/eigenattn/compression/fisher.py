@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..calibration.fisher_moments import FisherMoments, LatentMoments
 from ..calibration.latent_histograms import Histograms
+from . import quantise
 from .bases import TINY, best_maps, spread
 from .basis import Basis
 from .codebooks import fit
-from .quantise import ALLOTTED, Fitted
 
 # Part of the metric that is taken to be the same in all directions: few tokens carry most of a gradient's second
 # moment, and other texts have others (chosen: see docs/decisions.md).
@@ -59,7 +59,7 @@ def _shrunk(metric: Tensor, sides: int) -> Tensor:
     return (1 - METRIC_SHRINKAGE) * metric + torch.diag_embed(METRIC_SHRINKAGE * level)
 
 
-def fisher_quantisers(moments: FisherMoments, bases: tuple[Basis, ...]) -> tuple[Fitted, ...]:
+def fisher_quantisers(moments: FisherMoments, bases: tuple[Basis, ...]) -> tuple[quantise.Fitted, ...]:
     """Quantisers of each latent at all widths, fitted to the vectors that were drawn, and what they cost in nats.
 
     A quantiser's error has a part in proportion to the latent, which adds up over tokens as a latent that is cut off
@@ -68,16 +68,13 @@ def fisher_quantisers(moments: FisherMoments, bases: tuple[Basis, ...]) -> tuple
     return tuple(_fitted(*each, moments.tokens) for each in zip(moments.latents, bases, strict=True))
 
 
-def _fitted(moments: LatentMoments, basis: Basis, tokens: int) -> Fitted:
+def _fitted(moments: LatentMoments, basis: Basis, tokens: int) -> quantise.Fitted:
     mean = 0 if basis.mean is None else basis.mean.unsqueeze(1)
     z = (moments.sample.vectors.double() - mean) @ basis.encoder
     histograms = Histograms.empty(basis.encoder, *z.shape[::2])
     for stretch, weight in STRETCHES:
         histograms.add(stretch * z.unsqueeze(0), weight * moments.sample.estimates.unsqueeze(0))
-    found = fit(histograms, ALLOTTED[1:])
+    found = fit(histograms, quantise.ALLOTTED[1:])
     unit = histograms.weight.clamp_min(TINY).reciprocal() / (2 * tokens)
-    costs = [COHERENCE * found.energy * unit]
-    for bits in ALLOTTED[1:]:
-        share = (found.error[bits] / found.energy.clamp_min(TINY)).clamp_max(1)
-        costs.append((COHERENCE * share.square() * found.energy + (1 - share) * found.error[bits]) * unit)
-    return Fitted(found, torch.stack([cost.sum(0) for cost in costs], dim=-1).cpu())
+    costs = quantise.costs_in_part_coherent(found, COHERENCE * found.energy * unit, unit)
+    return quantise.Fitted(found, costs.cpu())

@@ -1,11 +1,13 @@
-"""`compress`: the whole way from a model and some text to a model with a smaller cache."""
+"""`compress`: the whole way from a model and some text, or its statistics, to a model with a smaller cache."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +15,12 @@ from transformers import PreTrainedModel
 
 from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio, ratio_at
 from ..calibration.statistics import Batch, forward_hidden
+from ..calibration.statistics_file import Statistics, check_fit, merged, open_statistics
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..journal import Journal
 from ..kernels import BACKENDS
+from ..models.attention import EigenAttention
 from ..models.checkpoint_format import EigenAttnCheckpointConfig, mark_compressed
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
 from ..models.parallel import check_whole
@@ -39,7 +43,8 @@ class CompressionReport:
 
     Bytes are those the cache allocates in the model's dtype for a token outside the window, all layers together.
     `kv_ratio` is theirs to the original's, at 16 bits where latents are quantised, and `ratio_at` is the whole cache's,
-    window included, by length in tokens.
+    window included, by length in tokens. `forward_seconds` is what a plain pass over all calibration tokens takes, None
+    where statistics came from files.
     """
 
     kv_ratio: float
@@ -50,7 +55,7 @@ class CompressionReport:
     ratio_at: dict[int, float]
     tokens: int
     seconds: dict[str, float]
-    forward_seconds: float
+    forward_seconds: float | None
     peak_memory_bytes: int
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -59,39 +64,17 @@ class CompressionReport:
         return dataclasses.asdict(self)
 
 
-def compress(
-    model: PreTrainedModel,
-    batches: Iterable[Any],
-    config: EigenAttentionConfig | None = None,
-    *,
-    provenance: dict[str, Any] | None = None,
-    journal: Journal | None = None,
-    progress: bool = False,
-) -> CompressionReport:
-    """Compress the KV cache of a transformers causal language model, in place.
+@contextmanager
+def _at_full_rank(model: PreTrainedModel, keep: bool = True) -> Iterator[list[EigenAttention]]:
+    """The layers of a model, converted to be looked into. After an error it is as it was.
 
     Args:
-        model: a model as `AutoModelForCausalLM.from_pretrained` gives it.
-        batches: calibration text: token-id tensors [B, T], or dictionaries with `input_ids` and `attention_mask`. Any
-            iterable; it is read once.
-        config: what to compress to, and how; the default keeps 60% of the cache, and the last 32 tokens exact.
-        provenance: facts to keep in the checkpoint (where model and text came from).
-        journal: keeps what is finished, and is asked for it: the same model, batches and config have to come again.
-        progress: show progress bars on the error stream, if it is a terminal.
-
-    Returns:
-        The ranks and sizes reached, and what it cost.
+        keep: whether it stays converted else.
 
     Raises:
-        EigenAttnError: on a model type that is not supported, a model compressed already, unusable batches or a target
-            that cannot be met. The model is then as it was.
+        EigenAttnError: if the model cannot be compressed.
     """
-    config = config or EigenAttentionConfig()
-    check_supported(config)
-    if config.kv_ratio == 1:
-        config = as_attached(config, [])
     check_whole(model)
-    clock, bars = Clock(), TokenProgress(progress)
     was_training = model.training
     originals = convert_attention(model)
     try:
@@ -103,17 +86,88 @@ def compress(
             )
         check_weights(model)
         model.eval()
-        layers = eigen_layers(model)
-        recipe = Recipe(model, layers, config, batches, bars, journal=journal, clock=clock)
-        centred = any(basis.mean is not None for bases in recipe.bases for basis in bases)
-        chosen = recipe.choose(config)
-        forward_seconds = _time_forward(model, recipe.text)
+        yield eigen_layers(model)
+        if not keep:
+            restore_attention(model, originals)
     except BaseException:
         restore_attention(model, originals)
         raise
     finally:
         model.train(was_training)
-    del originals
+
+
+def calibrate(
+    model: PreTrainedModel,
+    batches: Iterable[Any],
+    config: EigenAttentionConfig | None = None,
+    *,
+    journal: Journal | None = None,
+    progress: bool = False,
+) -> Statistics:
+    """Collect the statistics that `compress` takes in place of text, once they are saved. The model is left as it was.
+
+    Args:
+        model, batches, journal, progress: as for `compress`.
+        config: whose window and shared latents they are of. They serve any size.
+
+    Raises:
+        EigenAttnError: on a model type that is not supported, a model compressed already, or unusable batches.
+    """
+    config = config or EigenAttentionConfig()
+    check_supported(config)
+    check_fit([], config)
+    with _at_full_rank(model, keep=False) as layers:
+        found = Recipe(model, layers, config, batches, TokenProgress(progress), journal=journal).moments
+        return Statistics.of(layers, found)
+
+
+def compress(
+    model: PreTrainedModel,
+    batches: Iterable[Any] | None = None,
+    config: EigenAttentionConfig | None = None,
+    *,
+    statistics: Sequence[str | Path] = (),
+    provenance: dict[str, Any] | None = None,
+    journal: Journal | None = None,
+    progress: bool = False,
+) -> CompressionReport:
+    """Compress the KV cache of a transformers causal language model, in place.
+
+    Args:
+        model: a model as `AutoModelForCausalLM.from_pretrained` gives it.
+        batches: calibration text: token-id tensors [B, T], or dictionaries with `input_ids` and `attention_mask`. Any
+            iterable; it is read once.
+        config: what to compress to, and how; the default keeps a quarter of the cache, and the last 32 tokens exact.
+            By default window and shared latents are those of statistics that are given.
+        statistics: in place of batches, folders that `eigenattn calibrate` wrote; they are added up.
+        provenance: facts to keep in the checkpoint (where model and text came from).
+        journal: keeps what is finished, and is asked for it: the same model, batches and config have to come again.
+        progress: show progress bars on the error stream, if it is a terminal.
+
+    Returns:
+        The ranks and sizes reached, and what it cost.
+
+    Raises:
+        EigenAttnError: on a model type that is not supported, a model compressed already, unusable batches or
+            statistics, or a target that cannot be met. The model is then as it was.
+    """
+    if (batches is None) != bool(statistics):
+        raise EigenAttnError("compressing takes either batches of text or statistics of some: give one of both.")
+    files = open_statistics(statistics)
+    config = config or EigenAttentionConfig(**(files[0].latents if files else {}))
+    check_supported(config)
+    if files:
+        check_fit(files, config)
+    if config.kv_ratio == 1:
+        config = as_attached(config, [])
+    clock, bars = Clock(), TokenProgress(progress)
+    with _at_full_rank(model) as layers:
+        known = merged(files, layers) if files else None
+        batches = () if batches is None else batches
+        recipe = Recipe(model, layers, config, batches, bars, journal=journal, clock=clock, statistics=known)
+        centred = any(basis.mean is not None for bases in recipe.bases for basis in bases)
+        chosen = recipe.choose(config)
+        forward_seconds = None if files else _time_forward(model, recipe.text)
     config = as_attached(config, chosen)
     with clock.stage("folding"):
         for attention, bases in zip(layers, chosen, strict=True):
@@ -129,7 +183,7 @@ def compress(
         layers=[layout.to_dict() for layout in layouts],
         window=config.window,
         ratio_at=ratio_at(layouts),
-        tokens=recipe.text.tokens,
+        tokens=recipe.moments[0].tokens,
         seconds=clock.seconds,
         forward_seconds=forward_seconds,
         peak_memory_bytes=peak_memory(input_device(model)),

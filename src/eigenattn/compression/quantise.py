@@ -24,7 +24,7 @@ from .sensitivity import TIE
 
 # Bits a channel may be allotted, fewest first: 0, of which nothing is stored and the latent is its mean, and widths of
 # `eigenattn.cache.packing.PARTS`. Another package may add one.
-ALLOTTED = [0, 2, 3, 4, 6, 8]
+ALLOTTED = [0, 2, 4, 6, 8]
 # Channels that share a width: planes of whole bytes, and hardly coarser than single channels (see docs/rules.md).
 GROUP = 4
 
@@ -48,10 +48,23 @@ def value_costs(fitted: Fit, basis: Basis) -> Tensor:
     independent from token to token. The best quantiser's error is orthogonal to what it restores, so that `c` is the
     error's share of the energy. At `c = 1` this is truncation.
     """
-    columns = [basis.spectrum]
+    return costs_in_part_coherent(fitted, basis.spectrum)
+
+
+def costs_in_part_coherent(fitted: Fit, cut_off: Tensor, unit: Tensor | float = 1.0) -> Tensor:
+    """Costs at each width of `ALLOTTED`, summed over heads, where errors in proportion to a latent add up over tokens.
+
+    Args:
+        cut_off: what latents that are cut off cost, [G, R].
+        unit: what a unit of an independent error costs, [G, R].
+
+    Returns:
+        [R, widths].
+    """
+    columns = [cut_off]
     for bits in ALLOTTED[1:]:
         share = (fitted.error[bits] / fitted.energy.clamp_min(TINY)).clamp_max(1)
-        columns.append(share.square() * basis.spectrum + (1 - share) * fitted.error[bits])
+        columns.append(share.square() * cut_off + (1 - share) * fitted.error[bits] * unit)
     return torch.stack([column.sum(0) for column in columns], dim=-1)
 
 

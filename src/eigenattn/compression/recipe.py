@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 
 from ..calibration.checks import check_tokens
-from ..calibration.statistics import Batch, Moments
+from ..calibration.fisher_moments import FisherMoments
+from ..calibration.statistics import Batch
 from ..config import TARGETS, EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..journal import Journal
@@ -115,6 +116,8 @@ class Recipe:
         batches: calibration text: token-id tensors [B, T], or mappings with `input_ids` and `attention_mask`.
         journal: keeps what is finished, and is asked for it.
         clock: counts the time that each stage takes.
+        statistics: the moments of each layer, where they are known; of no use to a configuration that asks for passes
+            over the text besides (see `eigenattn.calibration.statistics_file.check_fit`).
 
     Raises:
         EigenAttnError: if the configuration is not supported.
@@ -130,6 +133,7 @@ class Recipe:
         *,
         journal: Journal | None = None,
         clock: Clock | None = None,
+        statistics: list[FisherMoments] | None = None,
     ) -> None:
         check_supported(config)
         check_sharing(layers[0].kv_heads, config.sharing)
@@ -139,9 +143,11 @@ class Recipe:
         another_pass = bool(config.coded) and self.method.quantisers is None
         self.text = Text(batches, model, again=bool(config.refit) or another_pass)
         self.memo = MemoisedMeasurements(journal)
+        if statistics is not None:
+            self.moments = statistics
 
     @cached_property
-    def moments(self) -> list[Moments]:
+    def moments(self) -> list[Any]:
         """The moments of each layer, from one pass over the text.
 
         Raises:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ..calibration.statistics import Batch, Moments, tensors_of
+from ..calibration.statistics import Batch, Moments, named_tensors, tensors_of
 from ..errors import EigenAttnError
 from ..journal import Journal
 from ..models.attention import EigenAttention
@@ -60,12 +60,7 @@ class ResumableMoments:
             self._save(self.journal, count)
 
     def _save(self, journal: Journal, count: int) -> None:
-        tensors = {
-            f"{position}.{name}": value
-            for position, sums in enumerate(self.moments)
-            for name, value in tensors_of(sums)
-        }
-        journal.write(STATISTICS, tensors, {"batches": count, "tokens": self.moments[0].tokens})
+        journal.write(STATISTICS, named_tensors(self.moments), {"batches": count, "tokens": self.moments[0].tokens})
 
 
 class MemoisedMeasurements:

@@ -108,6 +108,7 @@ class Grid:
     Args:
         coded: whether latents are coded, to each of the KV ratios. A folder of results takes both kinds, one after the
             other.
+        bases: None is the default of `EigenAttentionConfig`.
         others: see `EigenAttentionConfig`.
 
     Raises:
@@ -115,7 +116,7 @@ class Grid:
     """
 
     kv_ratios: Sequence[float] = ()
-    bases: Sequence[str] = ("attention",)
+    bases: Sequence[str | None] = ("attention",)
     ranks: Sequence[str] = ("sensitivity",)
     windows: Sequence[int] = (32,)
     share: Sequence[str] = ("1",)

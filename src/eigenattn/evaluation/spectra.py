@@ -40,8 +40,9 @@ def spectra_of(
 
     Args:
         model: an uncompressed transformers model; it is left as it was.
-        basis: `eigen` gives squared singular values, `attention` the error that leaving a direction out would make.
-        window: exact tokens; the `attention` basis looks only at what lies further back.
+        basis: `eigen` gives squared singular values, `attention` the error that leaving a direction out would make, and
+            `fisher` what that costs the predictions, in nats a token.
+        window: exact tokens; the bases `attention` and `fisher` look only at what lies further back.
 
     Raises:
         EigenAttnError: if the basis is unknown, or goes with no window, or the model is not supported or compressed.

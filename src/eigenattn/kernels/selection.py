@@ -50,6 +50,11 @@ def use(name: str) -> str:
     return before
 
 
+def is_chosen(name: str) -> bool:
+    """Whether kernels were asked for by this name."""
+    return _chosen == name
+
+
 def decoding_backend(q: Tensor) -> str:
     """The backend of `eigenattn.kernels.decoding` for queries of this device and dtype; it may decline a step.
 

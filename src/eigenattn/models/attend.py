@@ -14,7 +14,7 @@ from ..cache.sight import Near, Sight
 from ..kernels import blocks, chunked, decoding
 from ..kernels.decoding.batched import decode_with_weights
 from ..kernels.reference import add_mask, causal_mask
-from ..kernels.selection import decoding_backend
+from ..kernels.selection import decoding_backend, is_chosen
 from .forward_pass import ForwardPass
 from .layer import AttentionLayer
 from .rotary import at_columns, rotate
@@ -59,7 +59,9 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         values=values,
         scale=layer.scaling,
         length=border,
-        first=this.memoised(("first", layer.layer_type), first) if backend != "torch" else None,
+        first=this.memoised(("first", layer.layer_type, layer.sliding_window, sight.columns), first)
+        if backend != "torch"
+        else None,
         positions=this.positions(sight) if layer.rotates_far else None,
         query=this.query_position if layer.rotates_far else None,
         columns=sight.far.columns,
@@ -69,8 +71,8 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         softcap=layer.softcap,
         memoised=this.memoised,
     )
-    if backend == "native" and decoding.why_not(step) is not None:
-        backend = "torch"
+    wants_weights = this.implementation == "eager" and not is_chosen("native")
+    backend = "torch" if backend == "native" and wants_weights else decoding.accepted(step, backend)
     if backend == "torch" and this.implementation == "eager":  # which gives weights, asked or not
         out, weights = decode_with_weights(step, sight.columns)
         return out.unsqueeze(2), weights.unsqueeze(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,7 +46,7 @@ def save_bases(model: PreTrainedModel, folder: Path) -> None:
         raise EigenAttnError("without a window the bases are folded into the weights: save the whole model.")
     tensors = {name: each.detach().cpu().contiguous() for name, each in _named(eigen_layers(model)).items()}
     save_file(tensors, folder / BASES_FILE, metadata={"format": "pt"})
-    content = {**config.to_dict(), "base_model_weights": _fingerprint(eigen_layers(model))}
+    content = {**config.to_dict(), "base_model_weights": fingerprint_of(eigen_layers(model))}
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -80,14 +81,14 @@ def attach(model: PreTrainedModel, bases: str | Path) -> PreTrainedModel:
         allocate(layers, config)
         if fingerprint is None:
             warnings.warn(f"{bases} does not tell its base model from others: see that it is this one.", stacklevel=2)
-        elif not _alike(fingerprint, _fingerprint(layers)):
+        elif not alike(fingerprint, fingerprint_of(layers)):
             base, revision = (config.provenance.get(f"base_model{end}") for end in ("", "_revision"))
             at = f" at revision {revision!r:.60}" if revision else ""
             raise EigenAttnError(
                 f"the bases in {bases} were made for another model, whose weights differ: load {base!r:.200}{at}, or "
                 "compress this one."
             )
-        _load(layers, weights)
+        read_into(_named(layers), weights, "bases")
     except BaseException:
         restore_attention(model, originals)
         raise
@@ -107,7 +108,7 @@ def _file(bases: str | Path, name: str) -> Path:
         raise EigenAttnError(f"{bases!r} is neither a folder of bases nor a hub id that can be reached.") from error
 
 
-def _fingerprint(layers: list[EigenAttention]) -> str:
+def fingerprint_of(layers: Sequence[EigenAttention]) -> str:
     """Weights of the original's, evenly spaced in each parameter, in bfloat16 as hexadecimal digits."""
     found = []
     for attention in layers:
@@ -119,7 +120,7 @@ def _fingerprint(layers: list[EigenAttention]) -> str:
     return torch.cat(found).view(torch.uint8).numpy().tobytes().hex()
 
 
-def _alike(recorded: Any, own: str) -> bool:
+def alike(recorded: Any, own: str) -> bool:
     """Whether two fingerprints are of one model, be it in different dtypes."""
     try:
         values = [torch.tensor(list(bytes.fromhex(each)), dtype=torch.uint8) for each in (recorded, own)]
@@ -133,18 +134,33 @@ def _alike(recorded: Any, own: str) -> bool:
 
 def _read_config(path: Path) -> tuple[EigenAttnCheckpointConfig, Any]:
     """The configuration of bases, and the fingerprint of their base model; None if there is none."""
-    if path.stat().st_size > MOST_CONFIG_BYTES:
-        raise EigenAttnError(f"{path} is larger than any configuration of bases: {path.stat().st_size:,} bytes.")
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or too deep
-        raise EigenAttnError(f"{path} is not a configuration of bases.") from error
-    if not isinstance(values, dict) or values.get("quant_method") != METHOD:
+    values = read_object(path, "configuration of bases")
+    if values.get("quant_method") != METHOD:
         raise EigenAttnError(f"{path} is not a configuration of bases.")
     config = EigenAttnCheckpointConfig(**values)
     if not config.method["window"]:
         raise EigenAttnError(f"{path} is of a model without a window, whose bases are folded into its weights.")
     return config, values.get("base_model_weights")
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a small file.
+
+    Args:
+        what: it should be.
+
+    Raises:
+        EigenAttnError: if it is something else.
+    """
+    if path.stat().st_size > MOST_CONFIG_BYTES:
+        raise EigenAttnError(f"{path} is larger than any {what}: {path.stat().st_size:,} bytes.")
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or too deep
+        raise EigenAttnError(f"{path} is not a {what}.") from error
+    if not isinstance(values, dict):
+        raise EigenAttnError(f"{path} is not a {what}.")
+    return values
 
 
 def _named(layers: list[EigenAttention]) -> dict[str, nn.Parameter]:
@@ -157,9 +173,15 @@ def _named(layers: list[EigenAttention]) -> dict[str, nn.Parameter]:
     }
 
 
-def _load(layers: list[EigenAttention], path: Path) -> None:
-    """Read the maps that the layers ask for; shapes are compared before a tensor is read."""
-    wanted = _named(layers)
+def read_into(wanted: Mapping[str, Tensor], path: Path, what: str) -> None:
+    """Read tensors by their names; shapes are compared before one is read.
+
+    Args:
+        what: they are.
+
+    Raises:
+        EigenAttnError: if the file is damaged, or holds other names, shapes or kinds of numbers.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -167,14 +189,14 @@ def _load(layers: list[EigenAttention], path: Path) -> None:
             if missing:
                 raise EigenAttnError(f"{path} lacks {missing[0]}: is it truncated?")
             if extra:
-                raise EigenAttnError(f"{path} holds {extra[0]!r}, which its configuration does not know.")
+                raise EigenAttnError(f"{path} holds {extra[0]!r}, which is none of these {what}.")
             for where, parameter in wanted.items():
                 stored = file.get_slice(where)
                 shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
                 if shape != tuple(parameter.shape):
                     raise EigenAttnError(
                         f"{where} has shape {shape} in {path}, and this model asks for {tuple(parameter.shape)}: "
-                        "were the bases made for another model?"
+                        f"were the {what} made for another model?"
                     )
                 if dtype not in FLOATS:
                     raise EigenAttnError(f"{where} is of {dtype} in {path}, not of {', '.join(FLOATS)}.")

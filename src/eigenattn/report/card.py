@@ -15,7 +15,7 @@ from ..config import TARGETS
 from ..errors import EigenAttnError
 from ..files import check_name, read_text, to_json, whole
 from ..models.checkpoint_format import EigenAttnCheckpointConfig
-from .tables import evaluation_tables, latents_in_words, layout_table, notes
+from .tables import evaluation_tables, latents_in_words, layout_table, notes, windows_in_words
 
 LOAD = """\
 import eigenattn  # registers the loader
@@ -42,10 +42,8 @@ def model_card(
     target = next(f"`{name}={method[name]}`" for name in TARGETS if method[name] is not None)
     held = "low-rank keys and values, coded in few bits" if method["coded"] else "low-rank keys and values"
     at_lengths = ", ".join(f"{ratio:.3f} at {length:,} tokens" for length, ratio in report.ratio_at.items())
-    texts = ", ".join(
-        text["source"] + (f" (SHA-256 {text['sha256']})" if text["sha256"] else "") for text in facts["text"]
-    )
     code = ATTACH.format(base_model=facts["base_model"]) if bases_only else LOAD
+    calibrated = "\n".join(f"- calibrated on {windows_in_words(each)}" for each in facts.get("statistics", [facts]))
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return f"""---
 library_name: transformers
@@ -72,7 +70,7 @@ This is {facts["base_model"]} with Eigen Attention (arXiv 2408.05646): it caches
 
 - target {target}, window {method["window"]}, basis `{method["basis"]}`, {latents_in_words(layers)}
 - ranks by `{method["ranks"]}` in multiples of {method["rank_multiple"]}
-- calibrated on {facts["samples"]} windows of {facts["length"]} tokens, seed {facts["seed"]}, of {texts}
+{calibrated}
 - {versions}
 
 {layout_table(layers, getattr(torch, facts["dtype"]).itemsize).markdown()}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import EigenAttentionConfig
+from ..config import TARGETS, EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..evaluation.generation import continue_prompt
 from ..evaluation.spectra import read_spectra
@@ -21,7 +21,16 @@ from . import html
 from .card import EVALUATION
 from .figures import decay, effective_ranks, energy, frontier, inline_svg
 from .inspection import Inspection, inspect_checkpoint
-from .tables import TextTable, calibrations, evaluation_tables, latents_in_words, layout_table, notes, sweep_table
+from .tables import (
+    TextTable,
+    calibrations,
+    evaluation_tables,
+    latents_in_words,
+    layout_table,
+    notes,
+    sweep_table,
+    windows_in_words,
+)
 
 PROMPTS = ("The history of the city begins with", "To make a good soup, first", "def fibonacci(n):\n")
 NEW_TOKENS = 48
@@ -219,6 +228,8 @@ def _origin(material: Material) -> list[str]:
                 f"{each['source']}" + (f" (SHA-256 {each['sha256'][:12]}…)" if each.get("sha256") else "")
                 for each in value
             )
+        elif name == "statistics":
+            value = "; ".join(map(windows_in_words, value))
         elif isinstance(value, dict):
             value = ", ".join(f"{key} {each}" for key, each in value.items())
         rows.append([name.replace("_", " "), str(value)])
@@ -237,23 +248,41 @@ def _options(values: Mapping[str, Any]) -> list[str]:
     for name, value in values.items():
         option = name.replace("_", "-")
         if isinstance(value, bool):
-            line.append(f"--{option}" if value else f"--no-{option}")
+            line.append(f"--{option}" if value else "--uncoded" if name == "coded" else f"--no-{option}")
         elif value is not None:
             for each in value if isinstance(value, list) else [value]:
                 line += [f"--{option}", str(each)]
     return line
 
 
+def _asked(method: dict[str, Any]) -> dict[str, Any]:
+    """What has to be asked for to get a configuration, whose defaults depend on each other."""
+    target = {name: method[name] for name in TARGETS if method.get(name) is not None}
+    defaults = EigenAttentionConfig(**target).to_dict()
+    # The default of each hangs on those before it, and a basis that is named says that latents are not coded.
+    dependent = ("coded", "basis", "refit", "coded")
+    free = {name: value for name, value in method.items() if name not in (*dependent, "version")}
+    asked = target | {n: value for n, value in free.items() if value is not None and value != defaults.get(n)}
+    for name in dependent:
+        if name in method and getattr(EigenAttentionConfig(**asked), name) != method[name]:
+            asked[name] = method[name]
+    return {name: asked[name] for name in method if name in asked}
+
+
 def commands(material: Material) -> list[str]:
     """The commands that give this checkpoint, and what the page shows of it."""
     facts, method, spectra = material.inspection.provenance, material.inspection.method, material.spectra
-    names = ("basis", "window", "share")
-    implied = EigenAttentionConfig(**{name: method[name] for name in names if name in method}).refit
-    defaults = EigenAttentionConfig().to_dict() | {"kv_ratio": None, "refit": implied, "version": method.get("version")}
-    options = {name: value for name, value in method.items() if value != defaults.get(name)}
-    options["text"] = [text["source"] for text in facts.get("text", [])]
-    options |= {name: facts.get(name) for name in ("samples", "length", "seed", "dtype")}
-    lines = [["compress", str(facts.get("base_model", "MODEL")), material.name, *_options(options)]]
+    base, choices, lines = str(facts.get("base_model", "MODEL")), _options(_asked(method)), []
+    read = _options(_reading_options(facts))
+    if "statistics" in facts:
+        folders = [f"STATISTICS-{number}" for number, _ in enumerate(facts["statistics"], 1)]
+        latents = _options({name: method.get(name) for name in ("window", "share")})
+        lines += [
+            ["calibrate", base, folder, *latents, *_options(_reading_options(each)), *read]
+            for folder, each in zip(folders, facts["statistics"], strict=True)
+        ]
+        read = [*_options({"statistics": folders}), *read]
+    lines.append(["compress", base, material.name, *choices, *read])
     if material.evaluation is not None:
         lines.append(["evaluate", material.name, *_options(_evaluation_options(material.evaluation))])
     if material.sweep is not None:
@@ -269,6 +298,12 @@ def commands(material: Material) -> list[str]:
         options["text"] = [text["source"] for text in spectra["text"]]
         lines.append(["spectrum", spectra["model"], "SPECTRUM", *_options(options)])
     return [shlex.join(["eigenattn", *line]) for line in lines]
+
+
+def _reading_options(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """By which a text is read again."""
+    names = ("samples", "length", "seed", "dtype")
+    return {"text": [text["source"] for text in facts.get("text", [])], **{name: facts.get(name) for name in names}}
 
 
 def _evaluation_options(result: dict[str, Any]) -> dict[str, Any]:

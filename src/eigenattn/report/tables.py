@@ -134,3 +134,11 @@ def latents_in_words(layers: Sequence[Layout]) -> str:
     )
     words = [f"{SIDES_IN_WORDS[sides]} of {f'{n} KV heads' if n > 1 else 'one KV head'}" for sides, n in kinds]
     return f"latents of {', '.join(words)}" if words else "full rank"
+
+
+def windows_in_words(facts: Mapping[str, Any]) -> str:
+    """What statistics were collected on."""
+    texts = ", ".join(
+        text["source"] + (f" (SHA-256 {text['sha256']})" if text["sha256"] else "") for text in facts["text"]
+    )
+    return f"{facts['samples']} windows of {facts['length']} tokens, seed {facts['seed']}, of {texts}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..cache.context import CacheContext
 from ..cache.layout import Layout
 from ..kernels import chunked
-from ..kernels.decoding import Rotary, Side, Step, Window, decode
+from ..kernels.decoding import Rotary, Side, Step, Window, accepted, decode
 from ..kernels.selection import decoding_backend
 from ..models.attention import EigenAttention
 from .pages import Pages, from_page
@@ -154,7 +154,7 @@ def decode_rows(layer: PagedAttention, q: Tensor, batch: DecodingRows, far: Page
         window=window,
         memoised=batch.context.memoised,
     )
-    return decode(step, decoding_backend(q))
+    return decode(step, accepted(step, decoding_backend(q)))
 
 
 def attend_prompt(layer: PagedAttention, q: Tensor, row: Tensor, length: int, far: Pages, near: Pages | None) -> Tensor:

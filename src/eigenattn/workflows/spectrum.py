@@ -14,7 +14,7 @@ from ..models.loading import Source, load_model, load_tokenizer
 from ..models.placement import input_device
 from ..report.figures import decay, effective_ranks, energy, new_figure, save_figure
 from ..version import versions
-from .compress import CalibrationText
+from .calibrate import CalibrationText
 
 
 def write_spectra(

@@ -19,7 +19,7 @@ from .native import decode as native_decode
 from .native import why_not
 from .reference import decode as reference_decode
 
-__all__ = ["DECODE_BACKENDS", "Rotary", "Side", "Step", "Window", "decode", "default_backend", "why_not"]
+__all__ = ["DECODE_BACKENDS", "Rotary", "Side", "Step", "Window", "accepted", "decode", "default_backend", "why_not"]
 
 
 def _triton_decode(step: Step) -> Tensor:
@@ -44,7 +44,12 @@ def default_backend(step: Step) -> str:
     """`triton` on a GPU that has it, `native` on a CPU where it takes the step, else `torch`."""
     if step.q.is_cuda:
         return "triton" if HAS_TRITON else "torch"
-    return "torch" if why_not(step) else "native"
+    return accepted(step, "native")
+
+
+def accepted(step: Step, backend: str) -> str:
+    """The backend asked for, or `torch` where that is `native` and does not take the step."""
+    return "torch" if backend == "native" and why_not(step) else backend
 
 
 def decode(step: Step, backend: str | None = None) -> Tensor:

@@ -107,7 +107,7 @@ class Rotary:
     inverse_frequencies: Tensor
     scaling: float = 1.0
     interleaved: bool = False
-    _tables: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    _tables: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def width(self) -> int:

@@ -284,9 +284,8 @@ def plan_of(widths: Widths, lanes: int) -> Tensor:
     channels: list[tuple[int, int, int, int, int, int]] = []  # bytes, shifts and masks of both parts
     stored = 0
     for bits, count in widths.counts:
-        parts, below = PARTS[bits], 0
         planes = []
-        for part in parts:
+        for part in PARTS[bits]:
             planes.append((stored, plane_bytes(count, part), part))
             stored += plane_bytes(count, part)
         for i in range(count):
