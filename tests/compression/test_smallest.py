@@ -7,7 +7,7 @@ import torch
 from tiny import tiny, tokens
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
-from eigenattn.compression.smallest import FINEST, NEAR, TRIALS, Found, search
+from eigenattn.compression.smallest import FINEST, LEAST, NEAR, TRIALS, Found, search
 
 
 def trials_of(curve, nats, start=0.25, largest=0.5):
@@ -28,12 +28,11 @@ def test_the_size_is_the_smallest_up_to_a_tenth_of_a_bit(bit, at_four_bits, bend
         bits = 16 * (0.25 - ratio)
         return at_four_bits * bit ** (bits + bend * math.sin(3 * bits))
 
-    found, tried = trials_of(curve, 0.005) if curve(0.5) <= 0.005 else (None, [])
-    if found is None:
-        pytest.skip("out of reach")
+    found, tried = trials_of(curve, 0.005)
     worst = found.divergences["hard"]
     assert worst <= 0.005
-    assert worst >= NEAR * 0.005 or curve(found.config.kv_ratio - 1.01 * FINEST) > NEAR * 0.005
+    ratio = found.config.kv_ratio
+    assert worst >= NEAR * 0.005 or ratio == LEAST or curve(ratio - 1.01 * FINEST) > NEAR * 0.005
     assert len(tried) <= TRIALS and len(set(tried)) == len(tried)
 
 
@@ -59,7 +58,7 @@ def test_a_model_within_its_bound():
     held_out = {"first": [tokens(2, 60, seed=8)], "second": [tokens(1, 50, seed=9)]}
     exact = {name: tiny("llama")(ids, use_cache=False).logits.detach() for name, (ids,) in held_out.items()}
     ratios = []
-    for bound in (2e-5, 1e-3):
+    for bound in (6e-3, 3e-2):
         model = tiny("llama")
         config = EigenAttentionConfig(window=4)
         report = compress(model, [tokens(4, 60)], config, max_divergence=bound, held_out=held_out)
