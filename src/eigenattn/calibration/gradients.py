@@ -107,7 +107,8 @@ def _at_last_layer(
     """The gradient [B, T, C] of the loss at what the last decoder layer gives."""
     states = hidden(output).detach().requires_grad_()
     given = (states, *output[1:]) if isinstance(output, tuple) else states
-    with differentiable(model.get_output_embeddings(), states), torch.enable_grad(), stubbed(modules, given):
+    head: Any = model.get_output_embeddings()
+    with differentiable(head, states), torch.enable_grad(), stubbed(modules, given):
         logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         logits = logits.float() if batch.valid is None else logits.float()[batch.valid.to(logits.device)]
         logits = logits.flatten(0, -2)

@@ -89,19 +89,19 @@ def compress(
             metavar="STATISTICS",
         ),
     ] = [],  # noqa: B006 (typer copies it)
-    bases_only: Annotated[
+    checkpoint: Annotated[
         bool,
         typer.Option(
-            "--bases-only",
-            help="Write the bases alone, to be attached to the original model. Needs a window: without one they are "
-            "folded into the weights.",
+            "--checkpoint",
+            help="Write the whole model, not only the bases that belong to it. Without a window they are folded into "
+            "the weights, and a whole model is written anyway.",
         ),
     ] = False,
     loading: LoadingOptions,
     memory: MemoryOptions,
     json_file: Json = None,
 ) -> None:
-    """Compress a model's KV cache and write the checkpoint; killed, it goes on with the same command."""
+    """Compress a model's KV cache and write its bases; killed, it goes on with the same command."""
     if statistics and calibration != CalibrationOptions():
         raise EigenAttnError("statistics are of texts already: leave out --text, --samples, --length and --seed.")
     files = open_statistics(statistics)
@@ -123,7 +123,7 @@ def compress(
         device=loading.device,
         max_memory=memory_limits(memory.max_memory),
         offload_folder=memory.offload_folder,
-        bases_only=bases_only,
+        checkpoint=checkpoint,
         progress=True,
     )
     console = emit(report.to_dict(), json_file)

@@ -36,6 +36,8 @@ VARYING_ROPE = ("dynamic", "longrope")
 def read_checkpoint(quantization_config: dict[str, Any]) -> EigenAttnCheckpointConfig:
     """The checkpoint's `quantization_config` as `eigenattn` has it."""
     values = {name: value for name, value in quantization_config.items() if name != "quant_method"}
+    if values.get("base") is not None:
+        raise EigenAttnError("bases alone are not served by vLLM: compress with --checkpoint.")
     return EigenAttnCheckpointConfig(**values)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from ..calibration.statistics_file import check_fit, open_statistics
 from ..calibration.windows import described
 from ..compression.pipeline import CompressionReport, compress
@@ -12,8 +14,9 @@ from ..compression.recipe import check_supported
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..journal import Journal
-from ..models.bases_file import save_bases
-from ..models.conversion import layouts_of
+from ..models.bases_file import are_beside, save_bases
+from ..models.checkpoint_format import checkpoint_of
+from ..models.conversion import eigen_layers, layouts_of, quantiser_of
 from ..models.loading import Source, load_tokenizer
 from ..models.placement import save_model
 from ..report.card import model_card
@@ -30,7 +33,7 @@ def compress_checkpoint(
     device: str | None = None,
     max_memory: Mapping[int | str, str] | None = None,
     offload_folder: Path | None = None,
-    bases_only: bool = False,
+    checkpoint: bool = False,
     progress: bool = False,
 ) -> CompressionReport:
     """Load a model, compress it on windows of a text, and write it with tokenizer, generation settings and model card.
@@ -42,14 +45,13 @@ def compress_checkpoint(
         out: a folder that does not exist yet; it appears when everything is written. `OUT.partial` keeps what is done.
         text: what to calibrate on; or folders of statistics, which are added up and read no text.
         dtype, device, max_memory, offload_folder: see `Subject`.
-        bases_only: write the bases alone, to be attached to the base model; needs a window.
+        checkpoint: write the whole model. Without it bases are written, which belong to the model by this name; where
+            maps are folded into the weights there is no choice.
 
     Raises:
         EigenAttnError: on any bad input; nothing is written then.
     """
     check_supported(config)
-    if bases_only and not config.window:
-        raise EigenAttnError("--bases-only needs a window: without one the bases are folded into the weights.")
     if isinstance(text, CalibrationText):  # read before the model, which takes longer to load
         texts, files = text.load(), []
         read = {"text": [described(each) for each in texts], **text.drawn}
@@ -61,24 +63,38 @@ def compress_checkpoint(
         read = {"statistics": [file.provenance() for file in files]}
         known = {"statistics": [file.facts.get("sha256") for file in files]}
     subject = Subject(Source.of(name), dtype, device, max_memory, offload_folder)
-    command = {"verb": "compress", **subject.facts(), **config.to_dict(), "bases_only": bases_only, **known}
+    command = {"verb": "compress", **subject.facts(), **config.to_dict(), "checkpoint": checkpoint, **known}
     with Journal(out, command) as journal:
         tokenizer = load_tokenizer(subject.source)
         options = {"journal": journal, "progress": progress}
         if isinstance(text, CalibrationText):
             model, windows = subject.load_with_windows(journal, tokenizer, text, texts)
+            _check_savable(model, checkpoint)
             provenance = subject.provenance(model) | read
             report = compress(model, windows.split(1), config, provenance=provenance, **options)
         else:
             model = subject.load(journal)
+            _check_savable(model, checkpoint)
             provenance = subject.provenance(model) | read
             report = compress(model, config=config, statistics=text, provenance=provenance, **options)
+        whole = checkpoint or not are_beside(eigen_layers(model))
         with journal.output() as folder:
-            if bases_only:
-                save_bases(model, folder)
-            else:
+            if whole:
                 save_model(model, folder)
-                tokenizer.save_pretrained(folder)
-            card = model_card(model.config.quantization_config, report, layouts_of(model), bases_only)
+            else:
+                save_bases(model, folder)
+            tokenizer.save_pretrained(folder)
+            made = checkpoint_of(model)
+            assert made is not None  # of a model that was compressed
+            card = model_card(made, report, layouts_of(model), whole)
             (folder / "README.md").write_text(card, encoding="utf-8")
     return report
+
+
+def _check_savable(model: PreTrainedModel, checkpoint: bool) -> None:
+    quantiser = quantiser_of(model) if checkpoint else None
+    if quantiser is not None:
+        raise EigenAttnError(
+            f"{quantiser} quantises weights of this model, which no checkpoint of ours can hold: write its bases, "
+            "without --checkpoint."
+        )
