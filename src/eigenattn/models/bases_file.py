@@ -131,6 +131,7 @@ def attach(model: PreTrainedModel, bases: str | Path, **hub: Any) -> PreTrainedM
     except BaseException:
         restore_attention(model, originals)
         raise
+    config.base = None  # what is saved as a whole belongs to nothing
     mark_compressed(model, config)
     return model
 
