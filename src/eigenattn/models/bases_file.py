@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..cache.layout import Layout
 from ..errors import EigenAttnError
 from .attention import EigenAttention
 from .checkpoint_format import EigenAttnCheckpointConfig, allocate, checkpoint_of, mark_compressed
-from .conversion import METHOD, convert_attention, eigen_layers, restore_attention
+from .conversion import METHOD, convert_attention, eigen_layers, layouts_of, restore_attention
 from .maps import MAPS, QUANTISERS
 from .parallel import check_whole
 from .placement import execution_device, stored
@@ -55,7 +56,7 @@ def save_bases(model: PreTrainedModel, folder: str | Path) -> None:
     config, layers = checkpoint_of(model), eigen_layers(model)
     if config is None:
         raise EigenAttnError("this model is not compressed, and has no bases.")
-    if not are_beside(layers):
+    if not are_beside(layouts_of(model)):
         raise EigenAttnError("without a window the bases are folded into the weights: save the whole model.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,9 +78,9 @@ def save_bases(model: PreTrainedModel, folder: str | Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
-def are_beside(layers: Sequence[EigenAttention]) -> bool:
+def are_beside(layouts: Sequence[Layout]) -> bool:
     """Whether all maps are beside projections that are as they were."""
-    return all(layer.layout.at_run_time or layer.layout.uncompressed for layer in layers)
+    return all(layout.at_run_time or layout.uncompressed for layout in layouts)
 
 
 def read_bases_config(folder: str) -> EigenAttnCheckpointConfig | None:
@@ -123,9 +124,9 @@ def attach(model: PreTrainedModel, bases: str | Path, **hub: Any) -> PreTrainedM
     originals = convert_attention(model)
     try:
         layers = eigen_layers(model)
-        allocate(layers, config)
-        if not are_beside(layers):
+        if not are_beside(config.layouts(layers[0].config)):
             raise EigenAttnError(f"{bases} is of a model without a window, whose bases are folded into its weights.")
+        allocate(layers, config)
         _check_base(bases, config, layers)
         read_into(_named(layers), weights, "bases")
     except BaseException:
@@ -227,11 +228,12 @@ def _read_config(path: Path) -> EigenAttnCheckpointConfig | None:
     """The configuration of bases in a file; None if it is of something else."""
     values = read_object(path, "configuration of bases")
     if path.name == OLD_CONFIG_FILE:
-        return EigenAttnCheckpointConfig.read(values | {"base": {"weights": values.get("base_model_weights")}})
+        values["base"] = {"weights": values.get("base_model_weights")}
+        return EigenAttnCheckpointConfig(**values)
     values = values.get("quantization_config")
     if not isinstance(values, dict) or values.get("quant_method") != METHOD or values.get("base") is None:
         return None
-    return EigenAttnCheckpointConfig.read(values)
+    return EigenAttnCheckpointConfig(**values)
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:

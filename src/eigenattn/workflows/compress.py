@@ -16,7 +16,7 @@ from ..errors import EigenAttnError
 from ..journal import Journal
 from ..models.bases_file import are_beside, save_bases
 from ..models.checkpoint_format import checkpoint_of
-from ..models.conversion import eigen_layers, layouts_of, quantiser_of
+from ..models.conversion import layouts_of, quantiser_of
 from ..models.loading import Source, load_tokenizer
 from ..models.placement import save_model
 from ..report.card import model_card
@@ -77,7 +77,7 @@ def compress_checkpoint(
             _check_savable(model, checkpoint)
             provenance = subject.provenance(model) | read
             report = compress(model, config=config, statistics=text, provenance=provenance, **options)
-        whole = checkpoint or not are_beside(eigen_layers(model))
+        whole = checkpoint or not are_beside(layouts_of(model))
         with journal.output() as folder:
             if whole:
                 save_model(model, folder)
