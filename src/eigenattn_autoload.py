@@ -55,12 +55,16 @@ def _follow(module):
 
     @functools.wraps(original)
     def from_pretrained(cls, *args, **kwargs):
-        try:
-            return original(cls, *args, **kwargs)
-        except Exception as error:
-            bases = getattr(error, "eigenattn_bases", None)
-            if bases is None:
-                raise
+        told = getattr(kwargs.get("config"), "quantization_config", None)
+        bases = told if isinstance(told, dict) and told.get("quant_method") == METHOD and told.get("base") else None
+        if bases is None:
+            try:
+                return original(cls, *args, **kwargs)
+            except Exception as error:  # without a configuration it finds out on the way
+                bases = getattr(error, "eigenattn_bases", None)
+                if bases is None:
+                    raise
+        _package()
         from eigenattn.models.loading import load_bases
 
         return load_bases(bases, cls, *args, **kwargs)

@@ -84,18 +84,6 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         self.base = base
         self.format_version = FORMAT_VERSION
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """What transformers calls while it loads a model.
-
-        Raises:
-            BasesFound: if these are bases alone, and so a model is to be loaded from elsewhere.
-        """
-        config = cls(**config_dict)
-        if config.base is not None:
-            raise BasesFound(config)
-        return (config, kwargs) if return_unused_kwargs else config
-
     def layouts(self, config: Any) -> list[Layout]:
         """The layout of each layer, of a model with this configuration.
 
@@ -168,6 +156,11 @@ class EigenAttnQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: EigenAttnCheckpointConfig
+
+    def __init__(self, quantization_config: EigenAttnCheckpointConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if quantization_config.base is not None:
+            raise BasesFound(quantization_config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         convert_attention(model)

@@ -124,6 +124,15 @@ class Source:
             return transformers.GgufConfig(dequantize=True)
         return None if self.quantisation is None else AutoQuantizationConfig.from_dict(self.quantisation)
 
+    def stored_bytes(self) -> int | None:
+        """Bytes of the files of weights, and of bases; None of a model that is not in a folder of this machine."""
+        folder = Path(self.path)
+        if not folder.is_dir():
+            return None
+        files = [folder / self.gguf_file] if self.gguf_file else [*folder.glob("*.safetensors")]
+        files += Path(self.bases).glob("*.safetensors") if self.bases else ()
+        return sum(path.stat().st_size for path in files)
+
     def origin(self) -> dict[str, str]:
         """What a model that is loaded is found by again, from any folder: `base_model`, and a hub's commit."""
         if self.name == PACKAGED:
@@ -213,7 +222,7 @@ def load_model(
 
 
 def load_bases(
-    found: EigenAttnCheckpointConfig,
+    found: EigenAttnCheckpointConfig | dict[str, Any],
     kind: type[PreTrainedModel],
     name: str | Path,
     *args: Any,
@@ -233,7 +242,7 @@ def load_bases(
     """
     if subfolder:
         raise EigenAttnError("bases lie in no subfolder: use eigenattn.attach.")
-    source = Source.of_bases(str(name), found)
+    source = Source.of_bases(str(name), EigenAttnCheckpointConfig(**found) if isinstance(found, dict) else found)
     hub = {each: kwargs[each] for each in HUB if each in kwargs}
     revision = kwargs.pop("revision", None)
     if isinstance(config, PreTrainedConfig):
@@ -242,7 +251,8 @@ def load_bases(
         del config.quantization_config
         if getattr(own, "quantization_config", None) is not None:
             config.quantization_config = own.quantization_config
-    if kwargs.get("quantization_config") is None:
+    # Some hosts hand over what they have read, which is our own.
+    if isinstance(kwargs.get("quantization_config"), EigenAttnCheckpointConfig | None):
         kwargs["quantization_config"] = source.quantiser
     loaded = kind.from_pretrained(source.path, *args, config=config, **(kwargs | source.arguments))
     model = loaded[0] if isinstance(loaded, tuple) else loaded
