@@ -15,7 +15,7 @@ from ..models.attention import EigenAttention
 from ..models.forward_pass import ForwardPass
 from ..models.maps import joined
 from ..models.placement import execution_device, loaded
-from ..models.projections import Heads, weight_of
+from ..models.projections import Heads
 from ..models.rotary import rotate
 
 # Queries at a time, so that memory is O(T x block) (chosen).
@@ -94,7 +94,7 @@ class AttentionMoments:
         g, d = attention.kv_heads, attention.head_dim
         priors = _priors(attention, sharing) if shrinkage else ()
         with loaded(attention.output_projection):
-            by_group = weight_of(attention.output_projection).detach().unflatten(1, (g, -1, d))  # [C, G, H/G, D]
+            by_group = attention.output_weight().unflatten(1, (g, -1, d))  # [C, G, H/G, D]
             # A group at a time: a large model's whole weight takes much memory in float64.
             value_metric = torch.stack([_outer_products(group) for group in by_group.unbind(1)])
         vectors = Sums.zeros(value_metric, g // sharing.keys, (2 if sharing.joint else 1) * sharing.keys * d)
@@ -204,7 +204,7 @@ def _priors(attention: EigenAttention, sharing: Sharing) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, PRIOR_STATES, attention.config.hidden_size, generator=generator)
     with loaded(attention):
-        _, *sides = attention.project(states.to(execution_device(output), weight_of(output).dtype))
+        _, *sides = attention.project(states.to(execution_device(output), attention.dtype))
     shared = sharing.keys, sharing.values
     rows = [joined(x, x.shape[1] // heads)[0].double() for x, heads in zip(sides, shared, strict=True)]
     rows = [torch.cat(rows, dim=-1)] if sharing.joint else rows  # [G/N, n, N * D] each

@@ -18,6 +18,7 @@ from ..models.placement import loaded
 from ..models.projections import Heads
 from .attention_moments import far_weights
 from .passes import decoder_layers, hidden, stubbed
+from .quantised import differentiable
 from .statistics import Batch, not_finite
 
 # Takes a layer, its keys and values [B, G, T, D], before rotation, and the gradients of both.
@@ -55,7 +56,12 @@ def backward(
         gradient = _at_last_layer(model, modules, batch, output, seed)
         for attention, layer, (args, kwargs) in zip(reversed(layers), reversed(modules), reversed(calls), strict=True):
             states = args[0].detach().requires_grad_()
-            with loaded(layer), torch.enable_grad(), _watched(attention, window, batch.valid, found):
+            with (
+                loaded(layer),
+                differentiable(layer, states),
+                torch.enable_grad(),
+                _watched(attention, window, batch.valid, found),
+            ):
                 hidden(layer(states, *args[1:], **kwargs)).backward(gradient.to(states.device))
             assert states.grad is not None
             gradient = states.grad
@@ -101,7 +107,8 @@ def _at_last_layer(
     """The gradient [B, T, C] of the loss at what the last decoder layer gives."""
     states = hidden(output).detach().requires_grad_()
     given = (states, *output[1:]) if isinstance(output, tuple) else states
-    with torch.enable_grad(), stubbed(modules, given):
+    head: Any = model.get_output_embeddings()
+    with differentiable(head, states), torch.enable_grad(), stubbed(modules, given):
         logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         logits = logits.float() if batch.valid is None else logits.float()[batch.valid.to(logits.device)]
         logits = logits.flatten(0, -2)

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache.layout import Layout
 from ..models.attention import EigenAttention
 from ..models.maps import MAPS, QUANTISERS
 from ..models.placement import execution_device
-from ..models.projections import Heads, join_heads, split_heads, weight_of, with_weight
+from ..models.projections import Heads, is_plain, join_heads, split_heads, weight_of, with_weight
 from .basis import Basis
 
 
@@ -25,7 +24,8 @@ def attach(attention: EigenAttention, bases: Sequence[Basis], window: int = 0) -
     """
     detach(attention)
     output = attention.output_projection
-    like = output.weight.requires_grad, {"device": execution_device(output), "dtype": output.weight.dtype}
+    trains = not is_plain(output) or output.weight.requires_grad
+    like = trains, {"device": execution_device(output), "dtype": attention.dtype}
     attention.layout = attention.layout.holding([basis.latent for basis in bases], window)
     for basis in bases:
         maps = basis.encoder.transpose(-1, -2), basis.decoder, basis.mean  # [G, R, D] twice and [G, D]
@@ -43,7 +43,7 @@ def attach(attention: EigenAttention, bases: Sequence[Basis], window: int = 0) -
 
 def detach(attention: EigenAttention) -> None:
     """Undo `attach`: back to full rank."""
-    attention.layout = Layout.full(attention.kv_heads, attention.head_dim)
+    attention.layout = attention.layout.holding([], 0)
     for name in (*MAPS, *QUANTISERS):
         setattr(attention, name, None)
 

@@ -157,7 +157,7 @@ class Measurement:
         In half precision the path through the window rounds otherwise than the original's, and that alone makes some
         divergence. What the layer costs at full rank is therefore taken off.
         """
-        rounds = self.window > 0 and self.layers[0].output_projection.weight.dtype != torch.float32
+        rounds = self.window > 0 and self.layers[0].dtype != torch.float32
         full = {index: tuple(basis.full_rank for basis in self.bases[index]) for index in wave}
         runs = [
             (index, ranks) for index, tried in wave.items() for ranks in ([*tried, full[index]] if rounds else tried)

@@ -21,7 +21,7 @@ from ..kernels.blocks import FarKeys, attend
 from ..models.attention import EigenAttention
 from ..models.forward_pass import ForwardPass
 from ..models.placement import loaded
-from ..models.projections import Heads, weight_of
+from ..models.projections import Heads
 from ..progress import TASK, TokenProgress
 from . import resuming
 from .basis import Bases, Basis
@@ -120,7 +120,7 @@ class LeastSquares:
     def __init__(self, attention: EigenAttention, rank: int) -> None:
         h = attention.heads
         self.kv_heads, self.group = attention.kv_heads, attention.num_key_value_groups
-        weight = weight_of(attention.output_projection).detach().double()  # [C, H * D]
+        weight = attention.output_weight().double()  # [C, H * D]
         self.weight = weight.unflatten(1, (h, -1)).permute(1, 2, 0)  # [H, D, C]
         self.gram = weight.new_zeros(h, rank, h, rank)
         self.product = weight.new_zeros(h, rank, self.weight.shape[1])

@@ -14,6 +14,7 @@ from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from ..models.conversion import eigen_layers
 from ..models.maps import MAPS
+from ..models.projections import holds_codes
 
 
 class Trainable:
@@ -108,7 +109,8 @@ class Trainable:
     def merge(self) -> PreTrainedModel:
         """The trained model, adapters merged into its weights, in evaluation mode."""
         model: Any = self.model if self.adapted is None else self.adapted.merge_and_unload(safe_merge=True)
-        model.requires_grad_(True)
+        for parameter in model.parameters():
+            parameter.requires_grad_(not holds_codes(parameter))
         return model.eval()
 
 

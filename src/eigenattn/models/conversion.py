@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -13,6 +14,7 @@ from ..errors import EigenAttnError
 from .attention import EigenAttention, eigen_class
 from .families import Family, family_of
 from .placement import place_like
+from .projections import holds_codes
 
 METHOD = "eigenattn"
 # Quantisers that may leave plain weights: those of a GGUF file are unpacked on loading where no kernel reads them.
@@ -32,6 +34,8 @@ def layouts_of(model: nn.Module) -> list[Layout]:
 def convert_attention(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Replace every attention module by an `EigenAttention` at full rank, which computes the same.
 
+    Where weights are quantised, maps are to stay beside the projections.
+
     Args:
         model: a transformers model, on any device, the meta device included.
 
@@ -39,7 +43,7 @@ def convert_attention(model: PreTrainedModel) -> dict[str, nn.Module]:
         The original modules by name, for `restore_attention`.
 
     Raises:
-        EigenAttnError: if the model type is unknown, or the model is compressed already, wrapped or quantised.
+        EigenAttnError: if the model type is unknown, or the model is compressed already or wrapped.
     """
     if eigen_layers(model):
         raise EigenAttnError("this model is compressed already: start from the original model.")
@@ -51,7 +55,7 @@ def convert_attention(model: PreTrainedModel) -> dict[str, nn.Module]:
             f"this model carries an adapter ({type(adapter).__name__}): merge it first (merge_and_unload), or add it "
             "after compression."
         )
-    _check_weights_are_plain(model)
+    quantised = quantiser_of(model) is not None
     config = model.config.get_text_config(decoder=True)
     # By class, not by path: `AutoModel` has no `model.` prefix.
     originals: dict[str, nn.Module] = {
@@ -64,7 +68,7 @@ def convert_attention(model: PreTrainedModel) -> dict[str, nn.Module]:
     if any(getattr(original, "is_cross_attention", False) for original in originals.values()):
         raise EigenAttnError("this model has cross-attention: only decoders of one text are supported.")
     for name, original in originals.items():
-        _check_plain(name, original, family)
+        _check_projections(name, original, family, quantised)
     shared = [m for _, m in model.named_modules(remove_duplicate=False) if type(m).__name__ == family.attention]
     if len(shared) > len(originals):
         raise EigenAttnError("layers of this model share one attention module: each needs bases of its own.")
@@ -73,29 +77,23 @@ def convert_attention(model: PreTrainedModel) -> dict[str, nn.Module]:
         rotary = next(m for name, m in model.named_modules() if name.split(".")[-1] == "rotary_emb")
     for name, original in originals.items():
         replacement = eigen_class(type(original))(original, family, getattr(original, "config", config), rotary)
+        replacement.layout = dataclasses.replace(replacement.layout, beside=quantised)
         model.set_submodule(name, place_like(replacement, original))
     return originals
 
 
-def _check_weights_are_plain(model: PreTrainedModel) -> None:
-    """Raise an `EigenAttnError` if another quantiser holds weights of a model, or would when it is saved."""
+def quantiser_of(model: PreTrainedModel) -> str | None:
+    """What holds weights of a model as codes, or would when it is saved; None where all of them are numbers."""
     holders = [getattr(model, "hf_quantizer", None), model.config, model.config.get_text_config(decoder=True)]
     # What one of them dequantised on loading, `save_pretrained` quantises again.
     conversions = getattr(model, "_weight_conversions", None) or ()
     operations = [operation for each in conversions for operation in getattr(each, "operations", ())]
     holders += [getattr(operation, "hf_quantizer", None) for operation in operations]
     methods = [_method(getattr(each, "quantization_config", None)) for each in holders]
-    found = next((f"{method} quantises weights of this model" for method in methods if method not in PLAIN), None)
-    for name, tensor in model.state_dict().items() if found is None else ():
-        if type(tensor) is not Tensor or not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
-            kind = f"of {tensor.dtype}" if type(tensor) is Tensor else f"a {type(tensor).__name__}"
-            found = f"{name} of this model is {kind}"
-            break
-    if found is not None:
-        raise EigenAttnError(
-            f"{found}: take the model as it was before it was quantised, or load a GGUF file with "
-            "quantization_config=GgufConfig(dequantize=True)."
-        )
+    found = next((method for method in methods if method not in PLAIN), None)
+    if found is None and any(holds_codes(weight) for weight in model.state_dict().values()):
+        found = "another quantiser"
+    return found
 
 
 def _method(config: Any) -> str | None:
@@ -106,10 +104,10 @@ def _method(config: Any) -> str | None:
     return str(getattr(method, "value", method or "another quantiser"))
 
 
-def _check_plain(where: str, original: nn.Module, family: Family) -> None:
+def _check_projections(where: str, original: nn.Module, family: Family, quantised: bool) -> None:
     for name in (*family.qkv, family.output):
         projection = getattr(original, name)
-        if not isinstance(projection, (nn.Linear, Conv1D)):
+        if not quantised and not isinstance(projection, (nn.Linear, Conv1D)):
             raise EigenAttnError(
                 f"{where}.{name} is a {type(projection).__name__}, not a linear layer of transformers: compress the "
                 "model as it was before that was put there."

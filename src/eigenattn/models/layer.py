@@ -12,7 +12,7 @@ from ..cache.layout import SIDES, Layout
 from .families import Family
 from .maps import MAPS, QUANTISERS, LatentMaps, side_of
 from .placement import execution_device
-from .projections import Heads, Projection, like, split_heads
+from .projections import Heads, Projection, is_plain, like, matrix_of, split_heads
 
 
 class AttentionLayer(LatentMaps):
@@ -94,8 +94,19 @@ class AttentionLayer(LatentMaps):
 
     @property
     def output_projection(self) -> Projection:
-        """The projection that follows attention."""
+        """The projection that follows attention; a quantised one may be any module."""
         return getattr(self, self.family.output)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states, and so of maps: quantised projections give what the model was loaded in."""
+        output = self.output_projection
+        return output.weight.dtype if is_plain(output) else self.config.dtype or torch.get_default_dtype()
+
+    def output_weight(self) -> Tensor:
+        """The matrix [C, H * D] of the output projection, quantised or not."""
+        output, size = self.output_projection, self.heads * self.head_dim
+        return matrix_of(output, size, device=execution_device(output), dtype=self.dtype)
 
     def allocate(self, layout: Layout, centred: bool) -> None:
         """Take the shapes that a layout asks for, folded, with values left empty: what a loader then fills.
@@ -125,7 +136,7 @@ class AttentionLayer(LatentMaps):
             **{f"{latent.sides[0]}_levels": latent.widths is not None for latent in layout.latents},
         }
         output = self.output_projection
-        factory = {"device": execution_device(output), "dtype": output.weight.dtype}
+        factory = {"device": execution_device(output), "dtype": self.dtype}
         for name in (name for name, need in needed.items() if need):
             latent = layout.of(side_of(name))
             channels = layout.count(latent) * latent.rank

@@ -40,6 +40,8 @@ def check_served(config: Any, checkpoint: EigenAttnCheckpointConfig) -> None:
     Raises:
         EigenAttnError: naming what is not supported.
     """
+    if checkpoint.base is not None:
+        raise EigenAttnError("bases alone are not served by vLLM: compress with --checkpoint.")
     architecture = (config.architectures or ["none"])[0]
     if architecture not in ARCHITECTURES and architecture not in ARCHITECTURES.values():
         raise EigenAttnError(
