@@ -244,7 +244,7 @@ def test_coded_latents(base, text, tmp_path):
         assert sum(found["bytes_by_layer"]) == found["bytes_per_token"]
         latents = [latent for layer in found["layers"] for latent in layer["latents"]]
         assert all(sum(latent["widths"].values()) == latent["rank"] for latent in latents)
-        assert re.search(r"\| keys, channels of [8642, ]* bits \|", (folder / "README.md").read_text())
+        assert re.search(r"\| keys, channels of [8654321, ]* bits \|", (folder / "README.md").read_text())
     assert "bits" in run("inspect", tmp_path / "out")
     whole, attached = (run("generate", tmp_path / name, "The quick brown") for name in ("out", "bases"))
     assert whole == attached
