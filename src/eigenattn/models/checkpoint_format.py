@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from ..cache.layout import SIDES, Layout
 from ..config import EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
 from .attention import EigenAttention
-from .conversion import METHOD, convert_attention, eigen_layers
+from .conversion import METHOD, convert_attention, eigen_layers, sizes_of
 from .families import family_of
 from .maps import MAPS, QUANTISERS, local_part
 from .parallel import plan, take_part
@@ -75,25 +76,30 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         self.provenance = provenance or {}
         self.format_version = FORMAT_VERSION
 
-    def layouts(self, config: Any) -> list[Layout]:
-        """The layout of each layer, of a model with this configuration.
+    def layouts(self, config: Any, sizes: Sequence[tuple[int, int]] | None = None) -> list[Layout]:
+        """The layout of each layer that has keys and values, of a model with this configuration.
+
+        Args:
+            sizes: numbers of KV heads, and of dimensions of each, by layer; by default the same in all of the model's.
 
         Raises:
             EigenAttnError: if a layer is malformed, or they do not fit such a model.
         """
         text, window = config.get_text_config(decoder=True), self.method["window"]
-        if len(self.layers) != text.num_hidden_layers:
+        if sizes is None:
+            family = family_of(config)
+            sizes = [(family.kv_heads(text), family.head_dim(text))] * text.num_hidden_layers
+        if len(self.layers) != len(sizes):
             raise EigenAttnError(
-                f"the checkpoint has ranks for {len(self.layers)} layers, and its model has {text.num_hidden_layers}."
+                f"the checkpoint has ranks for {len(self.layers)} layers, and its model has {len(sizes)}."
             )
         longest = getattr(text, "max_position_embeddings", None) or MOST_WINDOW
         if window > longest:
             raise EigenAttnError(f"the checkpoint has a window of {window} tokens, and its model reads {longest}.")
-        family, found = family_of(config), []
-        kv_heads, head_dim = family.kv_heads(text), family.head_dim(text)
-        for index, entry in enumerate(self.layers):
+        found = []
+        for index, (entry, size) in enumerate(zip(self.layers, sizes, strict=True)):
             try:
-                layout = Layout.from_dict(entry, kv_heads, head_dim, window)
+                layout = Layout.from_dict(entry, *size, window)
             except ValueError as error:
                 raise EigenAttnError(f"layer {index} of the checkpoint: {error}.") from error
             # At full rank, and not coded, vectors are stored as they are: format 1 has no other sign for it.
@@ -126,7 +132,8 @@ def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) ->
     Raises:
         EigenAttnError: if it does not fit the model.
     """
-    for attention, layout in zip(layers, config.layouts(layers[0].config), strict=True):
+    layouts = config.layouts(layers[0].config, sizes_of(layers))
+    for attention, layout in zip(layers, layouts, strict=True):
         attention.allocate(layout, config.centred)
 
 

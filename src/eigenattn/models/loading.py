@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..errors import EigenAttnError
@@ -137,7 +143,12 @@ def empty_model(config: Any) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with _explained(config.name_or_path, "model"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(config).from_config(config)
+
+
+def auto_class(config: Any) -> Any:
+    """What loads a model: models that see are not causal ones for transformers, unless they are loaded without eyes."""
+    return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
 
 
 def load_model(
@@ -160,7 +171,8 @@ def load_model(
     Raises:
         EigenAttnError: if its type is not supported, or it cannot be loaded.
     """
-    family_of(load_config(source))
+    config = load_config(source)
+    family_of(config)
     stored = "auto" if dtype is None else dtype_of(dtype)
     where: Any = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if where.lower().endswith(".json"):
@@ -172,7 +184,7 @@ def load_model(
         # Else weights may stay packed, which depends on the machine.
         placement["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _explained(source.name, "model"):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(config).from_pretrained(
             source.path,
             dtype=stored,
             offload_folder=offload_folder,
