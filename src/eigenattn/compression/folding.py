@@ -58,7 +58,8 @@ def fold(attention: EigenAttention) -> None:
         return
     free, encoded = attention.folds, attention.key_encoder is not None
     folds = Heads(free.query and encoded, free.key and encoded, free.value and attention.value_encoder is not None)
-    weights, biases, has_bias = _projection_parts(attention) if any(folds) else 3 * (Heads(None, None, None),)
+    nothing: Any = Heads(None, None, None)
+    weights, biases, has_bias = _projection_parts(attention) if any(folds) else (nothing, nothing, nothing)
     size_q, size_k, size_v = attention.projected
     if folds.key:
         weights, biases = _encoded(attention, weights, biases, "key")

@@ -126,7 +126,8 @@ def eigen_class(original: type[nn.Module], reads: bool = False) -> type[EigenAtt
         reads: whether it has no keys and values of its own.
     """
     ours = ReadingAttention if reads else EigenAttention
-    return type(f"Eigen{original.__name__}", (ours, original), {})
+    made: Any = type(f"Eigen{original.__name__}", (ours, original), {})
+    return made
 
 
 def _empty(original: type[nn.Module], reads: bool) -> EigenAttention | ReadingAttention:

@@ -86,20 +86,21 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
             EigenAttnError: if a layer is malformed, or they do not fit such a model.
         """
         text, window = config.get_text_config(decoder=True), self.method["window"]
+        of_each: list[tuple[int, int]] = list(sizes or ())
         if sizes is None:
             family = family_of(config)
-            sizes = [(family.kv_heads(text), family.head_dim(text))] * text.num_hidden_layers
-        if len(self.layers) != len(sizes):
+            of_each = [(family.kv_heads(text), family.head_dim(text)) for _ in range(text.num_hidden_layers)]
+        if len(self.layers) != len(of_each):
             raise EigenAttnError(
-                f"the checkpoint has ranks for {len(self.layers)} layers, and its model has {len(sizes)}."
+                f"the checkpoint has ranks for {len(self.layers)} layers, and its model has {len(of_each)}."
             )
         longest = getattr(text, "max_position_embeddings", None) or MOST_WINDOW
         if window > longest:
             raise EigenAttnError(f"the checkpoint has a window of {window} tokens, and its model reads {longest}.")
         found = []
-        for index, (entry, size) in enumerate(zip(self.layers, sizes, strict=True)):
+        for index, (entry, (kv_heads, head_dim)) in enumerate(zip(self.layers, of_each, strict=True)):
             try:
-                layout = Layout.from_dict(entry, *size, window)
+                layout = Layout.from_dict(entry, kv_heads, head_dim, window)
             except ValueError as error:
                 raise EigenAttnError(f"layer {index} of the checkpoint: {error}.") from error
             # At full rank, and not coded, vectors are stored as they are: format 1 has no other sign for it.

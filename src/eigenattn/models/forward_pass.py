@@ -85,13 +85,12 @@ class ForwardPass:
         layer, positions, angles = self.layer, self._arguments.get("position_ids"), None
         if layer.rotates:
             angles = self._arguments.get("position_embeddings")
-            if angles is None and positions is None:
+            if angles is not None:
+                rows = rows_of(angles)
+                return positions if rows is None else rows, layer.laid_out(angles)
+            if positions is None:
                 raise EigenAttnError(f"layer {layer.layer_idx} rotates by positions, and is called without any.")
-            rows = None if angles is None else rows_of(angles)
-            positions = positions if rows is None else rows
-            angles = (
-                layer.angles(self._arguments["hidden_states"], positions) if angles is None else layer.laid_out(angles)
-            )
+            angles = layer.angles(self._arguments["hidden_states"], positions)
         return positions, angles
 
     @property

@@ -306,7 +306,8 @@ class AttentionLayer(LatentMaps):
         out = self.output_projection(out)
         if family.output_dropout is not None:
             dropout = getattr(self, family.output_dropout)
-            out = dropout(out) if callable(dropout) else nn.functional.dropout(out, dropout, self.training)
+            share = dropout.p if isinstance(dropout, nn.Dropout) else dropout
+            out = nn.functional.dropout(out, share, self.training)
         return out
 
     def laid_out(self, angles: Any) -> tuple[Tensor, Tensor]:

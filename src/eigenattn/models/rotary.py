@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 
+def _first_half(x: Tensor) -> Tensor:
+    return x[..., : x.shape[-1] // 2]
+
+
 def _by_pair(x: Tensor) -> Tensor:
     return x.repeat_interleave(2, dim=-1)
 
@@ -19,7 +23,7 @@ def _by_pair(x: Tensor) -> Tensor:
 ANGLES: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
     "twice": lambda angles: (angles[0], angles[1]),
     "once": lambda angles: (torch.cat([angles[0]] * 2, dim=-1), torch.cat([angles[1]] * 2, dim=-1)),
-    "of_pairs": lambda angles: tuple(_by_pair(x[..., : x.shape[-1] // 2]) for x in angles),
+    "of_pairs": lambda angles: (_by_pair(_first_half(angles[0])), _by_pair(_first_half(angles[1]))),
     "complex": lambda angles: (_by_pair(angles.real), _by_pair(angles.imag)),
 }
 
