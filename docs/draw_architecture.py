@@ -63,7 +63,7 @@ TOKEN = (
     Step("models/attend.py:in_chunks", "long texts: kernels/chunked.py, parts joined by their log-sum-exp"),
     Step("models/attend.py:all_at_once", "all else: kernels/blocks.py, with weights and gradients"),
     Step("models/eviction.py:evict", "rows that stay (cache/rules.py scores, cache/evicting.py gathers)"),
-    Step("models/layer.py:AttentionLayer.output_projection", "the output [B, T, C]"),
+    Step("models/layer.py:AttentionLayer.finish", "the output [B, T, C]"),
 )
 TEXT = (
     Step("calibration/text.py:load_text", "a text and where it came from"),

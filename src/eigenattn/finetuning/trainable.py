@@ -130,6 +130,6 @@ def _folded(attention: EigenAttention) -> list[nn.Module]:
         for name in ("key_decoder", "key_encoder", "value_encoder", "value_decoder")
     }
     *small, output = gone.values()  # key decoders are folded into the queries' projection
-    small = [any(small)] if family.fused else small
+    small = [any(small)] if attention.fused else small
     names = [name for name, is_small in zip(family.qkv, small, strict=True) if is_small]
     return [getattr(attention, name) for name in (*names, *([family.output] if output else []))]

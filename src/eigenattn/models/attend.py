@@ -7,6 +7,8 @@ ways to compute that: one query a row, chunks of keys, and all at once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def attend(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) ->
         The output [B, H, T, D], or [B, H, T, R_v] where the values' decoder is folded into the output projection; and
         the attention weights [B, H, T, columns], where the backend gives them.
     """
-    if this.is_step(q):
+    if this.is_step(q, sight):
         return one_query(layer, this, q, sight)
     if this.is_long(q, sight):
         return in_chunks(layer, this, q, sight), None
@@ -37,7 +39,8 @@ def attend(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) ->
 def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
     """A step of decoding, by `eigenattn.kernels.decoding`, which reads rows as they are stored."""
     near, query = sight.near, sight.query
-    backend = "torch" if sight.far.columns is not None else decoding_backend(q)
+    only_torch = sight.far.columns is not None or layer.sink_logits is not None
+    backend = "torch" if only_torch else decoding_backend(q)
     border, window = query + 1, None
     if near is not None:
         border = query - layer.layout.window + 1
@@ -69,6 +72,7 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         window=window,
         mask=None if mask is None else mask[:, :, -1],
         softcap=layer.softcap,
+        sinks=layer.sink_logits,
         memoised=this.memoised,
     )
     wants_weights = this.implementation == "eager" and not is_chosen("native")
@@ -84,7 +88,7 @@ def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
     q, far, near, window, t = this.rotated(q), sight.far, sight.near, layer.layout.window, q.shape[-2]
     query, near_first = int(sight.query), 0 if near is None else int(near.first)
     # A soft cap is on whole scores, and what the mean adds is known behind it only.
-    decodes = layer.rotates_far or (near is not None and layer.softcap is not None)
+    decodes = layer.decodes_keys or (near is not None and layer.softcap is not None)
     q_far, offset = (q, None) if decodes else layer.query_in_latent_space(q)
     positions = this.positions(sight) if layer.rotates_far else None
 
@@ -94,12 +98,12 @@ def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         keys = layer.decode(keys, "key") if decodes else keys
         if positions is not None:
             # Some kinds of scaling go by the last position of what they are asked for.
-            last = positions.amax().expand(len(positions), 1)
-            cos, sin = layer.angles(q, torch.cat([positions[:, start:stop], last], dim=-1))
+            last = positions.amax().expand(len(positions), 1, *positions.shape[2:])
+            cos, sin = layer.angles(q, torch.cat([positions[:, start:stop], last], dim=1))
             keys = rotate(keys, cos[:, :-1], sin[:, :-1], layer.family.interleaved)
         return layer.for_each_head(keys), layer.for_each_head(layer.latent(latents, "value"))
 
-    options = {"mask": _tiles(this, q, sight, query), "scale": layer.scaling, "softcap": layer.softcap}
+    options: dict[str, Any] = {"mask": _tiles(this, q, sight, query), "scale": layer.scaling, "softcap": layer.softcap}
     summed = chunked.attend_far(
         q_far,
         decode,
@@ -110,7 +114,7 @@ def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         **options,
     )
     if near is None:
-        return layer.decode_output(summed.out.to(q.dtype))
+        return layer.decode_output(summed.out.to(q.dtype)) * _share_of_keys(layer, summed.lse, q.dtype)
     if offset is not None:
         summed.lse += offset * layer.scaling
     exact = chunked.attend_near(
@@ -125,7 +129,14 @@ def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
     lse = torch.logaddexp(summed.lse, exact.lse)
     weight = (summed.lse - lse).exp_()
     sums = layer.decode_output((summed.out * weight).to(q.dtype), weight=weight.to(q.dtype))
-    return sums + (exact.out * (exact.lse - lse).exp_()).to(q.dtype)
+    out = sums + (exact.out * (exact.lse - lse).exp_()).to(q.dtype)
+    return out * _share_of_keys(layer, lse, q.dtype)
+
+
+def _share_of_keys(layer: AttentionLayer, lse: Tensor, dtype: torch.dtype) -> Tensor | float:
+    """What sinks leave of the softmax [B, H, T, 1], by the log-sum-exp of the scores; all of it without any."""
+    sinks = layer.sink_logits
+    return 1.0 if sinks is None else (lse - sinks.to(lse.dtype).view(-1, 1, 1)).sigmoid().to(dtype)
 
 
 def all_at_once(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
@@ -145,15 +156,18 @@ def all_at_once(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sigh
     if near is None:
         if mask is None and columns is not None and q.shape[-2] > 1:  # backends count queries and rows from 0
             mask = causal_mask(q.shape[-2], sight.columns, q.device, int(sight.query))[None, None]
-        if not layer.rotates_far:
+        if not layer.decodes_keys:
             q, _ = layer.query_in_latent_space(q)
+        elif not layer.rotates_far:
+            keys = layer.decode(keys, "key")
         if columns is not None:
             mask = None if mask is None else blocks.take_columns(mask, columns)
         keys, values = layer.for_each_head(keys), layer.for_each_head(layer.latent(latents, "value"))
         out, weights = this.attend_at_full_rank(q, keys, values, mask)
+        held = None if layer.sink_logits is None or weights is None else weights.sum(-1, keepdim=True)
         if weights is not None and columns is not None:
             weights = blocks.by_column(weights, columns, columns.new_zeros(0), sight.columns)
-        return layer.decode_output(out), weights
+        return layer.decode_output(out, weight=held), weights
     if not layer.rotates_far:
         keys = layer.decode(keys, "key")
     return blocks.attend(
@@ -165,9 +179,8 @@ def all_at_once(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sigh
         window=layer.layout.window,
         mask=mask,
         columns=sight.columns,
-        scale=layer.scaling,
-        softcap=layer.softcap,
         dropout=this.dropout,
+        **layer.scoring,
     )
 
 

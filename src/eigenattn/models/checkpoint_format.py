@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ from ..cache.layout import SIDES, Layout
 from ..config import EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
 from .attention import EigenAttention
-from .conversion import METHOD, convert_attention, eigen_layers, quantiser_of
+from .conversion import METHOD, convert_attention, eigen_layers, quantiser_of, sizes_of
 from .families import family_of
 from .maps import MAPS, QUANTISERS, local_part
 from .parallel import plan, take_part
@@ -84,23 +85,29 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         self.base = base
         self.format_version = FORMAT_VERSION
 
-    def layouts(self, config: Any) -> list[Layout]:
-        """The layout of each layer, of a model with this configuration.
+    def layouts(self, config: Any, sizes: Sequence[tuple[int, int]] | None = None) -> list[Layout]:
+        """The layout of each layer that has keys and values, of a model with this configuration.
+
+        Args:
+            sizes: numbers of KV heads, and of dimensions of each, by layer; by default the same in all of the model's.
 
         Raises:
             EigenAttnError: if a layer is malformed, or they do not fit such a model.
         """
         text, window = config.get_text_config(decoder=True), self.method["window"]
-        if len(self.layers) != text.num_hidden_layers:
+        of_each: list[tuple[int, int]] = list(sizes or ())
+        if sizes is None:
+            family = family_of(config)
+            of_each = [(family.kv_heads(text), family.head_dim(text)) for _ in range(text.num_hidden_layers)]
+        if len(self.layers) != len(of_each):
             raise EigenAttnError(
-                f"the checkpoint has ranks for {len(self.layers)} layers, and its model has {text.num_hidden_layers}."
+                f"the checkpoint has ranks for {len(self.layers)} layers, and its model has {len(of_each)}."
             )
         longest = getattr(text, "max_position_embeddings", None) or MOST_WINDOW
         if window > longest:
             raise EigenAttnError(f"the checkpoint has a window of {window} tokens, and its model reads {longest}.")
-        family, found = family_of(config), []
-        kv_heads, head_dim = family.kv_heads(text), family.head_dim(text)
-        for index, entry in enumerate(self.layers):
+        found = []
+        for index, (entry, (kv_heads, head_dim)) in enumerate(zip(self.layers, of_each, strict=True)):
             try:
                 layout = Layout.from_dict(entry, kv_heads, head_dim, window)
             except ValueError as error:
@@ -147,7 +154,8 @@ def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) ->
     Raises:
         EigenAttnError: if it does not fit the model.
     """
-    for attention, layout in zip(layers, config.layouts(layers[0].config), strict=True):
+    layouts = config.layouts(layers[0].config, sizes_of(layers))
+    for attention, layout in zip(layers, layouts, strict=True):
         attention.allocate(layout, config.centred)
 
 

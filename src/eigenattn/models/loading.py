@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -176,7 +183,12 @@ def empty_model(config: Any) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with _explained(config.name_or_path, "model"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(config).from_config(config)
+
+
+def auto_class(config: Any) -> Any:
+    """What loads a model: models that see are not causal ones for transformers, unless they are loaded without eyes."""
+    return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
 
 
 def load_model(
@@ -199,7 +211,8 @@ def load_model(
     Raises:
         EigenAttnError: if its type is not supported, or it cannot be loaded.
     """
-    family_of(load_config(source))
+    config = load_config(source)
+    family_of(config)
     stored = "auto" if dtype is None else dtype_of(dtype)
     where: Any = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if where.lower().endswith(".json"):
@@ -208,7 +221,7 @@ def load_model(
         raise EigenAttnError(f"max_memory shapes a device map that is made: choose one of {', '.join(DEVICE_MAPS)}.")
     placement = {"device_map": where, "max_memory": dict(max_memory) if max_memory else None}
     with _explained(source.name, "model"):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(config).from_pretrained(
             source.path,
             dtype=stored,
             offload_folder=offload_folder,

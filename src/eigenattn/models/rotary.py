@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def _first_half(x: Tensor) -> Tensor:
+    return x[..., : x.shape[-1] // 2]
+
+
+def _by_pair(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, dim=-1)
+
+
+# How a rotary module lays out what it gives, [B, T, width] twice: cosines and sines of which each dimension has its
+# own. `once`: of halves, the first half only. `of_pairs`: laid out for halves, and meant for pairs. `complex`: one
+# complex number a pair.
+ANGLES: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
+    "twice": lambda angles: (angles[0], angles[1]),
+    "once": lambda angles: (torch.cat([angles[0]] * 2, dim=-1), torch.cat([angles[1]] * 2, dim=-1)),
+    "of_pairs": lambda angles: (_by_pair(_first_half(angles[0])), _by_pair(_first_half(angles[1]))),
+    "complex": lambda angles: (_by_pair(angles.real), _by_pair(angles.imag)),
+}
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:

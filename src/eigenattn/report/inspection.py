@@ -20,6 +20,7 @@ from ..cache.size import (
 from ..errors import EigenAttnError
 from ..models.bases_file import read_bases_config
 from ..models.checkpoint_format import METHOD, EigenAttnCheckpointConfig
+from ..models.conversion import convert_attention, eigen_layers, sizes_of
 from ..models.families import family_of
 from ..models.loading import Source, empty_model, load_config
 
@@ -117,10 +118,11 @@ def layouts(config: Any, compression: EigenAttnCheckpointConfig | None) -> list[
     Raises:
         EigenAttnError: if its type is not supported, or the compression does not fit it.
     """
-    family, text = family_of(config), config.get_text_config(decoder=True)
-    if compression is not None:
-        return compression.layouts(config)
-    return [Layout.full(family.kv_heads(text), family.head_dim(text))] * text.num_hidden_layers
+    family_of(config)  # raises before anything is built
+    model = empty_model(config)
+    convert_attention(model)
+    sizes = sizes_of(eigen_layers(model))
+    return [Layout.full(*size) for size in sizes] if compression is None else compression.layouts(config, sizes)
 
 
 def _parameters(config: Any) -> int | None:

@@ -62,6 +62,8 @@ def why_not(step: Step) -> str | None:
             return "it reads float32, bfloat16 and codes"
     if step.columns is not None:
         return "it does not decode where tokens were evicted"
+    if step.sinks is not None:
+        return "it has no sinks in the softmax"
     if step.mask is not None and step.mask.dtype != torch.bool and not step.mask.is_floating_point():
         return "masks are boolean or floating-point"
     for side in (step.keys, step.values):
