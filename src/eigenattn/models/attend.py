@@ -44,31 +44,35 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         border = query - layer.layout.window + 1
         border = border.clamp_min(near.first) if isinstance(border, Tensor) else max(border, near.first)
         window = decoding.Window(near.keys, near.values, near.first, query + 1)
-    mask = this.mask(q, sight.columns)
+    rotates_far = layer.rotates_far
 
-    def first() -> Tensor | None:
-        """Columns that the mask hides in front of each row, so that they need not be read."""
-        if mask is None or mask.dtype != torch.bool or mask.shape[1] > 1:
-            return None
-        return mask[:, 0, -1].to(torch.uint8).argmax(-1).to(torch.int32).expand(len(q))
+    def mask_and_first() -> tuple[Tensor | None, Tensor | None]:
+        """The mask, and the columns that it hides in front of each row, so that they need not be read."""
+        mask = this.mask(q, sight.columns)
+        if mask is None:
+            return None, None
+        if backend == "torch" or mask.dtype != torch.bool or mask.shape[1] > 1:
+            return mask[:, :, -1], None
+        return mask[:, :, -1], mask[:, 0, -1].to(torch.uint8).argmax(-1).to(torch.int32).expand(len(q))
 
+    mask, first = this.memoised(
+        ("mask", backend, layer.layer_type, layer.sliding_window, sight.columns, q.dtype, q.device), mask_and_first
+    )
     keys, values = layer.decoding_sides()
     step = decoding.Step(
-        q=(q if layer.rotates_far else this.rotated(q))[:, :, 0],
+        q=(q if rotates_far else this.rotated(q))[:, :, 0],
         rows=sight.far.rows,
         keys=keys,
         values=values,
         scale=layer.scaling,
         length=border,
-        first=this.memoised(("first", layer.layer_type, layer.sliding_window, sight.columns), first)
-        if backend != "torch"
-        else None,
-        positions=this.positions(sight) if layer.rotates_far else None,
-        query=this.query_position if layer.rotates_far else None,
+        first=first,
+        positions=this.positions(sight) if rotates_far else None,
+        query=this.query_position if rotates_far else None,
         columns=sight.far.columns,
-        rotary=this.rotary(q.device) if layer.rotates_far else None,
+        rotary=this.rotary(q.device) if rotates_far else None,
         window=window,
-        mask=None if mask is None else mask[:, :, -1],
+        mask=mask,
         softcap=layer.softcap,
         memoised=this.memoised,
     )
@@ -77,7 +81,7 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
     if backend == "torch" and this.implementation == "eager":  # which gives weights, asked or not
         out, weights = decode_with_weights(step, sight.columns)
         return out.unsqueeze(2), weights.unsqueeze(2)
-    return decoding.decode(step, backend).unsqueeze(2), None
+    return decoding.decode_accepted(step, backend).unsqueeze(2), None
 
 
 def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cache.layout import Layout
 from ..kernels import chunked
-from ..kernels.decoding import Rotary, Side, Step, Window, accepted, decode
+from ..kernels.decoding import Rotary, Side, Step, Window, accepted, decode_accepted
 from ..kernels.selection import decoding_backend
 from ..models.attention import EigenAttention
 from .pages import Pages, from_page
@@ -159,7 +159,7 @@ def decode_rows(layer: PagedAttention, q: Tensor, batch: DecodingRows, far: Page
         window=window,
         memoised=batch.memoised,
     )
-    return decode(step, accepted(step, decoding_backend(q)))
+    return decode_accepted(step, accepted(step, decoding_backend(q)))
 
 
 def attend_prompt(layer: PagedAttention, q: Tensor, row: Tensor, length: int, far: Pages, near: Pages | None) -> Tensor:

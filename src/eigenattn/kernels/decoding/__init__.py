@@ -16,10 +16,22 @@ from ..selection import HAS_TRITON
 from .arguments import Rotary, Side, Step, Window
 from .batched import decode as torch_decode
 from .native import decode as native_decode
+from .native import launch as native_launch
 from .native import why_not
 from .reference import decode as reference_decode
 
-__all__ = ["DECODE_BACKENDS", "Rotary", "Side", "Step", "Window", "accepted", "decode", "default_backend", "why_not"]
+__all__ = [
+    "DECODE_BACKENDS",
+    "Rotary",
+    "Side",
+    "Step",
+    "Window",
+    "accepted",
+    "decode",
+    "decode_accepted",
+    "default_backend",
+    "why_not",
+]
 
 
 def _triton_decode(step: Step) -> Tensor:
@@ -69,3 +81,8 @@ def decode(step: Step, backend: str | None = None) -> Tensor:
         raise EigenAttnError(f"unknown decoding backend {name!r}: choose one of {', '.join(DECODE_BACKENDS)}.")
     step.check()
     return DECODE_BACKENDS[name](step)
+
+
+def decode_accepted(step: Step, backend: str) -> Tensor:
+    """The same for a step that a backend has accepted, and whose shapes fit, as a model's do: nothing is looked at."""
+    return native_launch(step) if backend == "native" else DECODE_BACKENDS[backend](step)
