@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,11 @@ class Codebook:
         a, b, c, d = levels.double().unbind(-1)  # what follows nearly cancels
         of_codes = torch.stack([a - at * (b - at * (c - at * d)), b - at * (2 * c - 3 * at * d), c - 3 * at * d, d])
         return cls(levels, widths, thresholds, of_codes.float().unsqueeze(2))
+
+    @functools.cached_property
+    def all_thresholds(self) -> Tensor:
+        """Those of all channels side by side, [G, sum of 2^bits - 1]."""
+        return torch.cat([plane.flatten(1) for plane in self.thresholds], dim=1)
 
     def quantise(self, z: Tensor) -> Tensor:
         """The codes of the levels nearest to latents [B, G, T, R], in uint8."""

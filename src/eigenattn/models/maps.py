@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from ..cache.codebook import DEGREE, Codebook
 from ..cache.layout import SIDES, Latent, Layout
-from ..cache.packing import pack, unpack
+from ..cache.packing import unpack
+from ..kernels.coding import codes_of
 from ..kernels.decoding import Side
 from .memoised import memoised
 
@@ -95,7 +96,7 @@ class LatentMaps(nn.Module):
         Bytes carry no gradients: coded models are trained without a cache.
         """
         return tuple(
-            z if latent.widths is None else pack(self.codebook(latent).quantise(z), latent.widths)
+            z if latent.widths is None else codes_of(z, self.codebook(latent))
             for latent, z in zip(self.layout.latents, self.encode(keys, values), strict=True)
         )
 
@@ -120,7 +121,7 @@ class LatentMaps(nn.Module):
 
     def _rounded(self, z: Tensor, latent: Latent) -> Tensor:
         codebook = self.codebook(latent)
-        found = codebook.dequantise(codebook.quantise(z.detach())).to(z.dtype)
+        found = codebook.dequantise(codes_of(z.detach(), codebook, packed=False)).to(z.dtype)
         return z + (found - z).detach() if z.requires_grad else found
 
     def latent(self, latents: tuple[Tensor, ...], side: str) -> Tensor:

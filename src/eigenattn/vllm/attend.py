@@ -184,21 +184,12 @@ def attend_prompt(layer: PagedAttention, q: Tensor, row: Tensor, length: int, fa
         return layer.rotated(keys, chunk), values
 
     mask = None if layer.slopes is None else bias_of(layer.slopes, columns, q.dtype)
-    parts = chunked.attend_far(
-        q,
-        decode_chunk,
-        keys=max(length - window, 0),
-        size=layer.size_out,
-        seen_by_all=max(query - window + 1, 0),
-        first=query - window,
-        mask=mask,
-        scale=layer.scale,
-        softcap=None,
-    )
-    if near is not None:
+    if near is None:
+        parts = chunked.Parts(q, layer.size_out)
+    else:
         first = max(query - window + 1, 0)
         keys, values = near.at(row, columns[first:].unsqueeze(0)).chunk(2, dim=-1)
-        exact = chunked.attend_near(
+        parts = chunked.attend_near(
             q,
             layer.rotated(keys, columns[first:]),
             values,
@@ -209,5 +200,15 @@ def attend_prompt(layer: PagedAttention, q: Tensor, row: Tensor, length: int, fa
             scale=layer.scale,
             softcap=None,
         )
-        parts.join(0, exact.out, exact.lse)
+    chunked.attend_far(
+        parts,
+        q,
+        decode_chunk,
+        keys=max(length - window, 0),
+        seen_by_all=max(query - window + 1, 0),
+        first=query - window,
+        mask=mask,
+        scale=layer.scale,
+        softcap=None,
+    )
     return parts.out[0].transpose(0, 1).to(q.dtype)

@@ -16,7 +16,6 @@ from ..selection import HAS_TRITON
 from .arguments import Rotary, Side, Step, Window
 from .batched import decode as torch_decode
 from .native import decode as native_decode
-from .native import launch as native_launch
 from .native import why_not
 from .reference import decode as reference_decode
 
@@ -74,15 +73,17 @@ def decode(step: Step, backend: str | None = None) -> Tensor:
         [B, H, D], or [B, H, R_v] without a decoder of values, in the dtype of the queries.
 
     Raises:
-        EigenAttnError: on an unknown backend, on shapes that do not fit, or without Triton where it is asked for.
+        EigenAttnError: on an unknown backend, on shapes that do not fit, or if the backend does not take the step.
     """
     name = backend or default_backend(step)
     if name not in DECODE_BACKENDS:
         raise EigenAttnError(f"unknown decoding backend {name!r}: choose one of {', '.join(DECODE_BACKENDS)}.")
     step.check()
+    if name == "native" and (reason := why_not(step)) is not None:
+        raise EigenAttnError(f"the native backend does not take this step: {reason}. Use torch.")
     return DECODE_BACKENDS[name](step)
 
 
 def decode_accepted(step: Step, backend: str) -> Tensor:
     """The same for a step that a backend has accepted, and whose shapes fit, as a model's do: nothing is looked at."""
-    return native_launch(step) if backend == "native" else DECODE_BACKENDS[backend](step)
+    return DECODE_BACKENDS[backend](step)

@@ -726,9 +726,61 @@ template <class Function> void in_parallel(int64_t count, int64_t threads, Funct
 #endif
 }
 
+constexpr int PACKED = 64;  // tokens whose codes are found together
+
+// What is known of a channel's codes: their thresholds begin at `table`, and up to two parts of them, of which one is
+// `code >> down & mask`, lie `shift` bits up in a byte each.
+struct Channel {
+    int32_t bits, table;
+    struct {
+        int32_t byte, shift, down, mask;
+    } part[2];
+};
+
+// Latents [tokens, channels] to the codes of their nearest levels, as many as there are thresholds below them.
+void pack(const float *z, int64_t tokens, const Channel *channels, int64_t count, const float *thresholds, int64_t bytes,
+          uint8_t *out) {
+    thread_local Room<uint8_t> room;
+    uint8_t *packed = room.of(bytes * PACKED);
+    std::fill(packed, packed + bytes * PACKED, 0);
+    for (int64_t c = 0; c < count; c++) {
+        const Channel &channel = channels[c];
+        const float *at = thresholds + channel.table;
+        const int32_t last = (1 << channel.bits) - 1;
+        float column[PACKED] = {};
+        for (int64_t t = 0; t < tokens; t++) column[t] = z[t * count + c];
+        constexpr int V = PACKED / LANES;
+        Vector x[V];
+        Integers found[V];
+        UNROLLED for (int j = 0; j < V; j++) x[j] = load(column + j * LANES), found[j] = Integers{} + last;
+        // A comparison that holds is -1. What is no number has the last code, as it has in PyTorch.
+        for (int i = 0; i < last; i++)
+            UNROLLED for (int j = 0; j < V; j++) found[j] += x[j] <= at[i];
+        int32_t code[PACKED];
+        std::memcpy(code, found, sizeof(code));
+        for (const auto &part : channel.part)
+            if (part.mask)
+                for (int t = 0; t < PACKED; t++)
+                    packed[part.byte * PACKED + t] |= uint8_t((code[t] >> part.down & part.mask) << part.shift);
+    }
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t i = 0; i < bytes; i++) out[t * bytes + i] = packed[i * PACKED + t];
+}
+
 }  // namespace
 
 extern "C" {
+
+// Latents [batch, heads, tokens, count] in fp32 to codes [batch, heads, tokens, bytes]; `size` thresholds a head.
+void eigenattn_pack(const float *z, int64_t batch, int64_t heads, int64_t tokens, int64_t count, const int32_t *channels,
+                    const float *thresholds, int64_t size, int64_t bytes, int64_t threads, uint8_t *out) {
+    const int64_t blocks = (tokens + PACKED - 1) / PACKED;
+    in_parallel(batch * heads * blocks, threads, [&](int64_t i) {
+        const int64_t list = i / blocks, first = i % blocks * PACKED, row = list * tokens + first;
+        pack(z + row * count, std::min<int64_t>(PACKED, tokens - first), reinterpret_cast<const Channel *>(channels), count,
+             thresholds + list % heads * size, bytes, out + row * bytes);
+    });
+}
 
 int eigenattn_lanes() { return LANES; }
 int eigenattn_block() { return BLOCK; }

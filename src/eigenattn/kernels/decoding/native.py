@@ -82,19 +82,7 @@ def _why_not_codes(widths: Widths | None) -> str | None:
 
 
 def decode(step: Step) -> Tensor:
-    """See `eigenattn.kernels.decoding.Step`.
-
-    Raises:
-        EigenAttnError: if the step is not for this kernel.
-    """
-    reason = why_not(step)
-    if reason is not None:
-        raise EigenAttnError(f"the native backend does not take this step: {reason}. Use torch.")
-    return launch(step)
-
-
-def launch(step: Step) -> Tensor:
-    """The same, of a step that is."""
+    """See `eigenattn.kernels.decoding.Step`; of a step that `why_not` has nothing to say of."""
     rotary, window, mask, slopes = step.rotary, step.window, step.mask, step.slopes
     counts = [
         step.first,
