@@ -60,7 +60,8 @@ def masked_reading(model, ids, visible, **options):
         mask = causal_mask(keys, keys, q.device) if mask is None else mask
         return mask & sees if mask.dtype == torch.bool else mask.masked_fill(~sees, torch.finfo(mask.dtype).min)
 
-    with patch.object(ForwardPass, "mask", blinded):
+    at_once = patch.object(ForwardPass, "is_in_parts", lambda *_: False)
+    with at_once, patch.object(ForwardPass, "mask", blinded):
         return model(ids, use_cache=False, **options).logits
 
 

@@ -51,8 +51,7 @@ class EvictingLayer(LatentLayer):
             )
         self.eviction = eviction
         self.evicted = 0  # tokens
-        self.columns: Tensor | None = None
-        self._column_store: Store | None = None
+        self.columns: Tensor | None = None  # whose store lies behind those of the latents
         self._tally: Tensor | None = None
         self._settled = 0  # rows that an eviction left, which crop cannot reach behind
 
@@ -63,8 +62,8 @@ class EvictingLayer(LatentLayer):
         return self.columns
 
     def _append(self, rows: tuple[Tensor, ...]) -> None:
-        if self._column_store is not None:
-            self._column_store.append(self._neighbours(len(self.stores[0]) + self.evicted, rows))
+        if self.columns is not None:
+            rows = (*rows, self._neighbours(len(self.stores[0]) + self.evicted, rows))
         super()._append(rows)
 
     @staticmethod
@@ -77,12 +76,13 @@ class EvictingLayer(LatentLayer):
 
     def _show(self) -> None:
         super()._show()
-        self.columns = None if self._column_store is None else self._column_store.rows.squeeze(-1)
+        if self.columns is not None:
+            self.shown, self.columns = self.shown[:-1], self.shown[-1].squeeze(-1)
+            self.values = self.shown[-1]
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
-        beside = [x for x in (self.columns, self._tally) if x is not None]
-        return super().tensors() + beside
+        return super().tensors() + ([] if self._tally is None else [self._tally])
 
     def rows_to_keep(self) -> int:
         """Rows that the budget has room for."""
@@ -106,11 +106,11 @@ class EvictingLayer(LatentLayer):
         if over <= 0 or queries < rule.queries:
             return
         held = describe(columns, kept_rows, self._tally)
-        if self._column_store is None:
-            self._column_store = Store(columns[:, :, :0].unsqueeze(-1))
-            self._column_store.append(columns.unsqueeze(-1))
+        if self.columns is None:
+            self.stores, self.columns = (*self.stores, Store(columns[:, :, :0].unsqueeze(-1))), columns
+            self.stores[-1].append(columns.unsqueeze(-1))
         kept = self.eviction.choose(held)
-        for store in (*self.stores, self._column_store):
+        for store in self.stores:
             store.keep(kept)
         if self._tally is not None:
             self._tally = self._tally.gather(-1, kept)
@@ -134,20 +134,16 @@ class EvictingLayer(LatentLayer):
             raise EigenAttnError(
                 "tokens were evicted since those to be taken back came, and are gone: start a new cache."
             )
-        if self._column_store is not None:
-            self._column_store.crop(left - self.evicted)
         super()._crop_left(left - self.evicted)
 
     def _map(self, change: Any, batch: bool = True) -> None:
-        if self._column_store is not None:
-            self._column_store.map(change)
         if self._tally is not None:
             self._tally = change(self._tally)
         super()._map(change, batch)
 
     def reset(self) -> None:
         super().reset()
-        self.columns, self._column_store, self._tally = None, None, None
+        self.columns, self._tally = None, None
         self.evicted = self._settled = 0
 
 

@@ -83,7 +83,7 @@ class LatentLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
             self.stores = tuple(Store(empty) for empty in encode(self.window_keys, self.window_values))
             self._show()
-        if self.context.begin(self.layer_idx) and position_ids is not None:
+        if self.context.begin(self.layer_idx):
             self.context.write(self.get_seq_length(), position_ids, len(key_states))
         new, seen = key_states.shape[-2], self._tokens_held()
         if not self.record_past:  # of exact tokens the last ones stay, and those that come

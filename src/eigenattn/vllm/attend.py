@@ -6,13 +6,13 @@ keys in chunks (`eigenattn.kernels.chunked`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..cache.context import CacheContext
 from ..cache.layout import Layout
 from ..kernels import chunked
 from ..kernels.decoding import Rotary, Side, Step, Window, accepted, decode_accepted
@@ -113,6 +113,7 @@ class DecodingRows:
         lengths: tokens of each, its query's included, int32 [b].
         longest: the largest of them.
         positions: of columns 0 .. longest - 1 at least, int32 [1, n].
+        context: what the layers compute once for all.
     """
 
     rows: Tensor
@@ -120,13 +121,7 @@ class DecodingRows:
     lengths: Tensor
     longest: int
     positions: Tensor
-    _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    def memoised(self, name: Hashable, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives, computed by the first layer that asks for it."""
-        if name not in self._memo:
-            self._memo[name] = compute()
-        return self._memo[name]
+    context: CacheContext = field(default_factory=CacheContext, repr=False, compare=False)
 
 
 def decode_rows(layer: PagedAttention, q: Tensor, batch: DecodingRows, far: Pages, near: Pages | None) -> Tensor:
@@ -157,7 +152,7 @@ def decode_rows(layer: PagedAttention, q: Tensor, batch: DecodingRows, far: Page
         rotary=layer.rotary,
         slopes=layer.slopes,
         window=window,
-        memoised=batch.memoised,
+        memoised=batch.context.memoised,
     )
     return decode_accepted(step, accepted(step, decoding_backend(q)))
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QuantizationConfig
 
@@ -14,7 +12,7 @@ from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from ..models.checkpoint_format import METHOD, EigenAttnCheckpointConfig, allocate
 from ..models.conversion import convert_attention, eigen_layers
-from ..models.families import family_of
+from ..models.loading import empty_model
 from .versions import check_version, vllm_version
 
 # Class in the checkpoint's `architectures` -> ours, in `eigenattn.vllm.models`.
@@ -33,12 +31,6 @@ ARCHITECTURES = {
 VARYING_ROPE = ("dynamic", "longrope")
 
 
-def read_checkpoint(quantization_config: dict[str, Any]) -> EigenAttnCheckpointConfig:
-    """The checkpoint's `quantization_config` as `eigenattn` has it."""
-    values = {name: value for name, value in quantization_config.items() if name != "quant_method"}
-    return EigenAttnCheckpointConfig(**values)
-
-
 def check_served(config: Any, checkpoint: EigenAttnCheckpointConfig) -> None:
     """Refuse checkpoints with what the plug-in does not have.
 
@@ -54,8 +46,7 @@ def check_served(config: Any, checkpoint: EigenAttnCheckpointConfig) -> None:
             f"compressed {architecture} is not served by vLLM; these are: {', '.join(ARCHITECTURES)}. "
             "transformers runs it."
         )
-    family, text = family_of(config), config.get_text_config(decoder=True)
-    if any(layout.coded for layout in checkpoint.layouts(family.kv_heads(text), family.head_dim(text))):
+    if any(layout.coded for layout in checkpoint.layouts(config)):
         raise EigenAttnError("coded latents are not served by vLLM: compress without --coded.")
     if _slides(config):
         raise EigenAttnError("models with a sliding window of their own are not served by vLLM once compressed.")
@@ -77,11 +68,7 @@ def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> list[Eigen
     Args:
         config: the model's configuration, as transformers has it.
     """
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(config)
     convert_attention(model)
     layers = eigen_layers(model)
     allocate(layers, checkpoint)
@@ -107,13 +94,13 @@ class LatentsConfig(QuantizationConfig):
         if hf_quant_cfg.get("quant_method") != METHOD:
             return None
         if hf_config is not None:
-            check_served(hf_config, read_checkpoint(hf_quant_cfg))
+            check_served(hf_config, EigenAttnCheckpointConfig(**hf_quant_cfg))
             hf_config.architectures = [ARCHITECTURES.get(name, name) for name in hf_config.architectures]
         return METHOD
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LatentsConfig:
-        return cls(read_checkpoint(config))
+        return cls(EigenAttnCheckpointConfig(**config))
 
     @classmethod
     def get_name(cls) -> str:
