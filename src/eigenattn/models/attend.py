@@ -42,7 +42,7 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
     border, window = query + 1, None
     if near is not None:
         border = query - layer.layout.window + 1
-        border = border.clamp_min(near.first) if isinstance(border, Tensor) else max(border, near.first)
+        border = border.clamp_min(near.first) if isinstance(border, Tensor) else max(border, near.first, 0)
         window = decoding.Window(near.keys, near.values, near.first, query + 1)
     rotates_far = layer.rotates_far
 
