@@ -65,6 +65,12 @@ class Codebook:
         """Those of all channels side by side, [G, sum of 2^bits - 1]."""
         return torch.cat([plane.flatten(1) for plane in self.thresholds], dim=1)
 
+    @functools.cached_property
+    def all_levels(self) -> Tensor:
+        """What all codes of all channels stand for, side by side, [G, sum of 2^bits]."""
+        planes = self.widths.split(self.levels.float(), dim=1)
+        return torch.cat([level_table(plane, bits).flatten(1) for bits, plane in planes], dim=1)
+
     def quantise(self, z: Tensor) -> Tensor:
         """The codes of the levels nearest to latents [B, G, T, R], in uint8."""
         rows = z.float().permute(1, 3, 0, 2).flatten(2)  # [G, R, B * T]

@@ -11,8 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from ..cache.codebook import DEGREE, Codebook
 from ..cache.layout import SIDES, Latent, Layout
-from ..cache.packing import unpack
-from ..kernels.coding import codes_of
+from ..kernels.coding import codes_of, levels_of
 from ..kernels.decoding import Side
 from .memoised import memoised
 
@@ -105,7 +104,7 @@ class LatentMaps(nn.Module):
         return tuple(
             row
             if latent.widths is None or row.dtype != torch.uint8
-            else self.codebook(latent).dequantise(unpack(row, latent.widths)).to(dtype)
+            else levels_of(row, self.codebook(latent)).to(dtype)
             for latent, row in zip(self.layout.latents, rows, strict=True)
         )
 
@@ -121,7 +120,7 @@ class LatentMaps(nn.Module):
 
     def _rounded(self, z: Tensor, latent: Latent) -> Tensor:
         codebook = self.codebook(latent)
-        found = codebook.dequantise(codes_of(z.detach(), codebook, packed=False)).to(z.dtype)
+        found = levels_of(codes_of(z.detach(), codebook), codebook).to(z.dtype)
         return z + (found - z).detach() if z.requires_grad else found
 
     def latent(self, latents: tuple[Tensor, ...], side: str) -> Tensor:

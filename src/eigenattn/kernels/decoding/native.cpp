@@ -728,8 +728,8 @@ template <class Function> void in_parallel(int64_t count, int64_t threads, Funct
 
 constexpr int PACKED = 64;  // tokens whose codes are found together
 
-// What is known of a channel's codes: their thresholds begin at `table`, and up to two parts of them, of which one is
-// `code >> down & mask`, lie `shift` bits up in a byte each.
+// What is known of a channel's codes: their thresholds, or levels, begin at `table`, and up to two parts of them, of
+// which one is `code >> down & mask`, lie `shift` bits up in a byte each.
 struct Channel {
     int32_t bits, table;
     struct {
@@ -767,6 +767,35 @@ void pack(const float *z, int64_t tokens, const Channel *channels, int64_t count
         for (int64_t i = 0; i < bytes; i++) out[t * bytes + i] = packed[i * PACKED + t];
 }
 
+// Codes [tokens, bytes], a row each so many bytes, to the levels that they stand for, [tokens, channels].
+void unpack(const uint8_t *codes, int64_t step, int64_t bytes, int64_t tokens, const Channel *channels, int64_t count,
+            const float *levels, float *out) {
+    thread_local Room<uint8_t> room;
+    uint8_t *packed = room.of(bytes * PACKED);
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t i = 0; i < bytes; i++) packed[i * PACKED + t] = codes[t * step + i];
+    for (int64_t c = 0; c < count; c++) {
+        const Channel &channel = channels[c];
+        const float *at = levels + channel.table;
+        int32_t code[PACKED] = {};
+        for (const auto &part : channel.part)
+            if (part.mask)
+                for (int t = 0; t < PACKED; t++)
+                    code[t] |= (packed[part.byte * PACKED + t] >> part.shift & part.mask) << part.down;
+        for (int64_t t = 0; t < tokens; t++) out[t * count + c] = at[code[t]];
+    }
+}
+
+// Call with a list of a batch's heads, and with which tokens of it.
+template <class Function>
+void by_blocks(int64_t lists, int64_t tokens, int64_t threads, Function function) {
+    const int64_t blocks = (tokens + PACKED - 1) / PACKED;
+    in_parallel(lists * blocks, threads, [&](int64_t i) {
+        const int64_t first = i % blocks * PACKED;
+        function(i / blocks, first, std::min<int64_t>(PACKED, tokens - first));
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -774,11 +803,21 @@ extern "C" {
 // Latents [batch, heads, tokens, count] in fp32 to codes [batch, heads, tokens, bytes]; `size` thresholds a head.
 void eigenattn_pack(const float *z, int64_t batch, int64_t heads, int64_t tokens, int64_t count, const int32_t *channels,
                     const float *thresholds, int64_t size, int64_t bytes, int64_t threads, uint8_t *out) {
-    const int64_t blocks = (tokens + PACKED - 1) / PACKED;
-    in_parallel(batch * heads * blocks, threads, [&](int64_t i) {
-        const int64_t list = i / blocks, first = i % blocks * PACKED, row = list * tokens + first;
-        pack(z + row * count, std::min<int64_t>(PACKED, tokens - first), reinterpret_cast<const Channel *>(channels), count,
-             thresholds + list % heads * size, bytes, out + row * bytes);
+    by_blocks(batch * heads, tokens, threads, [&](int64_t list, int64_t first, int64_t some) {
+        const int64_t row = list * tokens + first;
+        pack(z + row * count, some, reinterpret_cast<const Channel *>(channels), count, thresholds + list % heads * size,
+             bytes, out + row * bytes);
+    });
+}
+
+// The way back, of rows with these strides in bytes; `size` levels a head.
+void eigenattn_unpack(const uint8_t *codes, int64_t batch, int64_t heads, int64_t tokens, int64_t bytes,
+                      int64_t batch_step, int64_t head_step, int64_t step, const int32_t *channels, int64_t count,
+                      const float *levels, int64_t size, int64_t threads, float *out) {
+    by_blocks(batch * heads, tokens, threads, [&](int64_t list, int64_t first, int64_t some) {
+        unpack(codes + list / heads * batch_step + list % heads * head_step + first * step, step, bytes, some,
+               reinterpret_cast<const Channel *>(channels), count, levels + list % heads * size,
+               out + (list * tokens + first) * count);
     });
 }
 
