@@ -242,11 +242,9 @@ def _attend_band(
         overlapping = (
             x[row, :, first : query_first + stop].unfold(1, span, size).permute(1, 0, 3, 2) for x in (keys, values)
         )  # [blocks, G, span, *]
-        out, lse = (
-            x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
-            for x in attend_with_lse(queries, *overlapping, mask=inside, causal=False, **options)
-        )
-        parts.out[row : row + 1, :, size:stop], parts.lse[row : row + 1, :, size:stop] = out, lse
+        found = attend_with_lse(queries, *overlapping, mask=inside, causal=False, **options)
+        for whole, part in zip((parts.out, parts.lse), found, strict=True):
+            whole[row, :, size:stop].unflatten(1, (blocks, size)).transpose(0, 1).copy_(part)
 
 
 def only_causal(mask: Tensor, query_first: int) -> bool:

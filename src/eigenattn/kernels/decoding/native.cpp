@@ -821,6 +821,29 @@ void eigenattn_unpack(const uint8_t *codes, int64_t batch, int64_t heads, int64_
     });
 }
 
+// Vectors [batch, heads, tokens, size] with these strides, in fp32, to where cosines and sines [batch, tokens, width] turn
+// them, pairs being halves: [batch, tokens, heads, size].
+void eigenattn_rotate(const float *x, int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t batch_step,
+                      int64_t head_step, int64_t step, const float *cosines, const float *sines, int64_t width,
+                      int64_t turn_batch_step, int64_t turn_step, int64_t threads, float *out) {
+    const int64_t half = width / 2;
+    by_blocks(batch, tokens, threads, [&](int64_t b, int64_t first, int64_t some) {
+        for (int64_t t = first; t < first + some; t++) {
+            const float *c = cosines + b * turn_batch_step + t * turn_step, *s = sines + b * turn_batch_step + t * turn_step;
+            for (int64_t h = 0; h < heads; h++) {
+                const float *from = x + b * batch_step + h * head_step + t * step;
+                float *to = out + ((b * tokens + t) * heads + h) * size;
+                for (int64_t i = 0; i < half; i++) {
+                    const float one = from[i], other = from[half + i];
+                    to[i] = one * c[i] - other * s[i];
+                    to[half + i] = other * c[half + i] + one * s[half + i];
+                }
+                std::copy(from + width, from + size, to + width);
+            }
+        }
+    });
+}
+
 int eigenattn_lanes() { return LANES; }
 int eigenattn_block() { return BLOCK; }
 int64_t eigenattn_size() { return sizeof(Arguments); }
