@@ -72,6 +72,7 @@ def attend_with_lse(
         [B, H, T, V] and [B, H, T, 1].
     """
     size, size_v = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast they may differ
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
     if softcap is None and q.device.type == "cpu":
