@@ -5,7 +5,7 @@ import torch
 
 from eigenattn import kernels
 from eigenattn.cache.codebook import Codebook
-from eigenattn.cache.packing import Widths, pack
+from eigenattn.cache.packing import Widths
 from eigenattn.kernels.coding import codes_of, levels_of
 from eigenattn.kernels.native_library import unavailable
 from eigenattn.models.rotary import rotate
@@ -24,19 +24,22 @@ def by_torch(function, *arguments):
 
 @pytest.mark.parametrize("counts", [{8: 3, 6: 5, 4: 9, 2: 7}, {4: 8}, {3: 5, 2: 6, 1: 3}, {8: 1}], ids=str)
 @pytest.mark.parametrize("tokens", [1, 5, 64, 200])
-def test_codes_and_levels(counts, tokens):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_codes_and_levels(counts, tokens, scaled):
     torch.manual_seed(0)
-    widths = Widths.of(counts)
-    codebook = Codebook.of(torch.rand(G, widths.channels, 1) * torch.tensor([0.1, 1, 0, 1e-3]), widths)
+    widths = Widths.of(counts, scaled)
+    codebook = Codebook.of(torch.rand(G, widths.channels, 1) * torch.tensor([0.1, 1, 0, 1e-5]), widths)
     z = 5 * torch.randn(2, G, tokens, widths.channels)
-    z[0, 0, 0, 0] = float("nan")
+    if not scaled:
+        z[0, 0, 0, 0] = float("nan")
     codes = codes_of(z, codebook)
-    assert torch.equal(codes, pack(codebook.quantise(z), widths))
+    assert torch.equal(codes, codebook.encode(z))
     assert torch.equal(codes, by_torch(codes_of, z, codebook))
     room = torch.full((2, G, tokens + 9, widths.bytes), 255, dtype=torch.uint8)  # as a cache holds them
     room[:, :, 4 : 4 + tokens] = codes
     rows = room[:, :, 4 : 4 + tokens]
-    torch.testing.assert_close(levels_of(rows, codebook), by_torch(levels_of, rows, codebook), rtol=1e-4, atol=1e-3)
+    expected = by_torch(levels_of, rows, codebook)
+    torch.testing.assert_close(levels_of(rows, codebook), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 @torch.no_grad()

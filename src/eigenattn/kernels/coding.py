@@ -7,41 +7,51 @@ import functools
 import torch
 from torch import Tensor
 
-from ..cache.codebook import Codebook
-from ..cache.packing import PARTS, Widths, pack, plane_bytes, unpack
+from ..cache.codebook import Codebook, scale_codes, scales
+from ..cache.packing import PARTS, Widths, plane_bytes
 from .native_library import library
 from .selection import decoding_backend
 
 
 def codes_of(z: Tensor, codebook: Codebook) -> Tensor:
-    """The codes of the levels nearest to latents [B, G, T, R], packed: [B, G, T, bytes]."""
-    channels = _chosen(z, codebook.widths, levels=False)
+    """As `Codebook.encode`: the bytes [B, G, T, bytes] of latents [B, G, T, R]."""
+    widths = codebook.widths
+    channels = _chosen(z, widths, levels=False)
     if channels is None:
-        return pack(codebook.quantise(z), codebook.widths)
+        return codebook.encode(z)
+    z = z.detach()
+    if widths.scaled:
+        scale = scale_codes(z)
+        return torch.cat([_packed(z / scales(scale), codebook, channels), scale], dim=-1)
+    return _packed(z, codebook, channels)
+
+
+def _packed(z: Tensor, codebook: Codebook, channels: Tensor) -> Tensor:
     found, _ = library()
     assert found is not None  # it was chosen
-    z, thresholds = z.detach().float().contiguous(), codebook.all_thresholds
-    out = torch.empty(*z.shape[:3], codebook.widths.bytes, dtype=torch.uint8)
+    z, thresholds = z.float().contiguous(), codebook.all_thresholds
+    out = torch.empty(*z.shape[:3], codebook.widths.of_codes, dtype=torch.uint8)
     sizes = thresholds.shape[1], out.shape[3], torch.get_num_threads()
     found.eigenattn_pack(z.data_ptr(), *z.shape, channels.data_ptr(), thresholds.data_ptr(), *sizes, out.data_ptr())
     return out
 
 
 def levels_of(rows: Tensor, codebook: Codebook) -> Tensor:
-    """What packed codes [B, G, S, bytes] stand for, [B, G, S, R] in fp32."""
+    """As `Codebook.decode`: the latents [B, G, S, R] of bytes [B, G, S, bytes], in fp32; of all heads."""
     channels = _chosen(rows, codebook.widths, levels=True)
     if channels is None:
-        return codebook.dequantise(unpack(rows, codebook.widths))
+        return codebook.decode(rows)
     found, _ = library()
     assert found is not None  # it was chosen
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     levels = codebook.all_levels
     out = torch.empty(*rows.shape[:3], codebook.widths.channels)
-    of_rows, of_levels = (*rows.shape, *rows.stride()[:3]), (levels.shape[1], torch.get_num_threads())
+    of_rows = *rows.shape[:3], codebook.widths.of_codes, *rows.stride()[:3]
+    of_levels = levels.shape[1], torch.get_num_threads()
     found.eigenattn_unpack(
         rows.data_ptr(), *of_rows, channels.data_ptr(), out.shape[3], levels.data_ptr(), *of_levels, out.data_ptr()
     )
-    return out
+    return out * scales(rows[..., -1:]) if codebook.widths.scaled else out
 
 
 def _chosen(x: Tensor, widths: Widths, levels: bool) -> Tensor | None:
