@@ -57,6 +57,10 @@ class Parts:
         held.lerp_(out.to(held.dtype), torch.sigmoid(lse - before))
         torch.logaddexp(before, lse.to(before.dtype), out=before)
 
+    def with_zeros(self, least: float) -> Tensor:
+        """The output, zeros where the log-sum-exp is below this: of padding in front, which sees nothing."""
+        return self.out.masked_fill(self.lse < least, 0.0)
+
 
 def attend_with_lse(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float, softcap: float | None

@@ -119,7 +119,8 @@ def in_parts(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) 
         first=query - window,
         **options,
     )
-    out = parts.out.to(q.dtype)
+    out = parts.out if options["mask"] is None else parts.with_zeros(torch.finfo(q.dtype).min / 2)
+    out = out.to(q.dtype)
     return layer.decode_output(out) if near is None else out
 
 
