@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..cache.adopt import adopt, is_quantised, update_quantised
 from ..cache.sight import Far, Near, Sight
+from ..cache.static import StaticLatentLayer
 from .attend import attend
 from .eviction import evict
 from .forward_pass import ForwardPass
@@ -81,7 +82,7 @@ class EigenAttention(AttentionLayer):
             return update_quantised(this.cache, index, self.stored(k, v), this.position_ids)
         sight, _ = this.cache.update(k, v, index, encode=self.stored, position_ids=this.position_ids)
         room = this.mask_columns
-        if isinstance(sight.query, Tensor) and room is not None and room < sight.columns:
+        if room is not None and room < sight.columns and isinstance(this.cache.layers[index], StaticLatentLayer):
             # The mask of the first pass was made for the layer that stood here before, with room for what slides only.
             rows = tuple(row[:, :, :room] for row in sight.far.rows)
             positions = None if sight.positions is None else sight.positions[:, :room]

@@ -139,10 +139,22 @@ class ForwardPass:
         """Cosines and sines of the columns in sight, from the first that is asked for, [B or 1, columns, width]."""
         assert self._cos_sin is not None  # the layer rotates
         cos, sin = self._cos_sin
-        if self.cache is None:
+        if sight.columns == cos.shape[-2]:  # all are this pass's own
             return cos[:, first:], sin[:, first:]
         name = ("angles", sight.columns, first, self.layer.layer_type, id(self.layer.rotary_module), cos.device)
         return self.memoised(name, lambda: self.layer.angles(cos, self.positions(sight)[:, first:]))
+
+    def angles_of_chunk(self, sight: Sight, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The same of columns start .. stop - 1 of many, of which no other is asked for."""
+        assert self._cos_sin is not None  # the layer rotates
+        if sight.columns in (self._cos_sin[0].shape[-2], min(sight.columns, chunked.CHUNK)):
+            cos, sin = self.angles(sight)
+            return cos[:, start:stop], sin[:, start:stop]
+        positions = self.positions(sight)
+        # Some kinds of scaling go by the last position of what they are asked for.
+        last = positions.amax().expand(len(positions), 1, *positions.shape[2:])
+        cos, sin = self.layer.angles(self._cos_sin[0], torch.cat([positions[:, start:stop], last], dim=1))
+        return cos[:, :-1], sin[:, :-1]
 
     def positions(self, sight: Sight) -> Tensor:
         """Positions of all columns in sight, [B, columns] or [B, columns, rows].
@@ -216,9 +228,11 @@ class ForwardPass:
             return True
         return self.frequencies is not None and (sight.positions is None or sight.positions.dim() == 2)
 
-    def is_long(self, q: Tensor, sight: Sight) -> bool:
-        """Whether queries [B, H, T, *] are to meet the keys in chunks."""
-        if q.shape[-2] == 1 or sight.columns <= chunked.CHUNK or torch.is_grad_enabled() or not self._any_way:
+    def is_in_parts(self, q: Tensor, sight: Sight) -> bool:
+        """Whether queries [B, H, T, *] are to meet exact keys and chunks of far ones in parts."""
+        if q.shape[-2] == 1 or torch.is_grad_enabled() or not self._any_way:
+            return False
+        if sight.near is None and sight.columns <= chunked.CHUNK:  # there is one part
             return False
         if torch.compiler.is_compiling() or self.evicts:  # what evicts looks at attention weights
             return False

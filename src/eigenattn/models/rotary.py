@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.rotation import rotate_natively, rotates_natively
+
 
 def _first_half(x: Tensor) -> Tensor:
     return x[..., : x.shape[-1] // 2]
@@ -38,6 +40,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
         interleaved: pairs are neighbours, not halves. Angles come in the same order, and arithmetic is in fp32.
     """
     width = cos.shape[-1]
+    if not interleaved and rotates_natively(x, cos, sin):
+        return rotate_natively(x, cos, sin)
     if cos.dim() == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     rotated, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])

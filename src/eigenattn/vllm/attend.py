@@ -15,7 +15,7 @@ from torch import Tensor
 from ..cache.context import CacheContext
 from ..cache.layout import Layout
 from ..kernels import chunked
-from ..kernels.decoding import Rotary, Side, Step, Window, accepted, decode
+from ..kernels.decoding import Rotary, Side, Step, Window, accepted, decode_accepted
 from ..kernels.selection import decoding_backend
 from ..models.attention import EigenAttention
 from .pages import Pages, from_page
@@ -154,7 +154,7 @@ def decode_rows(layer: PagedAttention, q: Tensor, batch: DecodingRows, far: Page
         window=window,
         memoised=batch.context.memoised,
     )
-    return decode(step, accepted(step, decoding_backend(q)))
+    return decode_accepted(step, accepted(step, decoding_backend(q)))
 
 
 def attend_prompt(layer: PagedAttention, q: Tensor, row: Tensor, length: int, far: Pages, near: Pages | None) -> Tensor:
@@ -179,21 +179,12 @@ def attend_prompt(layer: PagedAttention, q: Tensor, row: Tensor, length: int, fa
         return layer.rotated(keys, chunk), values
 
     mask = None if layer.slopes is None else bias_of(layer.slopes, columns, q.dtype)
-    parts = chunked.attend_far(
-        q,
-        decode_chunk,
-        keys=max(length - window, 0),
-        size=layer.size_out,
-        seen_by_all=max(query - window + 1, 0),
-        first=query - window,
-        mask=mask,
-        scale=layer.scale,
-        softcap=None,
-    )
-    if near is not None:
+    if near is None:
+        parts = chunked.Parts(q, layer.size_out)
+    else:
         first = max(query - window + 1, 0)
         keys, values = near.at(row, columns[first:].unsqueeze(0)).chunk(2, dim=-1)
-        exact = chunked.attend_near(
+        parts = chunked.attend_near(
             q,
             layer.rotated(keys, columns[first:]),
             values,
@@ -204,5 +195,15 @@ def attend_prompt(layer: PagedAttention, q: Tensor, row: Tensor, length: int, fa
             scale=layer.scale,
             softcap=None,
         )
-        parts.join(0, exact.out, exact.lse)
+    chunked.attend_far(
+        parts,
+        q,
+        decode_chunk,
+        keys=max(length - window, 0),
+        seen_by_all=max(query - window + 1, 0),
+        first=query - window,
+        mask=mask,
+        scale=layer.scale,
+        softcap=None,
+    )
     return parts.out[0].transpose(0, 1).to(q.dtype)

@@ -19,7 +19,18 @@ from .native import decode as native_decode
 from .native import why_not
 from .reference import decode as reference_decode
 
-__all__ = ["DECODE_BACKENDS", "Rotary", "Side", "Step", "Window", "accepted", "decode", "default_backend", "why_not"]
+__all__ = [
+    "DECODE_BACKENDS",
+    "Rotary",
+    "Side",
+    "Step",
+    "Window",
+    "accepted",
+    "decode",
+    "decode_accepted",
+    "default_backend",
+    "why_not",
+]
 
 
 def _triton_decode(step: Step) -> Tensor:
@@ -64,10 +75,17 @@ def decode(step: Step, backend: str | None = None) -> Tensor:
         [B, H, D], or [B, H, R_v] without a decoder of values, in the dtype of the queries.
 
     Raises:
-        EigenAttnError: on an unknown backend, on shapes that do not fit, or without Triton where it is asked for.
+        EigenAttnError: on an unknown backend, on shapes that do not fit, or if the backend does not take the step.
     """
     name = backend or default_backend(step)
     if name not in DECODE_BACKENDS:
         raise EigenAttnError(f"unknown decoding backend {name!r}: choose one of {', '.join(DECODE_BACKENDS)}.")
     step.check()
+    if name == "native" and (reason := why_not(step)) is not None:
+        raise EigenAttnError(f"the native backend does not take this step: {reason}. Use torch.")
     return DECODE_BACKENDS[name](step)
+
+
+def decode_accepted(step: Step, backend: str) -> Tensor:
+    """The same for a step that a backend has accepted, and whose shapes fit, as a model's do: nothing is looked at."""
+    return DECODE_BACKENDS[backend](step)
