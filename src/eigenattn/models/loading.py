@@ -220,12 +220,13 @@ def load_model(
     if max_memory and where not in DEVICE_MAPS:
         raise EigenAttnError(f"max_memory shapes a device map that is made: choose one of {', '.join(DEVICE_MAPS)}.")
     placement = {"device_map": where, "max_memory": dict(max_memory) if max_memory else None}
+    if source.quantiser is not None:  # None would stand in the place of the configuration's own
+        placement["quantization_config"] = source.quantiser
     with _explained(source.name, "model"):
         model = auto_class(config).from_pretrained(
             source.path,
             dtype=stored,
             offload_folder=offload_folder,
-            quantization_config=source.quantiser,
             **placement,
             **source.arguments,
         )
@@ -266,7 +267,8 @@ def load_bases(
             config.quantization_config = own.quantization_config
     # Some hosts hand over what they have read, which is our own.
     if isinstance(kwargs.get("quantization_config"), EigenAttnCheckpointConfig | None):
-        kwargs["quantization_config"] = source.quantiser
+        kwargs.pop("quantization_config", None)
+        kwargs |= {} if source.quantiser is None else {"quantization_config": source.quantiser}
     loaded = kind.from_pretrained(source.path, *args, config=config, **(kwargs | source.arguments))
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     attach(model, name, **hub | ({"revision": revision} if revision else {}))

@@ -34,20 +34,20 @@ class Inspection:
         compressed: whether it is; an original has the layouts of full rank.
         layers: of what latents the caches consist.
         element_size: bytes of an element in the checkpoint's dtype.
-        parameters: of the original model; None where they cannot be counted.
-        stored_bytes: of its weights and bases on disk, quantised or not; None where they are elsewhere.
         method: the `EigenAttentionConfig` of the compression, as a dictionary.
         provenance: base model, calibration text and its hash, seed, tokens, versions.
+        parameters: of the original model; None where they cannot be counted.
+        stored_bytes: of its weights and bases on disk, quantised or not; None where they are elsewhere.
     """
 
     model_type: str
     compressed: bool
     layers: list[Layout]
     element_size: int
-    parameters: int | None
-    stored_bytes: int | None
     method: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    parameters: int | None = None
+    stored_bytes: int | None = None
 
     @property
     def kv_ratio(self) -> float:
