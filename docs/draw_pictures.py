@@ -92,7 +92,7 @@ def cache(c: Colours) -> str:
     edge = left + wide
     parts.append(text(left, y, "older tokens: the directions that", c.soft))
     parts.append(text(left, y + 20, "predictions depend on, in", c.soft))
-    x = left + 204
+    x = left + 214
     for colour, bits in zip(c.codes, WIDTHS, strict=False):
         parts += [box(x, y + 8, 14, 14, colour), text(x + 19, y + 20, str(bits), c.soft)]
         x += 40

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from functools import partialmethod
 
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import EigenAttnError
@@ -35,8 +37,9 @@ def main() -> None:
     Exit status 0: done. 1: an `EigenAttnError`, which is one line on the error stream. 2: the command line is none.
     130: interrupted.
     """
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers' own, which would fill a log
+    if not sys.stderr.isatty():  # bars of others would fill a log
+        disable_progress_bar()
+        setattr(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True))  # noqa: B010 (no class is known to have one)
     try:
         app()
     except EigenAttnError as error:
