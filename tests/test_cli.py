@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from eigenattn.cli import app
 from eigenattn.cli.common import emit
 from eigenattn.errors import EigenAttnError
-from eigenattn.models.loading import Source
+from eigenattn.evaluation.generation import Conversation, continue_prompt
+from eigenattn.models.loading import Source, load_model, load_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog; it was not amused. " * 60
 COMPRESS = ["--samples", "4", "--length", "48", "--rank-multiple", "2", "--window", "8"]
@@ -313,8 +314,56 @@ def test_inspect(compressed, base):
 
 
 def test_help_has_examples():
-    for verb in ("calibrate", "compress", "evaluate", "generate", "inspect", "demo", "sweep", "spectrum", "report"):
+    looked = ("inspect", "sweep", "spectrum", "report", "doctor")
+    for verb in ("calibrate", "chat", "compress", "evaluate", "generate", "demo", *looked):
         assert f"eigenattn {verb}" in run(verb, "--help")
+
+
+def test_help_begins_with_what_everybody_needs():
+    listed = run("--help")
+    headings = [listed.index(each) for each in ("Start here", "Choose and look", "More")]
+    assert headings == sorted(headings)
+    options = run("compress", "--help")
+    assert options.index("--kv-ratio") < options.index("Method") < options.index("--shrinkage")
+    assert options.index("Hardware") < options.index("--dtype")
+
+
+def test_doctor():
+    found = {each["subject"]: each for each in run_json("doctor")["findings"]}
+    assert "torch" in found["versions"]["found"]
+    assert found["decoding on the CPU"]["found"]
+    absent = [each for each in found.values() if each["found"].startswith("absent")]
+    assert all(each["advice"].startswith("pip install 'eigenattn[") for each in absent)
+
+
+def talk(model: Path, *lines: str) -> str:
+    asked = "".join(f"{line}\n" for line in lines)
+    options = ["chat", str(model), "--max-new-tokens", "4"]
+    return CliRunner().invoke(app, options, input=asked, catch_exceptions=False).output
+
+
+def test_chat_keeps_what_was_said(compressed):
+    said = talk(compressed, "The quick brown fox", "", "jumps over", "/quit", "never said")
+    held = [int(each) for each in re.findall(r"cache of (\d+) tokens", said)]
+    assert len(held) == 2 and held[0] < held[1]
+    assert "the original's" in said
+    again = talk(compressed, "The quick brown fox", "/new", "The quick brown fox")
+    held = re.findall(r"cache of (\d+) tokens", again)
+    assert len(held) == 2 and held[0] == held[1]
+
+
+def test_chat_answers_as_without_a_cache(compressed):
+    """The second answer, from a cache that holds the first turn, is that of all that was said in one prompt."""
+    source = Source.of(str(compressed))
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    talking = Conversation(model, tokenizer, max_new_tokens=4)
+    talking.answer("The quick brown fox")
+    second = talking.answer(" jumps over the lazy dog")
+    prompt = "".join(each["content"] for each in talking.messages[:-1])
+    assert second.text == continue_prompt(model, tokenizer, prompt, max_new_tokens=4).text
+    assert second.cached_tokens == len(tokenizer(prompt)["input_ids"]) + second.tokens - 1
+    with pytest.raises(EigenAttnError, match="UTF-8"):
+        talking.answer("\ud800")
 
 
 def fails(*arguments) -> str:

@@ -1,5 +1,7 @@
 """The report as a browser shows it, and the model card's evaluation."""
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -14,6 +16,8 @@ from eigenattn.cache.layout import SIDES, Latent, Layout
 from eigenattn.cache.packing import Widths
 from eigenattn.config import EigenAttentionConfig
 from eigenattn.errors import EigenAttnError
+from eigenattn.report import html
+from eigenattn.report import page as page_module
 from eigenattn.report.inspection import Inspection
 from eigenattn.report.page import Material, build
 
@@ -85,7 +89,10 @@ def test_page_loads_nothing(made):
     page = (made / "small" / "report.html").read_text()
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#|data:)[^"']*""", page)
     assert not re.findall(r"url\((?!#)", page)
-    assert "<script" not in page
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert len(scripts) == 1 and "fetch" not in scripts[0]
+    allowed = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert f"script-src 'sha256-{allowed}'\">" in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     targets = {each for pair in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page) for each in pair if each}
@@ -183,6 +190,63 @@ def test_page_in_a_browser(made, tmp_path):
     assert found["phone"]["width"] <= 500
     assert found["phone"]["back"] == "rgb(255, 255, 255)"
     assert found["dark"]["back"] == "rgb(21, 23, 26)"
+
+
+STEPS = [{"size": "100%", "loss": "0%"}, {"size": "25%", "loss": "</script> 1%"}]
+
+
+def test_a_slider_stands_without_scripts():
+    slider = html.slider("Which size?", STEPS, first=1)
+    assert '<b data-of="size">25%</b>' in slider and 'max="1" value="1" disabled' in slider
+    assert slider.count("</script>") == 1
+    held = re.search(r'<script type="application/json">(.*)</script>', slider)
+    assert json.loads(held[1]) == STEPS
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_sliders_move_under_the_policy_of_the_page(tmp_path):
+    """The page's own script runs under its policy; then a script of ours slides, on a page without one."""
+    page = tmp_path / "page.html"
+    page.write_text(html.page("sizes", [html.slider("Which size?", STEPS)]))
+    document, console = browse(page)
+    assert console == "" and 'aria-valuetext="100%, 0%"' in document
+    slide = """<script>
+    const range = document.querySelector("input");
+    range.value = 1;
+    range.dispatchEvent(new Event("input"));
+    </script>"""
+    free = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+    page.write_text(free.replace("</body>", slide + "</body>"))
+    document, console = browse(page)
+    assert console == "" and '<b data-of="size">25%</b>' in document and "&lt;/script&gt; 1%</b>" in document
+
+
+def test_sizes_to_slide_over_are_the_frontier():
+    """Of each size the best of ours, without sizes that a smaller one beats; and the best rival of as many bytes."""
+
+    def cell(name: str, size: int, *increases: float, **facts: float) -> dict:
+        return {
+            "method": name,
+            "cache_bytes": size,
+            "kv_ratio": size / 100,
+            "texts": [{"relative_increase": each} for each in increases],
+        } | facts
+
+    cells = [
+        cell("a", 50, 0.01, 0.03, asked=0.5),
+        cell("b", 50, 0.05, 0.05, asked=0.5),
+        cell("a", 40, 0.01, 0.01, asked=0.4),
+        cell("a", 20, 0.09, 0.11, asked=0.2),
+        cell("plain-4", 30, 0.2, 0.2),
+        cell("plain-3", 20, 0.4, 0.4),
+    ]
+    (slider, _) = page_module._sizes_measured({"cells": dict(enumerate(cells))})
+    held = json.loads(re.search(r'<script type="application/json">(.*)</script>', slider)[1])
+    assert [(step["of the original's cache"], step["increase of perplexity"]) for step in held] == [
+        ("40.0%", "+1.00%"),
+        ("20.0%", "+10.00%"),
+    ]
+    assert [step["best rival of as many bytes"] for step in held] == ["none", "plain-4: +20.00%"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")

@@ -18,11 +18,16 @@ from ..benchmark.prefill import benchmark_prefill
 from ..benchmark.shapes import SHAPES, Contest, head_shape
 from ..benchmark.timing import device_of, file_name
 from ..errors import EigenAttnError
-from .common import JSON, MODEL_HELP, WORDS, app, command, emit, say
+from .common import JSON, MODEL_HELP, MORE, WORDS, app, command, emit, say
 from .options import WINDOW_HELP, LoadingOptions
 
 group = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
-app.add_typer(group, name="benchmark", help="Measure speed and memory against the best at full rank.")
+app.add_typer(
+    group,
+    name="benchmark",
+    help="Measure speed and memory against the best at full rank.",
+    rich_help_panel=MORE,
+)
 
 MODEL = typer.Argument(help=MODEL_HELP, show_default=False)
 SHAPE_HELP = f"Measure a model with random weights instead: {', '.join(SHAPES)}."

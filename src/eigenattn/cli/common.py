@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Smaller KV caches for Hugging Face causal language models, by attention in low-rank space.",
+    epilog="Exit status: 0 done, 1 refused or failed, with one line that says why, 2 wrong usage, 130 interrupted. "
+    "`--install-completion` teaches your shell to complete.",
 )
+# Of commands, and of the options that not everybody needs.
+COMMON, LOOK, MORE = "Start here", "Choose and look", "More"
+METHOD, HARDWARE = "Method, which has good defaults", "Hardware"
+PANELS = {
+    **dict.fromkeys(
+        ("error_budget", "energy", "basis", "ranks", "rank_multiple", "window", "shrinkage", "refit", "coded"), METHOD
+    ),
+    **dict.fromkeys(("samples", "length", "seed", "statistics", "checkpoint", "held_out", "share"), METHOD),
+    **dict.fromkeys(("stride", "cached", "trials", "limit", "copies", "evict", "budget", "each_text"), METHOD),
+    **dict.fromkeys(("lora_rank", "lora_alpha", "learning_rate", "map_learning_rate", "validate_every"), METHOD),
+    **dict.fromkeys(("dtype", "device", "max_memory", "offload_folder", "batch_size"), HARDWARE),
+    **dict.fromkeys(("tensor_parallel_size", "gpus", "gpu_memory_utilization"), HARDWARE),
+}
 # What the command line says of the fields of a dataclass that are options: in words, or as a `typer.Option` with them.
 WORDS: dict[type, dict[str, Any]] = {}
 
@@ -50,11 +67,14 @@ JSON: Any = typer.Option(
 Json = Annotated[str | None, JSON]
 
 
-def command(*lines: str, group: typer.Typer = app, **words: Any) -> Callable[[Command], Command]:
+def command(
+    *lines: str, group: typer.Typer = app, panel: str | None = None, **words: Any
+) -> Callable[[Command], Command]:
     """Make a function a command. Its arguments are the options; one that is a dataclass stands for those in `WORDS`.
 
     Args:
         lines: examples, which its help ends with.
+        panel: under which heading the application lists it.
         words: of its own arguments, as in `WORDS`; others are annotated as typer has them.
     """
 
@@ -77,7 +97,9 @@ def command(*lines: str, group: typer.Typer = app, **words: Any) -> Callable[[Co
         del flat.__wrapped__  # typer would look behind this function
         setattr(flat, "__signature__", inspect.Signature(parameters))  # noqa: B010 (no function is known to have one)
         flat.__annotations__ = {each.name: each.annotation for each in parameters}
-        return group.command(epilog="**Examples**\n\n" + "\n\n".join(f"`{line}`" for line in lines))(flat)
+        return group.command(
+            rich_help_panel=panel, epilog="**Examples**\n\n" + "\n\n".join(f"`{line}`" for line in lines)
+        )(flat)
 
     return add
 
@@ -100,6 +122,9 @@ def _option(name: str, kind: Any, default: Any, word: Any) -> inspect.Parameter:
     if isinstance(word, str):
         switch = (f"--{name.replace('_', '-')}",) if kind is bool else ()  # one that is only ever switched on
         word = typer.Option(*switch, help=word)
+    if word is not None and name in PANELS:
+        word = copy.copy(word)  # one may be said of several commands
+        word.rich_help_panel = PANELS[name]
     annotation = kind if word is None else Annotated[kind, word]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
@@ -131,9 +156,14 @@ def emit(result: Any, file: str | None) -> Console:
     return Console(stderr=file == "-", highlight=False)
 
 
-def say(console: Console, text: str) -> None:
+def say(console: Console, text: str, style: str | None = None) -> None:
     """Print lines as they are, however wide."""
-    console.print(text, soft_wrap=True, markup=False)
+    console.print(text, soft_wrap=True, markup=False, style=style)
+
+
+def then(console: Console, *words: object) -> None:
+    """Say where to go from here: a command, to be typed as it stands but for what is in capitals."""
+    say(console, f"Next: {shlex.join(['eigenattn', *map(str, words)])}", style="dim")
 
 
 def at_lengths(found: Any) -> str:

@@ -16,7 +16,7 @@ from ..config import DEFAULT_CODED_RATIO, EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..workflows.calibrate import CalibrationText, calibrate_checkpoint, of_one_kind
 from ..workflows.compress import BoundedLoss, compress_checkpoint
-from .common import Json, Model, at_lengths, command, emit, say
+from .common import COMMON, MORE, Json, Model, at_lengths, command, emit, say, then
 from .options import SHARE_HELP, WINDOW_HELP, PlacementOptions
 
 
@@ -24,6 +24,7 @@ from .options import SHARE_HELP, WINDOW_HELP, PlacementOptions
     "eigenattn calibrate smollm2 prose --text speeches.txt",
     "eigenattn calibrate smollm2 code --text code.jsonl --samples 64 --length 4096",
     "eigenattn compress smollm2 smollm2-4-bits --statistics prose --statistics code",
+    panel=MORE,
     window=typer.Option(min=0, help=f"{WINDOW_HELP}; 0 for none."),
     share=SHARE_HELP,
 )
@@ -42,7 +43,9 @@ def calibrate(
         model, statistics, text, window=window, share=share, **loading.arguments(), progress=True
     )
     sources = ", ".join(each["source"] for each in found["text"])
-    say(emit(found, json_file), f"{statistics}: statistics of {found['tokens']:,} tokens of {sources}.")
+    console = emit(found, json_file)
+    say(console, f"{statistics}: statistics of {found['tokens']:,} tokens of {sources}.")
+    then(console, "compress", model, "OUT", "--statistics", statistics)
 
 
 def _latents_by_default(context: typer.Context, folders: list[Path]) -> list[Path]:
@@ -62,6 +65,7 @@ def _latents_by_default(context: typer.Context, folders: list[Path]) -> list[Pat
     "eigenattn compress ./my-model ./my-model-small --text prompts.jsonl --text self --length 4096",
     "eigenattn compress meta-llama/Llama-3.1-70B llama-60 --device-map auto --max-memory 0=70GiB,cpu=100GiB",
     "eigenattn compress smollm2 papers-way --basis eigen --ranks error_budget --window 0",
+    panel=COMMON,
     statistics=typer.Option(
         help="In place of texts: a folder that `eigenattn calibrate` wrote. May be repeated; they are added up.",
         metavar="STATISTICS",
@@ -83,7 +87,13 @@ def compress(
     loading: PlacementOptions,
     json_file: Json = None,
 ) -> None:
-    """Compress a model's KV cache and write its bases; killed, it goes on with the same command."""
+    """Compress a model's KV cache and write its bases; killed, it goes on with the same command.
+
+    It takes the memory of the model and of one layer's activations, and the time of some eight passes over the text:
+    minutes for a small model on a CPU, or a large one on a GPU. Unsure? Give MODEL and OUT alone: a quarter of the
+    cache, by a text of many kinds that comes along. If you know what you will serve, add it: `--text mixture --text
+    mine.jsonl`. Bases are a few megabytes that belong to MODEL, and OUT loads wherever MODEL does.
+    """
     if loss.max_divergence is not None and config != dataclasses.replace(config, kv_ratio=DEFAULT_CODED_RATIO):
         raise EigenAttnError("--max-divergence chooses the size, of coded latents: leave out the other target.")
     if statistics and text != CalibrationText():
@@ -105,12 +115,14 @@ def compress(
         checkpoint=checkpoint,
         progress=True,
     )
+    console = emit(report, json_file)
     say(
-        emit(report, json_file),
+        console,
         f"{out}: {report.bytes_per_token:,} cache bytes a token instead of {report.baseline_bytes_per_token:,} "
         f"(KV ratio {report.kv_ratio:.3f}), in {sum(report.seconds.values()):.0f} s.\n{_measured(report)}"
         f"{at_lengths(report)}",
     )
+    then(console, "evaluate", out, "--baseline", model, "--text", "YOUR-TEXT")
 
 
 def _measured(report: CompressionReport) -> str:

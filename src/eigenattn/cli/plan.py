@@ -11,7 +11,7 @@ from rich.table import Table
 from ..config import DEFAULT_CODED_RATIO, DEFAULT_KV_RATIO, EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..report.planning import GIB, CapacityPlan, plan_capacity
-from .common import Json, Model, command, emit
+from .common import LOOK, Json, Model, command, emit, then
 from .options import SHARE_HELP, WINDOW_HELP, coded_or_not
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20}
@@ -22,6 +22,7 @@ UNITS = {"": 1, "k": 2**10, "m": 2**20}
     "eigenattn plan meta-llama/Llama-3.1-70B --gpu-memory 80 --context 32k --tensor-parallel-size 4 --gpus 8",
     "eigenattn plan meta-llama/Llama-3.1-8B --gpu-memory 24 --context 32k --kv-ratio 0.2 --share 4kv",
     "eigenattn plan llama-60 --gpu-memory 80 --context 128k --json plan.json",
+    panel=LOOK,
     gpu_memory="How many GiB of memory each GPU has.",
     context="How many tokens a sequence has, prompt and answer: 32768, or 32k.",
     kv_ratio="The share of its cache's bytes that the model would be compressed to. By default "
@@ -67,6 +68,7 @@ def plan(
     console.print(_table(found))
     if found.hypothetical:
         console.print("This model is not compressed: its right column supposes the same rank everywhere.")
+        then(console, "compress", model, "OUT")
     if not found.original.cache or not found.compressed.cache:
         console.print("The weights leave no memory for a cache: raise --tensor-parallel-size, or take larger GPUs.")
 

@@ -11,13 +11,14 @@ from rich.console import Console
 from ..errors import EigenAttnError
 from ..files import check_name, whole
 from ..report.page import PROMPTS, build, gather
-from .common import Model, command, say
+from .common import LOOK, Model, command, say
 from .options import LoadingOptions
 
 
 @command(
     "eigenattn report smollm2-60 --open",
     "eigenattn report smollm2-60 --sweep smollm2-sweep --spectrum smollm2-spectrum --baseline smollm2",
+    panel=LOOK,
     out="The page to write; report.html in the checkpoint's folder by default.",
     evaluation="A file of `eigenattn evaluate --json`; by default what --save kept.",
     sweep="A folder of `eigenattn sweep`.",

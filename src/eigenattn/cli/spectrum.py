@@ -13,7 +13,7 @@ from ..compression.methods import BASES
 from ..evaluation.spectra import FILE, SIDES
 from ..workflows.calibrate import CalibrationText
 from ..workflows.spectrum import write_spectra
-from .common import WORDS, Json, Model, command, emit, say
+from .common import LOOK, WORDS, Json, Model, command, emit, say, then
 from .options import CALIBRATION_HELP, WINDOW_HELP, LoadingOptions, sources
 
 # Energies whose ranks the table shows.
@@ -33,6 +33,7 @@ WORDS[SpectrumText] = WORDS[CalibrationText] | {"text": sources(f"What to read: 
 @command(
     "eigenattn spectrum smollm2 smollm2-spectrum",
     "eigenattn spectrum ./my-model spectra --text prompts.jsonl --basis attention --window 32",
+    panel=LOOK,
     basis=f"One of {', '.join(BASES)}: eigen shows keys, queries and values as they are, attention the error "
     "that leaving a direction out would make.",
     window=typer.Option(
@@ -67,3 +68,4 @@ def spectrum(
         table.add_row(str(layer), *cells)
     console.print(table)
     say(console, f"{out}: {FILE}, and decay, energy and effective-rank as .png and .svg")
+    then(console, "report", "CHECKPOINT", "--spectrum", out)

@@ -18,7 +18,7 @@ from ..evaluation.sweep_folder import table
 from ..report.figures import calibration_study, frontier, new_figure, save_figure
 from ..report.tables import calibrations, sweep_table
 from ..workflows.sweep import Calibration, run_sweep, sweep_texts
-from .common import WORDS, Json, Model, command, emit, rich_table, say, several
+from .common import LOOK, WORDS, Json, Model, command, emit, rich_table, say, several, then
 from .options import (
     CALIBRATION_HELP,
     CODED_HELP,
@@ -94,6 +94,7 @@ WORDS[GridOptions] = {
     "eigenattn sweep my-model sweep --kv-ratio 0.6,0.4 --basis attention,eigen --window 0,32 --text prompts.jsonl",
     "eigenattn sweep smollm2 sweep --coded --share 1,3kv --rivals plain-4,plain-2 --tasks my-task.jsonl",
     "eigenattn sweep smollm2 study --each-text --text wikitext2 --text python-docs --text self --samples 4,8,16,32",
+    panel=LOOK,
     rivals=typer.Option(help=f"Compare with caches that need no text: {RIVAL_NAMES}. {LIST}", metavar="LIST"),
     text=sources(f"What to calibrate on: {CALIBRATION_HELP}"),
     evaluation_text=sources(
@@ -119,6 +120,9 @@ def sweep(
     json_file: Json = None,
 ) -> None:
     """Measure quality against cache size: statistics are collected once, for all ratios.
+
+    It takes the time of one compression and of one evaluation for each size; stopped, it goes on. Unsure? `--coded
+    --kv-ratio 0.25,0.1875,0.125 --rivals turboquant-4-nc`, on a text of your own.
 
     With several texts by themselves, or several numbers of samples, it says which text to calibrate on, and how much.
     """
@@ -154,3 +158,4 @@ def sweep(
     took = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds"].items())
     drawn = ", ".join(f"{name}.png, {name}.svg" for name in pictures)
     say(console, f"{out}: sweep.json, sweep.csv, {drawn}. {took}.")
+    then(console, "report", "CHECKPOINT", "--sweep", out)

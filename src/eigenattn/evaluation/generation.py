@@ -97,3 +97,107 @@ def continue_prompt(
         cached_tokens=int(cache.get_seq_length()),
         kept_tokens=cache.kept_tokens,
     )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answer of a conversation; bytes are those that the cache has allocated by then, for so many tokens."""
+
+    text: str
+    tokens: int
+    tokens_per_second: float
+    cache_bytes: int
+    cached_tokens: int
+
+
+class Conversation:
+    """Turns with one cache, which keeps what was said before.
+
+    A model without a chat template continues the text as it is, its own words included.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+        evict, budget: as of `EigenCache`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        evict: str | None = None,
+        budget: int | float | None = None,
+    ) -> None:
+        if temperature and not COLDEST <= temperature <= HOTTEST:
+            raise EigenAttnError(
+                f"the temperature must be 0, or lie in [{COLDEST:g}, {HOTTEST:g}], not {temperature:g}."
+            )
+        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+        self.sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        self.eviction = {"evict": evict, "budget": budget}
+        self.messages: list[dict[str, str]] = []
+        torch.manual_seed(seed)
+        self._renew()
+
+    def _renew(self) -> None:
+        self.cache, self.held = EigenCache(self.model.config, **self.eviction), []
+
+    def _tokens(self) -> list[int]:
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer("".join(each["content"] for each in self.messages))["input_ids"]
+
+    @torch.no_grad()
+    def answer(self, said: str, streamer: Any = None) -> Turn:
+        """Say something, and hear the answer.
+
+        Args:
+            streamer: of transformers, which is given tokens as they come.
+
+        Raises:
+            EigenAttnError: if nothing is said, or more than the model has positions for.
+        """
+        if not is_text(said):
+            raise EigenAttnError("what was said is not UTF-8 text.")
+        self.messages.append({"role": "user", "content": said})
+        ids = self._tokens()
+        try:
+            if not ids:
+                raise EigenAttnError("nothing was said: give a word.")
+            check_length(self.model.config, len(ids) + self.max_new_tokens - 1)
+        except EigenAttnError:
+            self.messages.pop()
+            raise
+        if ids[: len(self.held)] != self.held or len(ids) == len(self.held):
+            self._renew()  # the template, or the tokenizer, has written what was said in another way
+        prompt = torch.tensor([ids], device=input_device(self.model))
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        start = time.perf_counter()
+        with checked(self.model):
+            output = cast(Any, self.model).generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=self.max_new_tokens,
+                past_key_values=self.cache,
+                use_cache=True,
+                pad_token_id=pad,
+                streamer=streamer,
+                **self.sampling,
+            )
+        seconds = time.perf_counter() - start
+        new = output[0, len(ids) :]
+        # The last token has not been read.
+        self.held = output[0, : int(self.cache.get_seq_length())].tolist()
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        self.messages.append({"role": "assistant", "content": text})
+        return Turn(
+            text,
+            tokens=len(new),
+            tokens_per_second=len(new) / seconds,
+            cache_bytes=allocated_bytes(self.cache),
+            cached_tokens=int(self.cache.get_seq_length()),
+        )

@@ -1,20 +1,40 @@
-"""One page that holds everything it shows: style, pictures and text, and no script."""
+"""One page that holds everything it shows: style, pictures, text, and a short script that moves its sliders."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 
 from ..cache.layout import SIDES, Layout
 from .tables import SIDES_IN_WORDS, TextTable
 
-# Nothing may be loaded from anywhere: a browser would say so.
+# A slider chooses one of the steps that stand in its page, and shows the figures of that one.
+SCRIPT = """
+for (const each of document.querySelectorAll(".slider")) {
+  const steps = JSON.parse(each.querySelector("script").textContent);
+  const range = each.querySelector("input");
+  const show = () => {
+    const step = steps[range.value];
+    range.setAttribute("aria-valuetext", Object.values(step).join(", "));
+    each.querySelectorAll("[data-of]").forEach((place) => { place.textContent = step[place.dataset.of]; });
+  };
+  range.addEventListener("input", show);
+  range.disabled = false;
+  show();
+}
+"""
+SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+# Nothing may be loaded from anywhere: a browser would say so. Of scripts the one above may run.
 HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{hash}'">
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
 <title>{title}</title>
@@ -46,17 +66,20 @@ svg {{ display: block; width: 100%; height: auto; }}
 .pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: .75rem; }}
 .said {{ white-space: pre-wrap; }}
 .said i {{ color: var(--soft); font-style: normal; }}
+.slider {{ margin: 1rem 0; }}
+.slider input {{ width: 100%; height: 2.5rem; accent-color: var(--keys); }}
+.slider .facts b {{ font-variant-numeric: tabular-nums; }}
 pre {{ background: var(--card); border-radius: .5rem; padding: .75rem; overflow-x: auto; font-size: .875rem; }}
 </style>
 </head>
 <body>
 """
-TAIL = "</body>\n</html>\n"
+TAIL = f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
 
 
 def page(title: str, parts: Sequence[str]) -> str:
     """A whole page of HTML from parts that are HTML already."""
-    return HEAD.format(title=escape(title)) + "\n".join(parts) + "\n" + TAIL
+    return HEAD.format(title=escape(title), hash=SCRIPT_HASH) + "\n".join(parts) + "\n" + TAIL
 
 
 def escape(text: object) -> str:
@@ -78,6 +101,27 @@ def paragraph(text: str, note: bool = False) -> str:
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
     """A few figures that stand out, each with what it is."""
     return '<div class="facts">' + "".join(f"<div><b>{escape(b)}</b>{escape(a)}</div>" for a, b in pairs) + "</div>"
+
+
+def slider(label: str, steps: Sequence[Mapping[str, str]], first: int = 0) -> str:
+    """Steps to slide over, each with the same facts; without scripts the first one stands.
+
+    Args:
+        label: what is chosen, in words.
+        steps: of each the facts, by what they are.
+        first: the one that is shown at the beginning.
+    """
+    # Of JSON only "<" could end the element that holds it.
+    held = json.dumps([dict(step) for step in steps], ensure_ascii=True).replace("<", "\\u003c")
+    boxes = "".join(
+        f'<div><b data-of="{escape(name)}">{escape(value)}</b>{escape(name)}</div>'
+        for name, value in steps[first].items()
+    )
+    return (
+        f'<div class="slider"><label>{escape(label)}<input type="range" min="0" max="{len(steps) - 1}" '
+        f'value="{first}" disabled></label><div class="facts">{boxes}</div>'
+        f'<script type="application/json">{held}</script></div>'
+    )
 
 
 def table(shown: TextTable) -> str:

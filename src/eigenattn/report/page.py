@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..cache.layout import Layout
+from ..cache.size import cache_bytes
 from ..config import TARGETS, EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..evaluation.generation import continue_prompt
@@ -34,6 +36,9 @@ from .tables import (
 
 PROMPTS = ("The history of the city begins with", "To make a good soup, first", "def fibonacci(n):\n")
 NEW_TOKENS = 48
+# Contexts to slide over, in tokens, and the one that is shown first.
+CONTEXTS, SHOWN_CONTEXT = tuple(2**power for power in range(9, 21)), 2**15
+GIB, MIB = 2**30, 2**20
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,28 @@ def _size(found: Inspection) -> list[str]:
     if found.window:
         rows = [[f"{length:,}", f"{ratio:.3f}"] for length, ratio in found.ratio_at.items()]
         parts.append(html.table(TextTable(["tokens in the cache", "ratio of the whole cache, window included"], rows)))
-    return parts
+    return [*parts, _memory(found)]
+
+
+def _memory(found: Inspection) -> str:
+    original = [Layout.full(layer.kv_heads, layer.head_dim) for layer in found.layers]
+    steps = []
+    for length in CONTEXTS:
+        before = cache_bytes(original, found.element_size, length)
+        after = cache_bytes(found.layers, found.element_size, length)
+        steps.append(
+            {
+                "tokens of one sequence": f"{length:,}",
+                "the original's cache": _size_in_words(before),
+                "this cache, window included": _size_in_words(after),
+                "sequences in the bytes of one": f"{before / after:.1f}",
+            }
+        )
+    return html.slider("How long is a sequence?", steps, CONTEXTS.index(SHOWN_CONTEXT))
+
+
+def _size_in_words(size: int) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / MIB:,.1f} MiB"
 
 
 def _ranks(found: Inspection) -> list[str]:
@@ -185,6 +211,7 @@ def _frontier(sweep: dict[str, Any]) -> list[str]:
     drawn = ", ".join(f"{samples} windows of {name}" for name, samples in calibrations(sweep)) or "nothing"
     return [
         html.heading("Quality against cache size"),
+        *_sizes_measured(sweep),
         html.figure(
             inline_svg(frontier(sweep), "frontier", "quality against cache bytes, by method"),
             "Methods are basis / rank rule / exact window; others are plain quantised caches.",
@@ -196,6 +223,44 @@ def _frontier(sweep: dict[str, Any]) -> list[str]:
             note=True,
         ),
     ]
+
+
+def _sizes_measured(sweep: dict[str, Any]) -> list[str]:
+    """A slider over the sizes that a sweep measured: of each the best of ours, and the best rival of no fewer bytes."""
+    cells = list(sweep["cells"].values())
+    ours = [cell for cell in cells if "asked" in cell]
+    best: dict[int, dict[str, Any]] = {}
+    for cell in sorted(ours, key=_mean_increase):
+        best.setdefault(cell["cache_bytes"], cell)
+    # Of two sizes the smaller one is left out where it is the worse for no fewer bytes: what remains is the frontier.
+    frontier_cells: list[dict[str, Any]] = []
+    for size in sorted(best, reverse=True):
+        while frontier_cells and _mean_increase(frontier_cells[-1]) >= _mean_increase(best[size]):
+            frontier_cells.pop()
+        frontier_cells.append(best[size])
+    if len(frontier_cells) < 2:
+        return []
+    rivals = [cell for cell in cells if "asked" not in cell]
+    steps = []
+    for cell in frontier_cells:
+        step = {
+            "of the original's cache": f"{cell['kv_ratio']:.1%}",
+            "increase of perplexity": f"{_mean_increase(cell):+.2%}",
+            "method": cell["method"],
+        }
+        if rivals:
+            larger = [each for each in rivals if each["cache_bytes"] >= cell["cache_bytes"]]
+            beside = min(larger, key=_mean_increase, default=None)
+            step["best rival of as many bytes"] = (
+                f"{beside['method']}: {_mean_increase(beside):+.2%}" if beside else "none"
+            )
+        steps.append(step)
+    note = "Increases are means over the texts. Each size is the best of ours that was measured in as many bytes."
+    return [html.slider("Which size?", steps), html.paragraph(note, note=True)]
+
+
+def _mean_increase(cell: dict[str, Any]) -> float:
+    return sum(text["relative_increase"] for text in cell["texts"]) / len(cell["texts"])
 
 
 def _spectra(spectra: dict[str, Any]) -> list[str]:
