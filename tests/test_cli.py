@@ -533,9 +533,9 @@ def test_a_seed_that_is_too_large(base):
     assert CliRunner().invoke(app, ["generate", str(base), "a", "--seed", "9" * 30]).exit_code == 2
 
 
-def test_a_plan_for_a_model_that_reads_pictures(tmp_path):
-    AutoConfig.for_model("llava").save_pretrained(tmp_path)
-    assert "could not be loaded" in fails("plan", tmp_path, "--gpu-memory", "80", "--context", "4k")
+def test_a_plan_for_a_model_that_only_reads_pictures(tmp_path):
+    AutoConfig.for_model("clip").save_pretrained(tmp_path)
+    assert "is not supported" in fails("plan", tmp_path, "--gpu-memory", "80", "--context", "4k")
 
 
 def test_unknown_model_type(broken, text, tmp_path):

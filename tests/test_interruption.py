@@ -202,7 +202,7 @@ FULL = [
     (10_000, "calibrate {}/base {}/out --text {}/fox.txt --samples 4 --length 48 --window 8"),
     (200_000, "compress {}/base {}/out --text {}/fox.txt --samples 4 --length 48 --rank-multiple 2 --window 8"),
     (10_000, "finetune {}/compressed {}/out --text {}/fox.txt --steps 2 --length 48 --validation-windows 2"),
-    (200_000, "finetune {}/compressed {}/out --text {}/fox.txt --steps 2 --length 48 --validation-windows 2"),
+    (15_000, "finetune {}/compressed {}/out --text {}/fox.txt --steps 2 --length 48 --validation-windows 2"),
     (1_000, f"sweep {{}}/base {{}}/out --kv-ratio 0.5 --text {{}}/fox.txt {SWEEP}"),
     (10_000, f"sweep {{}}/base {{}}/swept --kv-ratio 0.7,0.6,0.5,0.4 --text {{}}/fox.txt {SWEEP}"),
     (10_000, "spectrum {}/base {}/out --text {}/fox.txt --samples 4 --length 48"),

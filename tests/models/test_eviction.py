@@ -181,9 +181,9 @@ def test_each_head_keeps_what_its_queries_attend_to(window):
         k[..., 0] = 0
         for head, hit in enumerate(hits):
             k[0, head, hit, 0] = 3
-        return type(noisy)(q, k, v)
+        return type(noisy)(q, k, v), None
 
-    attention.project = project
+    attention.project_with_gate = project
     cache = EigenCache(model.config, evict="snapkv", budget=40)
     attention(hidden, past_key_values=cache, attention_mask=None)
     columns = cache.layers[0].columns[0]

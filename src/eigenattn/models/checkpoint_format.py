@@ -73,7 +73,7 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
             if not isinstance(value, kind):
                 raise EigenAttnError(f"the checkpoint's quantization_config has {name} {value!r:.60}.")
         for name, facts in (("provenance", provenance), ("base", base)):
-            if not isinstance(facts or {}, dict):
+            if facts is not None and not isinstance(facts, dict):
                 raise EigenAttnError(f"the checkpoint's quantization_config has a {name} that is no table of facts.")
         config = EigenAttentionConfig.from_dict(method or {})
         if format_version == 1:

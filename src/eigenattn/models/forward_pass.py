@@ -232,7 +232,8 @@ class ForwardPass:
         """Whether queries [B, H, T, *] are to meet exact keys and chunks of far ones in parts."""
         if q.shape[-2] == 1 or torch.is_grad_enabled() or not self._any_way:
             return False
-        if sight.near is None and sight.columns <= chunked.CHUNK:  # there is one part
+        # Of short texts there is one part without a window, and eager attention gives weights, asked or not.
+        if sight.columns <= chunked.CHUNK and (sight.near is None or self.implementation == "eager"):
             return False
         if torch.compiler.is_compiling() or self.evicts:  # what evicts looks at attention weights
             return False

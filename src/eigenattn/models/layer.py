@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from operator import attrgetter
 from typing import Any
@@ -53,6 +52,8 @@ class AttentionLayer(LatentMaps):
         self.dropout: float = dropout.p if isinstance(dropout, nn.Dropout) else dropout
         # Inside a tuple the rotary module is held without being registered a second time.
         self._rotary: tuple[nn.Module, ...] = (rotary,) if rotary is not None else ()
+        # Whether the rotary module has angles for each of the model's layer types.
+        self.by_layer_type = rotary is not None and "layer_type" in inspect.signature(type(rotary).forward).parameters
         self.is_read = False  # whether later layers read what this one caches
         names = (*family.qkv, family.output, *(family.norms or ()), family.value_norm, family.output_norm)
         for name in (*names, family.output_dropout, family.sinks, family.gate):
@@ -341,16 +342,6 @@ class AttentionLayer(LatentMaps):
         except (IndexError, RuntimeError, TypeError, ValueError):
             return False
         return tuple(cos.shape[:-1]) == (1, 2)
-
-    @property
-    def by_layer_type(self) -> bool:
-        """Whether the rotary module has angles for each of the model's layer types."""
-        return self.rotates and "layer_type" in _parameters(type(self.rotary_module))
-
-
-@functools.cache
-def _parameters(kind: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def _value(module: nn.Module, name: str | None) -> Any:
