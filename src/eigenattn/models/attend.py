@@ -18,6 +18,7 @@ from ..kernels.reference import attend as reference_attend
 from ..kernels.selection import decoding_backend, is_chosen
 from .forward_pass import ForwardPass
 from .layer import AttentionLayer
+from .maps import LatentMaps
 from .rotary import at_columns, rotate
 
 
@@ -111,7 +112,7 @@ def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         **options,
     )
     if near is None:
-        return layer.decode_output(summed.out.to(q.dtype))
+        return joined(layer, q, summed, None)
     if offset is not None:
         summed.lse += offset * layer.scaling
     exact = chunked.attend_near(
@@ -123,9 +124,16 @@ def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
         query_first=query,
         **options,
     )
+    return joined(layer, q, summed, exact)
+
+
+def joined(maps: LatentMaps, q: Tensor, summed: chunked.Parts, exact: chunked.Parts | None) -> Tensor:
+    """The output [B, H, T, D] of queries [B, H, T, *]: of latents that were summed, and of exact values, if any."""
+    if exact is None:
+        return maps.decode_output(summed.out.to(q.dtype))
     lse = torch.logaddexp(summed.lse, exact.lse)
     weight = (summed.lse - lse).exp_()
-    sums = layer.decode_output((summed.out * weight).to(q.dtype), weight=weight.to(q.dtype))
+    sums = maps.decode_output((summed.out * weight).to(q.dtype), weight=weight.to(q.dtype))
     return sums + (exact.out * (exact.lse - lse).exp_()).to(q.dtype)
 
 

@@ -72,28 +72,54 @@ def attach(model: PreTrainedModel, bases: str | Path) -> PreTrainedModel:
     Raises:
         EigenAttnError: if there are no bases, or they do not fit. The model is then as it was.
     """
-    config, fingerprint = _read_config(_file(bases, CONFIG_FILE))
-    weights = _file(bases, BASES_FILE)
+    config, fingerprint = read_config(bases)
     check_whole(model)
     originals = convert_attention(model)
     try:
         layers = eigen_layers(model)
         allocate(layers, config)
-        if fingerprint is None:
-            warnings.warn(f"{bases} does not tell its base model from others: see that it is this one.", stacklevel=2)
-        elif not alike(fingerprint, fingerprint_of(layers)):
-            base, revision = (config.provenance.get(f"base_model{end}") for end in ("", "_revision"))
-            at = f" at revision {revision!r:.60}" if revision else ""
-            raise EigenAttnError(
-                f"the bases in {bases} were made for another model, whose weights differ: load {base!r:.200}{at}, or "
-                "compress this one."
-            )
-        read_into(_named(layers), weights, "bases")
+        check_base(bases, config, fingerprint, fingerprint_of(layers))
+        read_tensors(bases, _named(layers))
     except BaseException:
         restore_attention(model, originals)
         raise
     mark_compressed(model, config)
     return model
+
+
+def read_config(bases: str | Path) -> tuple[EigenAttnCheckpointConfig, Any]:
+    """What bases say of themselves, and the fingerprint of their base model; None if there is none.
+
+    Raises:
+        EigenAttnError: if there are no bases, or they are malformed.
+    """
+    return _read_config(_file(bases, CONFIG_FILE))
+
+
+def read_tensors(bases: str | Path, wanted: Mapping[str, Tensor]) -> None:
+    """Read bases into tensors by their names, `layers.INDEX.MAP`; see `read_into`."""
+    read_into(wanted, _file(bases, BASES_FILE), "bases")
+
+
+def check_base(bases: str | Path, config: EigenAttnCheckpointConfig, fingerprint: Any, own: str) -> None:
+    """Refuse bases that were made for another model.
+
+    Args:
+        fingerprint: what bases say of their model's weights; None, as older versions wrote, is taken with a warning.
+        own: the fingerprint of the model that they are to be put on.
+
+    Raises:
+        EigenAttnError: if they differ.
+    """
+    if fingerprint is None:
+        warnings.warn(f"{bases} does not tell its base model from others: see that it is this one.", stacklevel=3)
+    elif not alike(fingerprint, own):
+        base, revision = (config.provenance.get(f"base_model{end}") for end in ("", "_revision"))
+        at = f" at revision {revision!r:.60}" if revision else ""
+        raise EigenAttnError(
+            f"the bases in {bases} were made for another model, whose weights differ: load {base!r:.200}{at}, or "
+            "compress this one."
+        )
 
 
 def _file(bases: str | Path, name: str) -> Path:
@@ -112,12 +138,27 @@ def fingerprint_of(layers: Sequence[EigenAttention]) -> str:
     """Weights of the original's, evenly spaced in each parameter, in bfloat16 as hexadecimal digits."""
     found = []
     for attention in layers:
-        for name in sorted({name for name, _ in attention.named_parameters()} - {*MAPS, *QUANTISERS}):
+        for name in original_names(attention):
             module, _, own_name = name.rpartition(".")
-            weight = cast(Tensor, stored(attention.get_submodule(module), own_name)).detach().flatten()
-            places = [n * (len(weight) - 1) // (SAMPLES - 1) for n in range(SAMPLES)]
-            found.append(weight[places].to("cpu", torch.bfloat16))
-    return torch.cat(found).view(torch.uint8).numpy().tobytes().hex()
+            found.append(sampled(cast(Tensor, stored(attention.get_submodule(module), own_name))))
+    return fingerprint_from(found)
+
+
+def original_names(attention: EigenAttention) -> list[str]:
+    """The names of a layer's parameters that are the original's, in the order of a fingerprint."""
+    return sorted({name for name, _ in attention.named_parameters()} - {*MAPS, *QUANTISERS})
+
+
+def sampled(weight: Tensor) -> Tensor:
+    """What a fingerprint holds of one parameter."""
+    weight = weight.detach().flatten()
+    places = [n * (len(weight) - 1) // (SAMPLES - 1) for n in range(SAMPLES)]
+    return weight[places].to("cpu", torch.bfloat16)
+
+
+def fingerprint_from(samples: Sequence[Tensor]) -> str:
+    """The fingerprint of what was `sampled` of all parameters."""
+    return torch.cat(list(samples)).view(torch.uint8).numpy().tobytes().hex()
 
 
 def alike(recorded: Any, own: str) -> bool:

@@ -1,7 +1,7 @@
 """Attention over pages of latents: plain PyTorch, which knows nothing of vLLM.
 
-Rows with one query each are decoded together by `eigenattn.kernels.decoding`. Prompts attend one by one, and meet the
-keys in chunks (`eigenattn.kernels.chunked`).
+Queries that are few to a row are decoded together by `eigenattn.kernels.decoding`, which reads pages itself. Those of
+prompts attend row by row, and meet the keys in chunks (`eigenattn.kernels.chunked`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache.layout import Layout
 from ..kernels import chunked
-from ..kernels.decoding import Rotary, Side, Step, Window, accepted, decode
+from ..kernels.decoding import Rotary, Step, Window, accepted, decode
 from ..kernels.selection import decoding_backend
+from ..models.attend import joined
 from ..models.attention import EigenAttention
-from .pages import Pages, from_page
+from ..models.maps import LatentMaps
+from .pages import Pages
 
 
 def rotary_of(layer: EigenAttention) -> Rotary | None:
@@ -31,14 +32,116 @@ def rotary_of(layer: EigenAttention) -> Rotary | None:
     return Rotary(frequencies, float(module.attention_scaling), layer.family.interleaved)
 
 
-def slopes_of(layer: EigenAttention) -> Tensor | None:
-    """ALiBi's slope of each query head [H] in fp32; None with other positions."""
-    if layer.family.positions_of(layer.config) != "alibi":
-        return None
-    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+@dataclass(frozen=True)
+class PagedAttention:
+    """How a layer attends over its pages.
 
-    # Of two keys the second one is at distance 0, and the first has minus the slope.
-    return -build_mpt_alibi_tensor(layer.heads, 2, device=torch.get_default_device())[:, 0, 0].float()
+    Args:
+        maps: vectors to latents and back.
+        scale: multiplies the scores.
+        rotary: rotates queries and keys, or None.
+        slopes: ALiBi's slope of each query head [H] in fp32, or None.
+        softcap: see `Step`.
+    """
+
+    maps: LatentMaps
+    scale: float
+    rotary: Rotary | None = None
+    slopes: Tensor | None = None
+    softcap: float | None = None
+
+    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Vectors [..., n, D] at positions [n]; untouched without rotary positions."""
+        return x if self.rotary is None else self.rotary.rotate(x.float(), positions).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries that are decoded together, to all layers of a pass: each is a row of its own.
+
+    Args:
+        tokens: which of the batch they are, int64 [b].
+        lengths: tokens of each row up to its query, which is the last, int32 [b].
+        table: pages of each row, int32 [b, n].
+        positions: 0 .. and as many as the longest row has tokens, int32 [1, n].
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    table: Tensor
+    positions: Tensor
+    _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def memoised(self, name: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives, computed by the first layer that asks for it."""
+        if name not in self._memo:
+            self._memo[name] = compute()
+        return self._memo[name]
+
+
+def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, far: Pages, near: Pages | None) -> Tensor:
+    """Queries [b, H, D] before rotation, over latents and the exact window, if there is one: [b, H, D]."""
+    lengths, window = batch.lengths, layer.maps.layout.window
+    keys, values = layer.maps.decoding_sides()
+    step = Step(
+        q=q,
+        query=lengths - 1,
+        rows=far.rows,
+        table=far.table,
+        keys=keys,
+        values=values,
+        scale=layer.scale,
+        length=batch.memoised(("border", window), lambda: (lengths - window).clamp_min(0)),
+        positions=None if layer.rotary is None else batch.positions,
+        rotary=layer.rotary,
+        slopes=layer.slopes,
+        window=None if near is None else Window(*near.rows, 0, lengths, near.table),
+        softcap=layer.softcap,
+        memoised=batch.memoised,
+    )
+    return decode(step, accepted(step, decoding_backend(q)))
+
+
+def attend_prompt(layer: PagedAttention, q: Tensor, length: int, far: Pages, near: Pages | None) -> Tensor:
+    """The last T of a row's tokens.
+
+    Args:
+        q: their queries before rotation [T, H, D].
+        length: the row's tokens, the queries' included.
+
+    Returns:
+        [T, H, D].
+    """
+    maps, t, window = layer.maps, q.shape[0], layer.maps.layout.window
+    query = length - t
+    columns = torch.arange(length, device=q.device)
+    q = layer.rotated(q.transpose(0, 1), columns[query:]).unsqueeze(0)  # [1, H, T, D]
+
+    def decode_chunk(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        chunk = columns[start:stop]
+        latents = maps.restored(far.at(chunk), q.dtype)
+        keys = maps.decode(maps.latent(latents, "key"), "key")
+        return layer.rotated(maps.for_each_head(keys), chunk), maps.for_each_head(maps.latent(latents, "value"))
+
+    mask = None if layer.slopes is None else bias_of(layer.slopes, columns, q.dtype)
+    options: dict[str, Any] = {"mask": mask, "scale": layer.scale, "softcap": layer.softcap}
+    summed = chunked.attend_far(
+        q,
+        decode_chunk,
+        keys=max(length - window, 0),
+        size=maps.layout.of("value").rank,
+        seen_by_all=max(query - window + 1, 0),
+        first=query - window,
+        **options,
+    )
+    exact = None
+    if near is not None:
+        first = max(query - window + 1, 0)
+        keys, values = near.at(columns[first:])
+        keys = layer.rotated(keys, columns[first:])
+        spans = {"window": window, "key_first": first, "query_first": query}
+        exact = chunked.attend_near(q, keys, values, **spans, **options)
+    return joined(maps, q, summed, exact)[0].transpose(0, 1)
 
 
 def bias_of(slopes: Tensor, columns: Tensor, dtype: torch.dtype) -> chunked.Mask:
@@ -54,160 +157,3 @@ def bias_of(slopes: Tensor, columns: Tensor, dtype: torch.dtype) -> chunked.Mask
         return found.to(dtype).expand(-1, -1, stop - start, -1)
 
     return tile
-
-
-@dataclass(frozen=True)
-class PagedAttention:
-    """How a layer attends over its pages.
-
-    Args:
-        layout: what a token leaves in them.
-        keys, values: how latents become vectors; values have no decoder where it is folded into the output projection.
-        scale: multiplies the scores.
-        rotary: rotates queries and keys, or None.
-        slopes: ALiBi's slope of each query head [H] in fp32, or None.
-    """
-
-    layout: Layout
-    keys: Side
-    values: Side
-    scale: float
-    rotary: Rotary | None = None
-    slopes: Tensor | None = None
-
-    @property
-    def window(self) -> int:
-        """Exact tokens, W."""
-        return self.layout.window
-
-    @property
-    def size_out(self) -> int:
-        """Size of the output a head: D, or R_v if values are not decoded."""
-        return self.layout.of("value").rank if self.values.decoder is None else self.values.decoder.shape[-1]
-
-    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Vectors [..., n, D] at positions [..., n]; untouched without rotary positions."""
-        return x if self.rotary is None else self.rotary.rotate(x.float(), positions).to(x.dtype)
-
-    def vectors(self, latents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Keys, before rotation, and values [B, G, S, D] of latents [B, G/N, S, R]; values R_v without a decoder."""
-        keys, values = (_decoded(latents[side.row], side) for side in (self.keys, self.values))
-        return keys, values
-
-
-def _decoded(latents: Tensor, side: Side) -> Tensor:
-    if side.decoder is None:
-        return latents
-    by_latent = side.decoder.unflatten(0, (latents.shape[1], -1))  # [G/N, N, R, D]
-    x = (latents.unsqueeze(2) @ by_latent).flatten(1, 2)
-    return x if side.mean is None else x + side.mean.unsqueeze(1)
-
-
-@dataclass(frozen=True)
-class DecodingRows:
-    """Rows of similar length with one query each, to all layers of a pass.
-
-    Args:
-        rows: rows of the block table, int64 [b].
-        tokens: their queries in the batch, int64 [b].
-        lengths: tokens of each, its query's included, int32 [b].
-        longest: the largest of them.
-        positions: of columns 0 .. longest - 1 at least, int32 [1, n].
-    """
-
-    rows: Tensor
-    tokens: Tensor
-    lengths: Tensor
-    longest: int
-    positions: Tensor
-    _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    def memoised(self, name: Hashable, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives, computed by the first layer that asks for it."""
-        if name not in self._memo:
-            self._memo[name] = compute()
-        return self._memo[name]
-
-
-def decode_rows(layer: PagedAttention, q: Tensor, batch: DecodingRows, far: Pages, near: Pages | None) -> Tensor:
-    """One query a row.
-
-    Args:
-        q: queries before rotation [b, H, D or R_k].
-        far, near: latents, and the exact window if there is one.
-
-    Returns:
-        [b, H, D or R_v].
-    """
-    lengths, window = batch.lengths, None
-    if near is not None:
-        column = lengths - layer.window
-        columns = column.unsqueeze(-1) + torch.arange(layer.window, device=q.device)  # [b, W]
-        k, v = near.at(batch.rows, columns.clamp_min(0).long()).chunk(2, dim=-1)
-        window = Window(k, v, column, lengths)
-    step = Step(
-        q=q,
-        query=lengths - 1,
-        rows=from_page(layer.layout, far.first(batch.rows, max(batch.longest - layer.window, 0))),
-        keys=layer.keys,
-        values=layer.values,
-        scale=layer.scale,
-        length=(lengths - layer.window).clamp_min(0),
-        positions=None if layer.rotary is None else batch.positions,
-        rotary=layer.rotary,
-        slopes=layer.slopes,
-        window=window,
-        memoised=batch.memoised,
-    )
-    return decode(step, accepted(step, decoding_backend(q)))
-
-
-def attend_prompt(layer: PagedAttention, q: Tensor, row: Tensor, length: int, far: Pages, near: Pages | None) -> Tensor:
-    """The last T tokens of one row.
-
-    Args:
-        q: their queries before rotation [T, H, D or R_k].
-        row: which row of the tables it is, int64 [1].
-        length: its tokens, the queries' included.
-
-    Returns:
-        [T, H, D or R_v].
-    """
-    t, window = q.shape[0], layer.window
-    query = length - t
-    columns = torch.arange(length, device=q.device)
-    q = layer.rotated(q.transpose(0, 1), columns[query:]).unsqueeze(0)  # [1, H, T, D]
-
-    def decode_chunk(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        chunk = columns[start:stop]
-        keys, values = layer.vectors(from_page(layer.layout, far.at(row, chunk.unsqueeze(0))))
-        return layer.rotated(keys, chunk), values
-
-    mask = None if layer.slopes is None else bias_of(layer.slopes, columns, q.dtype)
-    parts = chunked.attend_far(
-        q,
-        decode_chunk,
-        keys=max(length - window, 0),
-        size=layer.size_out,
-        seen_by_all=max(query - window + 1, 0),
-        first=query - window,
-        mask=mask,
-        scale=layer.scale,
-        softcap=None,
-    )
-    if near is not None:
-        first = max(query - window + 1, 0)
-        keys, values = near.at(row, columns[first:].unsqueeze(0)).chunk(2, dim=-1)
-        exact = chunked.attend_near(
-            q,
-            layer.rotated(keys, columns[first:]),
-            values,
-            window=window,
-            key_first=first,
-            query_first=query,
-            mask=mask,
-            scale=layer.scale,
-            softcap=None,
-        )
-        parts.join(0, exact.out, exact.lse)
-    return parts.out[0].transpose(0, 1).to(q.dtype)

@@ -13,13 +13,24 @@ from torch import Tensor
 
 from ...errors import EigenAttnError
 from ..selection import HAS_TRITON
-from .arguments import Rotary, Side, Step, Window
+from .arguments import Rotary, Side, Step, Window, out_of_pages
 from .batched import decode as torch_decode
 from .native import decode as native_decode
 from .native import why_not
 from .reference import decode as reference_decode
 
-__all__ = ["DECODE_BACKENDS", "Rotary", "Side", "Step", "Window", "accepted", "decode", "default_backend", "why_not"]
+__all__ = [
+    "DECODE_BACKENDS",
+    "Rotary",
+    "Side",
+    "Step",
+    "Window",
+    "accepted",
+    "decode",
+    "default_backend",
+    "out_of_pages",
+    "why_not",
+]
 
 
 def _triton_decode(step: Step) -> Tensor:
