@@ -30,8 +30,7 @@ from eigenattn.cache.size import baseline_bytes_per_token, cache_bytes, kv_ratio
 from eigenattn.calibration.text import load_text, tokenize
 from eigenattn.compression.folding import attach
 from eigenattn.evaluation.paired import difference, exponential, mean
-from eigenattn.evaluation.perplexity import windows_of
-from eigenattn.evaluation.reading import read, through_eviction
+from eigenattn.evaluation.reading import read, through_eviction, windows_of
 from eigenattn.evaluation.retrieval import Needles, copying, find_needles
 from eigenattn.models.conversion import convert_attention, eigen_layers, layouts_of
 from eigenattn.models.loading import Source, load_model, load_tokenizer

@@ -19,7 +19,7 @@ import torch
 
 from eigenattn import EigenAttentionConfig
 from eigenattn.calibration.text import load_text, tokenize
-from eigenattn.evaluation.perplexity import perplexity, windows_of
+from eigenattn.evaluation.reading import read, windows_of
 from eigenattn.finetuning import FinetuneConfig, finetune
 from eigenattn.models.loading import Source, load_model, load_tokenizer
 from eigenattn.version import versions
@@ -103,9 +103,10 @@ def main() -> None:
         trained.write_text(json.dumps(report.to_dict()))
     measured = {}
     for name, path in (("original", original), ("compressed", source), ("tuned", Source.of(str(tuned)))):
-        measured[name] = perplexity(load_model(path, "float32"), windows)
-        print(f"{name}: {measured[name].value:.4f}", flush=True)
-    exact = torch.tensor(measured["original"].window_nll)
+        measured[name] = read(load_model(path, "float32"), windows)
+        print(f"{name}: {measured[name].perplexity.value:.4f}", flush=True)
+    exact = torch.tensor(measured["original"].nll)
+    perplexity = {name: each.perplexity.value for name, each in measured.items()}
     results = {
         "model": Path(args.model).name,
         "kv_ratio": args.kv_ratio,
@@ -116,12 +117,12 @@ def main() -> None:
         "training_seconds": json.loads(trained.read_text())["seconds"] if trained.exists() else None,
         "evaluation": f"{len(windows)} x {args.length} tokens of {Path(args.evaluation).name}",
         **options,
-        "perplexity": {name: each.value for name, each in measured.items()},
+        "perplexity": perplexity,
         "relative_increase": {
-            name: each.value / measured["original"].value - 1 for name, each in measured.items() if name != "original"
+            name: each / perplexity["original"] - 1 for name, each in perplexity.items() if name != "original"
         },
         "standard_error": {
-            name: float((torch.tensor(each.window_nll) - exact).std() / len(windows) ** 0.5)
+            name: float((torch.tensor(each.nll) - exact).std() / len(windows) ** 0.5)
             for name, each in measured.items()
             if name != "original"
         },

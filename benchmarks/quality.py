@@ -23,7 +23,7 @@ from eigenattn.calibration.statistics import Batch
 from eigenattn.calibration.text import load_text, sample_windows, tokenize
 from eigenattn.evaluation.grid import Cell, Grid
 from eigenattn.evaluation.paired import difference, exponential, mean
-from eigenattn.evaluation.perplexity import perplexity, windows_of
+from eigenattn.evaluation.reading import read, windows_of
 from eigenattn.evaluation.retrieval import copying
 from eigenattn.evaluation.sweep import SweepModel, sizes
 from eigenattn.files import whole
@@ -33,11 +33,11 @@ from eigenattn.version import versions
 
 
 def judge(model: nn.Module, windows: Tensor, copies: int) -> dict[str, Any]:
-    found = perplexity(model, windows)
+    found = read(model, windows)
     return {
-        "perplexity": found.value,
+        "perplexity": found.perplexity.value,
         "copying": mean(copying(model, windows[:copies])).value,
-        "window_nll": found.window_nll,
+        "window_nll": found.nll,
     }
 
 

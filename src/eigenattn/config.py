@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -117,17 +118,11 @@ class EigenAttentionConfig:
                 f"{CONFIG_VERSION}: install the eigenattn that wrote it."
             )
         self._choose()
-        for name, kind, words in _KINDS:
+        for name, kinds, allowed, words in _KINDS:
             value = getattr(self, name)
-            if type(value) is not kind and not (kind is float and type(value) is int):
+            if type(value) not in kinds or not allowed(value):
                 raise EigenAttnError(f"{name} must be {words}, not {value!r:.60}.")
         self._check_target()
-        if self.rank_multiple < 1:
-            raise EigenAttnError(f"rank_multiple must be a whole number of at least 1, not {self.rank_multiple}.")
-        if self.window < 0:
-            raise EigenAttnError(f"window must be a whole number of tokens, 0 or more, not {self.window}.")
-        if not 0 <= self.shrinkage < 1:
-            raise EigenAttnError(f"shrinkage must lie in [0, 1), not {self.shrinkage!r:.60}: 0.3 is a good deal.")
         sharing = self.sharing  # raises if it is not in the notation
         object.__setattr__(self, "share", str(sharing))
         if self.refit is None:
@@ -205,12 +200,12 @@ class EigenAttentionConfig:
 
 
 # Values that a JSON file may hold anything in.
-_KINDS: tuple[tuple[str, type, str], ...] = (
-    ("coded", bool, "true or false"),
-    ("basis", str, "a name"),
-    ("rank_multiple", int, "a whole number of at least 1"),
-    ("window", int, "a whole number of tokens, 0 or more"),
-    ("shrinkage", float, "a number in [0, 1)"),
+_KINDS: tuple[tuple[str, tuple[type, ...], Callable[[Any], bool], str], ...] = (
+    ("coded", (bool,), lambda value: True, "true or false"),
+    ("basis", (str,), lambda value: True, "a name"),
+    ("rank_multiple", (int,), lambda value: value >= 1, "a whole number of at least 1"),
+    ("window", (int,), lambda value: value >= 0, "a whole number of tokens, 0 or more"),
+    ("shrinkage", (float, int), lambda value: 0 <= value < 1, "a number in [0, 1), of which 0.3 is a good deal"),
 )
 
 

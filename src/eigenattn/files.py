@@ -133,6 +133,24 @@ def whole(path: Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
+def read_results(file: Path, what: str, version: int) -> dict[str, Any]:
+    """What a command has written as JSON.
+
+    Args:
+        what: it is called, where there is none.
+
+    Raises:
+        EigenAttnError: if it cannot be read, or is of another version.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EigenAttnError(f"{file.parent} holds no {what}: it has no readable {file.name}.") from error
+    if not isinstance(values, dict) or values.get("version") != version:
+        raise EigenAttnError(f"{file} is of another version: install the eigenattn that wrote it.")
+    return values
+
+
 def lock(folder: Path, output: Path) -> int:
     """Keep other processes out of a folder, until the descriptor given is closed or this process ends.
 

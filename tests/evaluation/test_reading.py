@@ -7,8 +7,7 @@ from tiny import compressed, random_basis, tiny, tokens
 from eigenattn.compression.folding import attach
 from eigenattn.errors import EigenAttnError
 from eigenattn.evaluation.paired import mean
-from eigenattn.evaluation.perplexity import scored_tokens, windows_of
-from eigenattn.evaluation.reading import read, through_cache
+from eigenattn.evaluation.reading import read, scored_tokens, through_cache, windows_of
 from eigenattn.models.conversion import convert_attention, eigen_layers
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import character_tokenizer, compressed, tiny, tokens
 from torch import multiprocessing
-from transformers import AutoModel, AutoModelForCausalLM, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, pipeline
 
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.layout import SIDES, Latent, Layout
@@ -18,6 +18,8 @@ from eigenattn.cache.packing import Widths
 from eigenattn.models.checkpoint_format import EigenAttnCheckpointConfig
 from eigenattn.models.conversion import eigen_layers
 
+# Of a model with one layer of two KV heads.
+ONE_LAYER = LlamaConfig(num_hidden_layers=1, num_key_value_heads=2, head_dim=16)
 IDS = tokens(2, 20)
 
 
@@ -224,7 +226,7 @@ def test_configuration_round_trip():
     config = EigenAttnCheckpointConfig([layer], provenance={"seed": 1})
     again = EigenAttnCheckpointConfig.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()
-    assert again.layouts(2, 16) == [Layout(2, (Latent(SIDES, 2, 4, 16, Widths.of({6: 1, 3: 3})),), 32)]
+    assert again.layouts(ONE_LAYER) == [Layout(2, (Latent(SIDES, 2, 4, 16, Widths.of({6: 1, 3: 3})),), 32)]
 
 
 @pytest.mark.parametrize(
@@ -262,10 +264,10 @@ def test_format_1_is_read(layer, method, expected):
     method = {"kv_ratio": 0.5, "window": 8, **method, "version": 1}
     config = EigenAttnCheckpointConfig([layer], method=method, format_version=1)
     shares = bool(method.keys() & {"shared_heads", "shared_values"})
-    assert config.layouts(2, 16) == [Layout(2, expected, 8, beside=shares)]
+    assert config.layouts(ONE_LAYER) == [Layout(2, expected, 8, beside=shares)]
     again = EigenAttnCheckpointConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.format_version == 2
-    assert again.layouts(2, 16) == config.layouts(2, 16)
+    assert again.layouts(ONE_LAYER) == config.layouts(ONE_LAYER)
 
 
 @pytest.mark.parametrize(
@@ -284,5 +286,5 @@ def test_format_1_is_read(layer, method, expected):
 def test_malformed_layers_of_format_1_are_one_line(layer):
     config = EigenAttnCheckpointConfig([layer], format_version=1)
     with pytest.raises(EigenAttnError, match="layer 0 of the checkpoint") as error:
-        config.layouts(2, 16)
+        config.layouts(ONE_LAYER)
     assert "\n" not in str(error.value)

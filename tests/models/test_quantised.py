@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import LENGTH, WINDOW, generate, has_static, in_pieces, windows
 from tiny import TINY, WIDTHS_K, WIDTHS_V, compressed, converted, quantised_basis, quantised_model, tiny, tokens
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 import eigenattn
 from eigenattn import EigenAttnError
@@ -24,6 +24,8 @@ from eigenattn.models.checkpoint_format import EigenAttnCheckpointConfig, mark_c
 from eigenattn.models.conversion import eigen_layers, layouts_of
 from eigenattn.models.maps import QUANTISERS
 
+# Of a model with one layer of two KV heads.
+ONE_LAYER = LlamaConfig(num_hidden_layers=1, num_key_value_heads=2, head_dim=16)
 NAMES = [name for name in TINY if name not in ("mixtral", "qwen3_moe")]  # their experts know no float64
 close, write = partial(helpers.close, tolerance=1e-5), partial(generate, length=16)
 
@@ -215,7 +217,7 @@ def test_bases_alone(tmp_path):
 )
 def test_malformed_widths_are_refused(layer):
     with pytest.raises(EigenAttnError, match="widths"):
-        EigenAttnCheckpointConfig([layer], format_version=1).layouts(2, 16)
+        EigenAttnCheckpointConfig([layer], format_version=1).layouts(ONE_LAYER)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from eigenattn import EigenAttentionConfig, EigenAttnError, attach, compress
 from eigenattn.calibration.text import load_text
 from eigenattn.compression.methods import BASES
 from eigenattn.compression.ranks import RANK_RULES
-from eigenattn.evaluation.perplexity import perplexity
+from eigenattn.evaluation.reading import read
 from eigenattn.models.bases_file import save_bases
 from eigenattn.models.conversion import eigen_layers
 from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
@@ -142,7 +142,7 @@ def test_tokens_of_another_model():
     assert "token 128, and the model knows tokens 0 to 127" in refused(tiny("llama"), [IDS, torch.full((1, 40), 128)])
     assert "token -1" in refused(tiny("llama"), [torch.full((1, 40), -1)])
     with pytest.raises(EigenAttnError, match="token 128"):
-        perplexity(tiny("llama"), torch.full((1, 40), 128))
+        read(tiny("llama"), torch.full((1, 40), 128))
 
 
 def test_a_tokenizer_of_another_model(tmp_path):

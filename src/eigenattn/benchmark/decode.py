@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from ..calibration.checks import check_length
 from ..errors import EigenAttnError
 from ..models.placement import input_device
 from .shapes import Contest
@@ -100,9 +99,7 @@ def benchmark_decode(
     if new_tokens < 2:
         raise EigenAttnError("at least 2 new tokens are needed: the first comes from reading the prompt.")
     name, against = contest.name, contest.baseline
-    models = {each: load() for each, load in contest.loaders().items()}
-    for model in models.values():
-        check_length(model.config, length + new_tokens - 1)
+    models = contest.models(length + new_tokens - 1)
     sizes = {model.config.get_text_config().vocab_size for model in models.values()}
     if len(sizes) > 1:
         raise EigenAttnError(f"{name} and {against} have different vocabularies: they cannot be compared.")
@@ -124,14 +121,7 @@ def benchmark_decode(
             failed.append({"cache": cache, "reason": str(error).strip().splitlines()[0]})
             continue
         medians = {each: statistics.median(found) for each, found in steps.items()}
-        rows.append(
-            {
-                "cache": cache,
-                "tokens_per_second": batch / medians[name],
-                "baseline_tokens_per_second": batch / medians[against],
-                "ratio": medians[against] / medians[name],
-            }
-        )
+        rows.append({"cache": cache, **contest.speeds(batch, medians)})
     return {
         "kind": "decode",
         **machine(where),

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..cache.size import allocated_bytes
-from ..calibration.checks import check_length
 from ..models.placement import input_device
 from .shapes import Contest
 from .timing import in_turns, machine
@@ -60,9 +59,7 @@ def benchmark_prefill(
         EigenAttnError: on a model that cannot be loaded.
     """
     name, against = contest.name, contest.baseline
-    models = {each: load() for each, load in contest.loaders().items()}
-    for model in models.values():
-        check_length(model.config, max(lengths))
+    models = contest.models(max(lengths))
     where = input_device(models[name])
     size = min(model.config.get_text_config().vocab_size for model in models.values())
     generator, rows = torch.Generator().manual_seed(0), []
@@ -82,9 +79,7 @@ def benchmark_prefill(
         rows.append(
             {
                 "length": length,
-                "tokens_per_second": batch * length / taken[name],
-                "baseline_tokens_per_second": batch * length / taken[against],
-                "ratio": taken[against] / taken[name],
+                **contest.speeds(batch * length, taken),
                 "peak_bytes": peaks[name],
                 "baseline_peak_bytes": peaks[against],
             }

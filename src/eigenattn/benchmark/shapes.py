@@ -12,9 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..cache.layout import SIDES, Latent, Layout
 from ..cache.size import kv_ratio
+from ..calibration.checks import check_length
 from ..errors import EigenAttnError
 from ..models.conversion import convert_attention, eigen_layers, layouts_of
-from ..models.loading import DTYPES, Source, load_model
+from ..models.families import family_of
+from ..models.loading import Source, dtype_of, load_model
 from .timing import device_of
 
 # Of the models' published configurations.
@@ -44,17 +46,8 @@ SHAPES: dict[str, tuple[str, dict]] = {
 RANK_MULTIPLE = 8
 
 
-@dataclass(frozen=True)
-class HeadShape:
-    """Heads H, KV heads G and their dimension D."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-
-def head_shape(name: str) -> HeadShape:
-    """The attention of a preset.
+def head_shape(name: str) -> dict[str, int]:
+    """The `heads`, `kv_heads` and `head_dim` of a preset.
 
     Raises:
         EigenAttnError: if there is no such preset.
@@ -63,8 +56,12 @@ def head_shape(name: str) -> HeadShape:
         raise EigenAttnError(f"unknown shape {name!r}: choose one of {', '.join(SHAPES)}.")
     model_type, sizes = SHAPES[name]
     config = AutoConfig.for_model(model_type, **sizes)
-    heads = config.num_attention_heads
-    return HeadShape(heads, getattr(config, "num_key_value_heads", None) or heads, config.hidden_size // heads)
+    family = family_of(config)
+    return {
+        "heads": config.num_attention_heads,
+        "kv_heads": family.kv_heads(config),
+        "head_dim": family.head_dim(config),
+    }
 
 
 def uniform_ranks(kv_ratio: float, size: int) -> tuple[int, int]:
@@ -97,13 +94,11 @@ def random_model(name: str, dtype: str | None, device: str | None) -> PreTrained
     """
     head_shape(name)
     where = device_of(device)
-    dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
-    if dtype not in DTYPES:
-        raise EigenAttnError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
+    stored = dtype_of(dtype or ("bfloat16" if where.type == "cuda" else "float32"))
     model_type, sizes = SHAPES[name]
     torch.manual_seed(0)
     with where:
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes), dtype=DTYPES[dtype]).eval()
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes), dtype=stored).eval()
 
 
 @dataclass(frozen=True)
@@ -155,6 +150,26 @@ class Contest:
         return {
             self.baseline: lambda: random_model(shape, *where),
             self.name: lambda: shrink(random_model(shape, *where), self.kv_ratio, self.window),
+        }
+
+    def models(self, longest: int) -> dict[str, PreTrainedModel]:
+        """Both at once, by their names.
+
+        Raises:
+            EigenAttnError: if they cannot be loaded, or do not read so many tokens.
+        """
+        models = {name: load() for name, load in self.loaders().items()}
+        for model in models.values():
+            check_length(model.config, longest)
+        return models
+
+    def speeds(self, tokens: int, seconds: dict[str, float]) -> dict[str, float]:
+        """Tokens a second of both, which took so long for so many, and their ratio."""
+        own, baseline = seconds[self.name], seconds[self.baseline]
+        return {
+            "tokens_per_second": tokens / own,
+            "baseline_tokens_per_second": tokens / baseline,
+            "ratio": baseline / own,
         }
 
     def facts(self, model: PreTrainedModel) -> dict[str, Any]:

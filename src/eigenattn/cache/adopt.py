@@ -87,7 +87,7 @@ def update_quantised(cache: Any, layer_idx: int, rows: tuple[Tensor, ...], posit
             f"a q_group_size that divides both, such as {math.gcd(*sizes, group)}, or compress with coded latents."
         )
     context, start, new = CacheContext.of(cache), layer.get_seq_length(), rows[0].shape[-2]
-    if context.begin(layer_idx) and position_ids is not None:
+    if context.begin(layer_idx):
         context.write(start, position_ids, len(rows[0]))
     held = cache.update(*rows, layer_idx)
     return Sight(Far(tuple(held)), None, start, start + new, context.positions(0, start + new, rows[0].device))

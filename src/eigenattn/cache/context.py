@@ -56,12 +56,14 @@ class CacheContext:
             self._memo[name] = compute()
         return self._memo[name]
 
-    def write(self, start: int, position_ids: Tensor, batch: int) -> None:
-        """Note the positions [B or 1, T] of tokens start .. of a batch; later ones are forgotten.
+    def write(self, start: int, position_ids: Tensor | None, batch: int) -> None:
+        """Note the positions [B or 1, T] of tokens start .. of a batch, if it has any; later ones are forgotten.
 
         Raises:
             EigenAttnError: if positions of earlier tokens, or of other rows, are not known.
         """
+        if position_ids is None:
+            return
         rows = position_ids.expand(batch, -1)[:, None, :, None]
         if self._grown is None:
             self._grown = Store(rows[:, :, :0])
@@ -70,8 +72,10 @@ class CacheContext:
         self._grown.crop(start)
         self._grown.append(rows)
 
-    def write_fixed(self, places: Tensor, position_ids: Tensor, batch: int, room: int) -> None:
+    def write_fixed(self, places: Tensor, position_ids: Tensor | None, batch: int, room: int) -> None:
         """The same at columns [T] of a table of fixed size, for static caches."""
+        if position_ids is None:
+            return
         if self._fixed is None:
             self._fixed = position_ids.new_zeros(batch, room)
             if not torch.compiler.is_compiling():

@@ -50,8 +50,7 @@ class EvictingLayer(LatentLayer):
             )
         self.eviction = eviction
         self.evicted = 0  # tokens
-        self.columns: Tensor | None = None
-        self._column_store: Store | None = None
+        self.columns: Tensor | None = None  # whose store lies behind those of the latents
         self._tally: Tensor | None = None
         self._settled = 0  # rows that an eviction left, which crop cannot reach behind
 
@@ -61,10 +60,12 @@ class EvictingLayer(LatentLayer):
     def _columns_held(self) -> Tensor | None:
         return self.columns
 
+    def _rows(self) -> tuple[Tensor, ...]:
+        rows = super()._rows()
+        return rows if self.columns is None else rows[:-1]
+
     def _append(self, rows: tuple[Tensor, ...]) -> None:
-        if self._column_store is not None:
-            self._column_store.append(self._neighbours(self._tokens_left(), rows))
-        super()._append(rows)
+        super()._append(rows if self.columns is None else (*rows, self._neighbours(self._tokens_left(), rows)))
 
     @staticmethod
     def _neighbours(first: int, rows: tuple[Tensor, ...]) -> Tensor:
@@ -76,12 +77,12 @@ class EvictingLayer(LatentLayer):
 
     def _show(self) -> None:
         super()._show()
-        self.columns = None if self._column_store is None else self._column_store.rows.squeeze(-1)
+        if self.columns is not None:
+            self.columns = self.stores[-1].rows.squeeze(-1)
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
-        beside = [x for x in (self.columns, self._tally) if x is not None]
-        return super().tensors() + beside
+        return super().tensors() + ([] if self._tally is None else [self._tally])
 
     def rows_to_keep(self) -> int:
         """Rows that the budget has room for."""
@@ -105,11 +106,11 @@ class EvictingLayer(LatentLayer):
         if over <= 0 or queries < rule.queries:
             return
         held = describe(columns, kept_rows, self._tally)
-        if self._column_store is None:
-            self._column_store = Store(columns[:, :, :0].unsqueeze(-1))
-            self._column_store.append(columns.unsqueeze(-1))
+        if self.columns is None:
+            self.stores, self.columns = (*self.stores, Store(columns[:, :, :0].unsqueeze(-1))), columns
+            self.stores[-1].append(columns.unsqueeze(-1))
         kept = self.eviction.choose(held)
-        for store in (*self.stores, self._column_store):
+        for store in self.stores:
             store.keep(kept)
         if self._tally is not None:
             self._tally = self._tally.gather(-1, kept)
@@ -133,20 +134,16 @@ class EvictingLayer(LatentLayer):
             raise EigenAttnError(
                 "tokens were evicted since those to be taken back came, and are gone: start a new cache."
             )
-        if self._column_store is not None:
-            self._column_store.crop(left - self.evicted)
         super()._crop_left(left - self.evicted)
 
     def _map(self, change: Any, batch: bool = True) -> None:
-        if self._column_store is not None:
-            self._column_store.map(change)
         if self._tally is not None:
             self._tally = change(self._tally)
         super()._map(change, batch)
 
     def reset(self) -> None:
         super().reset()
-        self.columns, self._column_store, self._tally = None, None, None
+        self.columns, self._tally = None, None
         self.evicted = self._settled = 0
 
 

@@ -77,7 +77,7 @@ class LatentLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
             self.stores = tuple(Store(empty) for empty in encode(self.window_keys, self.window_values))
             self._show()
-        if self.context.begin(self.layer_idx) and position_ids is not None:
+        if self.context.begin(self.layer_idx):
             self.context.write(self.get_seq_length(), position_ids, len(key_states))
         new, held, latents = key_states.shape[-2], self.window_keys.shape[-2], self._tokens_left()
         seen = self._tokens_held()

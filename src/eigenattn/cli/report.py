@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import webbrowser
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,33 +11,31 @@ from rich.console import Console
 from ..errors import EigenAttnError
 from ..files import check_name, whole
 from ..report.page import PROMPTS, build, gather
-from .common import Model, app, examples
-from .options import LoadingOptions, grouped
+from .common import Model, command, say
+from .options import LoadingOptions
 
 
-@app.command(
-    epilog=examples(
-        "eigenattn report smollm2-60 --open",
-        "eigenattn report smollm2-60 --sweep smollm2-sweep --spectrum smollm2-spectrum --baseline smollm2",
-    )
+@command(
+    "eigenattn report smollm2-60 --open",
+    "eigenattn report smollm2-60 --sweep smollm2-sweep --spectrum smollm2-spectrum --baseline smollm2",
+    out="The page to write; report.html in the checkpoint's folder by default.",
+    evaluation="A file of `eigenattn evaluate --json`; by default what --save kept.",
+    sweep="A folder of `eigenattn sweep`.",
+    spectrum="A folder of `eigenattn spectrum`.",
+    baseline="The original, to set continuations side by side.",
+    prompt=f"What both continue; may be repeated. {len(PROMPTS)} are built in.",
+    open_page=typer.Option("--open", help="Open the page in a browser."),
 )
-@grouped
 def report(
     model: Model,
     *,
-    out: Annotated[
-        Path | None, typer.Option(help="The page to write; report.html in the checkpoint's folder by default.")
-    ] = None,
-    evaluation: Annotated[
-        Path | None, typer.Option(help="A file of `eigenattn evaluate --json`; by default what --save kept.")
-    ] = None,
-    sweep: Annotated[Path | None, typer.Option(help="A folder of `eigenattn sweep`.")] = None,
-    spectrum: Annotated[Path | None, typer.Option(help="A folder of `eigenattn spectrum`.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="The original, to set continuations side by side.")] = None,
-    prompt: Annotated[
-        list[str], typer.Option(help=f"What both continue; may be repeated. {len(PROMPTS)} are built in.")
-    ] = [],  # noqa: B006 (typer copies it)
-    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    out: Path | None = None,
+    evaluation: Path | None = None,
+    sweep: Path | None = None,
+    spectrum: Path | None = None,
+    baseline: str | None = None,
+    prompt: list[str] = [],  # noqa: B006 (typer copies it)
+    open_page: bool = False,
     loading: LoadingOptions,
 ) -> None:
     """Write one HTML page on a checkpoint: ranks, bytes, quality, spectra, where it comes from. It loads nothing."""
@@ -59,6 +56,6 @@ def report(
     with whole(target) as beside:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(content, encoding="utf-8")
-    Console().print(f"{target}: {len(content):,} bytes", highlight=False, soft_wrap=True)
+    say(Console(highlight=False), f"{target}: {len(content):,} bytes")
     if open_page:
         webbrowser.open(target.resolve().as_uri())

@@ -18,17 +18,16 @@ from ..evaluation.sweep_folder import table
 from ..report.figures import calibration_study, frontier, new_figure, save_figure
 from ..report.tables import calibrations, sweep_table
 from ..workflows.sweep import Calibration, run_sweep, sweep_texts
-from .common import SEEDS, Json, Model, app, emit, examples, rich_table
+from .common import WORDS, Json, Model, command, emit, rich_table, say, several
 from .options import (
+    CALIBRATION_HELP,
     CODED_HELP,
     SHARE_HELP,
     WINDOW_HELP,
-    CalibrationSources,
     EvaluationOptions,
     LoadingOptions,
-    grouped,
-    names,
-    numbers,
+    seed_of,
+    sources,
 )
 
 # By default, of latents in 16 bits and of coded ones.
@@ -42,40 +41,15 @@ RIVAL_NAMES = ", ".join(name for name in RIVALS if not name.endswith(("-rotated"
 class GridOptions:
     """Which compressions are compared: all combinations."""
 
-    kv_ratio: Annotated[
-        str,
-        typer.Option(
-            help=f"Compress the cache to these shares of its bytes. {LIST} By default {RATIOS}, and with --coded "
-            f"{CODED_RATIOS}.",
-            metavar="LIST",
-        ),
-    ] = ""
-    coded: Annotated[bool, typer.Option("--coded", help=CODED_HELP)] = False
-    basis: Annotated[
-        str,
-        typer.Option(
-            help=f"How subspaces are found: {', '.join(BASES)}. {LIST} By default attention, and fisher with --coded."
-        ),
-    ] = ""
-    ranks: Annotated[
-        str, typer.Option(help=f"How ranks are shared out over the layers: {', '.join(RANK_RULES)}. {LIST}")
-    ] = "sensitivity"
-    window: Annotated[str, typer.Option(help=f"{WINDOW_HELP}. {LIST}")] = "32"
-    share: Annotated[str, typer.Option(help=f"{SHARE_HELP} {LIST}")] = "1"
-    rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this number.")] = 8
-    shrinkage: Annotated[
-        str,
-        typer.Option(
-            help=f"Take these shares of the statistics from the weights and not from the text. {LIST}", metavar="LIST"
-        ),
-    ] = "0"
-    refit: Annotated[
-        bool | None,
-        typer.Option(
-            "--refit/--no-refit",
-            help="Fit the decoders of values anew once ranks are chosen. By default only without a window.",
-        ),
-    ] = None
+    kv_ratio: str = ""
+    coded: bool = False
+    basis: str = ""
+    ranks: str = "sensitivity"
+    window: str = "32"
+    share: str = "1"
+    rank_multiple: int = 8
+    shrinkage: str = "0"
+    refit: bool | None = None
 
     def grid(self) -> Grid:
         """The cells asked for.
@@ -84,49 +58,63 @@ class GridOptions:
             EigenAttnError: if one of them is none.
         """
         return Grid(
-            kv_ratios=numbers("--kv-ratio", self.kv_ratio or (CODED_RATIOS if self.coded else RATIOS), float),
+            kv_ratios=several("--kv-ratio", self.kv_ratio or (CODED_RATIOS if self.coded else RATIOS), float),
             coded=self.coded,
-            bases=names(self.basis) or (None,),
-            ranks=names(self.ranks),
-            windows=numbers("--window", self.window, int),
-            share=names(self.share),
+            bases=several("--basis", self.basis) or (None,),
+            ranks=several("--ranks", self.ranks),
+            windows=several("--window", self.window, int),
+            share=several("--share", self.share),
             rank_multiple=self.rank_multiple,
-            shrinkage=numbers("--shrinkage", self.shrinkage, float),
+            shrinkage=several("--shrinkage", self.shrinkage, float),
             refit=self.refit,
         )
 
 
-@app.command(
-    epilog=examples(
-        "eigenattn sweep smollm2 smollm2-sweep --kv-ratio 0.9,0.8,0.7,0.6,0.5",
-        "eigenattn sweep my-model sweep --kv-ratio 0.6,0.4 --basis attention,eigen --window 0,32 --text prompts.jsonl",
-        "eigenattn sweep smollm2 sweep --coded --share 1,3kv --rivals plain-4,plain-2 --tasks my-task.jsonl",
-        "eigenattn sweep smollm2 study --each-text --text wikitext2 --text python-docs --text self --samples 4,8,16,32",
-    )
+WORDS[GridOptions] = {
+    "kv_ratio": typer.Option(
+        help=f"Compress the cache to these shares of its bytes. {LIST} By default {RATIOS}, and with --coded "
+        f"{CODED_RATIOS}.",
+        metavar="LIST",
+    ),
+    "coded": CODED_HELP,
+    "basis": f"How subspaces are found: {', '.join(BASES)}. {LIST} By default attention, and fisher with --coded.",
+    "ranks": f"How ranks are shared out over the layers: {', '.join(RANK_RULES)}. {LIST}",
+    "window": f"{WINDOW_HELP}. {LIST}",
+    "share": f"{SHARE_HELP} {LIST}",
+    "rank_multiple": "Ranks are multiples of this number.",
+    "shrinkage": typer.Option(
+        help=f"Take these shares of the statistics from the weights and not from the text. {LIST}", metavar="LIST"
+    ),
+    "refit": "Fit the decoders of values anew once ranks are chosen. By default only without a window.",
+}
+
+
+@command(
+    "eigenattn sweep smollm2 smollm2-sweep --kv-ratio 0.9,0.8,0.7,0.6,0.5",
+    "eigenattn sweep my-model sweep --kv-ratio 0.6,0.4 --basis attention,eigen --window 0,32 --text prompts.jsonl",
+    "eigenattn sweep smollm2 sweep --coded --share 1,3kv --rivals plain-4,plain-2 --tasks my-task.jsonl",
+    "eigenattn sweep smollm2 study --each-text --text wikitext2 --text python-docs --text self --samples 4,8,16,32",
+    rivals=typer.Option(help=f"Compare with caches that need no text: {RIVAL_NAMES}. {LIST}", metavar="LIST"),
+    text=sources(f"What to calibrate on: {CALIBRATION_HELP}"),
+    evaluation_text=sources(
+        "What to evaluate on. By default what named sources hold out, and the last fifth of files."
+    ),
+    each_text="Calibrate on each text by itself, not on all together.",
+    samples=f"How many calibration windows to draw from the text. {LIST}",
+    seed=seed_of("the draw"),
 )
-@grouped
 def sweep(
     model: Model,
     out: Annotated[Path, typer.Argument(help="The folder of results; a sweep that is there goes on.")],
     *,
     grid: GridOptions,
     evaluation: EvaluationOptions,
-    rivals: Annotated[
-        str, typer.Option(help=f"Compare with caches that need no text: {RIVAL_NAMES}. {LIST}", metavar="LIST")
-    ] = "",
-    text: CalibrationSources = [DEFAULT_SOURCE],  # noqa: B006 (typer copies it)
-    evaluation_text: Annotated[
-        list[str],
-        typer.Option(
-            help="What to evaluate on. By default what named sources hold out, and the last fifth of files.",
-            metavar="SOURCE",
-        ),
-    ] = [],  # noqa: B006
-    each_text: Annotated[
-        bool, typer.Option("--each-text", help="Calibrate on each text by itself, not on all together.")
-    ] = False,
-    samples: Annotated[str, typer.Option(help=f"How many calibration windows to draw from the text. {LIST}")] = "32",
-    seed: Annotated[int, typer.Option(**SEEDS, help="The seed of the draw.")] = 0,
+    rivals: str = "",
+    text: list[str] = [DEFAULT_SOURCE],  # noqa: B006 (typer copies it)
+    evaluation_text: list[str] = [],  # noqa: B006
+    each_text: bool = False,
+    samples: str = "32",
+    seed: int = 0,
     loading: LoadingOptions,
     json_file: Json = None,
 ) -> None:
@@ -135,11 +123,11 @@ def sweep(
     With several texts by themselves, or several numbers of samples, it says which text to calibrate on, and how much.
     """
     cells = grid.grid()
-    sizes = numbers("--samples", samples, int)
+    sizes = several("--samples", samples, int)
     if min(sizes, default=0) < 1:
         raise EigenAttnError("--samples must be 1 or more.")
     new_figure(1, 1)  # without matplotlib it ends here, not after the work
-    chosen = [Rival.of(name) for name in names(rivals)]
+    chosen = [Rival.of(name) for name in several("--rivals", rivals)]
     calibration, held_out = sweep_texts(text, evaluation_text)
     groups = [[each] for each in calibration] if each_text else [calibration]
     results = run_sweep(
@@ -165,4 +153,4 @@ def sweep(
     console.print(rich_table(sweep_table(table(results), texts), title))
     took = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds"].items())
     drawn = ", ".join(f"{name}.png, {name}.svg" for name in pictures)
-    console.print(f"{out}: sweep.json, sweep.csv, {drawn}. {took}.", highlight=False, soft_wrap=True)
+    say(console, f"{out}: sweep.json, sweep.csv, {drawn}. {took}.")

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..cache.sight import Near
 from ..calibration.passes import decoder_layers, embeddings_loaded, layer_output
 from ..calibration.statistics import Batch
 from ..journal import Journal
-from ..kernels.blocks import FarKeys, NearKeys, attend
+from ..kernels.blocks import FarKeys, attend
 from ..models.attention import EigenAttention
 from ..models.forward_pass import ForwardPass
 from ..models.placement import loaded
@@ -136,7 +137,7 @@ class LeastSquares:
         options = {"mask": this.mask(q, t), "scale": attention.scaling, "softcap": attention.softcap}
         if window:
             # What is exact takes its share of the attention, and adds nothing.
-            held = FarKeys(far, z), NearKeys(near, torch.zeros_like(z), 0)
+            held = FarKeys(far, z), Near(near, torch.zeros_like(z), 0)
             self.sums, _ = attend(this.backend, q, *held, query_first=0, window=window, columns=t, **options)
         else:
             self.sums, _ = this.backend(q, far, z, **options)

@@ -14,8 +14,7 @@ from ..calibration.text import Text, tokenize
 from ..errors import EigenAttnError
 from ..progress import TASK, TokenProgress
 from .paired import Estimate, difference, exponential, mean
-from .perplexity import scored_tokens, windows_of
-from .reading import Logits, Predictions, Reading, read, uncached
+from .reading import Logits, Predictions, Reading, read, scored_tokens, uncached, windows_of
 from .retrieval import UNJUDGED, Needles, copying, find_needles
 from .tasks import TaskResult, run_tasks
 
@@ -180,10 +179,10 @@ def _with_error(name: str, estimate: Estimate) -> dict[str, float | None]:
 
 def _text(name: str, reading: Reading, baseline: Reading | None) -> dict[str, Any]:
     row: dict[str, Any] = {"text": name, "windows": len(reading.nll), "tokens": reading.tokens}
-    row |= _with_error("perplexity", exponential(mean(reading.nll)))
+    row |= _with_error("perplexity", reading.perplexity)
     if baseline is not None:
         ratio = exponential(difference(reading.nll, baseline.nll))
-        row["baseline_perplexity"] = exponential(mean(baseline.nll)).value
+        row["baseline_perplexity"] = baseline.perplexity.value
         row |= _with_error("relative_increase", Estimate(ratio.value - 1, ratio.error))
     if reading.divergence is not None and reading.agreement is not None:
         row |= _with_error("divergence", mean(reading.divergence))

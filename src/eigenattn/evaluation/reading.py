@@ -14,6 +14,7 @@ from ..cache.evicting import EigenCache
 from ..calibration.checks import check_tokens
 from ..errors import EigenAttnError
 from ..models.placement import input_device
+from .paired import Estimate, exponential, mean
 
 # Gives the logits [1, keep, V] of the last `keep` tokens of one sequence [1, T]: `(model, ids, keep)`.
 Logits = Callable[[PreTrainedModel, Tensor, int], Tensor]
@@ -64,6 +65,31 @@ def through_eviction(evict: str | None, budget: int | float | None, piece: int =
     return read
 
 
+def windows_of(tokens: Tensor, count: int, length: int, stride: int | None = None) -> Tensor:
+    """The first windows [N, length] of a text that hold `count` tokens.
+
+    One begins every `stride` tokens; by default they lie side by side.
+
+    Raises:
+        EigenAttnError: if the text is too short for one window, or the stride does not lie in 1 .. length.
+    """
+    stride = length if stride is None else stride
+    if not 0 < stride <= length:
+        raise EigenAttnError(f"the stride must lie between 1 and the window's {length} tokens, not {stride}.")
+    number = (min(count, len(tokens)) - length) // stride + 1
+    if number <= 0:
+        raise EigenAttnError(
+            f"the text has {len(tokens)} tokens and {count} were asked for; one window takes {length}: give a longer "
+            "text, or lower --length."
+        )
+    return tokens.unfold(0, length, stride)[:number]
+
+
+def scored_tokens(length: int, stride: int | None = None) -> int:
+    """Tokens that a window predicts: none twice, and the first of the window never."""
+    return min(stride or length, length - 1)
+
+
 @dataclass(frozen=True)
 class Predictions:
     """What a model predicted on windows of text.
@@ -96,6 +122,11 @@ class Reading:
     agreement: list[float] | None
     tokens: int
     predictions: Predictions | None
+
+    @property
+    def perplexity(self) -> Estimate:
+        """`exp` of the mean negative log-likelihood."""
+        return exponential(mean(self.nll))
 
 
 @torch.no_grad()

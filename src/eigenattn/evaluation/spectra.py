@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration.statistics import Batch
-from ..calibration.text import Text
-from ..calibration.windows import complete, described, text_windows
 from ..compression.recipe import Recipe
 from ..config import EigenAttentionConfig
-from ..errors import EigenAttnError
+from ..files import read_results
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
-from ..models.loading import Source, load_model, load_tokenizer
-from ..models.placement import input_device
 from ..progress import TokenProgress
-from ..version import versions
 
 VERSION = 1
 FILE = "spectrum.json"
@@ -79,58 +73,10 @@ def describe(spectra: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def measure_spectra(
-    name: str,
-    *,
-    calibration: Sequence[Text],
-    samples: int,
-    length: int,
-    seed: int,
-    basis: str,
-    window: int,
-    dtype: str | None = None,
-    device: str | None = None,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Spectra of a model on windows of texts, with what they were made of: what `spectrum.json` holds.
-
-    Args:
-        name: folder, hub id, `.gguf` file or `smollm2`.
-        calibration, samples, length, seed: as for compressing.
-
-    Raises:
-        EigenAttnError: on a model or text that cannot be used.
-    """
-    source = Source.of(name)
-    parts = text_windows(calibration, load_tokenizer(source), samples, length, seed)
-    model = load_model(source, dtype, device)
-    windows = complete(parts, model, length, seed).to(input_device(model))
-    batches = [Batch(each) for each in windows.split(1)]
-    spectra = spectra_of(model, batches, basis=basis, window=window, progress=progress)
-    return {
-        "version": VERSION,
-        "model": name,
-        "basis": basis,
-        "window": window,
-        "text": [described(text) for text in calibration],
-        "samples": samples,
-        "length": length,
-        "seed": seed,
-        "versions": versions(),
-        **describe(spectra),
-    }
-
-
 def read_spectra(folder: Path) -> dict[str, Any]:
     """What `eigenattn spectrum` wrote.
 
     Raises:
         EigenAttnError: if the folder holds none, or one of another version.
     """
-    try:
-        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EigenAttnError(f"{folder} holds no spectra: it has no readable {FILE}.") from error
-    if not isinstance(values, dict) or values.get("version") != VERSION:
-        raise EigenAttnError(f"{folder} holds spectra of another version: install the eigenattn that wrote them.")
-    return values
+    return read_results(folder / FILE, "spectra", VERSION)

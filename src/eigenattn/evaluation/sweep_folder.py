@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EigenAttnError
-from ..files import check_name, lock, to_json, whole
+from ..files import check_name, lock, read_results, to_json, whole
 from ..version import versions
 
 VERSION = 2
@@ -111,13 +111,7 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     Raises:
         EigenAttnError: if the folder holds none, or one of another version.
     """
-    try:
-        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EigenAttnError(f"{folder} holds no sweep: it has no readable {FILE}.") from error
-    if not isinstance(values, dict) or values.get("version") != VERSION:
-        raise EigenAttnError(f"{folder} holds a sweep of another version: install the eigenattn that wrote it.")
-    return values
+    return read_results(folder / FILE, "sweep", VERSION)
 
 
 def read_seconds(folder: Path) -> dict[str, float]:

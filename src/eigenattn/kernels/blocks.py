@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..cache.sight import Near
 from .reference import both_masks
 
 # Queries attended at a time (chosen): the exact keys in sight grow with it, and the number of calls falls.
@@ -20,14 +21,6 @@ class FarKeys(NamedTuple):
     keys: Tensor  # [B, G, F, D]
     values: Tensor  # [B, G, F, D]
     columns: Tensor | None = None  # [B, H, F], of each head's keys; None: key n is column n
-
-
-class NearKeys(NamedTuple):
-    """The last tokens, exact."""
-
-    keys: Tensor  # [B, G, N, D]
-    values: Tensor  # [B, G, N, D]
-    first: int | Tensor  # column of the first of them; a tensor with a static cache
 
 
 def take_columns(x: Tensor, columns: Tensor) -> Tensor:
@@ -97,7 +90,7 @@ def attend(
     backend: Callable[..., tuple[Tensor, Tensor | None]],
     q: Tensor,
     far: FarKeys,
-    near: NearKeys,
+    near: Near,
     *,
     query_first: int | Tensor,
     window: int,
@@ -110,6 +103,7 @@ def attend(
     Args:
         backend: attention over one list of keys (`eigenattn.kernels.BACKENDS`).
         q: queries [B, H, T, D].
+        near: the exact keys, rotated.
         query_first: column of the first query; a tensor with a static cache.
         window: W.
         mask: over columns, see `split_masks`.

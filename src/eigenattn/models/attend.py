@@ -14,7 +14,6 @@ from ..cache.sight import Near, Sight
 from ..kernels import blocks, chunked, decoding
 from ..kernels.decoding.batched import decode_with_weights
 from ..kernels.reference import add_mask, causal_mask
-from ..kernels.reference import attend as reference_attend
 from ..kernels.selection import decoding_backend, is_chosen
 from .forward_pass import ForwardPass
 from .layer import AttentionLayer
@@ -137,14 +136,8 @@ def joined(maps: LatentMaps, q: Tensor, summed: chunked.Parts, exact: chunked.Pa
     return sums + (exact.out * (exact.lse - lse).exp_()).to(q.dtype)
 
 
-def all_at_once(
-    layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight, observed: int | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """All queries over all keys, decoded.
-
-    Args:
-        observed: only so many last queries, and their weights on the far rows in the order of the rows.
-    """
+def all_at_once(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
+    """All queries over all keys, decoded."""
     q, far, near = this.rotated(q), sight.far, sight.near
     latents = layer.restored(far.rows, q.dtype)
     keys = layer.latent(latents, "key")
@@ -156,49 +149,52 @@ def all_at_once(
             columns = far.columns.long().repeat_interleave(layer.kv_heads // far.columns.shape[1], dim=1)
             cos, sin = at_columns(cos, columns), at_columns(sin, columns)
         keys = rotate(layer.decode(keys, "key"), cos, sin, layer.family.interleaved)
-    mask = this.mask(q, sight.columns)
-    query = sight.query
-    if observed is not None:
-        start = q.shape[-2] - observed
-        q, query = q[:, :, start:], query + start
-        mask = None if mask is None else mask[:, :, start:]
-    evicted = near is None and far.columns is not None and q.shape[-2] > 1
-    if mask is None and (evicted or observed is not None):  # backends count queries and rows from 0
-        mask = causal_mask(q.shape[-2], sight.columns, q.device, int(query))[None, None]
-    # Of each query head; KV heads that share a latent keep the same tokens.
-    columns = None
-    if far.columns is not None:
-        columns = far.columns.long().repeat_interleave(layer.heads // far.columns.shape[1], dim=1)
+    mask, columns = this.mask(q, sight.columns), columns_of_heads(layer, sight)
     if near is None:
+        if mask is None and columns is not None and q.shape[-2] > 1:  # backends count queries and rows from 0
+            mask = causal_mask(q.shape[-2], sight.columns, q.device, int(sight.query))[None, None]
         if not layer.rotates_far:
             q, _ = layer.query_in_latent_space(q)
         if columns is not None:
             mask = None if mask is None else blocks.take_columns(mask, columns)
         keys, values = layer.for_each_head(keys), layer.for_each_head(layer.latent(latents, "value"))
-        if observed is not None:
-            return reference_attend(q, keys, values, mask=mask, scale=layer.scaling, softcap=layer.softcap)
         out, weights = this.attend_at_full_rank(q, keys, values, mask)
         if weights is not None and columns is not None:
             weights = blocks.by_column(weights, columns, columns.new_zeros(0), sight.columns)
         return layer.decode_output(out), weights
     if not layer.rotates_far:
         keys = layer.decode(keys, "key")
-    out, weights = blocks.attend(
-        this.backend if observed is None else reference_attend,
+    return blocks.attend(
+        this.backend,
         q,
         blocks.FarKeys(keys, layer.decode(layer.latent(latents, "value"), "value"), columns),
-        blocks.NearKeys(_near_keys(layer, this, near, sight), near.values, near.first),
-        query_first=query,
+        near._replace(keys=_near_keys(layer, this, near, sight)),
+        query_first=sight.query,
         window=layer.layout.window,
         mask=mask,
         columns=sight.columns,
         scale=layer.scaling,
         softcap=layer.softcap,
-        **({} if observed is not None else {"dropout": this.dropout}),
+        dropout=this.dropout,
     )
-    if observed is not None and weights is not None:
-        weights = weights[..., : keys.shape[2]] if columns is None else blocks.take_columns(weights, columns)
-    return out, weights
+
+
+def columns_of_heads(layer: AttentionLayer, sight: Sight) -> Tensor | None:
+    """The column of each far row for each query head [B, H, F]; None where row n is column n."""
+    columns = sight.far.columns
+    if columns is None:
+        return None
+    # KV heads that share a latent keep the same tokens.
+    return columns.long().repeat_interleave(layer.heads // columns.shape[1], dim=1)
+
+
+def weights_on_rows(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight, queries: int) -> Tensor:
+    """What so many last queries of a pass attend to: weights on the far rows, in their order, [B, H, n, F]."""
+    start, columns = q.shape[-2] - queries, columns_of_heads(layer, sight)
+    last = sight._replace(query=sight.query + start)
+    _, weights = all_at_once(layer, this.observing(q, sight, start), q[:, :, start:], last)
+    assert weights is not None  # by the backend that gives them
+    return weights[..., : sight.far.rows[0].shape[2]] if columns is None else blocks.take_columns(weights, columns)
 
 
 def _near_keys(layer: AttentionLayer, this: ForwardPass, near: Near, sight: Sight, first: int = 0) -> Tensor:

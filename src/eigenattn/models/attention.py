@@ -68,8 +68,6 @@ class EigenAttention(AttentionLayer):
     def _remember(self, this: ForwardPass, k: Tensor, v: Tensor) -> Sight:
         """Put keys and values [B, G, T, D] into the cache, if there is one, and give what queries may look at."""
         window, index = self.layout.window, self.layer_idx
-        if window or this.evicts:
-            this.backend  # noqa: B018 (refuses what cannot attend so)
         if this.cache is None:
             t = k.shape[-2]
             left = max(t - window, 0)

@@ -178,7 +178,7 @@ def _read_config(path: Path) -> tuple[EigenAttnCheckpointConfig, Any]:
     values = read_object(path, "configuration of bases")
     if values.get("quant_method") != METHOD:
         raise EigenAttnError(f"{path} is not a configuration of bases.")
-    config = EigenAttnCheckpointConfig.read(values)
+    config = EigenAttnCheckpointConfig(**values)
     if not config.method["window"]:
         raise EigenAttnError(f"{path} is of a model without a window, whose bases are folded into its weights.")
     return config, values.get("base_model_weights")

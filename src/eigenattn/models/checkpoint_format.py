@@ -14,6 +14,7 @@ from ..config import EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
 from .attention import EigenAttention
 from .conversion import METHOD, convert_attention, eigen_layers
+from .families import family_of
 from .maps import MAPS, QUANTISERS, local_part
 from .parallel import plan, take_part
 from .placement import offloaded, stored
@@ -25,6 +26,8 @@ MOST_WINDOW = 2**20
 
 class EigenAttnCheckpointConfig(QuantizationConfigMixin):
     """What `config.json` carries as `quantization_config`: the latents of each layer, and how they came about.
+
+    Names that it does not have are passed over.
 
     Args:
         layers: `eigenattn.cache.layout.Layout.to_dict` of each layer. In format 1: `rank_k` and `rank_v`, which is 0
@@ -72,25 +75,25 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         self.provenance = provenance or {}
         self.format_version = FORMAT_VERSION
 
-    @classmethod
-    def read(cls, values: dict[str, Any]) -> EigenAttnCheckpointConfig:
-        """Read what `to_dict` wrote; names that it does not have are passed over.
+    def layouts(self, config: Any) -> list[Layout]:
+        """The layout of each layer, of a model with this configuration.
 
         Raises:
-            EigenAttnError: if something is malformed, or the format is newer than this package.
+            EigenAttnError: if a layer is malformed, or they do not fit such a model.
         """
-        return cls(**values)
-
-    def layouts(self, kv_heads: int, head_dim: int) -> list[Layout]:
-        """The layout of each layer, of a model with G KV heads of D dimensions.
-
-        Raises:
-            EigenAttnError: if a layer is malformed, or does not fit such a model.
-        """
-        found = []
+        text, window = config.get_text_config(decoder=True), self.method["window"]
+        if len(self.layers) != text.num_hidden_layers:
+            raise EigenAttnError(
+                f"the checkpoint has ranks for {len(self.layers)} layers, and its model has {text.num_hidden_layers}."
+            )
+        longest = getattr(text, "max_position_embeddings", None) or MOST_WINDOW
+        if window > longest:
+            raise EigenAttnError(f"the checkpoint has a window of {window} tokens, and its model reads {longest}.")
+        family, found = family_of(config), []
+        kv_heads, head_dim = family.kv_heads(text), family.head_dim(text)
         for index, entry in enumerate(self.layers):
             try:
-                layout = Layout.from_dict(entry, kv_heads, head_dim, self.method["window"])
+                layout = Layout.from_dict(entry, kv_heads, head_dim, window)
             except ValueError as error:
                 raise EigenAttnError(f"layer {index} of the checkpoint: {error}.") from error
             # At full rank, and not coded, vectors are stored as they are: format 1 has no other sign for it.
@@ -123,17 +126,7 @@ def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) ->
     Raises:
         EigenAttnError: if it does not fit the model.
     """
-    if len(layers) != len(config.layers):
-        raise EigenAttnError(
-            f"the checkpoint has ranks for {len(config.layers)} layers, and its model has {len(layers)}."
-        )
-    longest = getattr(layers[0].config, "max_position_embeddings", None) or MOST_WINDOW
-    if config.method["window"] > longest:
-        raise EigenAttnError(
-            f"the checkpoint has a window of {config.method['window']} tokens, and its model reads {longest}."
-        )
-    layouts = config.layouts(layers[0].kv_heads, layers[0].head_dim)
-    for attention, layout in zip(layers, layouts, strict=True):
+    for attention, layout in zip(layers, config.layouts(layers[0].config), strict=True):
         attention.allocate(layout, config.centred)
 
 

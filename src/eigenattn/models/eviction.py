@@ -10,7 +10,7 @@ from torch import Tensor
 from ..cache.evicting import EvictingLayer
 from ..cache.rules import Held
 from ..cache.sight import Sight
-from .attend import all_at_once
+from .attend import weights_on_rows
 from .forward_pass import ForwardPass
 from .layer import AttentionLayer
 
@@ -34,8 +34,7 @@ def evict(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> 
 
     def attention(queries: int) -> Tensor:
         observed = min(queries, q.shape[-2])
-        _, weights = all_at_once(layer, this, q, sight, observed)
-        assert weights is not None  # observed queries attend by the backend that gives them
+        weights = weights_on_rows(layer, this, q, sight, observed)
         # Padding sees nothing, of which the softmax makes everything.
         padding = torch.arange(seen - observed, seen, device=q.device).view(-1, 1) < first
         return weights.masked_fill(padding.unsqueeze(1), 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -44,25 +45,35 @@ class ForwardPass:
         self.cache: Any = arguments.get(family.cache_argument)
         self.position_ids: Tensor | None = arguments.get("position_ids")  # [B or 1, T]
         self._cos_sin: tuple[Tensor, Tensor] | None = arguments.get("position_embeddings") if layer.rotates else None
-        self._mask: Any = arguments.get("attention_mask")
+        mask: Any = arguments.get("attention_mask")
+        whole = isinstance(mask, Tensor) and mask.dim() == 4  # others are of a backend's own kind
+        self._mask = ~mask if whole and mask.dtype == torch.bool and family.mask_true_is_masked else mask
         self._bias: Tensor | None = arguments.get(family.bias_argument) if family.bias_argument else None
         # Falcon asks its attention for weights whatever the backend; the others have transformers collect them.
         self.asks_weights = bool(arguments.get("output_attentions"))
         self.implementation: str = "eager" if self.asks_weights else layer.config._attn_implementation
         self.dropout = layer.dropout if layer.training else 0.0
-
-    @property
-    def backend(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """Attention over one list of keys.
-
-        Raises:
-            EigenAttnError: if the model was loaded with attention that takes one list of keys with one mask only.
-        """
-        if self.implementation not in BACKENDS:
+        if (layer.layout.window or self.evicts) and self.implementation not in BACKENDS:
             raise EigenAttnError(
                 f"{self.implementation} cannot attend with an exact window, or where tokens are evicted: load the "
                 'model with attn_implementation="sdpa".'
             )
+
+    def observing(self, q: Tensor, sight: Sight, start: int) -> ForwardPass:
+        """The pass of its queries from `start` on alone, which gives attention weights, and drops none."""
+        found, mask = copy.copy(self), self.mask(q, sight.columns)
+        if mask is None:
+            mask = causal_mask(q.shape[-2], sight.columns, q.device, int(sight.query))[None, None]
+        found._mask, found._bias = mask[:, :, start:], None
+        if self._cos_sin is not None:
+            cos, sin = self._cos_sin
+            found._cos_sin = cos[:, start:], sin[:, start:]
+        found.implementation, found.dropout = "eager", 0.0
+        return found
+
+    @property
+    def backend(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """Attention over one list of keys, of a pass that does not need one by another name (`attend_at_full_rank`)."""
         return BACKENDS[self.implementation]
 
     @property
@@ -140,7 +151,6 @@ class ForwardPass:
         mask, bias, layer = self._mask, self._bias, self.layer
         if isinstance(mask, Tensor) and mask.dim() == 4:
             mask = mask[..., :keys]
-            mask = ~mask if mask.dtype == torch.bool and layer.family.mask_true_is_masked else mask
         elif mask is not None:
             return mask, None
         if bias is None:

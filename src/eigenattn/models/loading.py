@@ -27,6 +27,17 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of this name, one of `DTYPES`.
+
+    Raises:
+        EigenAttnError: if there is no such dtype.
+    """
+    if name not in DTYPES:
+        raise EigenAttnError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a model is: what `from_pretrained` takes, and the folder of bases to put on it, if any.
@@ -94,7 +105,7 @@ class Source:
 
 
 @contextmanager
-def _explained(source: Source, what: str) -> Iterator[None]:
+def _explained(name: str, what: str) -> Iterator[None]:
     """Turn what transformers raises on an unreadable model into one line."""
     try:
         yield
@@ -103,7 +114,7 @@ def _explained(source: Source, what: str) -> Iterator[None]:
     except Exception as error:  # a damaged file makes transformers raise anything
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
-        raise EigenAttnError(f"the {what} of {source.name!r} could not be loaded: {reason}") from error
+        raise EigenAttnError(f"the {what} of {name!r} could not be loaded: {reason}") from error
 
 
 def load_config(source: Source) -> Any:
@@ -112,11 +123,11 @@ def load_config(source: Source) -> Any:
     Raises:
         EigenAttnError: if there is none.
     """
-    with _explained(source, "configuration"):
+    with _explained(source.name, "configuration"):
         return AutoConfig.from_pretrained(source.path, **source.arguments)
 
 
-def empty_model(source: Source, config: Any) -> PreTrainedModel:
+def empty_model(config: Any) -> PreTrainedModel:
     """The causal language model of a configuration, uncompressed and without weights.
 
     Raises:
@@ -125,7 +136,7 @@ def empty_model(source: Source, config: Any) -> PreTrainedModel:
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with _explained(source, "model"), torch.device("meta"):
+    with _explained(config.name_or_path, "model"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
@@ -150,8 +161,7 @@ def load_model(
         EigenAttnError: if its type is not supported, or it cannot be loaded.
     """
     family_of(load_config(source))
-    if dtype is not None and dtype not in DTYPES:
-        raise EigenAttnError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
+    stored = "auto" if dtype is None else dtype_of(dtype)
     where: Any = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if where.lower().endswith(".json"):
         where = _read_device_map(Path(where))
@@ -161,10 +171,10 @@ def load_model(
     if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Else weights may stay packed, which depends on the machine.
         placement["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _explained(source, "model"):
+    with _explained(source.name, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
-            dtype=DTYPES[dtype] if dtype else "auto",
+            dtype=stored,
             offload_folder=offload_folder,
             **placement,
             **source.arguments,
@@ -192,5 +202,5 @@ def load_tokenizer(source: Source) -> Any:
     Raises:
         EigenAttnError: if there is none.
     """
-    with _explained(source, "tokenizer"):
+    with _explained(source.name, "tokenizer"):
         return AutoTokenizer.from_pretrained(source.path, **source.arguments)

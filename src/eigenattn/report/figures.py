@@ -111,10 +111,7 @@ def frontier(values: dict[str, Any]) -> Figure:
                 key=lambda cell: cell["cache_bytes"],
             )
             points = [(cell["cache_bytes"] / 2**20, figure_of(cell)) for cell in cells]
-            points = [(x, *point) for x, point in points if point is not None]
-            if points:
-                x, y, error = zip(*points, strict=True)
-                axis.errorbar(x, y, yerr=[e or 0.0 for e in error], marker="o", markersize=4, label=curve)
+            _curve(axis, [(x, *point) for x, point in points if point is not None], curve)
         if unit == "increase, %":
             axis.set_yscale("symlog", linthresh=LINEAR)
             axis.axhline(0, linestyle=":", color=INK)
@@ -139,10 +136,7 @@ def calibration_study(values: dict[str, Any]) -> Figure:
     for axis, ((method, asked), index) in zip(grid, panels, strict=True):
         for name in dict.fromkeys(cell["calibration"] for cell in cells):
             of_curve = [c for c in cells if (c["calibration"], c["method"], c["asked"]) == (name, method, asked)]
-            points = sorted((c["samples"] * length, *_increase(c["texts"][index])) for c in of_curve)
-            if points:
-                x, y, error = zip(*points, strict=True)
-                axis.errorbar(x, y, yerr=[e or 0.0 for e in error], marker="o", markersize=4, label=name)
+            _curve(axis, sorted((c["samples"] * length, *_increase(c["texts"][index])) for c in of_curve), name)
         axis.set(
             title=f"{method} at {asked:g}, read: {texts[index]}", xlabel="tokens calibrated on", ylabel="increase, %"
         )
@@ -151,6 +145,13 @@ def calibration_study(values: dict[str, Any]) -> Figure:
         axis.grid(alpha=0.3)
     grid[0].legend(fontsize=7, frameon=False, labelcolor=INK)
     return figure
+
+
+def _curve(axis: Any, points: list[tuple[float, float, float | None]], label: str) -> None:
+    """Figures with their standard errors, where they have some."""
+    if points:
+        x, y, error = zip(*points, strict=True)
+        axis.errorbar(x, y, yerr=[e or 0.0 for e in error], marker="o", markersize=4, label=label)
 
 
 def _increase(text: dict[str, Any]) -> tuple[float, float | None]:
@@ -177,34 +178,43 @@ def _named(cell: dict[str, Any], task: str) -> dict[str, Any] | None:
 
 def decay(values: dict[str, Any]) -> Figure:
     """Eigenvalues relative to the largest, a curve for each head, coloured by layer: what `spectrum.json` holds."""
-    figure, axes = new_figure(8.0, 3.4, columns=2)
-    layers = len(values["keys"]["eigenvalues"])
-    for axis, side, title in zip(axes, ("keys", "values"), spectrum_titles(values), strict=True):
-        for layer, heads in enumerate(values[side]["eigenvalues"]):
-            for spectrum in heads:
-                largest = spectrum[0] or 1.0
-                shares = [max(value / largest, FAINTEST) for value in spectrum]
-                axis.plot(
-                    range(1, len(shares) + 1), shares, color=_layer_colour(layer, layers), linewidth=0.7, alpha=0.7
-                )
-        axis.set(title=title, xlabel="direction", ylabel="eigenvalue, of the largest", yscale="log")
-        axis.grid(alpha=0.3)
-    _layer_bar(figure, axes, layers)
-    return figure
+
+    def curves(side: str, layer: int) -> list[list[float]]:
+        heads = values[side]["eigenvalues"][layer]
+        return [[max(value / (head[0] or 1.0), FAINTEST) for value in head] for head in heads]
+
+    return _by_layer(values, curves, xlabel="direction", ylabel="eigenvalue, of the largest", linewidth=0.7, alpha=0.7)
 
 
 def energy(values: dict[str, Any]) -> Figure:
     """Energy that is left out at each rank, a curve for each layer, heads averaged."""
+
+    def curves(side: str, layer: int) -> list[list[float]]:
+        heads = values[side]["energy_kept"][layer]
+        lost = (1 - sum(kept) / len(kept) for kept in zip(*heads, strict=True))
+        return [[share for share in lost if share > FAINTEST]]
+
+    return _by_layer(values, curves, xlabel="rank", ylabel="energy left out", linewidth=1)
+
+
+def _by_layer(
+    values: dict[str, Any], curves: Callable[[str, int], list[list[float]]], xlabel: str, ylabel: str, **style: Any
+) -> Figure:
+    """A panel for each side, and in it the curves of every layer in a colour of its own."""
+    import matplotlib
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
     figure, axes = new_figure(8.0, 3.4, columns=2)
-    layers = len(values["keys"]["energy_kept"])
+    layers = len(values["keys"]["eigenvalues"])
+    colours: Any = ScalarMappable(Normalize(0, max(layers - 1, 1)), matplotlib.colormaps["viridis"])
     for axis, side, title in zip(axes, ("keys", "values"), spectrum_titles(values), strict=True):
-        for layer, heads in enumerate(values[side]["energy_kept"]):
-            lost = [1 - sum(kept) / len(kept) for kept in zip(*heads, strict=True)]
-            lost = [share for share in lost if share > FAINTEST]
-            axis.plot(range(1, len(lost) + 1), lost, color=_layer_colour(layer, layers), linewidth=1)
-        axis.set(title=title, xlabel="rank", ylabel="energy left out", yscale="log")
+        for layer in range(layers):
+            for curve in curves(side, layer):
+                axis.plot(range(1, len(curve) + 1), curve, color=colours.to_rgba(layer), **style)
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel, yscale="log")
         axis.grid(alpha=0.3)
-    _layer_bar(figure, axes, layers)
+    _bar(figure, axes, colours, "layer")
     return figure
 
 
@@ -233,19 +243,6 @@ FAINTEST = 1e-8
 def spectrum_titles(values: dict[str, Any]) -> tuple[str, str]:
     """What the two sides' spectra are of."""
     return ("keys and queries" if values["basis"] == "eigen" else "keys, as queries see them", "values")
-
-
-def _layer_colour(layer: int, layers: int) -> Any:
-    import matplotlib
-
-    return matplotlib.colormaps["viridis"](layer / max(layers - 1, 1))
-
-
-def _layer_bar(figure: Figure, axes: Any, layers: int) -> None:
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    _bar(figure, axes, ScalarMappable(Normalize(0, max(layers - 1, 1)), "viridis"), "layer")
 
 
 def _bar(figure: Figure, axes: Any, mappable: Any, label: str) -> None:

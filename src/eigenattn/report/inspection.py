@@ -9,7 +9,6 @@ import torch
 
 from ..cache.layout import Layout
 from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio, ratio_at
-from ..errors import EigenAttnError
 from ..models.bases_file import read_bases_config
 from ..models.checkpoint_format import METHOD, EigenAttnCheckpointConfig
 from ..models.families import family_of
@@ -81,7 +80,7 @@ def compression_of(source: Source, config: Any) -> EigenAttnCheckpointConfig | N
         return read_bases_config(source.bases)
     stored = getattr(config, "quantization_config", None)
     if isinstance(stored, dict) and stored.get("quant_method") == METHOD:
-        return EigenAttnCheckpointConfig.read(stored)
+        return EigenAttnCheckpointConfig(**stored)
     return None
 
 
@@ -92,15 +91,9 @@ def layouts(config: Any, compression: EigenAttnCheckpointConfig | None) -> list[
         EigenAttnError: if its type is not supported, or the compression does not fit it.
     """
     family, text = family_of(config), config.get_text_config(decoder=True)
-    kv_heads, head_dim = family.kv_heads(text), family.head_dim(text)
-    count = text.num_hidden_layers
-    if compression is None:
-        return [Layout.full(kv_heads, head_dim)] * count
-    if len(compression.layers) != count:
-        raise EigenAttnError(
-            f"the checkpoint has ranks for {len(compression.layers)} layers, and its model has {count}."
-        )
-    return compression.layouts(kv_heads, head_dim)
+    if compression is not None:
+        return compression.layouts(config)
+    return [Layout.full(family.kv_heads(text), family.head_dim(text))] * text.num_hidden_layers
 
 
 def inspect_checkpoint(name: str) -> Inspection:

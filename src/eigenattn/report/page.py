@@ -242,12 +242,17 @@ def _origin(material: Material) -> list[str]:
     ]
 
 
-def _option(name: str, value: Any) -> list[str]:
-    """An option as it is written."""
-    name = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{name}" if value else "--uncoded" if name == "coded" else f"--no-{name}"]
-    return [f"--{name}", str(value)]
+def _options(values: Mapping[str, Any]) -> list[str]:
+    """Options as they are written; None is left out, and one that holds a list is repeated."""
+    line: list[str] = []
+    for name, value in values.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(f"--{option}" if value else "--uncoded" if name == "coded" else f"--no-{option}")
+        elif value is not None:
+            for each in value if isinstance(value, list) else [value]:
+                line += [f"--{option}", str(each)]
+    return line
 
 
 def _asked(method: dict[str, Any]) -> dict[str, Any]:
@@ -266,54 +271,54 @@ def _asked(method: dict[str, Any]) -> dict[str, Any]:
 
 def commands(material: Material) -> list[str]:
     """The commands that give this checkpoint, and what the page shows of it."""
-    facts, method = material.inspection.provenance, material.inspection.method
-    base = str(facts.get("base_model", "MODEL"))
-    choices = [part for name, value in _asked(method).items() for part in _option(name, value)]
-    lines, read = [], _read(facts)
+    facts, method, spectra = material.inspection.provenance, material.inspection.method, material.spectra
+    base, choices, lines = str(facts.get("base_model", "MODEL")), _options(_asked(method)), []
+    read = _options(_reading_options(facts))
     if "statistics" in facts:
         folders = [f"STATISTICS-{number}" for number, _ in enumerate(facts["statistics"], 1)]
-        latents = [part for name in ("window", "share") if name in method for part in _option(name, method[name])]
+        latents = _options({name: method.get(name) for name in ("window", "share")})
         lines += [
-            ["eigenattn", "calibrate", base, folder, *latents, *_read(each), *read]
+            ["calibrate", base, folder, *latents, *_options(_reading_options(each)), *read]
             for folder, each in zip(folders, facts["statistics"], strict=True)
         ]
-        read = [*(part for folder in folders for part in ("--statistics", folder)), *read]
-    lines.append(["eigenattn", "compress", base, material.name, *choices, *read])
+        read = [*_options({"statistics": folders}), *read]
+    lines.append(["compress", base, material.name, *choices, *read])
     if material.evaluation is not None:
-        lines.append(_evaluate(material.name, material.evaluation))
+        lines.append(["evaluate", material.name, *_options(_evaluation_options(material.evaluation))])
     if material.sweep is not None:
         model = material.sweep["settings"]["model"]
         cells = [cell for cell in material.sweep["cells"].values() if "asked" in cell]
-        for kind, unit in (([], 1), (["--coded"], 16)):
-            ratios = {cell["asked"] / unit for cell in cells if (cell["bits_per_element"] is not None) == bool(kind)}
+        for coded, unit in ((None, 1), (True, 16)):
+            ratios = {cell["asked"] / unit for cell in cells if (cell["bits_per_element"] is not None) == bool(coded)}
             if ratios:
                 asked = ",".join(f"{ratio:g}" for ratio in sorted(ratios, reverse=True))
-                lines.append(["eigenattn", "sweep", model, "SWEEP", *kind, "--kv-ratio", asked])
-    if material.spectra is not None:
-        asked = ["--basis", material.spectra["basis"], "--samples", str(material.spectra["samples"])]
-        texts = [part for each in material.spectra["text"] for part in ("--text", each["source"])]
-        lines.append(["eigenattn", "spectrum", material.spectra["model"], "SPECTRUM", *asked, *texts])
-    return [shlex.join(line) for line in lines]
+                lines.append(["sweep", model, "SWEEP", *_options({"coded": coded, "kv_ratio": asked})])
+    if spectra is not None:
+        options = {name: spectra[name] for name in ("basis", "samples")}
+        options["text"] = [text["source"] for text in spectra["text"]]
+        lines.append(["spectrum", spectra["model"], "SPECTRUM", *_options(options)])
+    return [shlex.join(["eigenattn", *line]) for line in lines]
 
 
-def _read(facts: Mapping[str, Any]) -> list[str]:
-    """The options by which a text is read again."""
-    texts = [part for each in facts.get("text", []) for part in ("--text", each["source"])]
-    names = [name for name in ("samples", "length", "seed", "dtype") if name in facts]
-    return [*texts, *(part for name in names for part in (f"--{name}", str(facts[name])))]
+def _reading_options(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """By which a text is read again."""
+    names = ("samples", "length", "seed", "dtype")
+    return {"text": [text["source"] for text in facts.get("text", [])], **{name: facts.get(name) for name in names}}
 
 
-def _evaluate(name: str, result: dict[str, Any]) -> list[str]:
+def _evaluation_options(result: dict[str, Any]) -> dict[str, Any]:
     protocol = result["protocol"]
-    line = ["eigenattn", "evaluate", name]
-    line += ["--baseline", result["baseline"]] if result["baseline"] else []
-    line += [part for row in result["texts"] for part in ("--text", row["text"])]
-    line += ["--tokens", str(protocol["tokens_read"]), "--length", str(protocol["length"])]
-    line += ["--stride", str(protocol["stride"])] if protocol["stride"] != protocol["length"] else []
-    line += ["--cached"] if protocol["reading"] == "cached" else []
-    line += ["--evict", protocol["evict"], "--budget", str(protocol["budget"])] if "evict" in protocol else []
-    line += ["--tasks", ",".join(row["task"] for row in result["tasks"])] if result["tasks"] else []
-    line += ["--limit", str(protocol["task_limit"])] if protocol["task_limit"] else []
-    lengths = dict.fromkeys(str(row["length"]) for row in result["needles"])
-    line += ["--needles", ",".join(lengths)] if lengths else []
-    return [*line, "--dtype", protocol["dtype"]]
+    return {
+        "baseline": result["baseline"],
+        "text": [row["text"] for row in result["texts"]],
+        "tokens": protocol["tokens_read"],
+        "length": protocol["length"],
+        "stride": protocol["stride"] if protocol["stride"] != protocol["length"] else None,
+        "cached": True if protocol["reading"] == "cached" else None,
+        "evict": protocol.get("evict"),
+        "budget": protocol.get("budget"),
+        "tasks": ",".join(row["task"] for row in result["tasks"]) or None,
+        "limit": protocol["task_limit"],
+        "needles": ",".join(dict.fromkeys(str(row["length"]) for row in result["needles"])) or None,
+        "dtype": protocol["dtype"],
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..calibration.checks import check_length
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..models.conversion import convert_attention, eigen_layers
-from ..models.loading import DTYPES, Source, empty_model, load_config
+from ..models.loading import Source, dtype_of, empty_model, load_config
 from .inspection import compression_of, layouts
 
 GIB = 2**30
@@ -63,10 +63,6 @@ class CapacityPlan:
     original: Occupancy
     compressed: Occupancy
 
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain JSON values."""
-        return asdict(self)
-
 
 def plan_capacity(
     name: str,
@@ -102,8 +98,7 @@ def plan_capacity(
         raise EigenAttnError("gpu_memory, context, tensor_parallel_size and gpus must be numbers above 0.")
     if gpus % size:
         raise EigenAttnError(f"{gpus} GPUs cannot be split into groups of tensor_parallel_size={size}.")
-    if dtype is not None and dtype not in DTYPES:
-        raise EigenAttnError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
+    chosen = None if dtype is None else dtype_of(dtype)
     source = Source.of(name)
     model_config = load_config(source)
     check_length(model_config, context)
@@ -116,7 +111,7 @@ def plan_capacity(
     else:
         compressed, centred = layouts(model_config, compression), compression.centred
     text = model_config.get_text_config(decoder=True)
-    stored = DTYPES[dtype] if dtype else (text.dtype or torch.float32)
+    stored: torch.dtype = chosen or text.dtype or torch.float32
     budget = int(gpu_memory * GIB * gpu_memory_utilization)
 
     def occupancy(layers: list[Layout], model: nn.Module) -> Occupancy:
@@ -136,7 +131,7 @@ def plan_capacity(
             longest=_longest(of, free),
         )
 
-    plain = empty_model(source, model_config)
+    plain = empty_model(model_config)
     before = occupancy(original, plain)
     convert_attention(plain)
     for attention, layout in zip(eigen_layers(plain), compressed, strict=True):

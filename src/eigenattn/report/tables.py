@@ -75,10 +75,10 @@ def _accuracy(name: str, row: Mapping[str, Any], compared: bool) -> list[str]:
     return cells
 
 
-def with_error(row: Mapping[str, Any], name: str, form: str) -> str:
-    """A figure and, if it has one, its standard error."""
-    error = row[f"{name}_error"]
-    return f"{row[name]:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+def with_error(row: Mapping[str, Any], name: str, form: str, of: str = "") -> str:
+    """A figure and, if it has one, its standard error; in a table that has several, of one text."""
+    error = row[f"{name}_error{of}"]
+    return f"{row[f'{name}{of}']:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
 
 
 def calibrations(values: Mapping[str, Any]) -> list[tuple[str, int]]:
@@ -93,17 +93,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> Text
     varied = [name for name in ("calibration", "samples") if len({row[name] for row in rows} - {None}) > 1]
     shown = []
     for row in rows:
-        increases = [
-            with_error(
-                {
-                    "increase": row[f"relative_increase ({text})"],
-                    "increase_error": row[f"relative_increase_error ({text})"],
-                },
-                "increase",
-                "+.2%",
-            )
-            for text in texts
-        ]
+        increases = [with_error(row, "relative_increase", "+.2%", of=f" ({text})") for text in texts]
         asked = "" if row["asked"] is None else f"{row['asked']:g}" + (" bits" if row["bits_per_element"] else "")
         drawn = ["" if row[name] is None else str(row[name]) for name in varied]
         others = ["" if row.get(name) is None else f"{row[name]:.1%}" for name in extra]

@@ -6,13 +6,13 @@ prompts attend row by row, and meet the keys in chunks (`eigenattn.kernels.chunk
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..cache.context import CacheContext
 from ..kernels import chunked
 from ..kernels.decoding import Rotary, Step, Window, accepted, decode
 from ..kernels.selection import decoding_backend
@@ -64,19 +64,14 @@ class Queries:
         lengths: tokens of each row up to its query, which is the last, int32 [b].
         table: pages of each row, int32 [b, n].
         positions: 0 .. and as many as the longest row has tokens, int32 [1, n].
+        context: what the layers compute once for all.
     """
 
     tokens: Tensor
     lengths: Tensor
     table: Tensor
     positions: Tensor
-    _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    def memoised(self, name: Hashable, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives, computed by the first layer that asks for it."""
-        if name not in self._memo:
-            self._memo[name] = compute()
-        return self._memo[name]
+    context: CacheContext = field(default_factory=CacheContext, repr=False, compare=False)
 
 
 def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, far: Pages, near: Pages | None) -> Tensor:
@@ -91,13 +86,13 @@ def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, far: Pages,
         keys=keys,
         values=values,
         scale=layer.scale,
-        length=batch.memoised(("border", window), lambda: (lengths - window).clamp_min(0)),
+        length=batch.context.memoised(("border", window), lambda: (lengths - window).clamp_min(0)),
         positions=None if layer.rotary is None else batch.positions,
         rotary=layer.rotary,
         slopes=layer.slopes,
         window=None if near is None else Window(*near.rows, 0, lengths, near.table),
         softcap=layer.softcap,
-        memoised=batch.memoised,
+        memoised=batch.context.memoised,
     )
     return decode(step, accepted(step, decoding_backend(q)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import warnings
@@ -12,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from ..models.bases_file import check_base, fingerprint_from, original_names, read_config, read_tensors, sampled
 from ..models.checkpoint_format import EigenAttnCheckpointConfig, allocate
 from ..models.conversion import METHOD, convert_attention
+from ..models.loading import empty_model
 from ..models.maps import MAPS, QUANTISERS
 
 # Names the folder of bases, or their hub id, to `--additional-config`, or from outside.
@@ -62,7 +61,7 @@ class Bases:
         if own and folder:
             raise EigenAttnError(f"this checkpoint is compressed already: leave out the bases in {folder}.")
         if own:
-            return cls(EigenAttnCheckpointConfig.read(values))
+            return cls(EigenAttnCheckpointConfig(**values))
         if not folder:
             return None
         config, fingerprint = read_config(folder)
@@ -81,11 +80,7 @@ def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> dict[str, 
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in VARYING_ROPE:
         raise EigenAttnError(f"rotary positions of type {rope['rope_type']} are not served by vLLM once compressed.")
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(config)
     convert_attention(model)
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, EigenAttention)}
     found = dict(sorted(found.items(), key=lambda each: each[1].layer_idx))

@@ -44,7 +44,7 @@ class LatentsConfig(QuantizationConfig):
             EigenAttnError: if it is malformed, or this version of vLLM is not supported.
         """
         check_version(vllm_version())
-        EigenAttnCheckpointConfig.read(config)
+        EigenAttnCheckpointConfig(**config)
         return cls()
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,19 @@ class CalibrationText:
     """What a model is calibrated on: windows drawn from texts.
 
     Args:
-        sources: text sources (`eigenattn.calibration.text.load_text`); or one that needs no text
+        text: text sources (`eigenattn.calibration.text.load_text`); or one that needs no text
             (`eigenattn.calibration.windows.WITHOUT_TEXT`).
         samples, length, seed: how many windows of how many tokens are drawn, and the seed of the draw.
     """
 
-    sources: Sequence[str]
+    text: list[str] = field(default_factory=lambda: [DEFAULT_SOURCE])
     samples: int = 32
     length: int = 1024
     seed: int = 0
 
     @property
     def drawn(self) -> dict[str, int]:
-        """How windows are drawn."""
+        """Which windows are drawn, as `text_windows` takes it and checkpoints record it."""
         return {"samples": self.samples, "length": self.length, "seed": self.seed}
 
     def load(self) -> list[Text]:
@@ -45,7 +45,7 @@ class CalibrationText:
         Raises:
             EigenAttnError: if one cannot be read.
         """
-        return load_texts(self.sources)
+        return load_texts(self.text)
 
 
 @dataclass(frozen=True)

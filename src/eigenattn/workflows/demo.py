@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,9 +16,8 @@ from ..calibration.text import DEFAULT_SOURCE, load_text, tokenize
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..evaluation.generation import Continuation, cache_bytes_used, continue_prompt
-from ..evaluation.paired import exponential, mean
-from ..evaluation.perplexity import windows_of
-from ..evaluation.reading import Logits, Predictions, Reading, read, uncached
+from ..evaluation.paired import mean
+from ..evaluation.reading import Logits, Predictions, Reading, read, uncached, windows_of
 from ..evaluation.rivals import Rival
 from ..journal import check_new
 from ..models.conversion import convert_attention, eigen_layers
@@ -68,10 +66,6 @@ class Demonstration:
     kv_ratio: float
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """The demonstration as plain JSON values."""
-        return asdict(self)
-
 
 def _read(
     model: PreTrainedModel,
@@ -87,7 +81,7 @@ def _read(
 
 def _column(reading: Reading, bits: float, cache: int | None, continuation: Continuation | None) -> DemoColumn:
     divergence = mean(reading.divergence).value if reading.divergence else 0.0
-    return DemoColumn(exponential(mean(reading.nll)).value, divergence, cache, bits, continuation)
+    return DemoColumn(reading.perplexity.value, divergence, cache, bits, continuation)
 
 
 def run_demo(out: Path | None, progress: bool = True) -> Demonstration:
