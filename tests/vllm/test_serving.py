@@ -40,26 +40,21 @@ NGRAM = {
         "prompt_lookup_min": 1,
     }
 }
+# Prompts fit together, and what is decoded behind them does not.
+SHORT_OF_CACHE = {"kv_cache_memory_bytes": 90_000, "max_num_batched_tokens": 32, "new_tokens": 100}
 # Attention heads of 32 dimensions, the smallest that vLLM's own attention has.
 WIDE = {"hidden_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 4096}
 
 # name -> (tiny model, window, whether latents are coded, what is shared, whether bases lie in a folder of their own,
-# options of the engine)
+# options of the engine, and how many tokens are decoded where that is not `NEW_TOKENS`)
 SERVED = {
     "coded": ("llama3", 32, True, "1", False, {}),
     "bases": ("llama3", 8, True, "1", True, {}),
     "plain": ("llama", 8, False, "1", False, {}),
     "in-chunks": ("llama-bias", 32, True, "1", True, {"max_num_batched_tokens": 32}),
-    "short-of-cache": ("llama", 8, True, "1", True, {"kv_cache_memory_bytes": 90_000, "max_num_batched_tokens": 32}),
+    "short-of-cache": ("llama", 8, True, "1", True, SHORT_OF_CACHE),
     "drafts": ("llama", 8, True, "1", True, NGRAM),
-    "drafts-short-of-cache": (
-        "qwen2",
-        8,
-        True,
-        "1",
-        True,
-        {**NGRAM, "kv_cache_memory_bytes": 90_000, "max_num_batched_tokens": 32},
-    ),
+    "drafts-short-of-cache": ("qwen2", 8, True, "1", True, NGRAM | SHORT_OF_CACHE),
     "shared": ("llama", 8, True, "1-2", False, {}),
     "shared-without-window": ("opt", 0, False, "2-4", False, {}),
     "joint": ("qwen3", 8, True, "1kv", False, {}),
@@ -99,7 +94,7 @@ def save(folder: Path, name: str, window: int, coded: bool, share: str = "1", ap
     return layouts
 
 
-def generated(folder: Path) -> list[list[int]]:
+def generated(folder: Path, new_tokens: int) -> list[list[int]]:
     """Greedy tokens of our own `generate`, one prompt at a time."""
     from eigenattn.models.bases_file import attach
 
@@ -109,7 +104,7 @@ def generated(folder: Path) -> list[list[int]]:
     found = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
-        out = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True, eos_token_id=None)
+        out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, use_cache=True, eos_token_id=None)
         found.append(out[0, len(prompt) :].tolist())
     return found
 
@@ -142,8 +137,10 @@ def serve(root: Path, served: dict) -> dict[str, dict]:
     expected, jobs = {}, []
     for name, (*model, options) in served.items():
         save(root / name, *model)
-        expected[name] = generated(root / name)
-        jobs.append(job(root / name, PROMPTS, **SMALL | options))
+        new_tokens = options.get("new_tokens", NEW_TOKENS)
+        expected[name] = generated(root / name, new_tokens)
+        engine = {option: value for option, value in (SMALL | options).items() if option != "new_tokens"}
+        jobs.append(job(root / name, PROMPTS, **engine) | {"new_tokens": new_tokens})
     results = run_engines(root, jobs)
     return {name: result | {"expected": expected[name]} for name, result in zip(served, results, strict=True)}
 
@@ -170,8 +167,10 @@ class TestServed:
         assert max(served[name]["reused"][1]) >= 80
 
     def test_requests_were_preempted_and_drafts_taken(self, served):
-        assert served["short-of-cache"]["preempted"] > 0
-        assert served["drafts"]["drafts_taken"] > 0
+        for name in ("short-of-cache", "drafts-short-of-cache"):
+            assert served[name]["preempted"] > 0
+        for name in ("drafts", "drafts-short-of-cache"):
+            assert served[name]["drafts_taken"] > 0
 
 
 @pytest.mark.vllm
