@@ -41,7 +41,7 @@ NGRAM = {
     }
 }
 # Prompts fit together, and what is decoded behind them does not.
-SHORT_OF_CACHE = {"kv_cache_memory_bytes": 90_000, "max_num_batched_tokens": 32, "new_tokens": 100}
+SHORT_OF_CACHE = {"kv_cache_memory_bytes": 90_000, "max_num_batched_tokens": 8, "new_tokens": 100}
 # Attention heads of 32 dimensions, the smallest that vLLM's own attention has.
 WIDE = {"hidden_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 4096}
 
@@ -196,7 +196,7 @@ def engines(tmp_path_factory) -> dict[str, dict]:
     jobs["original"] = {"options": {"model": str(root / "wide"), **long}, "prompts": []}
     save(root / "small", "llama", 8, True)
     small = root / "small"
-    jobs["prefix"] = job(small, SHARED_PREFIX, **SMALL, **{"max_num_seqs": 1}) | {"new_tokens": 1}
+    jobs["prefix"] = job(small, SHARED_PREFIX, **SMALL | {"max_num_seqs": 1}) | {"new_tokens": 1}
     jobs["no-room"] = job(root / "wide", **long | {"kv_cache_memory_bytes": 2_000_000})
     jobs["fp8"] = job(small, **SMALL, kv_cache_dtype="fp8")
     jobs["drafts"] = job(small, **SMALL, speculative_config={"model": str(small), "num_speculative_tokens": 2})
