@@ -7,6 +7,7 @@ into the other's bytes.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,9 +32,9 @@ from .engine import (
     kv_cache_dtype_str_to_dtype,
 )
 
-# Tokens of a block beside a window, unless the user says otherwise (chosen). A sequence holds whole blocks of its
-# window: larger ones waste more of them, smaller ones make longer tables.
-BLOCK_WITH_WINDOW = 16
+# Tokens that a block of latents may have beside a window, unless the user says otherwise (chosen). Smaller ones make
+# longer tables. By fours, pages begin where elements of four bytes may.
+BLOCKS_WITH_WINDOW = range(16, 129, 4)
 # Where the engine schedules ahead, tokens of two steps are not settled.
 STEPS_AHEAD = 2
 
@@ -66,11 +67,18 @@ class BlockPlan:
         if not window:
             return None
         sizes = [layout.bytes_per_token(element_size) for layout in layouts]
-        exact, latents = baseline_bytes_per_token(layouts, element_size), block or BLOCK_WITH_WINDOW
-        while block is None and exact > latents * sum(sizes):
-            latents *= 2
-        fitting = [n for n in range(1, latents + 1) if latents % n == 0 and n * exact <= latents * sum(sizes)]
-        return cls(window, latents, max(fitting, default=1), spacers_for(sizes))
+        ratio = baseline_bytes_per_token(layouts, element_size) / sum(sizes)
+
+        def exact(latents: int) -> int:
+            return max((n for n in range(1, latents + 1) if latents % n == 0 and n * ratio <= latents), default=0)
+
+        def cost(latents: int) -> float:
+            """Tokens whose latents would take the room of a sequence's window, and of what its last block wastes."""
+            held = exact(latents)
+            return latents * (-(-(window + 1) // held) + 1.5) if held else math.inf
+
+        latents = block or min(BLOCKS_WITH_WINDOW, key=cost)
+        return cls(window, latents, exact(latents) or 1, spacers_for(sizes))
 
     def needed(self, in_flight: int, longest: int) -> int:
         """Blocks that a sequence of `longest` tokens takes while so many are computed, and one that vLLM reserves."""
