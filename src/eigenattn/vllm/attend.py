@@ -78,6 +78,10 @@ def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, far: Pages,
     """Queries [b, H, D] before rotation, over latents and the exact window, if there is one: [b, H, D]."""
     lengths, window = batch.lengths, layer.maps.layout.window
     keys, values = layer.maps.decoding_sides()
+    exact = None
+    if near is not None:
+        near_keys, near_values = near.rows
+        exact = Window(near_keys, near_values, 0, lengths, near.table)
     step = Step(
         q=q,
         query=lengths - 1,
@@ -90,7 +94,7 @@ def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, far: Pages,
         positions=None if layer.rotary is None else batch.positions,
         rotary=layer.rotary,
         slopes=layer.slopes,
-        window=None if near is None else Window(*near.rows, 0, lengths, near.table),
+        window=exact,
         softcap=layer.softcap,
         memoised=batch.context.memoised,
     )

@@ -54,9 +54,9 @@ class Bases:
         Raises:
             EigenAttnError: if they are malformed, or there are two.
         """
-        found = getattr(model_config, "quantization_config", None)
-        values = found.to_dict() if hasattr(found, "to_dict") else found
-        own = values is not None and values.get("quant_method") == METHOD
+        found: Any = getattr(model_config, "quantization_config", None)
+        values: dict[str, Any] = found.to_dict() if hasattr(found, "to_dict") else found or {}
+        own = values.get("quant_method") == METHOD
         folder = options.get(OPTION) or os.environ.get(VARIABLE)
         if own and folder:
             raise EigenAttnError(f"this checkpoint is compressed already: leave out the bases in {folder}.")

@@ -33,7 +33,7 @@ class Compressed(nn.Module):
         self._compression = Compression(self, vllm_config, bases)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        load = super().load_weights  # pyright: ignore[reportAttributeAccessIssue] (of vLLM's model)
+        load = super().load_weights  # of vLLM's model
         return load(weights) if self._compression is None else self._compression.load(weights, load)
 
 
