@@ -13,7 +13,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from eigenattn.cache.packing import Widths
+from eigenattn.cache.codebook import UNIT_SCALE
+from eigenattn.cache.packing import Widths, pack
 from eigenattn.compression.basis import Basis, Quantiser
 from eigenattn.compression.folding import compress_layer
 from eigenattn.config import Sharing
@@ -301,6 +302,15 @@ def levels_between(low: torch.Tensor, high: torch.Tensor, widths: Widths) -> tor
     reach = (high - low) / 2
     shape = [(low + high) / 2, 0.6 * reach / middle, 0.1 * reach / middle**2, 0.4 * reach / middle**3]
     return torch.stack(shape, dim=-1)
+
+
+def packed_rows(widths: Widths, *shape: int) -> torch.Tensor:
+    """What a cache might hold: random codes of all levels, and scales between a half and twice, [*shape, bytes]."""
+    numbers = 2 ** torch.tensor(widths.each())
+    codes = pack((torch.rand(*shape, widths.channels) * numbers).to(torch.uint8), widths)
+    if not widths.scaled:
+        return codes
+    return torch.cat([codes, torch.randint(UNIT_SCALE - 4, UNIT_SCALE + 5, (*shape, 1), dtype=torch.uint8)], dim=-1)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

@@ -80,7 +80,7 @@ class EigenAttentionConfig:
             `attention` for others; `eigen` is the paper's.
         ranks: name of the rank rule (`eigenattn.compression.ranks.RANK_RULES`); `sensitivity` for a KV ratio.
         rank_multiple: ranks are multiples of this, or the full head dimension. Quantised latents choose theirs in steps
-            of 4 channels, whatever it is.
+            of 8 channels, whatever it is.
         window: how many of the last tokens are kept exactly, W; 0 is the paper's method.
         share: which latents are shared (`Sharing`): `1`, `3`, `1-3`, `3kv`. The number of KV heads must be divisible.
             Bytes are those of the KV ratio whatever is shared. What heads have in common is stored once, which loses

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import levels_between
 
-from eigenattn.cache.codebook import Codebook, level_table
+from eigenattn.cache.codebook import OCTAVE, Codebook, level_table, scales
 from eigenattn.cache.packing import Widths
 
 COUNTS = {8: 3, 6: 2, 4: 5, 2: 7}, {2: 1}, {8: 4, 2: 2}, {8: 1, 3: 4, 2: 1, 1: 3}, {1: 2}
@@ -66,3 +66,20 @@ def test_levels_that_rounding_put_out_of_order_are_in_no_way():
     assert (found.diff() < 0).any()
     z = torch.linspace(-1, 1, 21).view(1, 1, -1, 1)
     assert (codebook.quantise(z).diff(dim=2).int() >= 0).all()
+
+
+@every
+def test_a_scaled_latent_is_as_good_at_any_size(widths):
+    codebook = some(Widths(widths.counts, scaled=True))
+    z = torch.randn(3, 2, 50, widths.channels, generator=torch.Generator().manual_seed(3))
+    rows = codebook.encode(z)
+    assert rows.shape == (3, 2, 50, widths.bytes + 1) and rows.dtype == torch.uint8
+    for octaves in (-20, 0, 7):
+        torch.testing.assert_close(
+            codebook.decode(codebook.encode(z * 2.0**octaves)), codebook.decode(rows) * 2.0**octaves
+        )
+    # The unscaled codebook takes latents over their scales, which lie within an eighth of an octave of their norms.
+    scale = scales(rows[..., -1:])
+    assert ((z.norm(dim=-1, keepdim=True) / scale).log2().abs() <= 1 / (2 * OCTAVE) + 1e-4).all()
+    torch.testing.assert_close(codebook.decode(rows), some(widths).decode(some(widths).encode(z / scale)) * scale)
+    assert torch.equal(codebook.encode(torch.zeros(1, 2, 1, widths.channels))[..., -1], torch.zeros(1, 2, 1).byte())

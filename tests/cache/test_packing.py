@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from eigenattn.cache.packing import PARTS, Widths, pack, unpack
 
 # What codes of a width are stored as, from the layout that the format documents.
-PLANES = {8: [8], 6: [4, 2], 4: [4], 3: [2, 1], 2: [2], 1: [1]}
+PLANES = {8: [8], 6: [4, 2], 5: [4, 1], 4: [4], 3: [2, 1], 2: [2], 1: [1]}
 WIDTHS = [
     {8: 3, 4: 5, 2: 7},
     {8: 8, 4: 8, 2: 8},
@@ -74,6 +74,12 @@ def test_padding_is_counted():
     assert Widths.of({3: 1}).bytes == Widths.of({1: 9}).bytes == 2
 
 
+def test_a_scale_takes_a_byte():
+    counts = {8: 3, 4: 5}
+    assert Widths.of(counts, scaled=True).bytes == Widths.of(counts).bytes + 1 == Widths.of(counts).of_codes + 1
+    assert Widths.of(counts, scaled=True) != Widths.of(counts)
+
+
 def test_the_table_of_planes_is_complete():
     assert {bits: list(parts) for bits, parts in PARTS.items()} == PLANES
     assert list(PARTS) == sorted(PARTS, reverse=True)
@@ -102,7 +108,7 @@ def test_any_mapping_of_bits_to_channels(counts, seed):
     assert torch.equal(torch.cat([part for _, part in parts], dim=-1), codes)
 
 
-@pytest.mark.parametrize("counts", [{5: 1}, {16: 1}, {0: 1}, {8: -1}, {"8": 1}])
+@pytest.mark.parametrize("counts", [{7: 1}, {16: 1}, {0: 1}, {8: -1}, {"8": 1}])
 def test_what_is_no_width_is_refused(counts):
     with pytest.raises(ValueError, match="no widths"):
         Widths.of(counts)

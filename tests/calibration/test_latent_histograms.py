@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import random_basis, tiny, tokens
 
+from eigenattn.cache.codebook import scale_codes, scales
 from eigenattn.cache.layout import SIDES
 from eigenattn.calibration.attention_moments import AttentionMoments
 from eigenattn.calibration.latent_histograms import BINS, REACH, LatentHistograms, Map
@@ -57,13 +58,17 @@ def test_every_latent_is_in_its_bin_with_its_weight(name):
         expected = torch.zeros(3, layer.kv_heads, 16, BINS, dtype=torch.float64)
         for heads, pair in zip(seen, weights, strict=True):
             z = (heads[1 + index].detach().double() - mean.unsqueeze(1)) @ encoder
+            scale = scales(scale_codes(z)).double()
+            z, weight = z / scale, pair[index] * scale.squeeze(-1).square()
             for g in range(layer.kv_heads):
                 for r in range(16):
                     which = torch.searchsorted(edges[g, r], z[:, g, :, r].contiguous()) - 1
                     for power in range(3):
-                        share = pair[index][:, g] * z[:, g, :, r] ** power
+                        share = weight[:, g] * z[:, g, :, r] ** power
                         expected[power, g, r].index_add_(0, which.flatten(), share.flatten())
         torch.testing.assert_close(side.sums, expected, rtol=1e-3, atol=1e-3)
+        total = sum(pair[index].sum((0, 2)) for pair in weights)
+        torch.testing.assert_close(histograms.weights[index], total, rtol=1e-4, atol=0)
 
 
 @torch.no_grad()
@@ -98,15 +103,15 @@ def test_weights_and_spread_are_those_of_the_basis():
     maps = {a.layer_idx: list(map(map_of, pair)) for a, pair in zip(layers, bases, strict=True)}
     found = collect_moments(model, layers, batches, lambda a: LatentHistograms(maps[a.layer_idx], WINDOW))
     for sums, histograms, (keys, _) in zip(moments, found, bases, strict=True):
-        total = histograms.histograms[0].weight
-        torch.testing.assert_close(total, sums.vectors.weight[:, None].expand_as(total), rtol=1e-4, atol=0)
-        variance = histograms.histograms[0].sums[2].sum(-1) / total
+        total = histograms.weights[0]
+        torch.testing.assert_close(total, sums.vectors.weight, rtol=1e-4, atol=0)
+        variance = histograms.histograms[0].sums[2].sum(-1) / total.unsqueeze(-1)
         torch.testing.assert_close(variance, keys.spectrum, rtol=1e-3, atol=1e-6)
 
 
 def test_outliers_keep_a_place():
     side = collected("llama", [Batch(tokens(1, 20))])[-1][0].histograms[0]
-    far, before = side.scale[None, :, None, :] * 1e6, side.weight
+    far, before = side.scale[None, :, None, :] * 1e6, side.sums[0].sum(-1)
     side.add(far, torch.ones(1, 2, 1, dtype=torch.float64))
     assert side.sums[0, ..., -1].min() >= 1
-    torch.testing.assert_close(side.weight, before + 1)
+    torch.testing.assert_close(side.sums[0].sum(-1), before + 1)

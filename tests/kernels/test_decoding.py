@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import levels_between
+from tiny import levels_between, packed_rows
 
 from eigenattn import EigenAttnError
-from eigenattn.cache.packing import Widths, pack
+from eigenattn.cache.packing import Widths
 from eigenattn.kernels.decoding import Rotary, Side, Step, Window, why_not
 from eigenattn.kernels.decoding import decode as decode_step
 from eigenattn.kernels.native_library import unavailable
@@ -84,9 +84,7 @@ def problem(name: str, widths: Widths | None = None) -> dict:
             z[0, :, :3] = NAN  # before the first column
     else:
         rank_k = rank_v = widths.channels
-        numbers = 2 ** torch.tensor(widths.each())
-        codes = [(torch.rand(b, g, s, rank_k) * numbers).to(torch.uint8) for _ in range(2)]
-        latents = [pack(code, widths).to(DEVICE) for code in codes]
+        latents = [packed_rows(widths, b, g, s).to(DEVICE) for _ in range(2)]
         low = torch.randn(g, rank_k) - 2
         levels = levels_between(low, low + 2 + 4 * torch.rand(g, rank_k), widths).to(DEVICE)
         extra = {"widths": widths, "levels": levels}
@@ -132,12 +130,19 @@ def test_backends_equal_the_reference(name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "widths",
-    [{8: 3, 4: 10, 2: 7}, {8: 2, 6: 7, 4: 5, 2: 3}, {4: 21}, {6: 20}, {4: 5, 3: 11, 1: 9}, {1: 17}],
+    [
+        Widths.of({8: 3, 4: 10, 2: 7}),
+        Widths.of({8: 2, 6: 7, 4: 5, 2: 3}, scaled=True),
+        Widths.of({4: 21}),
+        Widths.of({6: 20}, scaled=True),
+        Widths.of({5: 10, 4: 5, 3: 11, 1: 9}, scaled=True),
+        Widths.of({1: 17}, scaled=True),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["small-space-window", "rotary"])
 def test_packed_codes(name, widths, backend):
-    arguments = problem(name, Widths.of(widths))
+    arguments = problem(name, widths)
     assert_same(decode(backend, **arguments), arguments)
 
 
@@ -334,7 +339,7 @@ def apart(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("widths", [None, Widths.of({8: 4, 4: 8, 2: 4})], ids=["plain", "packed"])
+@pytest.mark.parametrize("widths", [None, Widths.of({8: 4, 4: 8, 2: 4}, scaled=True)], ids=["plain", "packed"])
 @pytest.mark.parametrize("sharing", [(4, 4), (1, 4), (2, 4), (1, 2), (2, 1)], ids=str)
 @pytest.mark.parametrize("name", ["many-rotary", "many-alibi"])
 def test_heads_share_latents(name, sharing, widths, backend, monkeypatch):

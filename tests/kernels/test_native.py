@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from tiny import levels_between
+from tiny import levels_between, packed_rows
 
 from eigenattn import EigenAttnError, kernels
-from eigenattn.cache.packing import Widths, pack
+from eigenattn.cache.packing import Widths
 from eigenattn.kernels import native_library, selection
 from eigenattn.kernels.decoding import Rotary, Side, Step, Window, decode, default_backend
 
@@ -27,8 +27,8 @@ def some_step(s=1100, rank=20, widths=None, dtype=torch.float32, **changes):
 
     coded, rows = {}, (normal(b, g, s, rank), normal(b, g, s, rank))
     if widths is not None:
-        rank, numbers = widths.channels, 2 ** torch.tensor(widths.each())
-        rows = tuple(pack((torch.rand(b, g, s, rank) * numbers).to(torch.uint8), widths) for _ in range(2))
+        rank = widths.channels
+        rows = packed_rows(widths, b, g, s), packed_rows(widths, b, g, s)
         low = torch.randn(g, rank) - 2
         coded = {"widths": widths, "levels": levels_between(low, low + 3, widths)}
     length = torch.tensor([s, s - 70], dtype=torch.int32)
@@ -76,7 +76,7 @@ def test_positions_jump_between_blocks_and_within():
 @pytest.mark.parametrize("widths", [{8: 70, 3: 90}, {6: 17, 4: 150, 1: 3}, {8: 16}, {2: 64}], ids=str)
 def test_wide_rows_of_codes(widths):
     """A vector's codes may lie too far apart for one load."""
-    assert_same(some_step(s=70, widths=Widths.of(widths)), 5e-6)
+    assert_same(some_step(s=70, widths=Widths.of(widths, scaled=True)), 5e-6)
 
 
 @native

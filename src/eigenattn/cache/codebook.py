@@ -1,4 +1,8 @@
-"""Static quantisers: from latents to codes, and back to the levels that codes stand for."""
+"""Quantisers: from latents to bytes of codes, and back to the levels that codes stand for.
+
+Levels are the same for all tokens, and count in units of a token's own scale, the norm of its latent: so a token whose
+vectors are large in all directions, of which other texts have others, is as good as any.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .packing import Widths
+from .packing import Widths, pack, unpack
 
 # Levels are a polynomial of the code of this degree: even steps would serve a few large latents badly or the many small
 # ones, and four levels may lie anywhere.
 DEGREE = 3
+
+
+# A scale is a power of two to a multiple of this, and a byte holds which (chosen: a finer one gains nothing).
+OCTAVE = 4
+UNIT_SCALE = 128
+
+
+def scale_codes(z: Tensor) -> Tensor:
+    """The bytes of the scales of latents [..., R]: the nearest to their norms, [..., 1] in uint8."""
+    norm = z.float().norm(dim=-1, keepdim=True)
+    return (norm.log2() * OCTAVE + UNIT_SCALE).round().clamp(0, 255).to(torch.uint8)  # of norm 0: log2 is -inf
+
+
+def scales(codes: Tensor) -> Tensor:
+    """What the bytes of scales stand for, in fp32."""
+    return torch.exp2((codes.float() - UNIT_SCALE) / OCTAVE)
 
 
 def middle(bits: int) -> int:
@@ -59,6 +79,20 @@ class Codebook:
         of_codes = torch.stack([a - at * (b - at * (c - at * d)), b - at * (2 * c - 3 * at * d), c - 3 * at * d, d])
         return cls(levels, widths, thresholds, of_codes.float().unsqueeze(2))
 
+    def encode(self, z: Tensor) -> Tensor:
+        """Latents [B, G, T, R] to bytes [B, G, T, widths.bytes]."""
+        if not self.widths.scaled:
+            return pack(self.quantise(z), self.widths)
+        scale = scale_codes(z)
+        return torch.cat([pack(self.quantise(z / scales(scale)), self.widths), scale], dim=-1)
+
+    def decode(self, rows: Tensor) -> Tensor:
+        """The latents [B, G, T, R] that bytes stand for, in fp32; as `dequantise` has it."""
+        if not self.widths.scaled:
+            return self.dequantise(unpack(rows, self.widths))
+        codes, scale = rows.split([self.widths.of_codes, 1], dim=-1)
+        return self.dequantise(unpack(codes, self.widths)) * scales(scale)
+
     def quantise(self, z: Tensor) -> Tensor:
         """The codes of the levels nearest to latents [B, G, T, R], in uint8."""
         rows = z.float().permute(1, 3, 0, 2).flatten(2)  # [G, R, B * T]
@@ -68,7 +102,7 @@ class Codebook:
         return codes.unflatten(2, (z.shape[0], z.shape[2])).permute(2, 0, 3, 1)
 
     def dequantise(self, codes: Tensor) -> Tensor:
-        """Latents [B, G, T, R] of codes, in fp32; of one in so many heads, where the others have the same levels."""
+        """Levels [B, G, T, R] of codes, in fp32; of one in so many heads, where the others have the same levels."""
         a, b, c, d = self.of_codes[:, :: len(self.levels) // codes.shape[1]]
         codes = codes.float()
         return torch.addcmul(a, codes, torch.addcmul(b, codes, torch.addcmul(c, codes, d)))

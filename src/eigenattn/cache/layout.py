@@ -53,7 +53,11 @@ class Latent:
     def to_dict(self) -> dict[str, Any]:
         """As a checkpoint's configuration has it."""
         values: dict[str, Any] = {"sides": list(self.sides), "heads": self.heads, "rank": self.rank}
-        return values if self.widths is None else values | {"widths": self.widths.to_dict()}
+        if self.widths is not None:
+            values["widths"] = self.widths.to_dict()
+            if self.widths.scaled:
+                values["scaled"] = True
+        return values
 
     @classmethod
     def from_dict(cls, values: Any, head_dim: int) -> Latent:
@@ -62,7 +66,7 @@ class Latent:
         Raises:
             ValueError: if it is malformed.
         """
-        if not isinstance(values, dict) or not set(values) <= {"sides", "heads", "rank", "widths"}:
+        if not isinstance(values, dict) or not set(values) <= {"sides", "heads", "rank", "widths", "scaled"}:
             raise ValueError(f"no latent: {values!r:.60}")
         sides, heads, rank, counts = (values.get(name) for name in ("sides", "heads", "rank", "widths"))
         if not isinstance(sides, list) or tuple(sides) not in (("key",), ("value",), SIDES):
@@ -70,13 +74,16 @@ class Latent:
         if type(heads) is not int or type(rank) is not int or heads < 1 or rank < 1:
             raise ValueError(f"no heads and rank: {heads!r:.60}, {rank!r:.60}")
         widths = None
+        scaled = values.get("scaled", False)
+        if type(scaled) is not bool or (scaled and counts is None):
+            raise ValueError(f"no scale: {scaled!r:.60}")
         if counts is not None:
             known = {str(bits): bits for bits in PARTS}
             if not isinstance(counts, dict) or not all(
                 bits in known and type(count) is int and count >= 0 for bits, count in counts.items()
             ):
                 raise ValueError(f"no widths: {counts!r:.60}")
-            widths = Widths.of({known[bits]: count for bits, count in counts.items()})
+            widths = Widths.of({known[bits]: count for bits, count in counts.items()}, scaled)
             if widths.channels != rank:
                 raise ValueError(f"widths of {widths.channels} channels and rank {rank}")
         return cls(tuple(sides), heads, rank, head_dim, widths)

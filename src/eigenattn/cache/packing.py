@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Widths that a channel may have, widest first, and what codes of each are stored as, upper bits first: parts that fill
 # bytes evenly. Another package adds a width here.
-PARTS: dict[int, tuple[int, ...]] = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
+PARTS: dict[int, tuple[int, ...]] = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,14 @@ class Widths:
 
     Args:
         counts: pairs of bits and channels, widest first, each with at least one channel.
+        scaled: whether codes are of a latent over its own scale (`eigenattn.cache.codebook`), kept in a byte behind.
     """
 
     counts: tuple[tuple[int, int], ...]
+    scaled: bool = False
 
     @classmethod
-    def of(cls, counts: Mapping[int, int]) -> Widths:
+    def of(cls, counts: Mapping[int, int], scaled: bool = False) -> Widths:
         """From channels by bits.
 
         Raises:
@@ -33,7 +35,7 @@ class Widths:
         """
         if not all(bits in PARTS and count >= 0 for bits, count in counts.items()):
             raise ValueError(f"no widths: {counts}")
-        return cls(tuple((bits, counts[bits]) for bits in sorted(counts, reverse=True) if counts[bits]))
+        return cls(tuple((bits, counts[bits]) for bits in sorted(counts, reverse=True) if counts[bits]), scaled)
 
     @property
     def channels(self) -> int:
@@ -41,9 +43,14 @@ class Widths:
         return sum(count for _, count in self.counts)
 
     @property
-    def bytes(self) -> int:
-        """Bytes of one packed latent; every plane is filled up to whole bytes."""
+    def of_codes(self) -> int:
+        """Bytes of the codes of one packed latent; every plane is filled up to whole bytes."""
         return sum(plane_bytes(count, part) for bits, count in self.counts for part in PARTS[bits])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one packed latent."""
+        return self.of_codes + self.scaled
 
     def each(self) -> list[int]:
         """The bits of each channel."""
@@ -68,7 +75,7 @@ def plane_bytes(channels: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, widths: Widths) -> Tensor:
-    """Codes [..., R] in uint8 to bytes [..., widths.bytes]: planes of bytes for each width, one behind the other.
+    """Codes [..., R] in uint8 to bytes [..., widths.of_codes]: planes of bytes for each width, one behind the other.
 
     From its low bits up, byte `j` of a plane of `n` bytes holds the plane's channels `j`, `j + n`, `j + 2n` ... :
     unpacking is shifts of whole planes and needs no interleaving. Codes whose bits do not fill bytes evenly lie in a

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..cache.codebook import scale_codes, scales
 from ..models.attention import EigenAttention
 from ..models.forward_pass import ForwardPass
 from ..models.maps import joined
@@ -52,11 +53,6 @@ class Histograms:
         """Without anything in them, on the device of `like`."""
         return cls(torch.zeros(3, kv_heads, rank, BINS, dtype=torch.float64, device=like.device))
 
-    @property
-    def weight(self) -> Tensor:
-        """Total weight [G, R]; all channels of a head have the same."""
-        return self.sums[0].sum(-1)
-
     def add(self, z: Tensor, weight: Tensor) -> None:
         """Add latents [B, G, T, R] with weights [B, G, T]."""
         z = z.permute(1, 3, 0, 2).flatten(2).double()  # [G, R, B * T]
@@ -82,6 +78,8 @@ class LatentHistograms:
     `sum_m a_mn^2`, for the errors of independent tokens average in a query's output. Both are sums over the queries of
     a group, or of all the groups that share a latent.
 
+    Histograms are of latents over their own scales (`eigenattn.cache.codebook`), and count errors in units of latents.
+
     A latent of both sides counts as keys do. The squares of attention's sums over it are added up as well, `outputs`
     [G/N, R], and the squared weights, `squares` [G/N].
 
@@ -94,6 +92,7 @@ class LatentHistograms:
         self.maps, self.window, self.tokens = tuple(maps), window, 0
         self.histograms = [Histograms.empty(each.encoder, len(each.encoder), each.encoder.shape[-1]) for each in maps]
         self.of_both = len(maps[0].sides) > 1  # there is no other map then
+        self.weights = [each.sums.new_zeros(len(each.sums[0])) for each in self.histograms]  # of all tokens, [G/N]
         self.outputs = torch.zeros_like(self.histograms[0].sums[0, ..., 0])
         self.squares = torch.zeros_like(self.outputs[:, 0])
 
@@ -113,9 +112,12 @@ class LatentHistograms:
             if both is not None:
                 by_latent = weights.flatten(1, 2).unflatten(1, (both.shape[1], -1))  # [B, G/N, heads, block, stop]
                 self.outputs += (by_latent.to(both.dtype) @ both[:, :, None, :stop]).double().square().sum((0, 2, 3))
-        for each, histograms, z in zip(self.maps, self.histograms, latents, strict=True):
+        for each, histograms, z, total in zip(self.maps, self.histograms, latents, self.weights, strict=True):
             weight = first if "key" in each.sides else second
-            histograms.add(z, weight.unflatten(1, (z.shape[1], -1)).sum(2))
+            weight = weight.unflatten(1, (z.shape[1], -1)).sum(2)  # [B, G/N, T]
+            scale = scales(scale_codes(z))
+            histograms.add(z / scale, weight * scale.squeeze(-1).double().square())
+            total += weight.sum((0, 2))
         if both is not None:
             self.squares += second.unflatten(1, (both.shape[1], -1)).sum((0, 2, 3))
 

@@ -12,6 +12,10 @@ from torch import Tensor
 from ..cache.layout import Latent
 from ..cache.packing import Widths
 
+TINY = 1e-300
+# Of the largest, what a direction of a spectrum counts at least where latents are brought to units.
+LEAST_SHARE = 1e-12
+
 
 @dataclass(frozen=True)
 class Quantiser:
@@ -64,6 +68,22 @@ class Basis:
     def full_rank(self) -> int:
         """Dimensions of what it is a basis of, D."""
         return self.encoder.shape[-2]
+
+    @property
+    def unit(self) -> Tensor:
+        """The unit [G, D] of each channel of a coded latent: the root of its deviation, 1 for the largest.
+
+        A token's scale is the norm of its latent: with units of 1 the first few channels would decide it, and with
+        whole deviations the last ones, which hardly matter and which other texts have more of (chosen).
+        """
+        share = self.spectrum.clamp_min(0) / self.spectrum.amax(-1, keepdim=True).clamp_min(TINY)
+        return share.clamp_min(LEAST_SHARE).pow(0.25)
+
+    def balanced(self) -> Basis:
+        """The same basis with its channels in these units."""
+        unit = self.unit
+        encoder, decoder = self.encoder / unit.unsqueeze(-2), self.decoder * unit.unsqueeze(-1)
+        return dataclasses.replace(self, encoder=encoder, decoder=decoder)
 
     @property
     def latent(self) -> Latent:

@@ -41,6 +41,11 @@ class Fit:
     error: dict[int, Tensor]
     energy: Tensor
 
+    def in_units(self, unit: Tensor) -> Fit:
+        """The same levels, with what they leave in the units that latents had before they were divided by `unit`."""
+        unit = unit.square()
+        return Fit(self.levels, {bits: error * unit for bits, error in self.error.items()}, self.energy * unit)
+
 
 def fit(histograms: Histograms, widths: Sequence[int]) -> Fit:
     """Fit levels of each channel at each width to a histogram, by least weighted squared error.

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ..cache.codebook import scale_codes, scales
 from ..calibration.fisher_moments import FisherMoments, LatentMoments
 from ..calibration.latent_histograms import Histograms
 from . import quantise
@@ -20,10 +21,9 @@ METRIC_SHRINKAGE = 0.5
 # What errors in proportion to a latent cost, in units of errors that are independent from token to token: they add up
 # in attention's sums (chosen: 1 to 14 in the layers of SmolLM2, and see docs/decisions.md).
 COHERENCE = 3.0
-# Latents of other texts reach further than those of any calibration text: quantisers are fitted to these multiples of
-# what was drawn, with these weights (chosen: see docs/decisions.md; three quarters of what 4 bits lost on foreign
-# text was lost where ranges ended).
-STRETCHES = ((1.0, 1.0), (2.0, 0.1))
+# Single channels of other texts reach further, against a token's scale, than those of any calibration text: quantisers
+# are fitted to these multiples of what was drawn, with these weights (chosen: see docs/decisions.md).
+STRETCHES = ((1.0, 1.0), (1.4, 0.1))
 
 
 def fisher(moments: FisherMoments) -> tuple[Basis, ...]:
@@ -72,9 +72,11 @@ def _fitted(moments: LatentMoments, basis: Basis, tokens: int) -> quantise.Fitte
     mean = 0 if basis.mean is None else basis.mean.unsqueeze(1)
     z = (moments.sample.vectors.double() - mean) @ basis.encoder
     histograms = Histograms.empty(basis.encoder, *z.shape[::2])
-    for stretch, weight in STRETCHES:
-        histograms.add(stretch * z.unsqueeze(0), weight * moments.sample.estimates.unsqueeze(0))
-    found = fit(histograms, quantise.ALLOTTED[1:])
-    unit = histograms.weight.clamp_min(TINY).reciprocal() / (2 * tokens)
+    scale, weights = scales(scale_codes(z)).double(), moments.sample.estimates
+    for stretch, share in STRETCHES:
+        histograms.add((stretch * z / scale).unsqueeze(0), (share * weights * scale.squeeze(-1).square()).unsqueeze(0))
+    found = fit(histograms, quantise.ALLOTTED[1:]).in_units(basis.unit)
+    total = weights.sum(-1, keepdim=True) * sum(share for _, share in STRETCHES)  # [G/N, 1]
+    unit = total.clamp_min(TINY).reciprocal() / (2 * tokens)
     costs = quantise.costs_in_part_coherent(found, COHERENCE * found.energy * unit, unit)
     return quantise.Fitted(found, costs.cpu())

@@ -24,9 +24,9 @@ from .sensitivity import TIE
 
 # Bits a channel may be allotted, fewest first: 0, of which nothing is stored and the latent is its mean, and widths of
 # `eigenattn.cache.packing.PARTS`. Another package may add one.
-ALLOTTED = [0, 2, 4, 6, 8]
-# Channels that share a width: planes of whole bytes, and hardly coarser than single channels (see docs/rules.md).
-GROUP = 4
+ALLOTTED = [0, 1, 2, 3, 4, 5, 6, 8]
+# Channels that share a width: planes of whole bytes at every width (see docs/rules.md).
+GROUP = 8
 
 
 def key_costs(fitted: Fit, basis: Basis, weight: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ def costs_of_both(fitted: Fit, basis: Basis, key_share: Tensor, found: LatentHis
     independent from token to token average in attention's sums, and latents that are cut off do so less. Their weight
     was measured on cut-off latents, so it is in proportion to what sums lose of those.
     """
-    squared, weight = found.squares.unsqueeze(-1), found.histograms[0].weight[:, :1].clamp_min(TINY)
-    summed = found.outputs / fitted.energy.clamp_min(TINY)
+    squared, weight = found.squares.unsqueeze(-1), found.weights[0].unsqueeze(-1).clamp_min(TINY)
+    summed = found.outputs * basis.unit.square() / fitted.energy.clamp_min(TINY)
     of_keys = basis.spectrum * key_share
     of_values = basis.spectrum - of_keys
     cut = of_values[:, int(WEIGHED_AT * of_values.shape[-1]) :]
@@ -123,7 +123,7 @@ def allocate(
         for (_, count), bits in zip(groups[latent], chosen[latent], strict=True):
             if bits:
                 counts[bits] += count
-        return heads[latent] * Widths.of(counts).bytes
+        return heads[latent] * Widths.of(counts, scaled=True).bytes
 
     sizes = [size(latent) for latent in range(len(costs))]
     if sum(sizes) > budget:
@@ -177,7 +177,7 @@ def quantised(basis: Basis, fitted: Fit, widths: Tensor) -> Basis:
     levels = torch.stack(
         [fitted.levels[bits][:, channel] for channel, bits in zip(order.tolist(), stored, strict=True)], dim=1
     )
-    quantiser = Quantiser(levels, Widths.of({bits: stored.count(bits) for bits in ALLOTTED[1:]}))
+    quantiser = Quantiser(levels, Widths.of({bits: stored.count(bits) for bits in ALLOTTED[1:]}, scaled=True))
     order = order.to(basis.encoder.device)
     encoder, decoder = basis.encoder[..., order], basis.decoder[:, order]
     return dataclasses.replace(basis, encoder=encoder, decoder=decoder, quantiser=quantiser)
@@ -219,11 +219,11 @@ def fit_quantisers(
 
 def _fitted(basis: Basis, found: LatentHistograms, index: int) -> Fitted:
     histograms = found.histograms[index]
-    quantisers = fit(histograms, ALLOTTED[1:])
+    quantisers = fit(histograms, ALLOTTED[1:]).in_units(basis.unit)
     if basis.key_share is not None:
         costs = costs_of_both(quantisers, basis, basis.key_share, found)
     elif "key" in basis.sides:
-        costs = key_costs(quantisers, basis, histograms.weight[:, 0])
+        costs = key_costs(quantisers, basis, found.weights[index])
     else:
         costs = value_costs(quantisers, basis)
     return Fitted(quantisers, costs.cpu())

@@ -190,9 +190,14 @@ class Recipe:
         return RankProblem.of(bases, self.config, costs, self.method.in_nats)
 
     @cached_property
+    def balanced(self) -> Bases:
+        """The same, in the units in which latents are coded."""
+        return [tuple(basis.balanced() for basis in layer) for layer in self.bases]
+
+    @cached_property
     def quantisers(self) -> list[tuple[Fitted, ...]]:
         """Quantisers of each layer's latents, of all widths, from moments or another pass over the text."""
-        bases, of_moments = self.bases, self.method.quantisers
+        bases, of_moments = self.balanced, self.method.quantisers
         with self.clock.stage("quantisers"):
             if of_moments is not None:
                 return [of_moments(*each) for each in zip(self.moments, bases, strict=True)]
@@ -216,7 +221,7 @@ class Recipe:
             quantisers = self.quantisers
             with self.clock.stage("ranks"):
                 weights = rule.weights(problem.at(equivalent_ratio(problem.kv_ratio)))
-                chosen = quantise_bases(self.layers, self.bases, quantisers, weights, problem.kv_ratio)
+                chosen = quantise_bases(self.layers, self.balanced, quantisers, weights, problem.kv_ratio)
         else:
             with self.clock.stage("ranks"):
                 chosen = truncated(self.bases, rule.choose(problem))

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from ..cache.codebook import DEGREE, Codebook
 from ..cache.layout import SIDES, Latent, Layout
-from ..cache.packing import pack, unpack
 from ..kernels.decoding import Side
 from .memoised import memoised
 
@@ -95,16 +94,14 @@ class LatentMaps(nn.Module):
         Bytes carry no gradients: coded models are trained without a cache.
         """
         return tuple(
-            z if latent.widths is None else pack(self.codebook(latent).quantise(z), latent.widths)
+            z if latent.widths is None else self.codebook(latent).encode(z)
             for latent, z in zip(self.layout.latents, self.encode(keys, values), strict=True)
         )
 
     def restored(self, rows: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The latents [B, G/N, S, R] of what the cache holds; packed ones in `dtype`, and others as they are."""
         return tuple(
-            row
-            if latent.widths is None or row.dtype != torch.uint8
-            else self.codebook(latent).dequantise(unpack(row, latent.widths)).to(dtype)
+            row if latent.widths is None or row.dtype != torch.uint8 else self.codebook(latent).decode(row).to(dtype)
             for latent, row in zip(self.layout.latents, rows, strict=True)
         )
 
@@ -120,7 +117,7 @@ class LatentMaps(nn.Module):
 
     def _rounded(self, z: Tensor, latent: Latent) -> Tensor:
         codebook = self.codebook(latent)
-        found = codebook.dequantise(codebook.quantise(z.detach())).to(z.dtype)
+        found = codebook.decode(codebook.encode(z.detach())).to(z.dtype)
         return z + (found - z).detach() if z.requires_grad else found
 
     def latent(self, latents: tuple[Tensor, ...], side: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ..cache.layout import Latent, Layout
 from ..cache.packing import Widths
 from ..cache.size import bytes_per_token, cache_bytes
 from ..calibration.checks import check_length
+from ..compression.quantise import ALLOTTED, GROUP
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..models.conversion import convert_attention, eigen_layers
@@ -21,8 +23,6 @@ from ..models.loading import Source, dtype_of, empty_model, load_config
 from .inspection import compression_of, layouts
 
 GIB = 2**30
-# Channels that share a width (see `compression.quantise`).
-GROUP = 4
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,10 @@ def _supposed(config: EigenAttentionConfig, original: Sequence[Layout]) -> list[
 
 
 def _widths(bits: float, channels: int) -> Widths:
-    """Channels of two neighbouring widths that take `bits` a channel on average."""
-    lower, upper = next(pair for pair in ((0, 2), (2, 4), (4, 6), (6, 8)) if bits <= pair[1])
+    """Channels of two neighbouring widths that take `bits` a channel on average, the scale included."""
+    bits = max(bits - 8 / channels, 0)
+    lower, upper = next(pair for pair in itertools.pairwise(ALLOTTED) if bits <= pair[1])
     groups = channels // GROUP
     wide = max(int(groups * (bits - lower) / (upper - lower)), 0 if lower else 1)
     counts = {upper: wide * GROUP, lower: (groups - wide) * GROUP}
-    return Widths.of({width: count for width, count in counts.items() if width})
+    return Widths.of({width: count for width, count in counts.items() if width}, scaled=True)

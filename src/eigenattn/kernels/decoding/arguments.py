@@ -72,10 +72,11 @@ class Side:
         return self._once("folded", self.fold)
 
     def fold(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Decoder [G, R, D], mean [G, D] and shape [G, 3, R] that take codes u, counted from the middle of their range.
+        """Decoder [G, R, D], mean [G, D] and shape [G, 4, R] that take codes u, counted from the middle of their range.
 
-        `x_hat = mean' + y @ U'` with `y = u (shape_0 + u (shape_1 + u shape_2))`. The mean distance of levels, s, has
-        gone into the decoder, `U' = s U`, so that y is about as large as u, and the level of u = 0 into the mean.
+        `x_hat = mean + y @ U'` with `y = shape_0 + u (shape_1 + u (shape_2 + u shape_3))`, times the scale of a token
+        that has one. The mean distance of levels, s, has gone into the decoder, `U' = s U`, so that y is about as large
+        as u.
         """
         if self.widths is None or self.levels is None:
             return self.decoder, self.mean, None
@@ -84,14 +85,10 @@ class Side:
         at = middles(self.widths, levels.device)
         step = a - b + c * (at * at - at + 1)  # [G, R]: of the levels at both ends, -at and at - 1
         step = torch.where(step > 0, step, 1.0)
-        shape, centre = (levels[..., 1:] / step.unsqueeze(-1)).transpose(1, 2).contiguous(), levels[..., 0]
+        shape = (levels / step.unsqueeze(-1)).transpose(1, 2).contiguous()
         if self.decoder is None:
-            return torch.diag_embed(step), centre, shape
-        decoder = self.decoder.float()
-        mean = (centre.unsqueeze(1) @ decoder).squeeze(1)
-        if self.mean is not None:
-            mean = mean + self.mean.float()
-        return (step.unsqueeze(-1) * decoder).to(self.decoder.dtype), mean, shape
+            return torch.diag_embed(step), self.mean, shape
+        return (step.unsqueeze(-1) * self.decoder.float()).to(self.decoder.dtype), self.mean, shape
 
 
 @dataclass(frozen=True, eq=False)

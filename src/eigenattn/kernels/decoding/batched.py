@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...cache.packing import unpack
 from .arguments import Rotary, Side, Step, pairs
 
 
@@ -124,8 +123,7 @@ def _latents(step: Step, rows: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor
 
 
 def _restored(row: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
-    codebook = side.codebook
-    return codebook.dequantise(unpack(row, codebook.widths)).to(dtype)
+    return side.codebook.decode(row).to(dtype)
 
 
 def _scores(step: Step, keys: _Keys, g: int) -> Tensor:

@@ -204,7 +204,7 @@ def _launch(
     g: int,
     size_out: int,
 ) -> Tensor:
-    """Both kernels, for arguments that a graph can hold: `_Arguments`, and widths as bits, channels, bits, channels."""
+    """Both kernels, for arguments that a graph can hold: `_Arguments`, and widths as `_numbers` has them."""
     x = _Arguments(*tensors)
     q = x.q.contiguous()
     b, h, d = q.shape
@@ -303,12 +303,12 @@ def _launch(
 
 
 def _numbers(widths: Widths | None) -> list[int]:
-    """Widths as a graph can hold them: bits, channels, bits, channels."""
-    return [] if widths is None else [number for pair in widths.counts for number in pair]
+    """Widths as a graph can hold them: whether they are scaled, bits, channels, bits, channels."""
+    return [] if widths is None else [int(widths.scaled), *(number for pair in widths.counts for number in pair)]
 
 
 def _widths(found: Sequence[int]) -> Widths | None:
-    return Widths(tuple(zip(found[::2], found[1::2], strict=True))) if found else None
+    return Widths(tuple(zip(found[1::2], found[2::2], strict=True)), bool(found[0])) if found else None
 
 
 # One node in a graph: it does not break there, and CUDA graphs record the kernels in it as they run.

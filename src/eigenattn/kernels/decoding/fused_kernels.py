@@ -13,7 +13,10 @@ import math
 import triton
 import triton.language as tl
 
+from ...cache import codebook
+
 LOG2_E = tl.constexpr(math.log2(math.e))
+UNIT_SCALE, OCTAVE = tl.constexpr(codebook.UNIT_SCALE), tl.constexpr(codebook.OCTAVE)
 
 
 @triton.jit
@@ -28,7 +31,7 @@ def _part(tokens, seen, PLAN: tl.constexpr, i: tl.constexpr, part: tl.constexpr)
     """What is stored of a piece, or of one part of its codes [BLOCK, size]."""
     places = tl.arange(0, PLAN[i][1])
     return tl.load(
-        tokens[:, None] + PLAN[i][4 + 3 * part] + places[None, :],
+        tokens[:, None] + PLAN[i][5 + 3 * part] + places[None, :],
         mask=seen[:, None] & (places < PLAN[i][2])[None, :],
         other=0,
     )
@@ -39,10 +42,10 @@ def _piece(tokens, seen, shape, PLAN: tl.constexpr, i: tl.constexpr, RANK: tl.co
     """One piece of latents [BLOCK, size], or what a decoder that is folded takes of codes (`Side.fold`)."""
     found = _part(tokens, seen, PLAN, i, 0)
     if PLAN[i][3] < 16:
-        code = (found.to(tl.int32) >> PLAN[i][5]) & (2 ** PLAN[i][6] - 1)
-        if len(PLAN[i]) > 7:
-            lower = (_part(tokens, seen, PLAN, i, 1).to(tl.int32) >> PLAN[i][8]) & (2 ** PLAN[i][9] - 1)
-            code = (code << PLAN[i][9]) | lower
+        code = (found.to(tl.int32) >> PLAN[i][6]) & (2 ** PLAN[i][7] - 1)
+        if len(PLAN[i]) > 8:
+            lower = (_part(tokens, seen, PLAN, i, 1).to(tl.int32) >> PLAN[i][9]) & (2 ** PLAN[i][10] - 1)
+            code = (code << PLAN[i][10]) | lower
         u = (code - 2 ** (PLAN[i][3] - 1)).to(tl.float32)
         places = tl.arange(0, PLAN[i][1])
         known = places < PLAN[i][2]
@@ -50,7 +53,11 @@ def _piece(tokens, seen, shape, PLAN: tl.constexpr, i: tl.constexpr, RANK: tl.co
         a = tl.load(of_piece, mask=known, other=0.0)[None, :]
         b = tl.load(of_piece + RANK, mask=known, other=0.0)[None, :]
         c = tl.load(of_piece + 2 * RANK, mask=known, other=0.0)[None, :]
-        found = u * (a + u * (b + u * c))
+        d = tl.load(of_piece + 3 * RANK, mask=known, other=0.0)[None, :]
+        found = a + u * (b + u * (c + u * d))
+        if PLAN[i][4] >= 0:
+            scale = tl.load(tokens + PLAN[i][4], mask=seen, other=0).to(tl.float32)
+            found *= tl.exp2((scale - UNIT_SCALE) / OCTAVE)[:, None]
     return found.to(dtype)
 
 
@@ -73,8 +80,9 @@ def _decoded(
         x = tl.load(tokens[:, None] + dims[None, :], mask=seen[:, None] & known[None, :], other=0.0).to(tl.float32)
     else:
         x = tl.zeros([tokens.shape[0], dims.shape[0]], tl.float32)
+        of_head = None if shape is None else shape + h * 4 * RANK
         for i in tl.static_range(len(PLAN)):
-            z = _piece(tokens, seen, shape, PLAN, i, RANK, dtype)
+            z = _piece(tokens, seen, of_head, PLAN, i, RANK, dtype)
             channels = tl.arange(0, PLAN[i][1])
             u = tl.load(
                 decoder + (h * RANK + PLAN[i][0] + channels)[:, None] * D + dims[None, :],
@@ -211,7 +219,7 @@ def _attend(
             for j in tl.static_range(LATENTS):
                 tokens = keys + j * next_keys + n.to(tl.int64) * KEY_STRIDE
                 for i in tl.static_range(len(KEY_PLAN)):
-                    of_latent = None if here_k is None else here_k + j * SHARED_K * 3 * RANK
+                    of_latent = None if here_k is None else here_k + j * SHARED_K * 4 * RANK
                     z = _piece(tokens, seen, of_latent, KEY_PLAN, i, RANK, dtype)
                     scores = _dot(z, _own(pieces[i], j, GROUP * SHARED_K, LATENTS), scores, UPCAST)
         if offset is not None:
@@ -292,9 +300,9 @@ def decode_splits(
         mean_of_head, decoder_of_head, offset_of_head = None, None, None
         shape_k, shape_v = None, None
         if key_shape is not None:
-            shape_k = key_shape + g * 3 * RANK
+            shape_k = key_shape + g * 4 * RANK
         if value_shape is not None:
-            shape_v = value_shape + g * 3 * RANK_V
+            shape_v = value_shape + g * 4 * RANK_V
         if PAIRS:
             if mean is not None:
                 mean_of_head = mean + g * D

@@ -69,7 +69,8 @@ struct Side {
     int64_t rank;
     const float *decoder, *mean, *levels;  // levels: [G, 4, padded rank], coefficients of a polynomial in the code
     int64_t bytes;                         // of a row of codes
-    const int32_t *plan;                   // [vectors, 6, LANES]; see `codes_of`
+    const int32_t *plan;                   // [vectors, 6, LANES]; see `Codes`
+    int64_t scale;                         // where a row of codes has the byte of its scale, or -1
 };
 
 // Of a paged cache: row b has the pages `table[b * stride]` and on, of so many tokens each; a list's `batch` is then
@@ -212,6 +213,15 @@ inline int64_t bytes_of(const Rows &rows) { return rows.kind == FP32 ? 4 : rows.
 inline const char *row_of(const Rows &rows, int64_t b, int64_t g) {
     return rows.data + (b * rows.batch + g / rows.shared * rows.head) * bytes_of(rows);
 }
+
+// What the bytes of scales stand for: see codebook.py.
+struct Scales {
+    Scales() {
+        for (int i = 0; i < 256; i++) of[i] = std::exp2(float(i - 128) / 4);
+    }
+    float of[256];
+};
+const Scales SCALES;
 
 // How the codes of one vector of channels are found in a row.
 struct Codes {
@@ -453,6 +463,9 @@ void Task::rows_of(const Side &side, const Strip &strip, int64_t n0, float *room
             for (int64_t i = 0; i < size; i += LANES) store(room + t * size + i, load_part(row + i, side.rank - i));
         }
     if (side.rows.kind != CODES) return;
+    float scales[BLOCK];
+    for (int t = 0; t < tokens; t++)
+        scales[t] = side.scale < 0 ? 1.0f : SCALES.of[uint8_t(stored[t][side.scale])];
     for (int64_t i = 0; i < size; i += LANES) {
         const Codes codes(side.plan + 6 * i, side.bytes);
         const float *levels = side.levels + g * 4 * size + i;
@@ -463,7 +476,7 @@ void Task::rows_of(const Side &side, const Strip &strip, int64_t n0, float *room
                 const uint8_t *row = reinterpret_cast<const uint8_t *>(stored[t]);
                 const Integers code = codes.of<permuted.value, whole.value>(row);
                 const Vector u = __builtin_convertvector(code, Vector);
-                store(out, a + u * (b + u * (c + u * d)));
+                store(out, scales[t] * (a + u * (b + u * (c + u * d))));
             }
         };
         const std::true_type yes;

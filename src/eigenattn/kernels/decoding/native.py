@@ -118,6 +118,7 @@ def decode(step: Step) -> Tensor:
         [count if isinstance(count, int) else 0 for count in counts],
         [
             *(step.rows[s.row].shape[-1] if s.widths is None else s.widths.channels for s in (step.keys, step.values)),
+            *(-1 if s.widths is None or not s.widths.scaled else s.widths.of_codes for s in (step.keys, step.values)),
             step.kv_heads,
             step.size_out,
         ],
@@ -133,7 +134,7 @@ def _launch(
     found, about = library()
     if found is None:
         raise EigenAttnError(about)
-    rank_k, rank_v, g, size_out = sizes
+    rank_k, rank_v, *places, g, size_out = sizes
     q, mask, positions = x.q, x.mask, x.positions
     if q.stride(-1) != 1:
         q = q.contiguous()
@@ -153,9 +154,11 @@ def _launch(
         *_layout(near_keys, g),
         *_layout(near_values, g),
         *_layout(far_keys, g),
-        rank_k, _at(x.key_decoder), _at(x.key_mean), _at(x.key_levels), x.far_keys.shape[-1], _at(x.key_plan),
+        rank_k, _at(x.key_decoder), _at(x.key_mean), _at(x.key_levels),
+        x.far_keys.shape[-1], _at(x.key_plan), places[0],
         *_layout(far_values, g),
-        rank_v, _at(x.value_decoder), _at(x.value_mean), _at(x.value_levels), x.far_values.shape[-1], _at(x.value_plan),
+        rank_v, _at(x.value_decoder), _at(x.value_mean), _at(x.value_levels),
+        x.far_values.shape[-1], _at(x.value_plan), places[1],
         0 if near_keys is None else _tokens(near_keys, x.near_pages),
         *_count(x.first, counts[0]),
         *_count(x.length, counts[1]),
@@ -176,7 +179,7 @@ def _launch(
     return out
 
 
-_ARGUMENTS = struct.Struct("=7q6q12q24q1q24q2q3q3d5q2q6q")
+_ARGUMENTS = struct.Struct("=7q6q12q26q1q24q2q3q3d5q2q6q")
 
 
 # One node in a graph, which does not break there.
@@ -186,7 +189,7 @@ _operator = torch.library.custom_op("eigenattn::decode_natively", _launch, mutat
 @_operator.register_fake
 def _shape_of_output(tensors: Sequence[Tensor | None], counts: Any, sizes: Sequence[int], scales: Any) -> Tensor:
     q = _Tensors._make(tensors).q
-    return q.new_empty(*q.shape[:2], sizes[3])
+    return q.new_empty(*q.shape[:2], sizes[-1])
 
 
 def _at(x: Tensor | None) -> int:

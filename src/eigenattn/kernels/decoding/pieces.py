@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from ...cache.packing import PARTS, Widths, plane_bytes
 
-# A piece of a latent as a kernel sees it: (first channel, size, channels, bits, then of each part of a code, upper bits
-# first: first stored element, shift, bits). `size` is a power of two, what lies past the channels is not read, and 16
-# bits are no codes.
+# A piece of a latent as a kernel sees it: (first channel, size, channels, bits, place of the scale, then of each part
+# of a code, upper bits first: first stored element, shift, bits). `size` is a power of two, what lies past the channels
+# is not read, 16 bits are no codes, and the place of no scale is -1.
 Piece = tuple[int, ...]
 
 
@@ -30,9 +30,10 @@ def pieces(channels: int, widths: Widths | None = None) -> tuple[Piece, ...]:
     found: list[Piece] = []
     if widths is None:
         return tuple(
-            (start, size, min(size, channels - start), 16, start, 0, 16) for start, size in _starts(0, channels)
+            (start, size, min(size, channels - start), 16, -1, start, 0, 16) for start, size in _starts(0, channels)
         )
     stored = channel = 0
+    scale = widths.of_codes if widths.scaled else -1
     for width, count in widths.counts:
         parts = PARTS[width]
         # Each part's plane holds a share of the channels at each shift: pieces end where a share of any part does.
@@ -45,7 +46,7 @@ def pieces(channels: int, widths: Widths | None = None) -> tuple[Piece, ...]:
                 where: list[int] = []
                 for first, plane, bits in zip(starts, sizes, parts, strict=True):
                     where += [first + start % plane, start // plane * bits, bits]
-                found.append((channel + start, size, min(size, end - start), sum(parts), *where))
+                found.append((channel + start, size, min(size, end - start), sum(parts), scale, *where))
             begin = end
         channel += count
         stored += sum(sizes)

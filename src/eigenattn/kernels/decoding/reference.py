@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...cache.codebook import level_table
+from ...cache.codebook import OCTAVE, UNIT_SCALE, level_table
 from ...cache.packing import unpack
 from .arguments import Count, Side, Step
 
@@ -15,10 +15,14 @@ def _vectors(stored: Tensor, side: Side, g: int) -> Tensor:
     z = stored.float()
     if side.widths is not None:
         widths, levels = side.codebook.widths, side.codebook.levels[g]
-        planes = zip(widths.split(unpack(stored, widths)), widths.split(levels, dim=0), strict=True)
+        planes = zip(
+            widths.split(unpack(stored[:, : widths.of_codes], widths)), widths.split(levels, dim=0), strict=True
+        )
         z = torch.cat(
             [level_table(of.float(), bits).T.gather(0, codes.long()) for (bits, codes), (_, of) in planes], dim=-1
         )
+        if widths.scaled:
+            z = z * 2.0 ** ((stored[:, -1:].float() - UNIT_SCALE) / OCTAVE)
     x = z if side.decoder is None else z @ side.decoder[g].float()
     return x if side.mean is None else x + side.mean[g].float()
 
