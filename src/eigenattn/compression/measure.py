@@ -127,12 +127,6 @@ class Measurement:
         Raises:
             EigenAttnError: if the model predicts no tokens.
         """
-        if self.model.get_output_embeddings() is None:
-            raise EigenAttnError(
-                f"this {type(self.model).__name__} has no language head, and what truncation costs is measured at its "
-                'predictions: load it with AutoModelForCausalLM. (ranks="uniform" needs no head, unless keys and '
-                "values share latents.)"
-            )
         sums = [[0.0] * len(choices) for choices in trials]
         tokens = 0
         a_pass = LAYERS_A_PASS if is_spread(self.model) else 1
@@ -140,14 +134,12 @@ class Measurement:
         try:
             with self.bars.bar("Measuring sensitivities", steps) as progress:
                 for number, batch in enumerate(self.batches):
-                    positions = _judged_positions(batch)
-                    rows = batch.input_ids.shape[0]
-                    tokens += rows * len(positions) if batch.valid is None else int(batch.valid[:, positions].sum())
-                    exact = self._log_probabilities(batch, positions)
+                    tokens += judged_tokens(batch)
+                    exact = log_probabilities(self.model, batch)
                     outputs = self._layer_outputs(batch, range(a_pass - 1, len(trials), a_pass))
                     for first in range(0, len(trials), a_pass):
                         wave = dict(list(enumerate(trials))[first : first + a_pass])
-                        measure = partial(self._divergences_of, wave, batch, positions, exact, outputs)
+                        measure = partial(self._divergences_of, wave, batch, exact, outputs)
                         found = self.memo.of(f"divergences/{number}/{wave}", measure)
                         for index, costs in zip(wave, found, strict=True):
                             sums[index] = [total + cost for total, cost in zip(sums[index], costs, strict=True)]
@@ -158,7 +150,7 @@ class Measurement:
         return [[value / tokens for value in values] for values in sums]
 
     def _divergences_of(
-        self, wave: dict[int, Ranks], batch: Batch, positions: Tensor, exact: Tensor, outputs: dict[int, Any]
+        self, wave: dict[int, Ranks], batch: Batch, exact: Tensor, outputs: dict[int, Any]
     ) -> list[list[float]]:
         """Divergences of the trials of some layers, summed over one batch.
 
@@ -179,7 +171,7 @@ class Measurement:
                 changed_outputs = self._outputs_of(runs, batch)
             for (index, _), output in zip(runs, changed_outputs, strict=True):
                 with stubbed(self.decoder_layers, output):
-                    changed = self._log_probabilities(batch, positions)
+                    changed = log_probabilities(self.model, batch)
                 found[index].append(float((exact.exp() * (exact - changed)).sum()))
         if not rounds:
             return list(found.values())
@@ -238,15 +230,32 @@ class Measurement:
             forward_hidden(self.model, batch)
         return outputs
 
-    def _log_probabilities(self, batch: Batch, positions: Tensor) -> Tensor:
-        """Log-probabilities of the next token [B * positions, vocabulary] in fp32; padding adds no divergence."""
-        logits = self.model(
-            batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=positions
-        ).logits
-        logs = logits.float().log_softmax(-1)
-        if batch.valid is not None:
-            logs = logs * batch.valid[:, positions, None]
-        return logs.flatten(0, 1)
+
+def log_probabilities(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Log-probabilities of the next token [B * judged, vocabulary] in fp32; padding adds no divergence.
+
+    Raises:
+        EigenAttnError: if the model predicts no tokens.
+    """
+    if model.get_output_embeddings() is None:
+        raise EigenAttnError(
+            f"this {type(model).__name__} has no language head, and what is lost is measured at its predictions: load "
+            'it with AutoModelForCausalLM. (ranks="uniform" needs no head, unless keys and values share latents.)'
+        )
+    positions = _judged_positions(batch)
+    logits = model(
+        batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=positions
+    ).logits
+    logs = logits.float().log_softmax(-1)
+    if batch.valid is not None:
+        logs = logs * batch.valid[:, positions, None]
+    return logs.flatten(0, 1)
+
+
+def judged_tokens(batch: Batch) -> int:
+    """How many predictions of a batch are looked at."""
+    positions = _judged_positions(batch)
+    return len(batch.input_ids) * len(positions) if batch.valid is None else int(batch.valid[:, positions].sum())
 
 
 def _judged_positions(batch: Batch) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from ..version import versions
 from .checks import check_layer, check_weights
 from .folding import compress_layer
 from .recipe import Recipe, Text, as_attached, check_supported
+from .smallest import Bound, smallest
 
 # Batches over which a plain forward pass is timed (chosen: enough to even out the first one's warm-up).
 TIMED_BATCHES = 2
@@ -44,7 +45,7 @@ class CompressionReport:
     Bytes are those the cache allocates in the model's dtype for a token outside the window, all layers together.
     `kv_ratio` is theirs to the original's, at 16 bits where latents are quantised, and `ratio_at` is the whole cache's,
     window included, by length in tokens. `forward_seconds` is what a plain pass over all calibration tokens takes, None
-    where statistics came from files.
+    where statistics came from files. `divergences` are those measured on each held-out text, where a loss was bounded.
     """
 
     kv_ratio: float
@@ -58,6 +59,7 @@ class CompressionReport:
     forward_seconds: float | None
     peak_memory_bytes: int
     config: dict[str, Any] = field(default_factory=dict)
+    divergences: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -128,6 +130,8 @@ def compress(
     *,
     statistics: Sequence[str | Path] = (),
     provenance: dict[str, Any] | None = None,
+    max_divergence: float | None = None,
+    held_out: Mapping[str, Iterable[Any]] | None = None,
     journal: Journal | None = None,
     progress: bool = False,
 ) -> CompressionReport:
@@ -141,6 +145,10 @@ def compress(
             By default window and shared latents are those of statistics that are given.
         statistics: in place of batches, folders that `eigenattn calibrate` wrote; they are added up.
         provenance: facts to keep in the checkpoint (where model and text came from).
+        max_divergence: in place of a size, the loss that is allowed: the smallest cache is chosen whose mean divergence
+            from the original, in nats a token, stays below it on each text that is held out. 0.005 is hardly seen. The
+            configuration's KV ratio is then where the search begins.
+        held_out: batches of texts that are not calibrated on, by name, to measure that on.
         journal: keeps what is finished, and is asked for it: the same model, batches and config have to come again.
         progress: show progress bars on the error stream, if it is a terminal.
 
@@ -158,6 +166,9 @@ def compress(
     check_supported(config)
     if files:
         check_fit(files, config)
+    bound = None if max_divergence is None else Bound(max_divergence, held_out or {})
+    if bound is not None:
+        bound.check(config)
     if config.kv_ratio == 1:
         config = as_attached(config, [])
     clock, bars = Clock(), TokenProgress(progress)
@@ -166,7 +177,10 @@ def compress(
         batches = () if batches is None else batches
         recipe = Recipe(model, layers, config, batches, bars, journal=journal, clock=clock, statistics=known)
         centred = any(basis.mean is not None for bases in recipe.bases for basis in bases)
-        chosen = recipe.choose(config)
+        if bound is None:
+            chosen, divergences = recipe.choose(config), None
+        else:
+            config, chosen, divergences = smallest(recipe, config, bound)
         forward_seconds = None if files else _time_forward(model, recipe.text)
     config = as_attached(config, chosen)
     with clock.stage("folding"):
@@ -188,8 +202,11 @@ def compress(
         forward_seconds=forward_seconds,
         peak_memory_bytes=peak_memory(input_device(model)),
         config=config.to_dict(),
+        divergences=divergences,
     )
     facts = {"tokens": report.tokens, "versions": versions(), **(provenance or {})}
+    if bound is not None:
+        facts |= {"max_divergence": bound.nats, "divergences": divergences}
     mark_compressed(model, EigenAttnCheckpointConfig(report.layers, centred, config.to_dict(), facts))
     return report
 

@@ -19,6 +19,11 @@ from ..models.placement import save_model
 from ..report.card import model_card
 from .calibrate import CalibrationText, Subject
 
+# What a bounded loss is measured on by default: text that is everywhere at hand, and in no calibration text.
+HELD_OUT = ("python-docs",)
+# Windows of each text that it is measured on (chosen: 8,192 tokens, a fourth of them judged).
+HELD_WINDOWS = 8
+
 
 def compress_checkpoint(
     name: str,
@@ -30,6 +35,8 @@ def compress_checkpoint(
     device: str | None = None,
     max_memory: Mapping[int | str, str] | None = None,
     offload_folder: Path | None = None,
+    max_divergence: float | None = None,
+    held_out: Sequence[str] = HELD_OUT,
     bases_only: bool = False,
     progress: bool = False,
 ) -> CompressionReport:
@@ -42,6 +49,8 @@ def compress_checkpoint(
         out: a folder that does not exist yet; it appears when everything is written. `OUT.partial` keeps what is done.
         text: what to calibrate on; or folders of statistics, which are added up and read no text.
         dtype, device, max_memory, offload_folder: see `Subject`.
+        max_divergence: in place of a size, the loss that is allowed: see `eigenattn.compress`.
+        held_out: text sources that it is measured on, besides passages of the calibration text that are not read.
         bases_only: write the bases alone, to be attached to the base model; needs a window.
 
     Raises:
