@@ -63,7 +63,6 @@ SERVED = {
     "mistral": ("mistral", 8, True, "1", True, {}),
     "opt": ("opt", 32, True, "1", True, {}),
     "gpt2": ("gpt2", 8, True, "1", True, {}),
-    "phi3": ("phi3", 8, True, "1", True, {}),
     "granite": ("granite", 8, True, "1", True, {}),
     "stablelm": ("stablelm", 8, True, "1", True, {}),
     "cohere": ("cohere-norm", 8, True, "1", True, {}),
