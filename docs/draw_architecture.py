@@ -60,10 +60,10 @@ TOKEN = (
     Step("cache/sight.py:Sight", "far rows, near keys and values, columns, positions"),
     Step("models/attend.py:attend", "one of three ways:"),
     Step("models/attend.py:one_query", "T = 1, over a cache: kernels/decoding/ (reference, batched, fused, native)"),
-    Step("models/attend.py:in_chunks", "long texts: kernels/chunked.py, parts joined by their log-sum-exp"),
+    Step("models/attend.py:in_parts", "prompts: kernels/chunked.py, parts joined by their log-sum-exp"),
     Step("models/attend.py:all_at_once", "all else: kernels/blocks.py, with weights and gradients"),
     Step("models/eviction.py:evict", "rows that stay (cache/rules.py scores, cache/evicting.py gathers)"),
-    Step("models/layer.py:AttentionLayer.output_projection", "the output [B, T, C]"),
+    Step("models/layer.py:AttentionLayer.finish", "the output [B, T, C]"),
 )
 TEXT = (
     Step("calibration/text.py:load_text", "a text and where it came from"),

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
+from collections import defaultdict
 from pathlib import Path
-
-from transformers import AutoConfig
 
 from eigenattn.models.families import FAMILIES, Family
 
 PAGE = Path(__file__).with_name("families.md")
+VERDICTS = json.loads(Path(__file__).with_name("every_type.json").read_text(encoding="utf-8"))
 
 INTRODUCTION = """\
 <!-- Written by docs/generate_families.py from eigenattn/models/families.py: edit there. -->
 # Families
 
 One attention module serves all the model types below. What sets them apart is a row each in
-`eigenattn/models/families.py`, from which this page is written.
+`eigenattn/models/families.py`, from which this page is written. A type without a row of its own is served by another's
+where its attention runs the same code, and is then held to the original's predictions whenever a model is converted.
 
 Encoders and decoders are folded into the projections where nothing stands between, and cost nothing then. What stands
-between are norms and clipping (the encoder follows them at run time) and rotary positions (the key decoder forms the
-keys before they are rotated). With the exact window nothing is folded, in any family: the full projections stay, and
-encoders and decoders run beside them. The table holds for `window=0`. It shows norms and clipping where a family can
-have them; notes say where they are optional.
+between are norms and clipping (the encoder follows them at run time), rotary positions (the key decoder forms the keys
+before they are rotated), and sinks, gates and norms behind attention (the value decoder precedes them). With the exact
+window nothing is folded, in any family: the full projections stay, and encoders and decoders run beside them. The table
+holds for `window=0`. It shows what a family can have; notes say what is optional.
 """
 
 RESTRICTIONS = """\
@@ -52,6 +54,9 @@ RESTRICTIONS = """\
 ADDING = """\
 ## Adding a family
 
+A type whose attention runs the code of a known one needs nothing: `python tests/every_type.py TYPE` says whether it
+works. Else:
+
 1. Add a `Family` to `FAMILIES` under the `model_type` of its configuration. Its columns default to Llama's, so a row
    names only the differences.
 2. Add a tiny configuration of it to `tests/tiny.py`, and one for each option that changes its attention. The shared
@@ -63,38 +68,64 @@ The columns of a row:
 """
 
 
-def positions(model_type: str, family: Family) -> str:
-    """Where positions enter, in the default configuration."""
-    found = family.positions_of(AutoConfig.for_model(model_type))
-    if family.rotary_switch:
+def positions(family: Family) -> str:
+    """Where positions enter."""
+    found = family.positions if isinstance(family.positions, str) else "by configuration"
+    if isinstance(family.rotary_switch, str):
         return f"{found}, in layers with `{family.rotary_switch}`"
-    return found if isinstance(family.positions, str) else f"{found} by default"
+    return found if family.rotary_switch is None else f"{found}, in some layers"
 
 
 def projections(family: Family) -> str:
     """How queries, keys and values are projected."""
-    how = {None: "separate", "blocks": "fused, [q, k, v]", "grouped": "fused, by KV head"}[family.fused]
-    return f"{how}; norms" if family.norms else f"{how}; clipped" if family.clip else how
+    orders = {None: "separate", "blocks": "fused, [q, k, v]", "grouped": "fused, by KV head"}
+    how = "fused" if callable(family.fused) else orders[family.fused]
+    others = {
+        "norms": family.norms,
+        "a norm on values": family.value_norm,
+        "clipped": family.clip,
+        "sinks": family.sinks,
+        "gated": family.gate,
+        "a norm on the output": family.output_norm,
+    }
+    return "; ".join([how, *(name for name, has in others.items() if has)])
 
 
-def folded(rotates: bool, normalises: bool, clips: bool) -> list[str]:
-    """The projections into which encoders and decoders are folded."""
+def folded(rotates: bool, normalises: bool, clips: bool, normalises_values: bool = False, apart: bool = False) -> list:
+    """The projections into which encoders and decoders are folded.
+
+    Args:
+        apart: whether something stands between attention and the output projection.
+    """
     plain = not normalises and not clips
-    found = {"queries": plain and not rotates, "keys": plain, "values": not clips, "output": True}
+    values = not clips and not normalises_values
+    found = {"queries": plain and not rotates, "keys": plain, "values": values, "output": not apart}
     return [name for name, folds in found.items() if folds]
 
 
-def at_run_time(rotates: bool, normalises: bool, clips: bool) -> list[str]:
+def at_run_time(
+    rotates: bool, normalises: bool, clips: bool, normalises_values: bool = False, apart: bool = False
+) -> list[str]:
     """The maps that are left."""
-    apart = normalises or clips
-    found = {"key encoder": apart, "key decoder": apart or rotates, "value encoder": clips}
+    found = {
+        "key encoder": normalises or clips,
+        "key decoder": normalises or clips or rotates,
+        "value encoder": clips or normalises_values,
+        "value decoder": apart,
+    }
     return [name for name, runs in found.items() if runs]
 
 
 def row(model_type: str, family: Family) -> str:
     """A line of the page's table."""
-    where = positions(model_type, family)
-    traits = (where.startswith("rotary"), family.norms is not None, family.clip is not None)
+    where = positions(family)
+    traits = (
+        where.startswith(("rotary", "by")),
+        family.norms is not None,
+        family.clip is not None,
+        family.value_norm is not None,
+        any((family.gate, family.sinks, family.output_norm)),
+    )
     cells = [
         f"`{model_type}`",
         family.title,
@@ -105,6 +136,38 @@ def row(model_type: str, family: Family) -> str:
         ", ".join(at_run_time(*traits)) or "nothing",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def verdicts() -> str:
+    """What becomes of every type that transformers has."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for model_type, found in VERDICTS["types"].items():
+        verdict, why = found["verdict"], found["why"]
+        if verdict == "refused":
+            why = "refused: " + (why.partition("not supported: ")[2] or why).rstrip(".")
+            why = "refused: no family's attention runs the same code" if "has no row" in why else why
+        elif verdict == "not built":
+            why = "not built: its default configuration, made small, is not consistent or needs another package"
+        else:
+            why = f"works as {why.removeprefix('as ').rpartition(', as ')[2]}"
+        by_reason[why].append(model_type)
+    working = sum(found["verdict"] == "works" for found in VERDICTS["types"].values())
+    lines = [
+        "## Every causal type",
+        "",
+        f"Found by `python tests/every_type.py --write` with transformers {VERDICTS['transformers']}: of "
+        f"{len(VERDICTS['types'])} types, wrappers of vision and speech included, {working} work. On tiny random "
+        "models they compute the same at full rank, and with a cache what they compute without one, truncated and "
+        "coded; they are compressed, saved and loaded.",
+        "",
+        "| types | verdict |",
+        "| --- | --- |",
+        *(
+            f"| {', '.join(f'`{name}`' for name in types)} | {why} |"
+            for why, types in sorted(by_reason.items(), key=lambda each: (not each[0].startswith("works"), each[0]))
+        ),
+    ]
+    return "\n".join(lines)
 
 
 def columns() -> str:
@@ -123,7 +186,7 @@ def page() -> str:
         *(row(model_type, family) for model_type, family in rows),
     ]
     notes = ["## Notes", "", *(f"- `{model_type}`: {family.note}" for model_type, family in rows if family.note)]
-    sections = [INTRODUCTION, "\n".join(table), "\n".join(notes), RESTRICTIONS, ADDING, columns()]
+    sections = [INTRODUCTION, "\n".join(table), "\n".join(notes), verdicts(), RESTRICTIONS, ADDING, columns()]
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
 

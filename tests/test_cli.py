@@ -236,18 +236,29 @@ def test_codes_for_one_kind_of_text(tmp_path, options, warned):
 
 def test_coded_latents(base, text, tmp_path):
     options = ("--text", text, "--samples", "4", "--length", "64", "--window", "4", "--rank-multiple", "4")
-    run("compress", base, tmp_path / "out", "--coded", "--kv-ratio", "0.1875", *options)
-    run("compress", base, tmp_path / "bases", "--coded", "--kv-ratio", "0.1875", "--bases-only", *options)
+    run("compress", base, tmp_path / "out", "--coded", "--kv-ratio", "0.1875", "--checkpoint", *options)
+    run("compress", base, tmp_path / "bases", "--coded", "--kv-ratio", "0.1875", *options)
     for folder in (tmp_path / "out", tmp_path / "bases"):
         found = run_json("inspect", folder)
         assert 2.5 < found["kv_ratio"] * 16 <= 3
         assert sum(found["bytes_by_layer"]) == found["bytes_per_token"]
         latents = [latent for layer in found["layers"] for latent in layer["latents"]]
         assert all(sum(latent["widths"].values()) == latent["rank"] for latent in latents)
-        assert re.search(r"\| keys, channels of [8642, ]* bits \|", (folder / "README.md").read_text())
+        assert re.search(r"\| keys, channels of [8654321, ]* bits \|", (folder / "README.md").read_text())
     assert "bits" in run("inspect", tmp_path / "out")
     whole, attached = (run("generate", tmp_path / name, "The quick brown") for name in ("out", "bases"))
     assert whole == attached
+
+
+def test_a_size_for_a_loss(base, text, tmp_path):
+    options = ("--text", text, "--samples", 4, "--length", 64, "--window", 8, "--held-out", text)
+    found = run_json("compress", base, tmp_path / "within", *options, "--max-divergence", 0.02)
+    assert list(found["divergences"]) == ["fox.txt"] and found["divergences"]["fox.txt"] <= 0.02
+    assert found["kv_ratio"] <= 0.5
+    refusal = fails("compress", base, tmp_path / "out", *options, "--max-divergence", 0.02, "--kv-ratio", 0.2)
+    assert "leave out the other target" in refusal
+    refusal = fails("compress", base, tmp_path / "out", *options, "--max-divergence", 1e-12)
+    assert "cannot be met" in refusal and not (tmp_path / "out").exists()
 
 
 def test_statistics_of_several_texts(base, text, tmp_path):
@@ -265,7 +276,7 @@ def test_statistics_of_several_texts(base, text, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fox", "other.txt", "rest"]
     run("compress", base, tmp_path / "of-text", "--text", text, *drawn, "--window", "8")
     run("compress", base, tmp_path / "of-file", "--statistics", fox)  # by whose window
-    of_text, of_file = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("of-text", "of-file"))
+    of_text, of_file = ((tmp_path / name / "eigenattn.safetensors").read_bytes() for name in ("of-text", "of-file"))
     assert of_text == of_file
     both = ("--statistics", fox, "--statistics", rest)
     assert run_json("compress", base, tmp_path / "both", *both, "--kv-ratio", "0.2")["tokens"] == 288

@@ -86,7 +86,7 @@ def test_layers_compute_angles_once_a_pass(name, window, monkeypatch):
         passes.append(1)
     assert calls
     assert len(calls) == len(set(calls))
-    assert {number for _, number in calls} == {0, 1, 2, 3}  # and again in the next pass
+    assert {number for _, number in calls} >= {1, 2, 3}  # and again in the next pass; the first brings its own
 
 
 def test_positions_are_those_written():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from every_type import built
 from tiny import converted, tokens
 
 from eigenattn.calibration import attention_moments, gradients
@@ -10,8 +11,12 @@ from eigenattn.calibration.gradients import backward
 from eigenattn.calibration.statistics import Batch
 from eigenattn.compression.folding import attach, detach
 from eigenattn.errors import EigenAttnError
+from eigenattn.models.conversion import convert_attention, eigen_layers
 
 NAMES = ["llama", "llama-yarn", "phi3-partial", "qwen3", "opt", "mpt", "bloom", "mistral-sliding", "gemma2", "gpt_neox"]
+# Output gates and layers without attention, sinks, layers that read another one's cache, of sizes by layer, norms
+# behind rotation, a norm on the output, and rotary positions in some layers only.
+TYPES = ["qwen3_next", "gpt_oss", "gemma3n_text", "gemma4_text", "hunyuan_v1_dense", "bitnet", "llama4_text", "lfm3"]
 LENGTH, WINDOW, SEED = 13, 4, 3
 
 
@@ -59,6 +64,25 @@ def test_gradients_are_those_of_autograd(monkeypatch, name, blocks):
         ):
             assert expected.abs().max() > 0
             assert torch.allclose(own, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_gradients_of_other_types_are_those_of_autograd(monkeypatch, name):
+    try:
+        model = built(name).double()
+    except (KeyError, ValueError) as error:
+        pytest.skip(f"this transformers has no {name}: {error}")
+    convert_attention(model)
+    layers = eigen_layers(model)
+    batch = Batch(tokens(2, LENGTH))
+    found, drawn = watched(monkeypatch, model, layers, batch, WINDOW)
+    assert len(found) == len(layers)
+    for attention in layers:
+        for own, expected in zip(
+            found[attention.layer_idx], by_autograd(model, attention, batch, drawn, WINDOW), strict=True
+        ):
+            assert expected.abs().max() > 0
+            assert torch.allclose(own.double(), expected.double(), atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
 
 
 def test_padding_counts_for_nothing(monkeypatch):

@@ -71,7 +71,7 @@ def test_nothing_truncated_costs_nothing_and_nothing_is_left_behind():
     costs.divergences([[(4, 4)]] * 3)
     costs.layer_errors([[(8, 8)]] * 3)
     assert torch.equal(model(tokens(1, 20)).logits, exact)
-    assert all("forward" not in vars(layer) for layer in costs.decoder_layers)
+    assert all("forward" not in vars(layer) for layer in costs.blocks.all)
     assert all(attention.layout.uncompressed and attention.layout.window == 0 for attention in layers)
 
 

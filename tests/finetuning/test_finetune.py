@@ -252,7 +252,7 @@ def workshop(tmp_path_factory) -> Path:
     options = ["--text", folder / "fox.txt", "--samples", "4", "--length", "48", "--rank-multiple", "2"]
     run("compress", folder / "base", folder / "windowed", *options, "--window", "8")
     run("compress", folder / "base", folder / "folded", *options, "--window", "0")
-    run("compress", folder / "base", folder / "bases", *options, "--window", "8", "--bases-only")
+    run("compress", folder / "base", folder / "bases", *options, "--window", "8")
     return folder
 
 

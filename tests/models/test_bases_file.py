@@ -4,15 +4,18 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny, tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import eigenattn
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.models.bases_file import save_bases
-from eigenattn.models.conversion import eigen_layers
+from eigenattn.models.checkpoint_format import EigenAttnCheckpointConfig, checkpoint_of
+from eigenattn.models.conversion import eigen_layers, layouts_of
 from eigenattn.models.loading import Source, load_model
+from eigenattn.report.card import model_card
 from eigenattn.report.inspection import inspect_checkpoint
 from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
 
@@ -31,6 +34,12 @@ def bases(tmp_path) -> Path:
     folder.mkdir()
     save_bases(compressed()[0], folder)
     return folder
+
+
+def change(folder: Path, edit) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    edit(values["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(values))
 
 
 def test_attached_bases_are_the_compressed_model(bases):
@@ -55,9 +64,7 @@ def test_attached_in_half_precision(bases):
 
 
 def test_a_folder_of_bases_loads_with_its_base_model(bases, tmp_path):
-    config = json.loads((bases / "eigenattn_config.json").read_text())
-    config["provenance"]["base_model"] = str(save_tiny(tmp_path / "base"))
-    (bases / "eigenattn_config.json").write_text(json.dumps(config))
+    change(bases, lambda told: told["provenance"].update(base_model=str(save_tiny(tmp_path / "base"))))
     model = load_model(Source.of(str(bases)))
     assert len(eigen_layers(model)) == 3
     assert inspect_checkpoint(str(bases)).compressed
@@ -120,8 +127,7 @@ def test_bases_of_a_model_that_was_trained_further(bases, name):
 
 @pytest.mark.parametrize("value", [7, "", "zz", "00", "00 " * 9, ["0"], {}])
 def test_fingerprints_that_are_none(bases, value):
-    config = json.loads((bases / "eigenattn_config.json").read_text())
-    (bases / "eigenattn_config.json").write_text(json.dumps(config | {"base_model_weights": value}))
+    change(bases, lambda told: told["base"].update(weights=value))
     with pytest.raises(EigenAttnError, match="another model"):
         eigenattn.attach(tiny("llama"), bases)
 
@@ -130,8 +136,8 @@ def compress_bases(name: str, out: Path, text: Path) -> dict:
     text.write_text("the quick brown fox " * 30)
     config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=4, ranks="uniform")
     calibration = CalibrationText([str(text)], samples=2, length=40)
-    compress_checkpoint(name, out, config, calibration, bases_only=True)
-    return json.loads((out / "eigenattn_config.json").read_text())["provenance"]
+    compress_checkpoint(name, out, config, calibration, checkpoint=False)
+    return json.loads((out / "config.json").read_text())["quantization_config"]["provenance"]
 
 
 def test_a_base_model_is_found_from_any_folder(tmp_path, monkeypatch):
@@ -169,7 +175,7 @@ def test_a_base_model_of_a_hub_is_loaded_at_its_commit(tmp_path, monkeypatch):
 def test_missing_and_broken_files(bases, tmp_path):
     with pytest.raises(EigenAttnError, match="neither a folder of bases nor a hub id"):
         eigenattn.attach(tiny("llama"), "nobody/nothing")
-    with pytest.raises(EigenAttnError, match="has no eigenattn_config"):
+    with pytest.raises(EigenAttnError, match=r"has no config\.json"):
         eigenattn.attach(tiny("llama"), tmp_path)
     tensors = load_file(bases / "eigenattn.safetensors")
     del tensors["layers.1.key_decoder"]
@@ -180,6 +186,98 @@ def test_missing_and_broken_files(bases, tmp_path):
     (bases / "eigenattn.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(EigenAttnError, match="could not be read"):
         eigenattn.attach(tiny("llama"), bases)
-    (bases / "eigenattn_config.json").write_text("{")
+    (bases / "config.json").write_text("{")
     with pytest.raises(EigenAttnError, match="not a configuration"):
         eigenattn.attach(tiny("llama"), bases)
+
+
+@pytest.fixture
+def made(tmp_path) -> Path:
+    """Bases as the command writes them."""
+    save_tiny(tmp_path / "base")
+    compress_bases(str(tmp_path / "base"), tmp_path / "bases", tmp_path / "fox.txt")
+    return tmp_path / "bases"
+
+
+def test_transformers_loads_bases_with_their_model(made, tmp_path):
+    names = {"README.md", "config.json", "eigenattn.safetensors", "generation_config.json", "tokenizer.json"}
+    assert names <= {path.name for path in made.iterdir()}
+    attached = eigenattn.attach(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), made)
+    model = AutoModelForCausalLM.from_pretrained(made, attn_implementation="eager")
+    torch.testing.assert_close(model(IDS).logits, attached(IDS).logits)
+    assert model.config._attn_implementation == "eager"
+    assert model.name_or_path == str(made)  # by which an adapter finds it again
+    loaded, told = LlamaForCausalLM.from_pretrained(made, dtype=torch.bfloat16, output_loading_info=True)
+    assert loaded.dtype == torch.bfloat16
+    assert not told["missing_keys"]
+    assert checkpoint_of(loaded).provenance["base_model"] == str(tmp_path / "base")
+    assert AutoTokenizer.from_pretrained(made)("fox")["input_ids"]
+    nudged(1).save_pretrained(tmp_path / "base")
+    with pytest.raises(EigenAttnError, match="another model, whose weights differ"):
+        AutoModelForCausalLM.from_pretrained(made)
+
+
+def test_bases_without_a_window(tmp_path):
+    """Latents that heads share are never folded, so that their bases can stand alone."""
+    model = tiny("llama")
+    settings = {"coded": False, "kv_ratio": 0.5, "rank_multiple": 2, "ranks": "uniform"}
+    compress(model, [IDS], EigenAttentionConfig(**settings, window=0, share="2"))
+    save_bases(model, tmp_path)
+    assert torch.equal(eigenattn.attach(tiny("llama"), tmp_path)(IDS).logits, model(IDS).logits)
+
+
+def test_a_whole_checkpoint_is_written_where_maps_are_folded(tmp_path):
+    save_tiny(tmp_path / "base")
+    (tmp_path / "fox.txt").write_text("the quick brown fox " * 30)
+    config = EigenAttentionConfig(kv_ratio=0.5, rank_multiple=2, window=0, ranks="uniform")
+    text = CalibrationText([str(tmp_path / "fox.txt")], samples=2, length=40)
+    compress_checkpoint(str(tmp_path / "base"), tmp_path / "out", config, text)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with pytest.raises(EigenAttnError, match="folded into the weights: save the whole model"):
+        save_bases(model, tmp_path / "bases")
+    with pytest.raises(EigenAttnError, match="is not compressed, and has no bases"):
+        save_bases(tiny("llama"), tmp_path / "bases")
+
+
+def test_a_hub_understands_the_model_card(tmp_path):
+    report = compressed()[1]
+    facts = {"base_model": "some/model", "dtype": "float32", "versions": {}, "text": [], "samples": 1, "length": 2}
+    checkpoint = EigenAttnCheckpointConfig(report.layers, True, report.config, facts | {"seed": 0})
+    card = ModelCard(model_card(checkpoint, report, layouts_of(compressed()[0]), whole=False))
+    assert (card.data.base_model, card.data.library_name) == ("some/model", "transformers")
+    assert {"eigenattn", "kv-cache"} <= set(card.data.tags)
+
+
+def packed(model):
+    """Four bits of each projection's rows, in codes."""
+    for name, module in list(model.named_modules()):
+        if name.endswith("_proj"):
+            model.set_submodule(name, Packed(module))
+    return model
+
+
+class Packed(torch.nn.Module):
+    def __init__(self, original):
+        super().__init__()
+        self.in_features, self.bias = original.in_features, None
+        weight = original.weight.detach()
+        self.register_buffer("scales", weight.abs().amax(1, keepdim=True) / 7)
+        self.register_buffer("qweight", (weight / self.scales).round().to(torch.int32))
+
+    def forward(self, x):
+        return x @ (self.qweight.to(x.dtype) * self.scales).T
+
+
+def test_bases_know_their_base_in_few_bits(bases, tmp_path):
+    model = eigenattn.attach(packed(tiny("llama")), bases)
+    assert model(IDS).logits.isfinite().all()
+    with pytest.raises(EigenAttnError, match="another model, whose weights differ"):
+        eigenattn.attach(packed(nudged(1)), bases)
+    with pytest.raises(EigenAttnError, match=r"save its bases, with eigenattn\.save_bases"):
+        model.save_pretrained(tmp_path / "whole")
+    (tmp_path / "packed").mkdir()
+    save_bases(model, tmp_path / "packed")
+    eigenattn.attach(tiny("llama"), tmp_path / "packed")  # the other way round
+    with pytest.raises(EigenAttnError, match="another model, whose weights differ"):
+        eigenattn.attach(nudged(1), tmp_path / "packed")

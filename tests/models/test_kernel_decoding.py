@@ -98,9 +98,9 @@ def test_static_caches(name, window, fused):
 @pytest.mark.parametrize("name", ["llama", "mpt"])
 def test_quantised_latents_go_to_the_kernel_packed(name, window, fused, monkeypatch):
     model, unpacked = small(name, window, coded=True), []
-    for module in (maps, batched):
-        plain = module.unpack
-        monkeypatch.setattr(module, "unpack", lambda *a, plain=plain: unpacked.append(1) or plain(*a))
+    for module, name_of in ((maps, "levels_of"), (batched, "_restored")):
+        plain = getattr(module, name_of)
+        monkeypatch.setattr(module, name_of, lambda *a, plain=plain: unpacked.append(1) or plain(*a))
     compare(model, fused, dynamic(model))
     assert len(unpacked) == 3 * 2  # keys and values: of the prompt once, and then of all without the kernel
 

@@ -29,6 +29,7 @@ def chunks(monkeypatch):
     def begin(chunk=7):
         monkeypatch.setattr(chunked, "CHUNK", chunk)
         monkeypatch.setattr(chunked, "QUERY_BLOCK", 5)
+        monkeypatch.setattr(chunked, "BAND", 4)
         monkeypatch.setattr(chunked, "attend_far", lambda *a, **k: calls.append(1) or plain(*a, **k))
         return calls
 

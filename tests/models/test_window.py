@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from eigenattn import EigenAttnError
 from eigenattn.cache.layers import LatentLayer
-from eigenattn.kernels import blocks
+from eigenattn.kernels import blocks, chunked
 from eigenattn.models.conversion import eigen_layers
 from eigenattn.models.rotary import rotate
 
@@ -55,7 +55,9 @@ def test_against_the_definition(name):
 def test_blocks_of_queries_change_nothing(name, monkeypatch):
     model, ids = small(name), tokens(2, 30)
     whole = model(ids).logits
-    monkeypatch.setattr(blocks, "QUERY_BLOCK", 7)
+    for module in (blocks, chunked):
+        monkeypatch.setattr(module, "QUERY_BLOCK", 7)
+    monkeypatch.setattr(chunked, "BAND", 3)
     torch.testing.assert_close(model(ids).logits, whole, rtol=0, atol=1e-4)
     cache = DynamicCache(config=model.config)
     pieces = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 11), (11, 12), (12, 30))]

@@ -192,9 +192,9 @@ def test_configuration_files_of_bases(bases, original, tmp_path_factory):
     refused = set()
 
     @fuzz(4)
-    @given(tampered(valid), st.binary(max_size=3), st.integers(0, 2000))
+    @given(tampered(valid["quantization_config"]), st.binary(max_size=3), st.integers(0, 2000))
     def attempt(values, noise, where):
-        content = json.dumps(values).encode()
+        content = json.dumps({"quantization_config": values}).encode()
         if noise:
             content = content[:where] + noise + content[where + 1 :]
         (folder / CONFIG_FILE).write_bytes(content)
@@ -233,9 +233,10 @@ def test_coded_bases(coded, original, tmp_path_factory):
     refused = set()
 
     @fuzz(4)
-    @given(tampered(valid["layers"]))
+    @given(tampered(valid["quantization_config"]["layers"]))
     def attempt(layers):
-        (folder / CONFIG_FILE).write_text(json.dumps({**valid, "layers": layers}))
+        values = {**valid["quantization_config"], "layers": layers}
+        (folder / CONFIG_FILE).write_text(json.dumps({**valid, "quantization_config": values}))
         refused.add(attach_or_refuse(folder, original))
 
     attempt()
@@ -298,7 +299,7 @@ def hostile(bases, tmp_path_factory) -> Path:
 
 def change(folder: Path, edit) -> None:
     values = json.loads((folder / CONFIG_FILE).read_text())
-    edit(values)
+    edit(values["quantization_config"])
     (folder / CONFIG_FILE).write_text(json.dumps(values))
 
 
@@ -315,7 +316,7 @@ def change(folder: Path, edit) -> None:
         (lambda v: v.update(provenance="x"), "provenance"),
         (lambda v: v.update(centred="no"), "centred"),
         (lambda v: v.update(format_version=True), "format True"),
-        (lambda v: v.update(quant_method="gptq"), "not a configuration of bases"),
+        (lambda v: v.update(quant_method="gptq"), "holds no bases"),
         (lambda v: v.pop("layers"), "has no layers"),
         (lambda v: v["layers"][0]["latents"][1].update(rank=10**30), "above full rank"),
         (lambda v: v.update(layers=v["layers"] * 100_000), "larger than any configuration"),

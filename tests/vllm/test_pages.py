@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny import compressed, converted
 
+from eigenattn import EigenAttnError
+from eigenattn.cache.packing import Widths
 from eigenattn.kernels import decoding
 from eigenattn.kernels.decoding import Step, Window
 from eigenattn.models.conversion import eigen_layers
@@ -14,9 +16,11 @@ from eigenattn.vllm.attend import PagedAttention, Queries, attend_prompt, decode
 from eigenattn.vllm.pages import Pages, latents_in, window_in, write
 
 LENGTHS = (19, 3, 10)
+SCALED = Widths.of({8: 3, 5: 2, 3: 3, 1: 2}, scaled=True), Widths.of({8: 2, 4: 1, 2: 6}, scaled=True)
 # name -> (tiny model, whether latents are coded, what is shared)
 KINDS = {
     "coded": ("llama", True, "1"),
+    "scaled": ("llama3", True, "1"),
     "plain": ("llama", False, "1"),
     "interleaved": ("cohere", True, "1"),
     "shared": ("llama", True, "1-2"),
@@ -35,7 +39,7 @@ def without_gradients():
 
 def layer_of(kind: str, window: int, slopes: bool = False) -> PagedAttention:
     name, coded, share = KINDS[kind]
-    layer = eigen_layers(compressed(name, window, coded, share))[1]
+    layer = eigen_layers(compressed(name, window, coded, share, SCALED if kind == "scaled" else None))[1]
     alibi = torch.tensor([0.5, 0.25, 0.1, 0.0]) if slopes else None
     return PagedAttention(layer, layer.scaling, rotary_of(layer), alibi)
 
@@ -151,3 +155,5 @@ def test_rotary_positions_are_the_models(name):
     expected = rotate(x, cos, sin, layer.family.interleaved)
     torch.testing.assert_close(rotary_of(layer).rotate(x, positions[0]), expected, rtol=1e-4, atol=1e-4)
     assert rotary_of(converted("opt")[1][0]) is None
+    with pytest.raises(EigenAttnError, match="of this kind"):
+        rotary_of(converted("gemma3")[1][0])  # each layer type has angles of its own

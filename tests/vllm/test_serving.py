@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import character_tokenizer, compressed, tiny, tokens
+from tiny import WIDTHS, character_tokenizer, compressed, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 from eigenattn import EigenAttentionConfig
+from eigenattn.cache.packing import Widths
 from eigenattn.cache.size import cache_bytes
 from eigenattn.models.bases_file import save_bases
 from eigenattn.models.checkpoint_format import EigenAttnCheckpointConfig, mark_compressed
@@ -78,7 +79,8 @@ PARALLEL = {
 
 def save(folder: Path, name: str, window: int, coded: bool, share: str = "1", apart: bool = False, **overrides) -> list:
     """Write a tiny model with arbitrary bases, as a checkpoint or beside the model, and give its layouts."""
-    model = compressed(name, window, coded, share, **overrides)
+    sizes = [Widths.of(dict(each.counts), scaled=apart) for each in WIDTHS] if coded else None
+    model = compressed(name, window, coded, share, sizes, **overrides)
     method = EigenAttentionConfig(coded=coded, window=window, share=share).to_dict()
     layouts = layouts_of(model)
     mark_compressed(model, EigenAttnCheckpointConfig([layout.to_dict() for layout in layouts], True, method))
@@ -209,6 +211,7 @@ def engines(tmp_path_factory) -> dict[str, dict]:
     jobs["other-bases"] = job(root / "other", **SMALL)
     jobs["other-bases"]["options"]["additional_config"] = {"eigenattn": str(root / "biased" / "bases")}
     jobs["two"] = job(small, **SMALL, additional_config={"eigenattn": str(root / "biased" / "bases")})
+    jobs["bases-alone"] = job(root / "other" / "bases", **SMALL)
     jobs["no-bases"] = job(root / "other", **SMALL)
     jobs["no-bases"]["options"]["additional_config"] = {"eigenattn": str(root)}
     results = run_engines(root, list(jobs.values()))
@@ -249,7 +252,8 @@ class TestEngines:
             ("truncated", "lacks key_mean of layer 1"),
             ("other-bases", "made for another model"),
             ("two", "compressed already"),
-            ("no-bases", "has no eigenattn_config.json"),
+            ("bases-alone", "serve the model that they belong to"),
+            ("no-bases", "has no config.json"),
         ],
     )
     def test_what_is_not_right_is_refused(self, engines, name, says):

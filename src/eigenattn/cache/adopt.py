@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer, StaticLayer
 
 from ..errors import EigenAttnError
 from .context import CacheContext
 from .evicting import EvictingLayer
+from .hybrid import HybridLatentLayer, HybridStaticLatentLayer
 from .layers import LatentLayer
 from .sight import Far, Sight
 from .static import StaticLatentLayer
@@ -42,12 +43,20 @@ def adopt(cache: Any, layer_idx: int, window: int, sliding_window: int | None) -
         )
     context = CacheContext.of(cache)
     if isinstance(layer, StaticLayer):
-        longest = max(each.get_max_length() for each in cache.layers)
+        longest = max(getattr(each, "get_max_length", lambda: -1)() for each in cache.layers)
         if sliding_window is not None and longest == sliding_window and all(cache.is_sliding):
             raise EigenAttnError(
                 "a static cache in which every layer slides has no room for latents: use a dynamic cache."
             )
-        cache.layers[layer_idx] = StaticLatentLayer(context, layer_idx, window, longest, layer.is_sliding)
+        static = (context, layer_idx, window, longest, layer.is_sliding)
+        has_states = isinstance(layer, LinearAttentionLayer)
+        cache.layers[layer_idx] = (
+            HybridStaticLatentLayer(*static).beside(layer) if has_states else StaticLatentLayer(*static)
+        )
+        return
+    if isinstance(layer, LinearAttentionLayer):
+        sliding = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+        cache.layers[layer_idx] = HybridLatentLayer(context, layer_idx, window, sliding).beside(layer)
         return
     if type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
         raise EigenAttnError(

@@ -6,6 +6,7 @@ vectors are large in all directions, of which other texts have others, is as goo
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,17 @@ class Codebook:
         a, b, c, d = levels.double().unbind(-1)  # what follows nearly cancels
         of_codes = torch.stack([a - at * (b - at * (c - at * d)), b - at * (2 * c - 3 * at * d), c - 3 * at * d, d])
         return cls(levels, widths, thresholds, of_codes.float().unsqueeze(2))
+
+    @functools.cached_property
+    def all_thresholds(self) -> Tensor:
+        """Those of all channels side by side, [G, sum of 2^bits - 1]."""
+        return torch.cat([plane.flatten(1) for plane in self.thresholds], dim=1)
+
+    @functools.cached_property
+    def all_levels(self) -> Tensor:
+        """What all codes of all channels stand for, side by side, [G, sum of 2^bits]."""
+        planes = self.widths.split(self.levels.float(), dim=1)
+        return torch.cat([level_table(plane, bits).flatten(1) for bits, plane in planes], dim=1)
 
     def encode(self, z: Tensor) -> Tensor:
         """Latents [B, G, T, R] to bytes [B, G, T, widths.bytes]."""

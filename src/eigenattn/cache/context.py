@@ -57,38 +57,51 @@ class CacheContext:
         return self._memo[name]
 
     def write(self, start: int, position_ids: Tensor | None, batch: int) -> None:
-        """Note the positions [B or 1, T] of tokens start .. of a batch, if it has any; later ones are forgotten.
+        """Note positions [B or 1, T] or [B or 1, T, rows] of tokens start .. of a batch, if it has any; later ones are
+        forgotten.
 
         Raises:
             EigenAttnError: if positions of earlier tokens, or of other rows, are not known.
         """
         if position_ids is None:
             return
-        rows = position_ids.expand(batch, -1)[:, None, :, None]
+        rows = position_ids.unsqueeze(-1) if position_ids.dim() == 2 else position_ids
+        rows = rows.expand(batch, -1, -1).unsqueeze(1)
         if self._grown is None:
             self._grown = Store(rows[:, :, :0])
         if len(self._grown) < start or len(self._grown.rows) != batch:
             raise EigenAttnError("this cache was filled by another model, or for another batch: pass a new one.")
         self._grown.crop(start)
-        self._grown.append(rows)
+        # Tokens of a text have the same position in all rows.
+        width = max(rows.shape[-1], self._grown.rows.shape[-1])
+        if self._grown.rows.shape[-1] < width:
+            self._grown.map(lambda x: x.expand(-1, -1, -1, width).contiguous())
+        self._grown.append(rows.expand(-1, -1, -1, width))
 
     def write_fixed(self, places: Tensor, position_ids: Tensor | None, batch: int, room: int) -> None:
         """The same at columns [T] of a table of fixed size, for static caches."""
         if position_ids is None:
             return
+        if self._fixed is not None and self._fixed.dim() != position_ids.dim():
+            width = max(self._fixed.shape[2:] or position_ids.shape[2:])
+            position_ids, self._fixed = (
+                x if x.dim() == 3 else x.unsqueeze(-1).expand(-1, -1, width) for x in (position_ids, self._fixed)
+            )
+            self._fixed = self._fixed.contiguous()
         if self._fixed is None:
-            self._fixed = position_ids.new_zeros(batch, room)
+            self._fixed = position_ids.new_zeros(batch, room, *position_ids.shape[2:])
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self._fixed)
-        self._fixed.index_copy_(1, places, position_ids.expand(batch, -1))
+        self._fixed.index_copy_(1, places, position_ids.expand(batch, *position_ids.shape[1:]))
 
     def positions(self, first: int, columns: int, device: torch.device) -> Tensor | None:
-        """Positions [B, columns] of tokens first .. ; None if the model has none."""
+        """Positions [B, columns] or [B, columns, rows] of tokens first .. ; None if the model has none."""
         if self._fixed is not None:
             return self._fixed[:, :columns].to(device)
         if self._grown is None:
             return None
-        return self._grown.rows[:, 0, first : first + columns, 0].to(device)
+        found = self._grown.rows[:, 0, first : first + columns].to(device)
+        return found.squeeze(-1)  # of one row
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the batch."""

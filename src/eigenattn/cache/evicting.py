@@ -33,6 +33,7 @@ class EvictingLayer(LatentLayer):
     """
 
     is_croppable = False  # not as transformers means it, at any time and without loss
+    block = 1  # what is held may all be evicted
 
     def __init__(
         self,
@@ -60,12 +61,10 @@ class EvictingLayer(LatentLayer):
     def _columns_held(self) -> Tensor | None:
         return self.columns
 
-    def _rows(self) -> tuple[Tensor, ...]:
-        rows = super()._rows()
-        return rows if self.columns is None else rows[:-1]
-
     def _append(self, rows: tuple[Tensor, ...]) -> None:
-        super()._append(rows if self.columns is None else (*rows, self._neighbours(self._tokens_left(), rows)))
+        if self.columns is not None:
+            rows = (*rows, self._neighbours(len(self.stores[0]) + self.evicted, rows))
+        super()._append(rows)
 
     @staticmethod
     def _neighbours(first: int, rows: tuple[Tensor, ...]) -> Tensor:
@@ -78,7 +77,8 @@ class EvictingLayer(LatentLayer):
     def _show(self) -> None:
         super()._show()
         if self.columns is not None:
-            self.columns = self.stores[-1].rows.squeeze(-1)
+            self.shown, self.columns = self.shown[:-1], self.shown[-1].squeeze(-1)
+            self.values = self.shown[-1]
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
@@ -95,8 +95,8 @@ class EvictingLayer(LatentLayer):
             queries: of the pass.
             describe: gives what a rule may look at, for `columns`, `kept` and `tally`.
         """
-        rule, rows, kept_rows = self.eviction.rule, self._rows(), self.rows_to_keep()
-        columns = self._neighbours(0, rows).squeeze(-1) if self.columns is None else self.columns
+        rule, kept_rows = self.eviction.rule, self.rows_to_keep()
+        columns = self._neighbours(0, self.shown).squeeze(-1) if self.columns is None else self.columns
         if rule.tally is not None:
             counted = rule.tally(describe(columns, kept_rows))
             if self._tally is not None:
@@ -114,7 +114,7 @@ class EvictingLayer(LatentLayer):
             store.keep(kept)
         if self._tally is not None:
             self._tally = self._tally.gather(-1, kept)
-        self.evicted, self._settled = self.evicted + over, held.kept
+        self.evicted, self._settled, self.left = self.evicted + over, held.kept, held.kept
         self._show()
 
     def crop(self, tokens_to_remove: int) -> None:

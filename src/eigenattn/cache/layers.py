@@ -17,6 +17,9 @@ from .store import Store
 # Tokens of the last update that stay exact beyond the window, so that they can be taken back without loss (chosen: far
 # more than assisted decoding drafts at a time).
 ROLLBACK = 128
+# Tokens encoded at a time (chosen): encoding is many small operations, which cost one token about as much as all of
+# these. It divides the tokens that a store grows by, which so has no more room for them.
+BLOCK = 32
 
 
 class LatentLayer(CacheLayerMixin):
@@ -26,7 +29,7 @@ class LatentLayer(CacheLayerMixin):
     exactly, T being counted up to `ROLLBACK`: so `crop` takes back what the last update brought without loss. Where
     `crop` takes back more, tokens that left the window are known by their latents alone. Once transformers has asked
     for it (`activate_past_recording`), all that came since the last `crop` stays exact, and nothing slides out of sight
-    before the next.
+    before the next. Tokens of the window may be encoded ahead, some at a time; nobody sees that.
 
     Args:
         context: what it shares with the cache's other layers.
@@ -37,6 +40,7 @@ class LatentLayer(CacheLayerMixin):
 
     is_compileable = False
     is_croppable = True
+    block = BLOCK  # tokens encoded at a time
 
     def __init__(self, context: CacheContext, layer_idx: int, window: int, sliding_window: int | None = None) -> None:
         super().__init__()
@@ -46,6 +50,8 @@ class LatentLayer(CacheLayerMixin):
         self.is_sliding = sliding_window is not None
         self.window_keys = self.window_values = torch.empty(0)  # nothing yet
         self.stores: tuple[Store, ...] = ()
+        self.shown: tuple[Tensor, ...] = ()
+        self.left = 0  # rows of tokens that left the window; behind them is what was encoded ahead
         self.dropped = 0  # tokens that slid out of sight
         self.record_past = False
 
@@ -79,24 +85,41 @@ class LatentLayer(CacheLayerMixin):
             self._show()
         if self.context.begin(self.layer_idx):
             self.context.write(self.get_seq_length(), position_ids, len(key_states))
-        new, held, latents = key_states.shape[-2], self.window_keys.shape[-2], self._tokens_left()
-        seen = self._tokens_held()
+        new, seen = key_states.shape[-2], self._tokens_held()
+        if not self.record_past:  # of exact tokens the last ones stay, and those that come
+            self._keep_exact(self.window)
+        held = self.window_keys.shape[-2]
+        exact = seen - held  # column of the first exact token
         near_keys = torch.cat([self.window_keys, key_states], dim=-2) if held else key_states
         near_values = torch.cat([self.window_values, value_states], dim=-2) if held else value_states
-        leaving = slice(latents - (seen - held), max(seen + new - self.window, latents) - (seen - held))
-        if leaving.stop > leaving.start:
-            self._append(encode(near_keys[:, :, leaving], near_values[:, :, leaving]))
-        near = Near(near_keys, near_values, seen - held) if self.window else None
-        positions = self.context.positions(self.dropped, seen + new, self.device)
-        sight = Sight(Far(self._rows(), self._columns_held()), near, seen, seen + new, positions)
+        encoded = len(self.stores[0])
+        self.left += max(seen + new - self.window - self._tokens_left(), 0)
+        if self.left > encoded:
+            first = self._tokens_left() - (self.left - encoded) - exact
+            some = slice(first, first - encoded + -(-self.left // self.block) * self.block)
+            self._append(encode(near_keys[:, :, some], near_values[:, :, some]))
+        self._show()
+        near = Near(near_keys, near_values, exact) if self.window else None
+        positions = self.context.memoised(
+            ("positions", self.dropped, seen + new, self.device),
+            lambda: self.context.positions(self.dropped, seen + new, self.device),
+        )
+        sight = Sight(Far(self.shown, self._columns_held()), near, seen, seen + new, positions)
         if self.window:
-            # Copies, for a slice would keep the whole prompt's keys alive.
-            kept = near_keys.shape[-2] if self.record_past else self.window + min(new, ROLLBACK)
-            last = slice(max(near_keys.shape[-2] - kept, 0), None)
-            self.window_keys, self.window_values = near_keys[:, :, last].clone(), near_values[:, :, last].clone()
+            self.window_keys, self.window_values = near_keys, near_values
+            if new > ROLLBACK and not self.record_past:
+                self._keep_exact(self.window + ROLLBACK)
+                # A slice would keep the whole prompt's keys alive.
+                self.window_keys, self.window_values = self.window_keys.clone(), self.window_values.clone()
         if not self.record_past:
             self._slide(seen + new)
         return sight, None
+
+    def _keep_exact(self, tokens: int) -> None:
+        """Keep no more than the last exact tokens."""
+        over = self.window_keys.shape[-2] - tokens
+        if over > 0:
+            self.window_keys, self.window_values = self.window_keys[:, :, over:], self.window_values[:, :, over:]
 
     def activate_past_recording(self) -> None:
         """Called before decoding with an assistant, which takes its drafts back."""
@@ -104,7 +127,7 @@ class LatentLayer(CacheLayerMixin):
 
     def _tokens_left(self) -> int:
         """Tokens that have left the window."""
-        return len(self.stores[0])
+        return self.left
 
     def _tokens_held(self) -> int:
         """Tokens held in one form or the other: the mask's columns before the current tokens."""
@@ -113,25 +136,23 @@ class LatentLayer(CacheLayerMixin):
         left, exact = self._tokens_left(), self.window_keys.shape[-2]
         return left + min(exact, self.window) if left else exact
 
-    def _rows(self) -> tuple[Tensor, ...]:
-        return tuple(store.rows for store in self.stores)
-
     def _columns_held(self) -> Tensor | None:
         return None
 
     def _append(self, rows: tuple[Tensor, ...]) -> None:
         for store, each in zip(self.stores, rows, strict=True):
             store.append(each)
-        self._show()
 
     def _crop_left(self, left: int) -> None:
+        self.left = left
         for store in self.stores:
             store.crop(left)
         self._show()
 
     def _show(self) -> None:
-        """Under the names that transformers looks at."""
-        self.keys, self.values = self.stores[0].rows, self._rows()[-1]
+        """Rows of tokens that left the window, also under the names that transformers looks at."""
+        self.shown = tuple(store.first(self.left) for store in self.stores)
+        self.keys, self.values = self.shown[0], self.shown[-1]
 
     def _slide(self, held: int) -> None:
         """Drop what no later query will see."""
@@ -141,10 +162,10 @@ class LatentLayer(CacheLayerMixin):
         self.dropped += past
         for store in self.stores:
             store.drop_first(past)
+        self.left = max(self.left - past, 0)
         self._show()
         if self.window:
-            exact = slice(max(self.window_keys.shape[-2] - (held - past), 0), None)
-            self.window_keys, self.window_values = self.window_keys[:, :, exact], self.window_values[:, :, exact]
+            self._keep_exact(held - past)
 
     def get_seq_length(self) -> int:
         return self.dropped + self._tokens_held()
@@ -191,8 +212,8 @@ class LatentLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.keys = self.values = None
         self.window_keys = self.window_values = torch.empty(0)
-        self.stores = ()
-        self.is_initialized, self.dropped = False, 0
+        self.stores = self.shown = ()
+        self.is_initialized, self.left, self.dropped = False, 0, 0
         if self.layer_idx == self.context.owner:
             self.context.reset()
 

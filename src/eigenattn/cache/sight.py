@@ -33,4 +33,4 @@ class Sight(NamedTuple):
     near: Near | None  # None without a window: all tokens are far
     query: int | Tensor  # mask column of the first current token
     columns: int  # of the mask
-    positions: Tensor | None  # [B, columns]; None where the model has none
+    positions: Tensor | None  # [B, columns] or [B, columns, rows]; None where the model has none

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from .context import CacheContext
+from .layers import BLOCK
 from .sight import Encode, Far, Near, Sight
 
 
@@ -27,6 +28,7 @@ class StaticLatentLayer(StaticLayer):
         self.is_sliding = is_sliding
         self.window = window
         self.rows: tuple[Tensor, ...] = ()
+        self.encoded = 0  # tokens whose rows are written, some of the window among them
         self.window_keys = self.window_values = torch.empty(0)  # nothing yet
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -57,26 +59,49 @@ class StaticLatentLayer(StaticLayer):
         """As `LatentLayer.update`."""
         if not self.is_initialized:
             self._initialise(encode(key_states, value_states), key_states, value_states)
-        new, start = key_states.shape[-2], self.cumulative_length.clone()
-        each = torch.arange(new, device=self.device) + start
+        new = key_states.shape[-2]
+        # Numbers are known on a CPU alone, and there a graph may not depend on them.
+        counted = not torch.compiler.is_compiling() and self.device.type == "cpu"
+        start = int(self.cumulative_length) if counted else self.cumulative_length.clone()
         if self.context.begin(self.layer_idx):
+            each = torch.arange(new, device=self.device) + start
             self.context.write_fixed(each, position_ids, self.batch_size, self.max_cache_len)
         near, keys, values = None, key_states, value_states
         if self.window:
-            near_keys = torch.cat([self.window_keys, key_states], dim=-2)
-            near_values = torch.cat([self.window_values, value_states], dim=-2)
-            near, keys, values = Near(near_keys, near_values, start - self.window), near_keys, near_values
+            keys = torch.cat([self.window_keys, key_states], dim=-2)
+            values = torch.cat([self.window_values, value_states], dim=-2)
+            near = Near(keys, values, start - self.window)
+        if isinstance(start, int):
+            self._encode_ahead(start - self.window, new, keys, values, encode)
+        else:
             # Slots of a window that is not full yet have negative tokens. The remainder sends them to the last places,
             # which are never read: the last tokens are always in the window.
-            each = (each - self.window) % self.max_cache_len
-        for held, row in zip(self.rows, encode(keys[:, :, :new], values[:, :, :new]), strict=True):
-            held.index_copy_(2, each, row)
+            places = (torch.arange(new, device=self.device) + start - self.window) % self.max_cache_len
+            for held, row in zip(self.rows, encode(keys[:, :, :new], values[:, :, :new]), strict=True):
+                held.index_copy_(2, places, row)
         if near is not None:
             self.window_keys.copy_(near.keys[:, :, new:])
             self.window_values.copy_(near.values[:, :, new:])
         self.cumulative_length.add_(new)
-        positions = self.context.positions(0, self.max_cache_len, self.device)
+        positions = self.context.memoised(
+            ("positions", self.device), lambda: self.context.positions(0, self.max_cache_len, self.device)
+        )
         return Sight(Far(self.rows), near, start, self.max_cache_len, positions), None
+
+    def _encode_ahead(self, first: int, new: int, keys: Tensor, values: Tensor, encode: Encode) -> None:
+        """Write rows of tokens up to the last that leaves the window, and some of the window's with them.
+
+        Args:
+            first: token of keys and values' first; negative where slots are empty.
+            new: tokens that leave the window.
+        """
+        begin = max(self.encoded, first, 0)  # a compiled graph encodes what leaves, and does not count
+        if begin >= first + new:
+            return
+        some = slice(begin - first, -(-(first + new) // BLOCK) * BLOCK - first)
+        for held, row in zip(self.rows, encode(keys[:, :, some], values[:, :, some]), strict=True):
+            held[:, :, begin : begin + row.shape[2]] = row
+            self.encoded = begin + row.shape[2]
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
@@ -86,6 +111,7 @@ class StaticLatentLayer(StaticLayer):
         if self.is_initialized:
             for tensor in (*self.tensors(), self.cumulative_length):
                 tensor.zero_()
+        self.encoded = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if not self.is_initialized:

@@ -33,7 +33,11 @@ class Store:
     @property
     def rows(self) -> Tensor:
         """What is held, [B, G, n, width]: a view, good until the store is next changed."""
-        return self._room.narrow(-2, self._first, self._length)
+        return self.first(self._length)
+
+    def first(self, tokens: int) -> Tensor:
+        """The first of them, as such a view."""
+        return self._room.narrow(-2, self._first, tokens)
 
     def append(self, new: Tensor) -> None:
         """Add rows [B, G, n, width] behind those held."""

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..config import Sharing
 from ..errors import EigenAttnError
-from ..kernels.reference import cap_and_mask
+from ..kernels.reference import cap_and_mask, log_sum_exp, softmax
 from ..models.attention import EigenAttention
 from ..models.forward_pass import ForwardPass
 from ..models.maps import joined
 from ..models.placement import execution_device, loaded
-from ..models.projections import Heads, weight_of
+from ..models.projections import Heads
 from ..models.rotary import rotate
 
 # Queries at a time, so that memory is O(T x block) (chosen).
@@ -60,6 +60,32 @@ class Sums:
 
 
 @dataclass
+class Gates:
+    """What the output of the heads is multiplied with, before the output projection.
+
+    Args:
+        products: `W_O^T W_O` of each head [H, D, D].
+        second: sums of `g g^T` over tokens, of each head [H, D, D].
+        count: tokens, [1].
+    """
+
+    products: Tensor
+    second: Tensor
+    count: Tensor
+
+    def add(self, gate: Tensor, valid: Tensor | None) -> None:
+        """Add gates [B, H, T, D or 1]; `valid` [B, T] says which are of no padding."""
+        gate = gate if valid is None else gate * valid[:, None, :, None]
+        rows = gate.transpose(0, 1).flatten(1, 2).double().expand(-1, -1, self.second.shape[-1])
+        self.second += rows.transpose(1, 2) @ rows
+        self.count += rows.shape[1] if valid is None else valid.sum()
+
+    def metric(self, groups: int) -> Tensor:
+        """The mean of `sum diag(g) W_O^T W_O diag(g)` over the heads of each of so many groups, [G, D, D]."""
+        return (self.products * self.second / self.count).unflatten(0, (groups, -1)).sum(1)
+
+
+@dataclass
 class AttentionMoments:
     """Sums over calibration text for one layer, in float64, over query-key pairs outside the window.
 
@@ -71,7 +97,7 @@ class AttentionMoments:
     Args:
         key_metric: `sum a q q^T` [G, D, D], each query seen in its key's frame and scaled to scores.
         vectors: of `k`, weighted by `a`.
-        value_metric: `sum W_O^T W_O` over the heads of a group [G, D, D].
+        value_metric: `sum W_O^T W_O` over the heads of a group [G, D, D], behind gates if there are any.
         outputs: of `o / p`, weighted by `p^2`; None where keys and values share a latent.
         window: tokens kept exactly, W.
         priors: covariances of `k`, and of values, [G/N, n, n] where hidden states are white noise, that is, what the
@@ -86,6 +112,7 @@ class AttentionMoments:
     window: int
     priors: tuple[Tensor, ...] = ()
     shrinkage: float = 0.0
+    gates: Gates | None = None
     tokens: int = 0
 
     @classmethod
@@ -94,16 +121,25 @@ class AttentionMoments:
         g, d = attention.kv_heads, attention.head_dim
         priors = _priors(attention, sharing) if shrinkage else ()
         with loaded(attention.output_projection):
-            by_group = weight_of(attention.output_projection).detach().unflatten(1, (g, -1, d))  # [C, G, H/G, D]
+            by_group = attention.output_weight().unflatten(1, (g, -1, d))  # [C, G, H/G, D]
             # A group at a time: a large model's whole weight takes much memory in float64.
             value_metric = torch.stack([_outer_products(group) for group in by_group.unbind(1)])
         vectors = Sums.zeros(value_metric, g // sharing.keys, (2 if sharing.joint else 1) * sharing.keys * d)
         outputs = None if sharing.joint else Sums.zeros(value_metric, g // sharing.values, sharing.values * d)
-        return cls(torch.zeros_like(value_metric), vectors, value_metric, outputs, window, priors, shrinkage)
+        gates = None
+        if attention.gates:
+            with loaded(attention.output_projection):
+                by_head = attention.output_weight().unflatten(1, (attention.heads, d))
+                products = torch.stack([_outer_products(head) for head in by_head.unbind(1)])
+            gates = Gates(products, torch.zeros_like(products), products.new_zeros(1))
+        return cls(torch.zeros_like(value_metric), vectors, value_metric, outputs, window, priors, shrinkage, gates)
 
     def observe(self, attention: EigenAttention, heads: Heads[Tensor], this: ForwardPass, valid: Tensor | None) -> None:
         """Add one batch: queries, keys and values before rotation, and the pass that they are of."""
         q, k, v = heads
+        if self.gates is not None and this.gate is not None:
+            self.gates.add(this.gate, valid)
+            self.value_metric.copy_(self.gates.metric(self.groups))
         t, latents, outputs = q.shape[-2], len(self.vectors.weight), self.outputs
         values = joined(v, latents if outputs is None else len(outputs.weight))
         mask = this.whole_mask(q)
@@ -115,7 +151,7 @@ class AttentionMoments:
             scores = masked_scores(
                 attention, q_rotated[:, :, start:stop], k_rotated[:, :, :stop], mask[..., start:stop, :stop]
             )
-            log_sums.append(scores.logsumexp(-1, keepdim=True))
+            log_sums.append(log_sum_exp(scores, attention.sink_logits))
             weights = (scores - log_sums[-1]).exp().tril(start - self.window)  # n <= m - W
             if valid is not None:
                 weights = weights * valid[:, None, start:stop, None]
@@ -204,7 +240,7 @@ def _priors(attention: EigenAttention, sharing: Sharing) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, PRIOR_STATES, attention.config.hidden_size, generator=generator)
     with loaded(attention):
-        _, *sides = attention.project(states.to(execution_device(output), weight_of(output).dtype))
+        _, *sides = attention.project(states.to(execution_device(output), attention.dtype))
     shared = sharing.keys, sharing.values
     rows = [joined(x, x.shape[1] // heads)[0].double() for x, heads in zip(sides, shared, strict=True)]
     rows = [torch.cat(rows, dim=-1)] if sharing.joint else rows  # [G/N, n, N * D] each
@@ -237,7 +273,7 @@ def far_weights(
     for start in range(0, t, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, t)
         scores = masked_scores(attention, q[:, :, start:stop], k[:, :, :stop], mask[..., start:stop, :stop])
-        weights = scores.softmax(-1).tril(start - window)  # n <= m - W
+        weights = softmax(scores, attention.sink_logits).tril(start - window)  # n <= m - W
         if valid is not None:
             weights = weights * valid[:, None, start:stop, None]
         yield start, stop, scores, weights

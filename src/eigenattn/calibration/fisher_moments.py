@@ -15,7 +15,6 @@ from ..config import Sharing
 from ..models.attention import EigenAttention
 from ..models.maps import joined
 from ..models.placement import execution_device
-from ..models.projections import weight_of
 from .attention_moments import Sums
 from .gradients import backward
 from .statistics import Batch, checked_moments
@@ -129,7 +128,7 @@ class FisherMoments:
     def of(cls, attention: EigenAttention, window: int, sharing: Sharing, shrinkage: float = 0.0) -> FisherMoments:
         """Empty moments for a layer."""
         output, g, d = attention.output_projection, attention.kv_heads, attention.head_dim
-        like = torch.empty(0, device=execution_device(output), dtype=weight_of(output).dtype)
+        like = torch.empty(0, device=execution_device(output), dtype=attention.dtype)
         found = [LatentMoments.empty(like, g // heads, len(sides) * heads * d) for sides, heads in sharing.kinds]
         return cls(found[0], found[1] if len(found) > 1 else None, sharing, window)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import EigenAttnError
-from ..models.attention import EigenAttention
+from ..models.attention import EigenAttention, ReadingAttention
 from ..models.forward_pass import ForwardPass
 from ..models.placement import loaded
 from ..models.projections import Heads
 from .attention_moments import far_weights
-from .passes import decoder_layers, hidden, stubbed
+from .passes import DecoderLayers, hidden, stubbed
+from .quantised import differentiable
 from .statistics import Batch, not_finite
 
 # Takes a layer, its keys and values [B, G, T, D], before rotation, and the gradients of both.
@@ -46,19 +50,71 @@ def backward(
             f"this {type(model).__name__} has no language head, and the fisher basis looks at predictions: load it "
             'with AutoModelForCausalLM, or take basis="attention".'
         )
-    modules = decoder_layers(model, layers)
+    blocks = DecoderLayers.of(model, layers)
     with _frozen(model):
-        calls, output = _calls(model, modules, batch)
-        for attention, given in zip(layers, [*(args[0] for args, _ in calls[1:]), hidden(output)], strict=True):
-            if not given.isfinite().all():  # gradients would be none in the layers before it
-                raise not_finite(attention, "vectors")
-        gradient = _at_last_layer(model, modules, batch, output, seed)
-        for attention, layer, (args, kwargs) in zip(reversed(layers), reversed(modules), reversed(calls), strict=True):
+        calls, output = _calls(model, blocks, batch)
+        _check_finite(layers, blocks, [*(args[0] for args, _ in calls[1:]), hidden(output)])
+        gradient = _at_last_layer(model, blocks.all, batch, output, seed)
+        own = dict(zip(blocks.places, layers, strict=True))
+        of_readers: dict[int, Reading] = {}
+        for place, (args, kwargs) in reversed(list(enumerate(calls))):
             states = args[0].detach().requires_grad_()
-            with loaded(layer), torch.enable_grad(), _watched(attention, window, batch.valid, found):
-                hidden(layer(states, *args[1:], **kwargs)).backward(gradient.to(states.device))
+            arguments, kwargs = (states, *args[1:]), dict(kwargs)
+            block = blocks.all[place]
+            with loaded(block), differentiable(block, states), torch.enable_grad():
+                run = partial(_run, block, arguments, kwargs, gradient)
+                if place in own:
+                    reading = of_readers.get(own[place].layer_idx)
+                    with _watched(own[place], window, batch.valid, found, reading):
+                        run(reading)
+                elif place in blocks.readers:
+                    with _watched_reader(blocks.readers[place], kwargs, window, batch.valid, of_readers):
+                        run()
+                else:
+                    run()
             assert states.grad is not None
             gradient = states.grad
+
+
+@dataclass
+class Reading:
+    """What layers that read another one's keys and values add to its gradients, at keys after rotation.
+
+    Args:
+        keys, values: as far queries of theirs see them, [B, G, T, D] in fp32.
+        whole: the same of all queries, in the order of the rows that they are cached in.
+    """
+
+    keys: Tensor
+    values: Tensor
+    whole: tuple[Tensor, ...]
+
+
+def _run(
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    gradient: Tensor,
+    reading: Reading | None = None,
+) -> None:
+    """Run a decoder layer, and back: from its output and from what later layers read of it."""
+    if "shared_kv_states" in kwargs:
+        kwargs["shared_kv_states"] = copy.copy(kwargs["shared_kv_states"])
+    output = hidden(layer(*args, **kwargs))
+    outputs, gradients = [output], [gradient.to(output.device)]
+    if reading is not None:
+        shared = kwargs["shared_kv_states"].values()
+        rows = next(sight.far.rows for source, sight in shared if any(row.requires_grad for row in sight.far.rows))
+        outputs, gradients = [*outputs, *rows], [*gradients, *reading.whole]
+    torch.autograd.backward(outputs, gradients)
+
+
+def _check_finite(layers: Sequence[EigenAttention], blocks: DecoderLayers, outputs: Sequence[Tensor]) -> None:
+    """Raise an `EigenAttnError` if a decoder layer gives what is no number: gradients would be none before it."""
+    for place, given in enumerate(outputs):
+        if not given.isfinite().all():
+            before = [attention for attention, at in zip(layers, blocks.places, strict=True) if at <= place]
+            raise not_finite((before or layers)[-1 if before else 0], "vectors")
 
 
 @contextmanager
@@ -76,7 +132,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _calls(
-    model: PreTrainedModel, modules: Sequence[nn.Module], batch: Batch
+    model: PreTrainedModel, blocks: DecoderLayers, batch: Batch
 ) -> tuple[list[tuple[tuple, dict[str, Any]]], Any]:
     """What every decoder layer is called with, and what the last one gives."""
     calls: list[tuple[tuple, dict[str, Any]]] = []
@@ -88,10 +144,13 @@ def _calls(
         calls.append((states, {name: value for name, value in kwargs.items() if name != "hidden_states"}))
 
     with ExitStack() as hooks:
-        for layer in modules:
+        for layer in blocks.all:
             hooks.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        hooks.callback(modules[-1].register_forward_hook(lambda layer, args, output: outputs.append(output)).remove)
-        model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
+        last = blocks.all[-1]
+        hooks.callback(last.register_forward_hook(lambda layer, args, output: outputs.append(output)).remove)
+        # Layers that read another one's cache may be run for those positions alone that give logits.
+        some = {} if blocks.readers else {"logits_to_keep": 1}
+        model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **some)
     return calls, outputs[0]
 
 
@@ -101,7 +160,8 @@ def _at_last_layer(
     """The gradient [B, T, C] of the loss at what the last decoder layer gives."""
     states = hidden(output).detach().requires_grad_()
     given = (states, *output[1:]) if isinstance(output, tuple) else states
-    with torch.enable_grad(), stubbed(modules, given):
+    head: Any = model.get_output_embeddings()
+    with differentiable(head, states), torch.enable_grad(), stubbed(modules, given):
         logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         logits = logits.float() if batch.valid is None else logits.float()[batch.valid.to(logits.device)]
         logits = logits.flatten(0, -2)
@@ -116,67 +176,115 @@ def _at_last_layer(
 
 
 @contextmanager
-def _watched(attention: EigenAttention, window: int, valid: Tensor | None, found: Found) -> Iterator[None]:
+def _watched(
+    attention: EigenAttention, window: int, valid: Tensor | None, found: Found, reading: Reading | None
+) -> Iterator[None]:
     """Look on while a layer runs with gradients."""
-    seen: list[tuple[Heads[Tensor], ForwardPass]] = []
 
-    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        output = args[0].detach()  # a hook that held its own tensor would outlive the pass
+    def look(layer: EigenAttention, heads: Heads[Tensor], this: ForwardPass) -> None:
+        detached = Heads(*(each.detach() for each in heads))
 
-        def give(gradient: Tensor) -> None:
-            heads, this = seen.pop()
-            heads = Heads(*(each.detach() for each in heads))
-            own, of_loss = (x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (output, gradient))
-            gradients = far_gradients(attention, heads, this, own, of_loss, window, valid)
-            found(attention, (heads.key, heads.value), gradients)
+        def give(output: Tensor, gradient: Tensor) -> None:
+            rotated = this.rotated(detached.query), this.rotated(detached.key)
+            of_keys, of_values = far_gradients(layer, rotated, detached.value, this, output, gradient, window, valid)
+            if reading is not None:
+                of_keys, of_values = of_keys + reading.keys, of_values + reading.values
+            found(layer, (detached.key, detached.value), (this.rotated_back(of_keys), of_values))
 
-        args[0].register_hook(give)
+        this.on_output = partial(_when_known, give)
 
-    hook = attention.output_projection.register_forward_pre_hook(look)
-    attention.observer = lambda layer, heads, this: seen.append((heads, this))
+    attention.observer = look
     try:
         yield
     finally:
         attention.observer = None
-        hook.remove()
+
+
+@contextmanager
+def _watched_reader(
+    reader: ReadingAttention,
+    kwargs: dict[str, Any],
+    window: int,
+    valid: Tensor | None,
+    of_readers: dict[int, Reading],
+) -> Iterator[None]:
+    """Look on while a layer that reads another one's keys and values runs with gradients, and add up its share.
+
+    Args:
+        kwargs: what its decoder layer is called with. What it reads is changed to leaves of a graph.
+        of_readers: by the layer that is read.
+    """
+    shared = kwargs["shared_kv_states"] = copy.copy(kwargs["shared_kv_states"])
+    source, sight = shared[reader.layer_type]
+    rows = tuple(row.detach().requires_grad_() for row in sight.far.rows)
+    shared[reader.layer_type] = source, sight._replace(far=sight.far._replace(rows=rows))
+    k, v = (row.detach() for row in rows)  # at full rank
+    far: list[tuple[Tensor, Tensor]] = []
+
+    def look(layer: ReadingAttention, source: EigenAttention, q: Tensor, this: ForwardPass) -> None:
+        q_rotated = this.rotated(q.detach())
+
+        def give(output: Tensor, gradient: Tensor) -> None:
+            far.append(far_gradients(source, (q_rotated, k), v, this, output, gradient, window, valid))
+
+        this.on_output = partial(_when_known, give)
+
+    reader.observer = look
+    try:
+        yield
+    finally:
+        reader.observer = None
+    (of_keys, of_values), whole = far[0], tuple(row.grad for row in rows if row.grad is not None)
+    held = of_readers.get(source.layer_idx)
+    if held is not None:
+        of_keys, of_values = of_keys + held.keys, of_values + held.values
+        whole = tuple(one + other for one, other in zip(whole, held.whole, strict=True))
+    of_readers[source.layer_idx] = Reading(of_keys, of_values, whole)
+
+
+def _when_known(give: Callable[[Tensor, Tensor], None], output: Tensor) -> None:
+    """Have an output's gradient given, with the output, as soon as it is known."""
+    detached = output.detach()  # a hook that held its own tensor would outlive the pass
+    output.register_hook(lambda gradient: give(detached, gradient))
 
 
 @torch.no_grad()
 def far_gradients(
     attention: EigenAttention,
-    heads: Heads[Tensor],
+    rotated: tuple[Tensor, Tensor],
+    v: Tensor,
     this: ForwardPass,
     output: Tensor,
     gradient: Tensor,
     window: int,
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss's gradients with respect to keys, before rotation, and values as far queries see them.
+    """The loss's gradients with respect to keys, after rotation, and values as far queries see them.
 
     With `a` the weights and `g` the gradient at attention's output `o`: a value's is `sum_m a_mn g_m` and a rotated
     key's `sum_m a_mn g_m . (v_n - o_m) q_m`, over the queries m of its group that have it outside their window.
 
     Args:
-        heads: queries, keys and values before rotation.
+        rotated: queries and keys at their positions.
+        v: values.
         output, gradient: [B, H, T, D].
         valid: [B, T] of booleans, or None: queries that are no padding.
 
     Returns:
         Both [B, G, T, D] in fp32.
     """
-    q, k, v = heads
-    groups = k.shape[1]
-    q_rotated, k_rotated, mask = this.rotated(q), this.rotated(k), this.whole_mask(q)
-    of_keys, of_values = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-    valid = None if valid is None else valid.to(q.device)
+    q_rotated, k_rotated = rotated
+    groups, mask = k_rotated.shape[1], this.whole_mask(q_rotated)
+    of_keys, of_values = (torch.zeros_like(x, dtype=torch.float32) for x in (k_rotated, v))
+    valid = None if valid is None else valid.to(v.device)
     gradient = gradient.float()
     along = (gradient * output.float()).sum(-1, keepdim=True)  # [B, H, T, 1]
-    for start, stop, scores, weights in far_weights(attention, (q_rotated, k_rotated), mask, window, valid):
+    for start, stop, scores, weights in far_weights(attention, rotated, mask, window, valid):
         if attention.softcap is not None:
-            slope = 1 - (scores / attention.softcap).clamp(-1, 1).square()
+            slope = 1 - (scores.float() / attention.softcap).clamp(-1, 1).square()
         grouped, g, q_block = (
             x.unflatten(1, (groups, -1)).flatten(2, 3)
-            for x in (weights, gradient[:, :, start:stop], q_rotated[:, :, start:stop].float())
+            for x in (weights.float(), gradient[:, :, start:stop], q_rotated[:, :, start:stop].float())
         )  # [B, G, H/G * block, stop or D]
         of_values[:, :, :stop] += grouped.transpose(-1, -2) @ g
         along_block = along[:, :, start:stop].unflatten(1, (groups, -1)).flatten(2, 3)
@@ -184,4 +292,4 @@ def far_gradients(
         if attention.softcap is not None:
             of_scores = of_scores * slope.unflatten(1, (groups, -1)).flatten(2, 3)
         of_keys[:, :, :stop] += (of_scores.transpose(-1, -2) @ q_block) * attention.scaling
-    return this.rotated_back(of_keys), of_values
+    return of_keys, of_values

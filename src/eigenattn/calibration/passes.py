@@ -4,20 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..models.attention import EigenAttention
+from ..models.attention import EigenAttention, ReadingAttention
 from ..models.placement import loaded
 from .statistics import Batch, forward_hidden
 
 
-def decoder_layers(model: PreTrainedModel, layers: Sequence[EigenAttention]) -> list[nn.Module]:
-    """The decoder layers that attention modules belong to."""
-    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
-    return [parents[id(attention)] for attention in layers]
+@dataclass(frozen=True)
+class DecoderLayers:
+    """A model's decoder layers, some of which may have no attention, or read what another one caches.
+
+    Args:
+        all: in their order.
+        places: which of them each attention module with latents belongs to.
+        readers: the attention of those that read, by place.
+    """
+
+    all: list[nn.Module]
+    places: list[int]
+    readers: dict[int, ReadingAttention]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, layers: Sequence[EigenAttention]) -> DecoderLayers:
+        """Those that attention modules belong to, and what lies between."""
+        parents = {id(child): parent for parent in model.modules() for child in parent.children()}
+
+        def block(attention: nn.Module) -> nn.Module:
+            while not isinstance(parents[id(attention)], nn.ModuleList):
+                attention = parents[id(attention)]
+            return attention
+
+        found = [block(attention) for attention in layers]
+        everything = list(parents[id(found[0])].children())
+        place = {id(each): index for index, each in enumerate(everything)}
+        readers = [module for module in model.modules() if isinstance(module, ReadingAttention)]
+        return cls(
+            everything,
+            [place[id(each)] for each in found],
+            {place[id(block(reader))]: reader for reader in readers},
+        )
+
+    def own(self, index: int) -> nn.Module:
+        """The decoder layer of an attention module."""
+        return self.all[self.places[index]]
+
+    def before(self, index: int) -> list[nn.Module]:
+        """The decoder layers before an attention module's, from the first one that has attention."""
+        return self.all[: self.places[index]] if index else []
 
 
 @contextmanager
@@ -51,16 +89,20 @@ def stubbed(layers: Sequence[nn.Module], output: Any) -> AbstractContextManager[
     return replaced(layers, lambda *args, **kwargs: output)
 
 
-def layer_output(model: PreTrainedModel, layers: Sequence[nn.Module], index: int, before: Any, batch: Batch) -> Any:
-    """What one decoder layer gives, and no other is run.
+def layer_output(model: PreTrainedModel, layers: DecoderLayers, index: int, before: Any, batch: Batch) -> Any:
+    """What the decoder layers give from one that has attention on, up to the next one, and no other is run.
 
     Args:
         before: what the layer before it gave; None for the first.
     """
     found: list[Any] = []
-    hook = layers[index].register_forward_hook(lambda layer, args, output: found.append(output))
+    stop = layers.places[index + 1] if index + 1 < len(layers.places) else len(layers.all)
+    hook = layers.all[stop - 1].register_forward_hook(lambda layer, args, output: found.append(output))
     try:
-        with stubbed(layers[:index], before), replaced(layers[index + 1 :], lambda *args, **kwargs: found[0]):
+        with (
+            stubbed(layers.before(index), before),
+            replaced(layers.all[stop:], lambda *args, **kwargs: found[0]),
+        ):
             forward_hidden(model, batch)
     finally:
         hook.remove()

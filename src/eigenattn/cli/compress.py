@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +11,11 @@ from rich.console import Console
 
 from ..calibration.statistics_file import open_statistics
 from ..calibration.text import DEFAULT_SOURCE
-from ..config import EigenAttentionConfig
+from ..compression.pipeline import CompressionReport
+from ..config import DEFAULT_CODED_RATIO, EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..workflows.calibrate import CalibrationText, calibrate_checkpoint, of_one_kind
-from ..workflows.compress import compress_checkpoint
+from ..workflows.compress import BoundedLoss, compress_checkpoint
 from .common import Json, Model, at_lengths, command, emit, say
 from .options import SHARE_HELP, WINDOW_HELP, PlacementOptions
 
@@ -53,6 +55,7 @@ def _latents_by_default(context: typer.Context, folders: list[Path]) -> list[Pat
 @command(
     "eigenattn compress smollm2 smollm2-4-bits",
     "eigenattn compress meta-llama/Llama-3.1-8B llama-2-bits --kv-ratio 0.14 --dtype bfloat16",
+    "eigenattn compress smollm2 smollm2-small --max-divergence 0.005 --held-out python-docs --held-out speeches.txt",
     "eigenattn compress smollm2 smollm2-shared --kv-ratio 0.14 --share 3kv",
     "eigenattn compress smollm2 smollm2-3-bits --kv-ratio 0.1875 --statistics prose --statistics code",
     "eigenattn compress smollm2 smollm2-60 --uncoded --kv-ratio 0.6 --text wikitext2",
@@ -65,8 +68,8 @@ def _latents_by_default(context: typer.Context, folders: list[Path]) -> list[Pat
         is_eager=True,  # seen before the options whose defaults hang on it
         callback=_latents_by_default,
     ),
-    bases_only="Write the bases alone, to be attached to the original model. Needs a window: without one they are "
-    "folded into the weights.",
+    checkpoint="Write the whole model, not only the bases that belong to it. Without a window they are folded into the "
+    "weights, and a whole model is written anyway.",
 )
 def compress(
     model: Model,
@@ -75,11 +78,14 @@ def compress(
     config: EigenAttentionConfig,
     text: CalibrationText,
     statistics: list[Path] = [],  # noqa: B006 (typer copies it)
-    bases_only: bool = False,
+    loss: BoundedLoss,
+    checkpoint: bool = False,
     loading: PlacementOptions,
     json_file: Json = None,
 ) -> None:
-    """Compress a model's KV cache and write the checkpoint; killed, it goes on with the same command."""
+    """Compress a model's KV cache and write its bases; killed, it goes on with the same command."""
+    if loss.max_divergence is not None and config != dataclasses.replace(config, kv_ratio=DEFAULT_CODED_RATIO):
+        raise EigenAttnError("--max-divergence chooses the size, of coded latents: leave out the other target.")
     if statistics and text != CalibrationText():
         raise EigenAttnError("statistics are of texts already: leave out --text, --samples, --length and --seed.")
     sources = [source for file in open_statistics(statistics) for source in file.sources] or text.text
@@ -95,11 +101,19 @@ def compress(
         config,
         statistics or text,
         **loading.arguments(),
-        bases_only=bases_only,
+        loss=loss,
+        checkpoint=checkpoint,
         progress=True,
     )
     say(
         emit(report, json_file),
         f"{out}: {report.bytes_per_token:,} cache bytes a token instead of {report.baseline_bytes_per_token:,} "
-        f"(KV ratio {report.kv_ratio:.3f}), in {sum(report.seconds.values()):.0f} s.\n{at_lengths(report)}",
+        f"(KV ratio {report.kv_ratio:.3f}), in {sum(report.seconds.values()):.0f} s.\n{_measured(report)}"
+        f"{at_lengths(report)}",
     )
+
+
+def _measured(report: CompressionReport) -> str:
+    """What was measured where a loss was bounded."""
+    found = report.divergences or {}
+    return "".join(f"It diverges by {nats:.4f} nats a token on {text}.\n" for text, nats in found.items())

@@ -11,7 +11,7 @@ from rich.table import Table
 from ..evaluation.generation import continue_prompt
 from ..models.loading import Source, load_model, load_tokenizer
 from ..report.inspection import inspect_checkpoint
-from ..report.tables import layout_table
+from ..report.tables import layout_table, memory_table
 from ..workflows.demo import RIVAL, run_demo
 from .common import Json, Model, at_lengths, command, emit, rich_table, say
 from .options import EvictionOptions, LoadingOptions, seed_of
@@ -58,6 +58,7 @@ def inspect(model: Model, json_file: Json = None) -> None:
     console = emit(found.to_dict(), json_file)
     title = f"{model} ({found.model_type})"
     console.print(rich_table(layout_table(found.layers, found.element_size), title))
+    console.print(rich_table(memory_table(found.memory)))
     if not found.compressed:
         console.print("This model is not compressed.")
     say(

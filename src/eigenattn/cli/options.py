@@ -19,6 +19,7 @@ from ..evaluation.retrieval import Needles
 from ..evaluation.tasks import PAPER_TASKS, load_tasks, task_names
 from ..files import JSON_ROWS
 from ..workflows.calibrate import CalibrationText
+from ..workflows.compress import BoundedLoss
 from .common import WORDS, memory_limits, several
 
 TEXT_HELP = (
@@ -116,6 +117,11 @@ WORDS[EigenAttentionConfig] = {
     "texts to come are of another kind.",
     "refit": "Fit the decoders of values anew, layer by layer, once ranks are chosen. By default only without a "
     "window.",
+}
+WORDS[BoundedLoss] = {
+    "max_divergence": "Instead of a KV ratio: how far predictions may diverge from the original's, in nats a token, "
+    "such as 0.005. The smallest cache that keeps to it on all held-out texts is found.",
+    "held_out": sources("What --max-divergence is measured on, other than what is calibrated on."),
 }
 WORDS[CalibrationText] = {
     "text": sources(f"What to calibrate on: {CALIBRATION_HELP}"),

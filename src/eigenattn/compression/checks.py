@@ -13,7 +13,7 @@ from ..config import Sharing
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from ..models.placement import loaded, offloaded
-from ..models.projections import weight_of
+from ..models.projections import holds_codes
 from .basis import Basis
 
 
@@ -22,7 +22,7 @@ def check_weights(model: PreTrainedModel) -> None:
     for where, module in model.named_modules():
         with loaded(module) if offloaded(module) else nullcontext():  # one at a time
             for name, parameter in module.named_parameters(where, recurse=False):
-                if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
+                if parameter.is_meta or holds_codes(parameter) or not parameter.numel():
                     continue
                 # The extremes of a NaN are NaN, and need no tensor of the weight's size.
                 if not all(extreme.isfinite() for extreme in parameter.detach().aminmax()):
@@ -43,7 +43,7 @@ def check_sharing(kv_heads: int, sharing: Sharing) -> None:
 
 def check_range(attention: EigenAttention, bases: Iterable[Basis]) -> None:
     """Raise an `EigenAttnError` if a layer's bases do not fit its dtype."""
-    dtype = weight_of(attention.output_projection).dtype
+    dtype = attention.dtype
     for basis in bases:
         for name, tensor in (("encoder", basis.encoder), ("decoder", basis.decoder), ("mean", basis.mean)):
             if tensor is not None and not _fits(tensor, dtype):
@@ -61,7 +61,7 @@ def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
 def check_layer(attention: EigenAttention) -> None:
     """Raise an `EigenAttnError` that names the first weight of a compressed layer with a NaN or an infinity."""
     for name, parameter in attention.named_parameters():
-        if not parameter.isfinite().all():
+        if not holds_codes(parameter) and not parameter.isfinite().all():
             dtype = str(parameter.dtype).removeprefix("torch.")
             raise EigenAttnError(
                 f"layer {attention.layer_idx}'s {name} overflows {dtype} when maps are folded into it: compress in "

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache.layout import Layout
 from ..models.attention import EigenAttention
 from ..models.maps import MAPS, QUANTISERS
 from ..models.placement import execution_device
-from ..models.projections import Heads, join_heads, split_heads, weight_of, with_weight
+from ..models.projections import Heads, is_plain, join_heads, split_heads, weight_of, with_weight
 from .basis import Basis
 
 
@@ -25,7 +24,8 @@ def attach(attention: EigenAttention, bases: Sequence[Basis], window: int = 0) -
     """
     detach(attention)
     output = attention.output_projection
-    like = output.weight.requires_grad, {"device": execution_device(output), "dtype": output.weight.dtype}
+    trains = not is_plain(output) or output.weight.requires_grad
+    like = trains, {"device": execution_device(output), "dtype": attention.dtype}
     attention.layout = attention.layout.holding([basis.latent for basis in bases], window)
     for basis in bases:
         maps = basis.encoder.transpose(-1, -2), basis.decoder, basis.mean  # [G, R, D] twice and [G, D]
@@ -43,7 +43,7 @@ def attach(attention: EigenAttention, bases: Sequence[Basis], window: int = 0) -
 
 def detach(attention: EigenAttention) -> None:
     """Undo `attach`: back to full rank."""
-    attention.layout = Layout.full(attention.kv_heads, attention.head_dim)
+    attention.layout = attention.layout.holding([], 0)
     for name in (*MAPS, *QUANTISERS):
         setattr(attention, name, None)
 
@@ -58,7 +58,8 @@ def fold(attention: EigenAttention) -> None:
         return
     free, encoded = attention.folds, attention.key_encoder is not None
     folds = Heads(free.query and encoded, free.key and encoded, free.value and attention.value_encoder is not None)
-    weights, biases, has_bias = _projection_parts(attention)
+    nothing: Any = Heads(None, None, None)
+    weights, biases, has_bias = _projection_parts(attention) if any(folds) else (nothing, nothing, nothing)
     size_q, size_k, size_v = attention.projected
     if folds.key:
         weights, biases = _encoded(attention, weights, biases, "key")
@@ -72,14 +73,16 @@ def fold(attention: EigenAttention) -> None:
             biases = biases._replace(query=(decoder @ biases.query.unsqueeze(-1)).squeeze(-1))
             size_q = size_k
             attention.key_decoder = attention.key_mean = None
-    if attention.value_decoder is not None:
+    if folds.value:
+        weights, biases = _encoded(attention, weights, biases, "value")
+        has_bias = has_bias._replace(value=has_bias.value or attention.value_mean is not None)
+        size_v = attention.layout.of("value").rank
+        attention.value_encoder = None
+    if attention.value_decoder is not None and attention.folds_output:
         _fold_output(attention)
-        if folds.value:
-            weights, biases = _encoded(attention, weights, biases, "value")
-            has_bias = has_bias._replace(value=has_bias.value or attention.value_mean is not None)
-            size_v = attention.layout.of("value").rank
-            attention.value_encoder = attention.value_mean = None
         attention.value_decoder = None
+        if folds.value:
+            attention.value_mean = None
     attention.projected = size_q, size_k, size_v
     if any(folds):
         _set_projections(attention, weights, biases, has_bias)
@@ -133,8 +136,8 @@ def _projection_parts(attention: EigenAttention) -> tuple[Heads[Tensor], Heads[T
         for p, weight in zip(projections, weights, strict=True)
     ]
     has_bias = [p.bias is not None for p in projections]
-    if family.fused:
-        layout = (attention.projected, attention.heads, attention.kv_heads, family.fused)
+    if attention.fused:
+        layout = (attention.projected, attention.heads, attention.kv_heads, attention.fused)
         by_head = split_heads(weights[0].T, *layout)  # [C, heads, D] each
         return Heads(*(w.permute(1, 2, 0) for w in by_head)), split_heads(biases[0], *layout), Heads(*has_bias * 3)
     sizes = attention.projected
@@ -149,9 +152,9 @@ def _set_projections(
     attention: EigenAttention, weights: Heads[Tensor], biases: Heads[Tensor], has_bias: Heads[bool]
 ) -> None:
     family = attention.family
-    if family.fused:
-        joined = join_heads(Heads(*(w.permute(2, 0, 1) for w in weights)), family.fused).T
-        columns = [(family.qkv[0], joined, join_heads(biases, family.fused), any(has_bias))]
+    if attention.fused:
+        joined = join_heads(Heads(*(w.permute(2, 0, 1) for w in weights)), attention.fused).T
+        columns = [(family.qkv[0], joined, join_heads(biases, attention.fused), any(has_bias))]
     else:
         flat = (weights.query.flatten(0, 1), weights.key.flatten(0, 1), weights.value.flatten(0, 1))
         columns = list(zip(family.qkv, flat, (b.flatten() for b in biases), has_bias, strict=True))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+import copy
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calibration.passes import decoder_layers, embeddings_loaded, hidden, stubbed
+from ..calibration.passes import DecoderLayers, embeddings_loaded, hidden, stubbed
 from ..calibration.statistics import Batch, forward_hidden
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
@@ -51,7 +52,7 @@ class Measurement:
         self.model, self.layers, self.bases = model, layers, bases
         self.window, self.batches, self.bars = window, batches, bars
         self.memo = memo or MemoisedMeasurements(None)
-        self.decoder_layers = decoder_layers(model, layers)
+        self.blocks = DecoderLayers.of(model, layers)
 
     def _truncate(self, index: int, ranks: tuple[int, ...]) -> None:
         (bases,) = truncated([self.bases[index]], [ranks])
@@ -93,15 +94,15 @@ class Measurement:
                 with loaded(layer):
                     for position, ranks in enumerate(candidates[index]):
                         self._truncate(index, ranks)
-                        errors[index][position] += square(exact - hidden(layer(*args, **kwargs)))
+                        errors[index][position] += square(exact - hidden(layer(*args, **_apart(kwargs))))
             finally:
                 detach(self.layers[index])
                 running = False
             progress.advance(TASK)
 
         with self.bars.bar("Measuring layers", len(self.layers) * len(self.batches)) as progress, ExitStack() as hooks:
-            for index, layer in enumerate(self.decoder_layers):
-                hook = layer.register_forward_hook(
+            for index in range(len(self.layers)):
+                hook = self.blocks.own(index).register_forward_hook(
                     lambda layer, args, kwargs, output, index=index: measure(index, layer, args, kwargs, output),
                     with_kwargs=True,
                 )
@@ -130,14 +131,16 @@ class Measurement:
         sums = [[0.0] * len(choices) for choices in trials]
         tokens = 0
         a_pass = LAYERS_A_PASS if is_spread(self.model) else 1
+        firsts = range(0, len(trials), a_pass)
+        wanted = {self.blocks.places[first] - 1 for first in firsts if first and not self.blocks.readers}
         steps = sum(map(len, trials)) * len(self.batches)
         try:
             with self.bars.bar("Measuring sensitivities", steps) as progress:
                 for number, batch in enumerate(self.batches):
                     tokens += judged_tokens(batch)
                     exact = log_probabilities(self.model, batch)
-                    outputs = self._layer_outputs(batch, range(a_pass - 1, len(trials), a_pass))
-                    for first in range(0, len(trials), a_pass):
+                    outputs = self._layer_outputs(batch, wanted)
+                    for first in firsts:
                         wave = dict(list(enumerate(trials))[first : first + a_pass])
                         measure = partial(self._divergences_of, wave, batch, exact, outputs)
                         found = self.memo.of(f"divergences/{number}/{wave}", measure)
@@ -157,7 +160,7 @@ class Measurement:
         In half precision the path through the window rounds otherwise than the original's, and that alone makes some
         divergence. What the layer costs at full rank is therefore taken off.
         """
-        rounds = self.window > 0 and self.layers[0].output_projection.weight.dtype != torch.float32
+        rounds = self.window > 0 and self.layers[0].dtype != torch.float32
         full = {index: tuple(basis.full_rank for basis in self.bases[index]) for index in wave}
         runs = [
             (index, ranks) for index, tried in wave.items() for ranks in ([*tried, full[index]] if rounds else tried)
@@ -166,16 +169,32 @@ class Measurement:
         if not runs:
             return list(found.values())
         with embeddings_loaded(self.model):
-            first = min(wave)
-            with stubbed(self.decoder_layers[:first], outputs.get(first - 1)):
-                changed_outputs = self._outputs_of(runs, batch)
-            for (index, _), output in zip(runs, changed_outputs, strict=True):
-                with stubbed(self.decoder_layers, output):
-                    changed = log_probabilities(self.model, batch)
+            for index, changed in self._changed(min(wave), runs, batch, outputs):
                 found[index].append(float((exact.exp() * (exact - changed)).sum()))
         if not rounds:
             return list(found.values())
         return [[max(cost - costs[-1], 0.0) for cost in costs[:-1]] for costs in found.values()]
+
+    def _changed(
+        self,
+        first: int,
+        runs: Sequence[tuple[int, tuple[int, ...]]],
+        batch: Batch,
+        outputs: dict[int, Any],
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The truncated layer of each run, `first` or a later one, and the log-probabilities that it makes."""
+        if self.blocks.readers:  # a layer cannot be run without those that it reads
+            for index, ranks in runs:
+                self._truncate(index, ranks)
+                changed = log_probabilities(self.model, batch)
+                detach(self.layers[index])
+                yield index, changed
+            return
+        with stubbed(self.blocks.before(first), outputs.get(self.blocks.places[first] - 1)):
+            changed_outputs = self._outputs_of(runs, batch)
+        for (index, _), output in zip(runs, changed_outputs, strict=True):
+            with stubbed(self.blocks.all, output):
+                yield index, log_probabilities(self.model, batch)
 
     def _outputs_of(self, runs: Sequence[tuple[int, tuple[int, ...]]], batch: Batch) -> list[Any]:
         """What the last layer gives in each run, in which one layer is truncated: one pass, layer by layer.
@@ -183,25 +202,27 @@ class Measurement:
         The pass itself is the original's up to the last truncated layer, and the last run from there on.
         """
         outputs: list[Any] = [None] * len(runs)
-        last = runs[-1][0]
+        places = [self.blocks.places[index] for index, _ in runs]
+        last = places[-1]
         running = False
 
         def follow(position: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             nonlocal running
-            if running or position < runs[0][0]:
+            if running or position < places[0]:
                 return None
             running = True
             try:
                 with loaded(layer):
                     for run, (index, ranks) in enumerate(runs[:-1] if position > last else runs):
-                        if index == position:
+                        if places[run] == position:
                             self._truncate(index, ranks)
                             outputs[run] = layer(*args, **kwargs)
                             detach(self.layers[index])
-                        elif index < position:
+                        elif places[run] < position:
                             outputs[run] = layer(hidden(outputs[run]), *args[1:], **kwargs)
             finally:
-                detach(self.layers[position])
+                if position in places:
+                    detach(self.layers[self.blocks.places.index(position)])
                 running = False
             if position < last:
                 return None
@@ -209,14 +230,14 @@ class Measurement:
             return outputs[-1]
 
         with ExitStack() as hooks:
-            for position, layer in enumerate(self.decoder_layers):
+            for position, layer in enumerate(self.blocks.all):
                 hook = layer.register_forward_hook(partial(follow, position), with_kwargs=True)
                 hooks.callback(hook.remove)
             forward_hidden(self.model, batch)
         return outputs
 
     def _layer_outputs(self, batch: Batch, wanted: Container[int]) -> dict[int, Any]:
-        """What some layers of the original give."""
+        """What some decoder layers of the original give."""
         outputs: dict[int, Any] = {}
 
         def keep(position: int, layer: nn.Module, args: tuple, output: Any) -> None:
@@ -224,7 +245,7 @@ class Measurement:
                 outputs[position] = output
 
         with ExitStack() as hooks:
-            for position, layer in enumerate(self.decoder_layers):
+            for position, layer in enumerate(self.blocks.all):
                 hook = layer.register_forward_hook(partial(keep, position))
                 hooks.callback(hook.remove)
             forward_hidden(self.model, batch)
@@ -256,6 +277,12 @@ def judged_tokens(batch: Batch) -> int:
     """How many predictions of a batch are looked at."""
     positions = _judged_positions(batch)
     return len(batch.input_ids) * len(positions) if batch.valid is None else int(batch.valid[:, positions].sum())
+
+
+def _apart(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a layer that is run once more: what it hands on to others is not to reach them."""
+    shared = kwargs.get("shared_kv_states")
+    return kwargs if shared is None else {**kwargs, "shared_kv_states": copy.copy(shared)}
 
 
 def _judged_positions(batch: Batch) -> Tensor:

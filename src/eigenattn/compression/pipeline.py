@@ -25,7 +25,6 @@ from ..models.checkpoint_format import EigenAttnCheckpointConfig, mark_compresse
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
 from ..models.parallel import check_whole
 from ..models.placement import input_device, loaded
-from ..models.projections import weight_of
 from ..progress import Clock, TokenProgress
 from ..resources import peak_memory
 from ..version import versions
@@ -188,7 +187,7 @@ def compress(
             with loaded(attention):
                 compress_layer(attention, bases, config.window)
                 check_layer(attention)
-    element_size = weight_of(layers[0].output_projection).element_size()
+    element_size = layers[0].dtype.itemsize
     layouts = [attention.layout for attention in layers]
     report = CompressionReport(
         kv_ratio=kv_ratio(layouts),

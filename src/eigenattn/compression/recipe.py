@@ -136,7 +136,13 @@ class Recipe:
         statistics: list[FisherMoments] | None = None,
     ) -> None:
         check_supported(config)
-        check_sharing(layers[0].kv_heads, config.sharing)
+        for attention in layers:
+            check_sharing(attention.kv_heads, config.sharing)
+        if config.basis == "attention" and any(attention.is_read for attention in layers):
+            raise EigenAttnError(
+                "layers of this model read what another one caches, which the basis 'attention' does not see: take "
+                "another."
+            )
         self.model, self.layers, self.config, self.bars, self.journal = model, layers, config, bars, journal
         self.clock = clock or Clock()
         self.method = _named(BASES, config.basis)
@@ -225,7 +231,8 @@ class Recipe:
         else:
             with self.clock.stage("ranks"):
                 chosen = truncated(self.bases, rule.choose(problem))
-        if config.refit and any(basis.sides == ("value",) for layer in chosen for basis in layer):
+        read = any(attention.is_read for attention in self.layers)  # no layer can be run by itself then
+        if config.refit and not read and any(basis.sides == ("value",) for layer in chosen for basis in layer):
             with self.clock.stage("refit"):
                 chosen = refit(self.model, self.layers, chosen, config.window, list(self.text), self.bars, self.journal)
         for attention, bases in zip(self.layers, chosen, strict=True):

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..cache.sight import Near
-from ..calibration.passes import decoder_layers, embeddings_loaded, layer_output
+from ..calibration.passes import DecoderLayers, embeddings_loaded, layer_output
 from ..calibration.statistics import Batch
 from ..journal import Journal
 from ..kernels.blocks import FarKeys, attend
 from ..models.attention import EigenAttention
 from ..models.forward_pass import ForwardPass
 from ..models.placement import loaded
-from ..models.projections import Heads, weight_of
+from ..models.projections import Heads
 from ..progress import TASK, TokenProgress
 from . import resuming
 from .basis import Bases, Basis
@@ -48,7 +48,8 @@ def refit(
 
     A layer is given what the layers before it make of the text once they are compressed and refitted, and its target
     is what the original's attention gives on the original's hidden states: so it takes back what earlier layers lost,
-    where it can. Each layer runs three times over the batches; memory holds the hidden states of all of them twice.
+    where it can. Decoders whose sums meet a gate or a norm stay as they are. Each layer runs three times over the
+    batches; memory holds the hidden states of all of them twice.
 
     Args:
         chosen: the bases of each layer, truncated or quantised. Those of keys stay, and so do those of both sides.
@@ -59,7 +60,7 @@ def refit(
     Returns:
         The bases with new decoders of values.
     """
-    blocks = decoder_layers(model, layers)
+    blocks = DecoderLayers.of(model, layers)
     done = journal.read(STAGE) if journal else None
     tensors: dict[str, Tensor] = done[0] if done else {}
     exact: list[Any] = [None] * len(batches)
@@ -69,10 +70,11 @@ def refit(
     with bars.bar("Refitting", len(layers) * len(batches)) as bar, embeddings_loaded(model):
         for index, (attention, bases) in enumerate(zip(layers, chosen, strict=True)):
             run = partial(layer_output, model, blocks, index)
-            with loaded(blocks[index]):
+            with loaded(blocks.own(index)):
                 detach(attention)
                 name, fit = f"{index}.change", None
                 values = next((basis for basis in bases if basis.sides == ("value",)), None)
+                values = values if attention.output_is_linear else None
                 if values is not None and name not in tensors:
                     fit = LeastSquares(attention, values.rank)
                 following = []
@@ -120,7 +122,7 @@ class LeastSquares:
     def __init__(self, attention: EigenAttention, rank: int) -> None:
         h = attention.heads
         self.kv_heads, self.group = attention.kv_heads, attention.num_key_value_groups
-        weight = weight_of(attention.output_projection).detach().double()  # [C, H * D]
+        weight = attention.output_weight().double()  # [C, H * D]
         self.weight = weight.unflatten(1, (h, -1)).permute(1, 2, 0)  # [H, D, C]
         self.gram = weight.new_zeros(h, rank, h, rank)
         self.product = weight.new_zeros(h, rank, self.weight.shape[1])
@@ -134,7 +136,7 @@ class LeastSquares:
         far = this.rotated(attention.decode(attention.latent(latents, "key"), "key"))
         q, near = this.rotated(q), this.rotated(k)
         z = attention.for_each_head(attention.latent(latents, "value"))  # [B, G, T, R]
-        options = {"mask": this.mask(q, t), "scale": attention.scaling, "softcap": attention.softcap}
+        options = {"mask": this.mask(q, t), **attention.scoring}
         if window:
             # What is exact takes its share of the attention, and adds nothing.
             held = FarKeys(far, z), Near(near, torch.zeros_like(z), 0)

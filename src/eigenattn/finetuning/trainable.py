@@ -14,6 +14,7 @@ from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
 from ..models.conversion import eigen_layers
 from ..models.maps import MAPS
+from ..models.projections import holds_codes
 
 
 class Trainable:
@@ -108,7 +109,8 @@ class Trainable:
     def merge(self) -> PreTrainedModel:
         """The trained model, adapters merged into its weights, in evaluation mode."""
         model: Any = self.model if self.adapted is None else self.adapted.merge_and_unload(safe_merge=True)
-        model.requires_grad_(True)
+        for parameter in model.parameters():
+            parameter.requires_grad_(not holds_codes(parameter))
         return model.eval()
 
 
@@ -128,6 +130,6 @@ def _folded(attention: EigenAttention) -> list[nn.Module]:
         for name in ("key_decoder", "key_encoder", "value_encoder", "value_decoder")
     }
     *small, output = gone.values()  # key decoders are folded into the queries' projection
-    small = [any(small)] if family.fused else small
+    small = [any(small)] if attention.fused else small
     names = [name for name, is_small in zip(family.qkv, small, strict=True) if is_small]
     return [getattr(attention, name) for name in (*names, *([family.output] if output else []))]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..calibration.checks import check_tokens
 from ..errors import EigenAttnError
 from ..journal import Journal
+from ..models.checkpoint_format import checkpoint_of
 from ..models.placement import input_device
 from ..progress import TASK, TokenProgress
 from .trainable import Trainable
@@ -194,7 +195,7 @@ def finetune(
 def _check(model: PreTrainedModel, training: Tensor, validation: Tensor, baseline: PreTrainedModel | None) -> None:
     if model.dtype == torch.float16:
         raise EigenAttnError("gradients underflow in float16: train with --dtype bfloat16 or float32.")
-    checkpoint = getattr(model.config, "quantization_config", None)
+    checkpoint = checkpoint_of(model)
     window = getattr(checkpoint, "method", {}).get("window", 0)
     for windows in (training, validation):
         if windows.dim() != 2 or not len(windows):

@@ -28,6 +28,21 @@ def cap_and_mask(scores: Tensor, mask: Tensor | None, softcap: float | None) -> 
     return scores if mask is None else add_mask(scores, mask)
 
 
+def softmax(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """The softmax of scores [B, H, T, S] in fp32 or more; what sinks [H] take of it is in no weight."""
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    if sinks is None:
+        return scores.softmax(dim=-1, dtype=dtype)
+    logits = sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, logits], dim=-1).softmax(dim=-1, dtype=dtype)[..., :-1]
+
+
+def log_sum_exp(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """What scores less it are the logarithms of the `softmax` of, [B, H, T, 1]."""
+    found = scores.logsumexp(dim=-1, keepdim=True)
+    return found if sinks is None else torch.logaddexp(found, sinks.to(found.dtype).view(-1, 1, 1))
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -37,6 +52,7 @@ def attend(
     scale: float,
     dropout: float = 0.0,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention with grouped queries, where keys and values may differ in size.
 
@@ -49,6 +65,7 @@ def attend(
         scale: multiplies the scores.
         dropout: probability of dropping an attention weight.
         softcap: scores become `softcap * tanh(scores / softcap)`.
+        sinks: a logit of each head [H], with which the softmax is taken but for which there is no value.
 
     Returns:
         The output [B, H, T, V] and the attention weights [B, H, T, S].
@@ -59,7 +76,7 @@ def attend(
     if mask is None and t > 1:
         mask = causal_mask(t, s, q.device)
     scores = cap_and_mask(scores, mask, softcap)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    weights = softmax(scores, sinks).to(q.dtype)
     weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
     out = weights.reshape(b, g, (h // g) * t, s) @ v  # [B, G, H/G * T, V]
     return out.reshape(b, h, t, v.shape[-1]), weights

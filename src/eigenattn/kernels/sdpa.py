@@ -22,12 +22,15 @@ def attend(
     scale: float,
     dropout: float = 0.0,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, None]:
-    """As `kernels.reference.attend`, but without the attention weights, and no soft cap.
+    """As `kernels.reference.attend`, but without the attention weights, soft caps and sinks.
 
     Raises:
-        EigenAttnError: if a soft cap is asked for.
+        EigenAttnError: if a soft cap or sinks are asked for.
     """
+    if sinks is not None:
+        raise EigenAttnError('sdpa has no sinks in the softmax: load the model with attn_implementation="eager".')
     if softcap is not None:
         raise EigenAttnError('sdpa has no soft cap on scores: load the model with attn_implementation="eager".')
     b, h, t, _ = q.shape

@@ -2,14 +2,17 @@
 
 Query m sees keys m - W + 1 .. m exactly and all earlier ones through their latents, with a cache and without one, in
 prefill and in decoding; without a window all of them through latents (arXiv 2408.05646, section 4). There are three
-ways to compute that: one query a row, chunks of keys, and all at once.
+ways to compute that: one query a row, parts that are joined, and all at once.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..cache.layout import SIDES
 from ..cache.sight import Near, Sight
 from ..kernels import blocks, chunked, decoding
 from ..kernels.decoding.batched import decode_with_weights
@@ -17,7 +20,6 @@ from ..kernels.reference import add_mask, causal_mask
 from ..kernels.selection import decoding_backend, is_chosen
 from .forward_pass import ForwardPass
 from .layer import AttentionLayer
-from .maps import LatentMaps
 from .rotary import at_columns, rotate
 
 
@@ -28,48 +30,54 @@ def attend(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) ->
         The output [B, H, T, D], or [B, H, T, R_v] where the values' decoder is folded into the output projection; and
         the attention weights [B, H, T, columns], where the backend gives them.
     """
-    if this.is_step(q):
+    if this.is_step(q, sight):
         return one_query(layer, this, q, sight)
-    if this.is_long(q, sight):
-        return in_chunks(layer, this, q, sight), None
+    if this.is_in_parts(q, sight):
+        return in_parts(layer, this, q, sight), None
     return all_at_once(layer, this, q, sight)
 
 
 def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
     """A step of decoding, by `eigenattn.kernels.decoding`, which reads rows as they are stored."""
     near, query = sight.near, sight.query
-    backend = "torch" if sight.far.columns is not None else decoding_backend(q)
+    only_torch = sight.far.columns is not None or layer.sink_logits is not None
+    backend = "torch" if only_torch else decoding_backend(q)
     border, window = query + 1, None
     if near is not None:
         border = query - layer.layout.window + 1
-        border = border.clamp_min(near.first) if isinstance(border, Tensor) else max(border, near.first)
+        border = border.clamp_min(near.first) if isinstance(border, Tensor) else max(border, near.first, 0)
         window = decoding.Window(near.keys, near.values, near.first, query + 1)
-    mask = this.mask(q, sight.columns)
+    rotates_far = layer.rotates_far
 
-    def first() -> Tensor | None:
-        """Columns that the mask hides in front of each row, so that they need not be read."""
-        if mask is None or mask.dtype != torch.bool or mask.shape[1] > 1:
-            return None
-        return mask[:, 0, -1].to(torch.uint8).argmax(-1).to(torch.int32).expand(len(q))
+    def mask_and_first() -> tuple[Tensor | None, Tensor | None]:
+        """The mask, and the columns that it hides in front of each row, so that they need not be read."""
+        mask = this.mask(q, sight.columns)
+        if mask is None:
+            return None, None
+        if backend == "torch" or mask.dtype != torch.bool or mask.shape[1] > 1:
+            return mask[:, :, -1], None
+        return mask[:, :, -1], mask[:, 0, -1].to(torch.uint8).argmax(-1).to(torch.int32).expand(len(q))
 
+    mask, first = this.memoised(
+        ("mask", backend, layer.layer_type, layer.sliding_window, sight.columns, q.dtype, q.device), mask_and_first
+    )
     keys, values = layer.decoding_sides()
     step = decoding.Step(
-        q=(q if layer.rotates_far else this.rotated(q))[:, :, 0],
+        q=(q if rotates_far else this.rotated(q))[:, :, 0],
         rows=sight.far.rows,
         keys=keys,
         values=values,
         scale=layer.scaling,
         length=border,
-        first=this.memoised(("first", layer.layer_type, layer.sliding_window, sight.columns), first)
-        if backend != "torch"
-        else None,
-        positions=this.positions(sight) if layer.rotates_far else None,
-        query=this.query_position if layer.rotates_far else None,
+        first=first,
+        positions=this.positions(sight) if rotates_far else None,
+        query=this.query_position if rotates_far else None,
         columns=sight.far.columns,
-        rotary=this.rotary(q.device) if layer.rotates_far else None,
+        rotary=this.rotary(q.device) if rotates_far else None,
         window=window,
-        mask=None if mask is None else mask[:, :, -1],
+        mask=mask,
         softcap=layer.softcap,
+        sinks=layer.sink_logits,
         memoised=this.memoised,
     )
     wants_weights = this.implementation == "eager" and not is_chosen("native")
@@ -77,63 +85,53 @@ def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight)
     if backend == "torch" and this.implementation == "eager":  # which gives weights, asked or not
         out, weights = decode_with_weights(step, sight.columns)
         return out.unsqueeze(2), weights.unsqueeze(2)
-    return decoding.decode(step, backend).unsqueeze(2), None
+    return decoding.decode_accepted(step, backend).unsqueeze(2), None
 
 
-def in_chunks(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> Tensor:
-    """Many queries over many keys, decoded a chunk at a time: what a pass needs beside the cache is one chunk."""
+def in_parts(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> Tensor:
+    """Many queries over exact keys and over far ones, decoded a chunk at a time, as parts that their log-sum-exp joins.
+
+    What a pass needs beside the cache is one chunk.
+    """
     q, far, near, window, t = this.rotated(q), sight.far, sight.near, layer.layout.window, q.shape[-2]
     query, near_first = int(sight.query), 0 if near is None else int(near.first)
-    # A soft cap is on whole scores, and what the mean adds is known behind it only.
-    decodes = layer.rotates_far or (near is not None and layer.softcap is not None)
-    q_far, offset = (q, None) if decodes else layer.query_in_latent_space(q)
-    positions = this.positions(sight) if layer.rotates_far else None
+    in_latent_space = near is None and not layer.decodes_keys
+    q_far = layer.query_in_latent_space(q)[0] if in_latent_space else q
 
     def decode(start: int, stop: int) -> tuple[Tensor, Tensor]:
         latents = layer.restored(tuple(row[:, :, start:stop] for row in far.rows), q.dtype)
-        keys = layer.latent(latents, "key")
-        keys = layer.decode(keys, "key") if decodes else keys
-        if positions is not None:
-            # Some kinds of scaling go by the last position of what they are asked for.
-            last = positions.amax().expand(len(positions), 1)
-            cos, sin = layer.angles(q, torch.cat([positions[:, start:stop], last], dim=-1))
-            keys = rotate(keys, cos[:, :-1], sin[:, :-1], layer.family.interleaved)
-        return layer.for_each_head(keys), layer.for_each_head(layer.latent(latents, "value"))
+        keys, values = (layer.latent(latents, side) for side in SIDES)
+        keys = layer.for_each_head(keys) if in_latent_space else layer.decode(keys, "key")
+        if layer.rotates_far:
+            keys = rotate(keys, *this.angles_of_chunk(sight, start, stop), layer.family.interleaved)
+        return keys, layer.for_each_head(values) if near is None else layer.decode(values, "value")
 
-    options = {"mask": _tiles(this, q, sight, query), "scale": layer.scaling, "softcap": layer.softcap}
-    summed = chunked.attend_far(
+    options: dict[str, Any] = {"mask": _tiles(this, q, sight, query), "scale": layer.scaling, "softcap": layer.softcap}
+    if near is None:
+        parts = chunked.Parts(q, layer.layout.of("value").rank)
+    else:
+        keys = _near_keys(layer, this, near, sight, max(near_first, 0))
+        parts = chunked.attend_near(
+            q, keys, near.values, window=window, key_first=near_first, query_first=query, **options
+        )
+    chunked.attend_far(
+        parts,
         q_far,
         decode,
         keys=min(max(query + t - window, near_first, 0), far.rows[0].shape[2]),
-        size=layer.layout.of("value").rank,
         seen_by_all=max(query - window + 1, near_first, 0),
         first=query - window,
         **options,
     )
-    if near is None:
-        return joined(layer, q, summed, None)
-    if offset is not None:
-        summed.lse += offset * layer.scaling
-    exact = chunked.attend_near(
-        q,
-        _near_keys(layer, this, near, sight, max(near_first, 0)),
-        near.values,
-        window=window,
-        key_first=near_first,
-        query_first=query,
-        **options,
-    )
-    return joined(layer, q, summed, exact)
+    out = parts.out if options["mask"] is None else parts.with_zeros(torch.finfo(q.dtype).min / 2)
+    out = layer.decode_output(out.to(q.dtype)) if near is None else out.to(q.dtype)
+    return out * _share_of_keys(layer, parts.lse, q.dtype)
 
 
-def joined(maps: LatentMaps, q: Tensor, summed: chunked.Parts, exact: chunked.Parts | None) -> Tensor:
-    """The output [B, H, T, D] of queries [B, H, T, *]: of latents that were summed, and of exact values, if any."""
-    if exact is None:
-        return maps.decode_output(summed.out.to(q.dtype))
-    lse = torch.logaddexp(summed.lse, exact.lse)
-    weight = (summed.lse - lse).exp_()
-    sums = maps.decode_output((summed.out * weight).to(q.dtype), weight=weight.to(q.dtype))
-    return sums + (exact.out * (exact.lse - lse).exp_()).to(q.dtype)
+def _share_of_keys(layer: AttentionLayer, lse: Tensor, dtype: torch.dtype) -> Tensor | float:
+    """What sinks leave of the softmax [B, H, T, 1], by the log-sum-exp of the scores; all of it without any."""
+    sinks = layer.sink_logits
+    return 1.0 if sinks is None else (lse - sinks.to(lse.dtype).view(-1, 1, 1)).sigmoid().to(dtype)
 
 
 def all_at_once(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
@@ -153,15 +151,18 @@ def all_at_once(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sigh
     if near is None:
         if mask is None and columns is not None and q.shape[-2] > 1:  # backends count queries and rows from 0
             mask = causal_mask(q.shape[-2], sight.columns, q.device, int(sight.query))[None, None]
-        if not layer.rotates_far:
+        if not layer.decodes_keys:
             q, _ = layer.query_in_latent_space(q)
+        elif not layer.rotates_far:
+            keys = layer.decode(keys, "key")
         if columns is not None:
             mask = None if mask is None else blocks.take_columns(mask, columns)
         keys, values = layer.for_each_head(keys), layer.for_each_head(layer.latent(latents, "value"))
         out, weights = this.attend_at_full_rank(q, keys, values, mask)
+        held = None if layer.sink_logits is None or weights is None else weights.sum(-1, keepdim=True)
         if weights is not None and columns is not None:
             weights = blocks.by_column(weights, columns, columns.new_zeros(0), sight.columns)
-        return layer.decode_output(out), weights
+        return layer.decode_output(out, weight=held), weights
     if not layer.rotates_far:
         keys = layer.decode(keys, "key")
     return blocks.attend(
@@ -173,9 +174,8 @@ def all_at_once(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sigh
         window=layer.layout.window,
         mask=mask,
         columns=sight.columns,
-        scale=layer.scaling,
-        softcap=layer.softcap,
         dropout=this.dropout,
+        **layer.scoring,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..cache.adopt import adopt, is_quantised, update_quantised
 from ..cache.sight import Far, Near, Sight
+from ..cache.static import StaticLatentLayer
 from .attend import attend
 from .eviction import evict
 from .forward_pass import ForwardPass
@@ -45,22 +46,25 @@ class EigenAttention(AttentionLayer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As `eigen_class` made it: its class has no place in a module, which pickles look for."""
-        return _empty, (type(self).__bases__[1],), self.__dict__
+        return _empty, (type(self).__bases__[1], False), self.__dict__
 
     def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the original's: the output [B, T, C] and the attention weights, where the backend gives them."""
-        this = ForwardPass(self, kwargs)
-        heads = self.project(hidden_states)  # [B, H, T, *], [B, G, T, *] twice
+        this = ForwardPass(self, {"hidden_states": hidden_states, **kwargs})
+        heads, this.gate = self.project_with_gate(hidden_states)  # [B, H, T, *], [B, G, T, *] twice
+        heads = heads._replace(query=this.ready(heads.query))
         if self.observer is not None:
             self.observer(self, heads, this)
         q, k, v = heads
         sight = self._remember(this, k if self.rotates_far else this.rotated(k), v)
+        if self.is_read:
+            kwargs["shared_kv_states"][self.layer_type] = (self, sight)
         out, weights = attend(self, this, q, sight)  # [B, H, T, *]
         evict(self, this, q, sight)
         this.end()
-        out = self.output_projection(out.transpose(1, 2).flatten(2))
-        if self.family.output_dropout is not None:
-            out = getattr(self, self.family.output_dropout)(out)
+        if this.on_output is not None:
+            this.on_output(out)
+        out = self.finish(out, this.gate)
         if self.family.adds_residual:
             out = args[0] + nn.functional.dropout(out, self.config.hidden_dropout, self.training)
         return out, weights
@@ -78,7 +82,7 @@ class EigenAttention(AttentionLayer):
             return update_quantised(this.cache, index, self.stored(k, v), this.position_ids)
         sight, _ = this.cache.update(k, v, index, encode=self.stored, position_ids=this.position_ids)
         room = this.mask_columns
-        if isinstance(sight.query, Tensor) and room is not None and room < sight.columns:
+        if room is not None and room < sight.columns and isinstance(this.cache.layers[index], StaticLatentLayer):
             # The mask of the first pass was made for the layer that stood here before, with room for what slides only.
             rows = tuple(row[:, :, :room] for row in sight.far.rows)
             positions = None if sight.positions is None else sight.positions[:, :room]
@@ -86,13 +90,48 @@ class EigenAttention(AttentionLayer):
         return sight
 
 
+class ReadingAttention(AttentionLayer):
+    """Attention over what an earlier layer caches, as in the last layers of some families: without latents of its own.
+
+    The earlier layer hands on itself and what its queries may look at. Both have heads of one size and number, and the
+    same angles.
+    """
+
+    is_causal = True
+    # As for `EigenAttention`, and given the layer that is read besides.
+    observer: Callable[[ReadingAttention, EigenAttention, Tensor, ForwardPass], None] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As `EigenAttention` does."""
+        return _empty, (type(self).__bases__[1], True), self.__dict__
+
+    def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As the original's: the output [B, T, C] and the attention weights, where the backend gives them."""
+        source, sight = kwargs["shared_kv_states"][self.layer_type]
+        this = ForwardPass(source, {"hidden_states": hidden_states, **kwargs})
+        q, gate = self.project_query(hidden_states)
+        q, this.gate = this.ready(q), gate
+        if self.observer is not None:
+            self.observer(self, source, q, this)
+        out, weights = attend(source, this, q, sight)
+        if this.on_output is not None:
+            this.on_output(out)
+        return self.finish(out, gate), weights
+
+
 @functools.cache
-def eigen_class(original: type[nn.Module]) -> type[EigenAttention]:
-    """A subclass of both: transformers collects attention weights by the original class."""
-    return type(f"Eigen{original.__name__}", (EigenAttention, original), {})
+def eigen_class(original: type[nn.Module], reads: bool = False) -> type[EigenAttention | ReadingAttention]:
+    """A subclass of both: transformers collects attention weights by the original class.
+
+    Args:
+        reads: whether it has no keys and values of its own.
+    """
+    ours = ReadingAttention if reads else EigenAttention
+    made: Any = type(f"Eigen{original.__name__}", (ours, original), {})
+    return made
 
 
-def _empty(original: type[nn.Module]) -> EigenAttention:
+def _empty(original: type[nn.Module], reads: bool) -> EigenAttention | ReadingAttention:
     """One of `eigen_class` that is to be given its state."""
-    made = eigen_class(original)
+    made = eigen_class(original, reads)
     return made.__new__(made)

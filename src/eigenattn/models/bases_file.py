@@ -1,10 +1,12 @@
-"""Bases without the model: with a window the original weights stay, and the bases are all there is to keep."""
+"""Bases without the model: where maps stay beside the projections, they are all there is to keep."""
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,16 +18,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..cache.layout import Layout
 from ..errors import EigenAttnError
 from .attention import EigenAttention
-from .checkpoint_format import METHOD, EigenAttnCheckpointConfig, allocate, mark_compressed
-from .conversion import convert_attention, eigen_layers, restore_attention
+from .checkpoint_format import EigenAttnCheckpointConfig, allocate, checkpoint_of, mark_compressed
+from .conversion import METHOD, convert_attention, eigen_layers, layouts_of, restore_attention
 from .maps import MAPS, QUANTISERS
 from .parallel import check_whole
-from .placement import stored
+from .placement import execution_device, stored
+from .projections import answered, is_plain
 
-CONFIG_FILE = "eigenattn_config.json"
+CONFIG_FILE = "config.json"
+# Of versions before 0.2.0, without the model's own configuration.
+OLD_CONFIG_FILE = "eigenattn_config.json"
 BASES_FILE = "eigenattn.safetensors"
+# What a hub's ids look like.
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+UNREACHABLE = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError)
 # A thousand layers take some 50 kB.
 MOST_CONFIG_BYTES = 4_000_000
 FLOATS = ("F64", "F32", "BF16", "F16")
@@ -33,38 +42,73 @@ FLOATS = ("F64", "F32", "BF16", "F16")
 SAMPLES = 16
 # How far two roundings of one weight may lie apart, to bfloat16 and to float16, which has small numbers no closer.
 APART = {"rtol": 2**-7, "atol": 2**-24}
+# Of samples of one parameter, where one of both is quantised: how far they may lie apart, and how many may not do so.
+# (chosen: two bits a weight are within it, and other weights are 1.4 apart).
+APART_QUANTISED, SHARE_QUANTISED = 0.5, 0.9
 
 
-def save_bases(model: PreTrainedModel, folder: Path) -> None:
-    """Write the bases of a model compressed with a window, and what they belong to.
+def save_bases(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write the bases of a compressed model, and what they belong to, as a folder that `from_pretrained` takes.
 
     Raises:
-        EigenAttnError: if the bases are folded into the weights (`window=0`).
+        EigenAttnError: if the model is not compressed, or maps are folded into its weights.
     """
-    config: EigenAttnCheckpointConfig = model.config.quantization_config
-    if not config.method["window"]:
+    config, layers = checkpoint_of(model), eigen_layers(model)
+    if config is None:
+        raise EigenAttnError("this model is not compressed, and has no bases.")
+    if not are_beside(layouts_of(model)):
         raise EigenAttnError("without a window the bases are folded into the weights: save the whole model.")
-    tensors = {name: each.detach().cpu().contiguous() for name, each in _named(eigen_layers(model)).items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: each.detach().cpu().contiguous() for name, each in _named(layers).items()}
     save_file(tensors, folder / BASES_FILE, metadata={"format": "pt"})
-    content = {**config.to_dict(), "base_model_weights": fingerprint_of(eigen_layers(model))}
-    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    config, told = copy.deepcopy(config), copy.deepcopy(model.config)
+    if "base_model" not in config.provenance and model.name_or_path:
+        path = Path(model.name_or_path)
+        config.provenance["base_model"] = str(path.resolve()) if path.exists() else model.name_or_path
+    config.base = {"weights": fingerprint_of(layers), "quantised": any(map(_quantised, layers))}
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is not None and not quantiser.pre_quantized:
+        # On loading, of which the base model's files say nothing.
+        config.base["quantization_config"] = quantiser.quantization_config.to_dict()
+    told.quantization_config = config
+    told.architectures = [type(model).__name__]
+    told.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def are_beside(layouts: Sequence[Layout]) -> bool:
+    """Whether all maps are beside projections that are as they were."""
+    return all(layout.at_run_time or layout.uncompressed for layout in layouts)
 
 
 def read_bases_config(folder: str) -> EigenAttnCheckpointConfig | None:
-    """What a folder of bases says of itself; None if the folder is something else."""
-    path = Path(folder) / CONFIG_FILE
-    return _read_config(path)[0] if path.is_file() else None
+    """What a folder of bases says of itself, or bases on a hub; None if it is something else."""
+    for name in (CONFIG_FILE, OLD_CONFIG_FILE):
+        path = Path(folder) / name
+        if path.is_file():
+            config = _read_config(path)
+            if config is not None:
+                return config
+    if not Path(folder).exists() and REPOSITORY.fullmatch(folder):
+        try:
+            return _read_config(Path(hf_hub_download(folder, CONFIG_FILE)))
+        except UNREACHABLE:
+            return None
+    return None
 
 
-def attach(model: PreTrainedModel, bases: str | Path) -> PreTrainedModel:
+def attach(model: PreTrainedModel, bases: str | Path, **hub: Any) -> PreTrainedModel:
     """Put bases on the model they were made for, in place; it then caches latents.
 
-    Some of its weights are compared with what the bases say of them; it may have another dtype. Bases that say nothing,
-    as older versions wrote them, are taken with a warning.
+    Some of its weights are compared with what the bases say of them; it may have another dtype, and be quantised. Bases
+    that say nothing, as older versions wrote them, are taken with a warning.
 
     Args:
         model: the base model, as `AutoModelForCausalLM.from_pretrained` gives it.
-        bases: a folder that `eigenattn compress --bases-only` wrote, or a hub id.
+        bases: a folder that `eigenattn compress` wrote, or a hub id.
+        hub: where and how a hub is asked: `revision`, `token`, and so on.
 
     Returns:
         The model.
@@ -72,48 +116,56 @@ def attach(model: PreTrainedModel, bases: str | Path) -> PreTrainedModel:
     Raises:
         EigenAttnError: if there are no bases, or they do not fit. The model is then as it was.
     """
-    config, fingerprint = read_config(bases)
+    config = read_config(bases, **hub)
     check_whole(model)
     originals = convert_attention(model)
     try:
         layers = eigen_layers(model)
+        if not are_beside(config.layouts(layers[0].config)):
+            raise EigenAttnError(f"{bases} is of a model without a window, whose bases are folded into its weights.")
         allocate(layers, config)
-        check_base(bases, config, fingerprint, fingerprint_of(layers))
-        read_tensors(bases, _named(layers))
+        check_base(bases, config, fingerprint_of(layers), any(map(_quantised, layers)))
+        read_tensors(bases, _named(layers), **hub)
     except BaseException:
         restore_attention(model, originals)
         raise
+    config.base = None  # what is saved as a whole belongs to nothing
     mark_compressed(model, config)
     return model
 
 
-def read_config(bases: str | Path) -> tuple[EigenAttnCheckpointConfig, Any]:
-    """What bases say of themselves, and the fingerprint of their base model; None if there is none.
+def read_config(bases: str | Path, **hub: Any) -> EigenAttnCheckpointConfig:
+    """What bases say of themselves.
 
     Raises:
-        EigenAttnError: if there are no bases, or they are malformed.
+        EigenAttnError: if there are none, or they are malformed.
     """
-    return _read_config(_file(bases, CONFIG_FILE))
+    config = _read_config(_file(bases, CONFIG_FILE, OLD_CONFIG_FILE, **hub))
+    if config is None:
+        raise EigenAttnError(f"{bases} holds no bases: give a folder that `eigenattn compress` wrote.")
+    return config
 
 
-def read_tensors(bases: str | Path, wanted: Mapping[str, Tensor]) -> None:
+def read_tensors(bases: str | Path, wanted: Mapping[str, Tensor], **hub: Any) -> None:
     """Read bases into tensors by their names, `layers.INDEX.MAP`; see `read_into`."""
-    read_into(wanted, _file(bases, BASES_FILE), "bases")
+    read_into(wanted, _file(bases, BASES_FILE, **hub), "bases")
 
 
-def check_base(bases: str | Path, config: EigenAttnCheckpointConfig, fingerprint: Any, own: str) -> None:
-    """Refuse bases that were made for another model.
+def check_base(bases: str | Path, config: EigenAttnCheckpointConfig, own: str, quantised: bool) -> None:
+    """Refuse bases that were made for another model; where they do not say for which, there is a warning.
 
     Args:
-        fingerprint: what bases say of their model's weights; None, as older versions wrote, is taken with a warning.
         own: the fingerprint of the model that they are to be put on.
+        quantised: whether its weights are.
 
     Raises:
-        EigenAttnError: if they differ.
+        EigenAttnError: if they were.
     """
-    if fingerprint is None:
+    told = config.base or {}
+    if told.get("weights") is None:
         warnings.warn(f"{bases} does not tell its base model from others: see that it is this one.", stacklevel=3)
-    elif not alike(fingerprint, own):
+        return
+    if not alike(told["weights"], own, quantised or bool(told.get("quantised"))):
         base, revision = (config.provenance.get(f"base_model{end}") for end in ("", "_revision"))
         at = f" at revision {revision!r:.60}" if revision else ""
         raise EigenAttnError(
@@ -122,47 +174,78 @@ def check_base(bases: str | Path, config: EigenAttnCheckpointConfig, fingerprint
         )
 
 
-def _file(bases: str | Path, name: str) -> Path:
+def _file(bases: str | Path, *names: str, **hub: Any) -> Path:
+    """The first of these files that there is."""
     if Path(bases).is_dir():
-        path = Path(bases) / name
-        if not path.is_file():
-            raise EigenAttnError(f"{bases} has no {name}: give a folder that `compress --bases-only` wrote.")
-        return path
+        found = next((path for name in names if (path := Path(bases) / name).is_file()), None)
+        if found is None:
+            raise EigenAttnError(f"{bases} has no {names[0]}: give a folder that `eigenattn compress` wrote.")
+        return found
     try:
-        return Path(hf_hub_download(str(bases), name))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(hf_hub_download(str(bases), names[0], **hub))
+    except UNREACHABLE as error:
         raise EigenAttnError(f"{bases!r} is neither a folder of bases nor a hub id that can be reached.") from error
+
+
+def _quantised(attention: EigenAttention) -> bool:
+    names = (*attention.family.qkv, attention.family.output)
+    return not all(is_plain(getattr(attention, name)) for name in names)
 
 
 def fingerprint_of(layers: Sequence[EigenAttention]) -> str:
     """Weights of the original's, evenly spaced in each parameter, in bfloat16 as hexadecimal digits."""
-    found = []
-    for attention in layers:
-        for name in original_names(attention):
-            module, _, own_name = name.rpartition(".")
-            found.append(sampled(cast(Tensor, stored(attention.get_submodule(module), own_name))))
-    return fingerprint_from(found)
+    return fingerprint_from([sample for attention in layers for _, sample in sorted(_samples(attention))])
 
 
-def original_names(attention: EigenAttention) -> list[str]:
-    """The names of a layer's parameters that are the original's, in the order of a fingerprint."""
-    return sorted({name for name, _ in attention.named_parameters()} - {*MAPS, *QUANTISERS})
+def fingerprint_from(samples: Sequence[Tensor]) -> str:
+    """The fingerprint of what was `sampled` of all parameters, layer by layer and in the order of their names."""
+    return torch.cat(list(samples)).view(torch.uint8).numpy().tobytes().hex()
 
 
 def sampled(weight: Tensor) -> Tensor:
     """What a fingerprint holds of one parameter."""
     weight = weight.detach().flatten()
-    places = [n * (len(weight) - 1) // (SAMPLES - 1) for n in range(SAMPLES)]
-    return weight[places].to("cpu", torch.bfloat16)
+    return weight[_places(len(weight))].to("cpu", torch.bfloat16)
 
 
-def fingerprint_from(samples: Sequence[Tensor]) -> str:
-    """The fingerprint of what was `sampled` of all parameters."""
-    return torch.cat(list(samples)).view(torch.uint8).numpy().tobytes().hex()
+def original_names(attention: EigenAttention) -> list[str]:
+    """The names of a layer's parameters that are the original's, in their order."""
+    return sorted({name for name, _ in attention.named_parameters()} - {*MAPS, *QUANTISERS})
 
 
-def alike(recorded: Any, own: str) -> bool:
-    """Whether two fingerprints are of one model, be it in different dtypes."""
+def _samples(attention: EigenAttention) -> Iterator[tuple[str, Tensor]]:
+    """Some weights of each parameter of a layer's attention, by its name; quantised projections are asked for them."""
+    asked = {}
+    for name in (*attention.family.qkv, attention.family.output):
+        projection = getattr(attention, name)
+        if not is_plain(projection):
+            asked[name] = projection
+    for name in original_names(attention):
+        module, _, own_name = name.rpartition(".")
+        if module.partition(".")[0] not in asked:
+            yield name, sampled(cast(Tensor, stored(attention.get_submodule(module), own_name)))
+    for name, projection in asked.items():
+        inputs = (
+            attention.heads * attention.head_dim if name == attention.family.output else attention.config.hidden_size
+        )
+        device = execution_device(projection)
+        outputs = answered(projection, torch.zeros(1, inputs, device=device, dtype=attention.dtype)).shape[-1]
+        places = torch.tensor(_places(outputs * inputs))
+        rows = torch.zeros(SAMPLES, inputs, device=device, dtype=attention.dtype)
+        rows[torch.arange(SAMPLES), places % inputs] = 1
+        weights = answered(projection, rows).cpu()[torch.arange(SAMPLES), places // inputs]
+        yield f"{name}.weight", weights.to(torch.bfloat16)
+        bias = getattr(projection, "bias", None)
+        if bias is not None:
+            yield f"{name}.bias", sampled(bias)
+
+
+def _places(count: int) -> list[int]:
+    return [n * (count - 1) // (SAMPLES - 1) for n in range(SAMPLES)]
+
+
+def alike(recorded: Any, own: str, quantised: bool = False) -> bool:
+    """Whether two fingerprints are of one model, be it in different dtypes, or of which one is `quantised`."""
     try:
         values = [torch.tensor(list(bytes.fromhex(each)), dtype=torch.uint8) for each in (recorded, own)]
     except (TypeError, ValueError):  # it comes from a file
@@ -170,18 +253,23 @@ def alike(recorded: Any, own: str) -> bool:
     if len(values[0]) != len(values[1]):
         return False
     one, other = (each.view(torch.bfloat16).float() for each in values)
-    return bool(torch.isclose(one, other, **APART).all())
+    if not quantised:
+        return bool(torch.isclose(one, other, **APART).all())
+    one, other = one.view(-1, SAMPLES), other.view(-1, SAMPLES)
+    near = (one - other).norm(dim=1) <= APART_QUANTISED * other.norm(dim=1)
+    return bool(near.float().mean() >= SHARE_QUANTISED)
 
 
-def _read_config(path: Path) -> tuple[EigenAttnCheckpointConfig, Any]:
-    """The configuration of bases, and the fingerprint of their base model; None if there is none."""
+def _read_config(path: Path) -> EigenAttnCheckpointConfig | None:
+    """The configuration of bases in a file; None if it is of something else."""
     values = read_object(path, "configuration of bases")
-    if values.get("quant_method") != METHOD:
-        raise EigenAttnError(f"{path} is not a configuration of bases.")
-    config = EigenAttnCheckpointConfig(**values)
-    if not config.method["window"]:
-        raise EigenAttnError(f"{path} is of a model without a window, whose bases are folded into its weights.")
-    return config, values.get("base_model_weights")
+    if path.name == OLD_CONFIG_FILE:
+        values["base"] = {"weights": values.get("base_model_weights")}
+        return EigenAttnCheckpointConfig(**values)
+    values = values.get("quantization_config")
+    if not isinstance(values, dict) or values.get("quant_method") != METHOD or values.get("base") is None:
+        return None
+    return EigenAttnCheckpointConfig(**values)
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:

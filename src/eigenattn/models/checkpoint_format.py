@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import Any, cast
 
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+import eigenattn_autoload
 
 from ..cache.layout import SIDES, Layout
 from ..config import EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
 from .attention import EigenAttention
-from .conversion import METHOD, convert_attention, eigen_layers
+from .conversion import METHOD, convert_attention, eigen_layers, quantiser_of, sizes_of
 from .families import family_of
 from .maps import MAPS, QUANTISERS, local_part
 from .parallel import plan, take_part
 from .placement import offloaded, stored
 
 FORMAT_VERSION = 2
+# By which a hub finds compressed models.
+TAGS = ["eigenattn", "kv-cache"]
 # Of models that say nothing of how far they reach.
 MOST_WINDOW = 2**20
 
@@ -36,6 +42,7 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         centred: whether the bases have means.
         method: the `EigenAttentionConfig` of the compression, as a dictionary.
         provenance: base model, calibration text and its hash, seed, tokens, versions.
+        base: of bases alone, what tells the model that they belong to from others; None in a whole checkpoint.
         format_version: version of the checkpoint's format.
 
     Raises:
@@ -50,6 +57,7 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         centred: bool = False,
         method: dict[str, Any] | None = None,
         provenance: dict[str, Any] | None = None,
+        base: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
@@ -64,8 +72,9 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         for name, value, kind in (("centred", centred, bool), ("method", method or {}, dict)):
             if not isinstance(value, kind):
                 raise EigenAttnError(f"the checkpoint's quantization_config has {name} {value!r:.60}.")
-        if not isinstance(provenance or {}, dict):
-            raise EigenAttnError("the checkpoint's quantization_config has a provenance that is no table of facts.")
+        for name, facts in (("provenance", provenance), ("base", base)):
+            if not isinstance(facts or {}, dict):
+                raise EigenAttnError(f"the checkpoint's quantization_config has a {name} that is no table of facts.")
         config = EigenAttentionConfig.from_dict(method or {})
         if format_version == 1:
             layers = [_from_format_1(layer, config.sharing) for layer in layers]
@@ -73,25 +82,32 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         self.centred = centred
         self.method = config.to_dict()
         self.provenance = provenance or {}
+        self.base = base
         self.format_version = FORMAT_VERSION
 
-    def layouts(self, config: Any) -> list[Layout]:
-        """The layout of each layer, of a model with this configuration.
+    def layouts(self, config: Any, sizes: Sequence[tuple[int, int]] | None = None) -> list[Layout]:
+        """The layout of each layer that has keys and values, of a model with this configuration.
+
+        Args:
+            sizes: numbers of KV heads, and of dimensions of each, by layer; by default the same in all of the model's.
 
         Raises:
             EigenAttnError: if a layer is malformed, or they do not fit such a model.
         """
         text, window = config.get_text_config(decoder=True), self.method["window"]
-        if len(self.layers) != text.num_hidden_layers:
+        of_each: list[tuple[int, int]] = list(sizes or ())
+        if sizes is None:
+            family = family_of(config)
+            of_each = [(family.kv_heads(text), family.head_dim(text)) for _ in range(text.num_hidden_layers)]
+        if len(self.layers) != len(of_each):
             raise EigenAttnError(
-                f"the checkpoint has ranks for {len(self.layers)} layers, and its model has {text.num_hidden_layers}."
+                f"the checkpoint has ranks for {len(self.layers)} layers, and its model has {len(of_each)}."
             )
         longest = getattr(text, "max_position_embeddings", None) or MOST_WINDOW
         if window > longest:
             raise EigenAttnError(f"the checkpoint has a window of {window} tokens, and its model reads {longest}.")
-        family, found = family_of(config), []
-        kv_heads, head_dim = family.kv_heads(text), family.head_dim(text)
-        for index, entry in enumerate(self.layers):
+        found = []
+        for index, (entry, (kv_heads, head_dim)) in enumerate(zip(self.layers, of_each, strict=True)):
             try:
                 layout = Layout.from_dict(entry, kv_heads, head_dim, window)
             except ValueError as error:
@@ -100,6 +116,18 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
             low = [latent for latent in layout.latents if latent.widths is not None or latent.rank < latent.full_rank]
             found.append(layout.holding(low, layout.window))
         return found
+
+
+class BasesFound(EigenAttnError):
+    """Raised where transformers is about to read weights from a folder of bases; `eigenattn_autoload` takes it up.
+
+    Args:
+        config: of the bases.
+    """
+
+    def __init__(self, config: EigenAttnCheckpointConfig) -> None:
+        super().__init__("these are bases of a model: load that, and put them on it with eigenattn.attach.")
+        self.eigenattn_bases = config
 
 
 def _from_format_1(layer: Any, sharing: Sharing) -> Any:
@@ -126,7 +154,8 @@ def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) ->
     Raises:
         EigenAttnError: if it does not fit the model.
     """
-    for attention, layout in zip(layers, config.layouts(layers[0].config), strict=True):
+    layouts = config.layouts(layers[0].config, sizes_of(layers))
+    for attention, layout in zip(layers, layouts, strict=True):
         attention.allocate(layout, config.centred)
 
 
@@ -135,6 +164,11 @@ class EigenAttnQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: EigenAttnCheckpointConfig
+
+    def __init__(self, quantization_config: EigenAttnCheckpointConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if quantization_config.base is not None:
+            raise BasesFound(quantization_config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         convert_attention(model)
@@ -168,6 +202,7 @@ class EigenAttnQuantizer(HfQuantizer):
                 if name in (*MAPS, *QUANTISERS) and not local_part(found).isfinite().all():
                     raise EigenAttnError(f"{where} holds NaN or infinite numbers in {found.dtype}.")
         take_part(model, eigen_layers(model))
+        cast(Any, model).compression = self.quantization_config
         _let_cast(model)
         return model
 
@@ -186,18 +221,40 @@ class EigenAttnQuantizer(HfQuantizer):
         return True
 
 
-# Called, not used as decorators, which say nothing of the type that they give back.
-register_quantization_config(METHOD)(EigenAttnCheckpointConfig)
-register_quantizer(METHOD)(EigenAttnQuantizer)
+# Not by transformers' decorators, which refuse a name twice: `eigenattn_autoload` may have put stand-ins there.
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = EigenAttnCheckpointConfig
+AUTO_QUANTIZER_MAPPING[METHOD] = EigenAttnQuantizer
+eigenattn_autoload.watch()
+
+
+def checkpoint_of(model: Any) -> EigenAttnCheckpointConfig | None:
+    """How a model is compressed; None for an original."""
+    return getattr(model, "compression", None)
 
 
 def mark_compressed(model: Any, config: EigenAttnCheckpointConfig) -> None:
-    """Make `save_pretrained` write a compressed checkpoint of a model compressed in memory."""
+    """Make `save_pretrained` write a compressed checkpoint of a model compressed in memory.
+
+    Where another quantiser holds its weights it stays so, and `save_pretrained` refuses: there are bases to save alone.
+    """
+    model.compression = config
+    model.add_model_tags(TAGS)
+    quantiser = quantiser_of(model)
+    if quantiser is not None:
+        model.save_pretrained = functools.partial(_refuse_saving, quantiser)
+        return
     model.config.quantization_config = config
     # A model read from a GGUF file comes with a quantizer of its own, which would save it as something else.
     model.hf_quantizer = EigenAttnQuantizer(config, pre_quantized=True)
     _let_cast(model)
     model.quantization_method = METHOD
+
+
+def _refuse_saving(quantiser: str, *args: Any, **kwargs: Any) -> None:
+    raise EigenAttnError(
+        f"{quantiser} quantises weights of this model, which stay where they are: save its bases, with "
+        "eigenattn.save_bases(model, folder)."
+    )
 
 
 def _let_cast(model: Any) -> None:

@@ -23,8 +23,8 @@ def evict(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> 
         q: queries of this pass [B, H, T, D], before rotation.
     """
     held = this.cache.layers[layer.layer_idx] if this.evicts else None
-    if not isinstance(held, EvictingLayer):
-        return
+    if not isinstance(held, EvictingLayer) or layer.is_read:
+        return  # later layers may look at what this one has no use for
     seen = held.get_seq_length()
     first = this.first_token(q, seen).view(-1, 1, 1)
 

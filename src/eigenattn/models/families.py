@@ -1,16 +1,22 @@
 """One row a model family: how its attention is laid out. Nothing else in the package knows a family by name.
 
 To support another family, add a `Family` to `FAMILIES` under its `config.model_type`; the shared test suite and
-`docs/families.md` pick it up from here.
+`docs/families.md` pick it up from here. A model type that has no row is given that of a family whose attention runs the
+same code (`eigenattn.models.recognition`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..errors import EigenAttnError
+from .recognition import recognised
 
 
 def _kv_heads(config: Any) -> int:
@@ -25,25 +31,45 @@ def _head_dim(config: Any) -> int:
 class Family:
     """How one model type lays out its attention. The defaults are Llama's.
 
+    Attributes of the attention module may be dotted names, such as `config.clip_qkv`.
+
     Args:
         title: what people call the models.
         attention: class name of the attention module in transformers; modules are found by it, not by path.
-        qkv: names of the query, key and value projections, or one name if they are fused.
+        qkv: names of the query, key and value projections, or one name if they are fused. Where a module has no value
+            projection, the keys' makes both.
         fused: how the rows of a fused projection are ordered. `blocks`: all queries, all keys, all values. `grouped`:
-            for each KV head its query heads, its key, its value.
+            for each KV head its query heads, its key, its value. A function of the configuration where a family has
+            both.
         output: name of the output projection.
-        positions: `rotary`, `learned` (added to the embeddings, so attention sees none) or `alibi`; a function of the
-            configuration where a family has several.
+        positions: `rotary`, `learned` (added to the embeddings, so attention sees none), `alibi` or `none`; a function
+            of the configuration where a family has several.
         interleaved: rotary pairs are neighbours (0, 1), (2, 3) ..., not halves.
-        rotary_switch: attribute of the attention module that says whether this layer rotates at all.
-        rotary_by_layer_type: the rotary module has angles for each of the model's layer types.
+        angles: how the rotary module lays angles out (`eigenattn.models.rotary.ANGLES`).
+        backwards: rotation is by negative angles.
+        rotary: name of the rotary module of the decoder or of the attention, or a function of a module above the
+            attention, and of the attention, that gives it if it is there.
+        notes_positions: the decoder layers hand no positions to attention: they are noted where angles are made.
+        rotary_switch: attribute of the attention module, or a function of it, that says whether this layer rotates at
+            all.
         norms: names of the norms on queries and keys, which stand between projection and rotation.
-        norm_on: what the norms are given: `heads_first` [B, H, T, D], `heads` [B, T, H, D] or `width` [B, T, H * D].
-        clip: attribute of the attention module that clamps queries, keys and values, if any.
-        scale: attribute of the attention module that multiplies the scores.
+        norm_on: what the norms are given: `heads_first` [B, H, T, D], `heads` [B, T, H, D] or `width` [B, T, H * D];
+            or `rotated`, [B, H, T, D] after rotation.
+        value_norm: name of a norm on values [B, T, G, D], if any.
+        clip: attribute of the attention module that clamps queries, keys and values, if any; it follows norms on width.
+        scale: attribute of the attention module, or a function of it, that multiplies the scores.
+        query_scale: a function of the attention module, and of what it is called with, that gives factors [B or 1, T]
+            of the queries, by their positions.
         softcap: attribute of the attention module with the cap on scores, if any.
+        sinks: attribute of the attention module with a logit a head that takes its share of the softmax, if any.
+        gate: what the output of the heads is multiplied with: name of its projection, or `query` where the queries'
+            projection gives, head by head, queries and gates.
+        gate_function: of `torch.nn.functional`, which the gate's projection goes through.
+        output_norm: name of a norm on the output of all heads, before its projection.
         dropout: attribute of the attention module with the dropout of attention weights (a number or a module).
-        output_dropout: name of the dropout module that follows the output projection, if the attention has it.
+        output_dropout: name of the dropout (a number or a module) that follows the output projection, if any.
+        reads: attribute of the attention module that says whether the layer reads the keys and values of an earlier one
+            and has none of its own, if a family has such layers. The earlier one hands them on in `shared_kv_states`.
         cache_argument: name under which the decoder layer passes the cache.
         bias_argument: name under which a bias on the scores (ALiBi) is passed, if any.
         mask_true_is_masked: a boolean mask is True where attention is forbidden.
@@ -58,19 +84,29 @@ class Family:
     title: str
     attention: str
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    fused: str | None = None
+    fused: str | Callable[[Any], str] | None = None
     output: str = "o_proj"
     positions: str | Callable[[Any], str] = "rotary"
     interleaved: bool = False
-    rotary_switch: str | None = None
-    rotary_by_layer_type: bool = False
+    angles: str = "twice"
+    backwards: bool = False
+    rotary: str | Callable[[Any, Any], Any] = "rotary_emb"
+    notes_positions: bool = False
+    rotary_switch: str | Callable[[Any], bool] | None = None
     norms: tuple[str, str] | None = None
     norm_on: str = "heads_first"
+    value_norm: str | None = None
     clip: str | None = None
-    scale: str = "scaling"
+    scale: str | Callable[[Any], float] = "scaling"
+    query_scale: Callable[[Any, dict[str, Any]], Tensor | None] | None = None
     softcap: str | None = None
+    sinks: str | None = None
+    gate: str | None = None
+    gate_function: str = "sigmoid"
+    output_norm: str | None = None
     dropout: str = "attention_dropout"
     output_dropout: str | None = None
+    reads: str | None = None
     cache_argument: str = "past_key_values"
     bias_argument: str | None = None
     mask_true_is_masked: bool = False
@@ -81,8 +117,12 @@ class Family:
     note: str = ""
 
     def positions_of(self, config: Any) -> str:
-        """`rotary`, `learned` or `alibi`, for a model with this configuration."""
+        """`rotary`, `learned`, `alibi` or `none`, for a model with this configuration."""
         return self.positions if isinstance(self.positions, str) else self.positions(config)
+
+    def fused_in(self, config: Any) -> str | None:
+        """How the rows of a fused projection are ordered, for a model with this configuration; None for three."""
+        return self.fused(config) if callable(self.fused) else self.fused
 
 
 def _falcon_positions(config: Any) -> str:
@@ -91,6 +131,62 @@ def _falcon_positions(config: Any) -> str:
 
 def _falcon_kv_heads(config: Any) -> int:
     return config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1
+
+
+def _gpt_bigcode_kv_heads(config: Any) -> int:
+    return 1 if config.multi_query else config.num_attention_heads
+
+
+def _granitemoehybrid_positions(config: Any) -> str:
+    return "rotary" if config.position_embedding_type == "rope" else "none"
+
+
+def _olmo_hybrid_positions(config: Any) -> str:
+    return "rotary" if (config.rope_parameters or {}).get("rope_theta") is not None else "none"
+
+
+def _slides(attention: Any) -> bool:
+    return attention.sliding_window is not None
+
+
+def _slides_if_any(attention: Any) -> bool:
+    return attention.sliding_window is None or attention.is_sliding
+
+
+def _has_theta(attention: Any) -> bool:
+    return bool(attention.config.layer_rope_theta[attention.layer_idx])
+
+
+def _by_theta(decoder: Any, attention: Any) -> Any:
+    theta = attention.config.layer_rope_theta[attention.layer_idx]
+    found = getattr(decoder, "rotary_embs", ())
+    return next((each for each in found if each.config.rope_parameters["rope_theta"] == theta), None)
+
+
+def _has_angles(attention: Any) -> bool:
+    config = attention.config
+    return config.rope_parameters[config.layer_types[attention.layer_idx]] is not None
+
+
+def _scaled_keys(attention: Any) -> float:
+    return attention.scaling * attention.key_multiplier
+
+
+def _ministral3_query_scale(attention: Any, arguments: dict[str, Any]) -> Tensor:
+    rope, positions = attention.config.rope_parameters, arguments["position_ids"]
+    past = torch.floor(positions / rope["original_max_position_embeddings"])
+    return 1 + rope["llama_4_scaling_beta"] * torch.log(1 + past)
+
+
+def _llama4_query_scale(attention: Any, arguments: dict[str, Any]) -> Tensor | None:
+    """By the tokens that came before, padding included, in layers that do not rotate."""
+    config, (layer, states) = attention.config, (attention.layer_idx, arguments["hidden_states"])
+    if not config.attn_temperature_tuning or config.no_rope_layers[layer]:
+        return None
+    cache = arguments.get("past_key_values")
+    past = 0 if cache is None else cache.get_seq_length(layer)
+    positions = torch.arange(states.shape[1], device=states.device) + past
+    return torch.log1p(torch.floor((positions[None].float() + 1) / config.floor_scale)) * config.attn_scale + 1
 
 
 FAMILIES: dict[str, Family] = {
@@ -136,7 +232,6 @@ FAMILIES: dict[str, Family] = {
         title="Gemma 3 (text)",
         attention="Gemma3Attention",
         norms=("q_norm", "k_norm"),
-        rotary_by_layer_type=True,
         softcap="attn_logit_softcapping",
     ),
     "phi3": Family(title="Phi-3", attention="Phi3Attention", qkv=("qkv_proj",), fused="blocks"),
@@ -203,19 +298,308 @@ FAMILIES: dict[str, Family] = {
         feed_forward=(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
         note="Has norms only with `qk_layernorm=True`; without them keys are folded.",
     ),
+    "gemma": Family(title="Gemma", attention="GemmaAttention"),
+    "gemma3n_text": Family(
+        title="Gemma 3n (text)",
+        attention="Gemma3nTextAttention",
+        norms=("q_norm", "k_norm"),
+        norm_on="heads",
+        value_norm="v_norm",
+        reads="is_kv_shared_layer",
+        note="Its last layers read the cache of earlier ones, as the original's do.",
+    ),
+    "gemma4_text": Family(
+        title="Gemma 4 (text)",
+        attention="Gemma4TextAttention",
+        norms=("q_norm", "k_norm"),
+        norm_on="heads",
+        value_norm="v_norm",
+        reads="is_kv_shared_layer",
+        note="Head sizes and KV heads differ by layer. Some layers make values by the keys' projection, and the last "
+        "ones may read the cache of earlier ones, as the original's do.",
+    ),
+    "qwen2_moe": Family(title="Qwen 1.5 MoE, Qwen 2 MoE", attention="Qwen2MoeAttention"),
+    "qwen3_next": Family(
+        title="Qwen 3 Next",
+        attention="Qwen3NextAttention",
+        norms=("q_norm", "k_norm"),
+        norm_on="heads",
+        gate="query",
+        note="Layers with linear attention stay as they are.",
+    ),
+    "qwen3_5_text": Family(
+        title="Qwen 3.5 (text)",
+        attention="Qwen3_5Attention",
+        norms=("q_norm", "k_norm"),
+        norm_on="heads",
+        gate="query",
+        note="Layers with linear attention stay as they are.",
+    ),
+    "qwen3_5_moe_text": Family(
+        title="Qwen 3.5 MoE (text)",
+        attention="Qwen3_5MoeAttention",
+        norms=("q_norm", "k_norm"),
+        norm_on="heads",
+        gate="query",
+        note="Layers with linear attention stay as they are.",
+    ),
+    "qwen2_5_vl_text": Family(title="Qwen 2.5 VL (text)", attention="Qwen2_5_VLAttention"),
+    "qwen3_vl_text": Family(title="Qwen 3 VL (text)", attention="Qwen3VLTextAttention", norms=("q_norm", "k_norm")),
+    "gpt_oss": Family(title="gpt-oss", attention="GptOssAttention", angles="once", sinks="sinks"),
+    "granite_swa": Family(
+        title="Granite with sliding windows",
+        attention="GraniteSWAAttention",
+        rotary=_by_theta,
+        rotary_switch=_has_theta,
+        sinks="sinks",
+    ),
+    "flint": Family(
+        title="Flint",
+        attention="FlintAttention",
+        norms=("q_norm", "k_norm"),
+        norm_on="heads",
+        rotary_switch=_slides,
+        sinks="sinks",
+    ),
+    "ministral": Family(title="Ministral", attention="MinistralAttention"),
+    "ministral3": Family(title="Ministral 3", attention="Ministral3Attention", query_scale=_ministral3_query_scale),
+    "llama4_text": Family(
+        title="Llama 4 (text)",
+        attention="Llama4TextAttention",
+        interleaved=True,
+        angles="complex",
+        notes_positions=True,
+        rotary_switch="use_rope",
+        norms=("qk_norm", "qk_norm"),
+        norm_on="rotated",
+        query_scale=_llama4_query_scale,
+    ),
+    "glm": Family(title="GLM-4 9B", attention="GlmAttention", interleaved=True, angles="of_pairs"),
+    "glm4": Family(title="GLM-4 0414", attention="Glm4Attention", interleaved=True, angles="of_pairs"),
+    "glm4_moe": Family(
+        title="GLM-4.5, 4.6, 4.7", attention="Glm4MoeAttention", norms=("q_norm", "k_norm"), norm_on="heads"
+    ),
+    "helium": Family(title="Helium", attention="HeliumAttention", interleaved=True, angles="of_pairs"),
+    "ernie4_5": Family(title="ERNIE 4.5", attention="Ernie4_5Attention", interleaved=True, angles="of_pairs"),
+    "minimax_m2": Family(
+        title="MiniMax M2", attention="MiniMaxM2Attention", norms=("q_norm", "k_norm"), norm_on="width"
+    ),
+    "seed_oss": Family(title="Seed-OSS", attention="SeedOssAttention", output_dropout="residual_dropout"),
+    "starcoder2": Family(title="StarCoder 2", attention="Starcoder2Attention", output_dropout="residual_dropout"),
+    "olmo": Family(title="OLMo", attention="OlmoAttention", clip="config.clip_qkv"),
+    "olmo3": Family(title="OLMo 3", attention="Olmo3Attention", norms=("q_norm", "k_norm"), norm_on="width"),
+    "olmoe": Family(
+        title="OLMoE", attention="OlmoeAttention", norms=("q_norm", "k_norm"), norm_on="width", clip="config.clip_qkv"
+    ),
+    "olmo_hybrid": Family(
+        title="OLMo hybrid",
+        attention="OlmoHybridAttention",
+        positions=_olmo_hybrid_positions,
+        norms=("q_norm", "k_norm"),
+        norm_on="width",
+        note="Layers with linear attention stay as they are.",
+    ),
+    "exaone4": Family(
+        title="EXAONE 4",
+        attention="Exaone4Attention",
+        norms=("q_norm", "k_norm"),
+        rotary_switch=_slides_if_any,
+    ),
+    "cohere2": Family(
+        title="Command R7B, Command A", attention="Cohere2Attention", interleaved=True, rotary_switch=_slides
+    ),
+    "cohere2_moe": Family(
+        title="Command A MoE",
+        attention="Cohere2MoeAttention",
+        interleaved=True,
+        rotary_switch=lambda attention: _slides(attention) or attention.force_rope,
+    ),
+    "cohere_compass_text": Family(
+        title="Cohere Compass (text)", attention="CohereCompassAttention", rotary_switch=_has_angles
+    ),
+    "hunyuan_v1_dense": Family(
+        title="Hunyuan V1",
+        attention="HunYuanDenseV1Attention",
+        norms=("query_layernorm", "key_layernorm"),
+        norm_on="rotated",
+    ),
+    "nanochat": Family(
+        title="nanochat",
+        attention="NanoChatAttention",
+        backwards=True,
+        norms=("q_norm", "k_norm"),
+        norm_on="rotated",
+    ),
+    "granitemoehybrid": Family(
+        title="Granite 4",
+        attention="GraniteMoeHybridAttention",
+        positions=_granitemoehybrid_positions,
+        note="Mamba layers stay as they are.",
+    ),
+    "nemotron": Family(title="Nemotron, Minitron", attention="NemotronAttention"),
+    "nemotron_h": Family(
+        title="Nemotron H, Nemotron 3",
+        attention="NemotronHAttention",
+        positions="none",
+        note="Mamba layers stay as they are.",
+    ),
+    "bamba": Family(title="Bamba", attention="BambaAttention", note="Mamba layers stay as they are."),
+    "jamba": Family(title="Jamba", attention="JambaAttention", positions="none", note="Mamba layers stay as they are."),
+    "lfm2": Family(
+        title="LFM2",
+        attention="Lfm2Attention",
+        output="out_proj",
+        norms=("q_layernorm", "k_layernorm"),
+        norm_on="heads",
+        note="Layers with convolutions stay as they are.",
+    ),
+    "lfm2_moe": Family(
+        title="LFM2 MoE",
+        attention="Lfm2MoeAttention",
+        output="out_proj",
+        rotary="pos_emb",
+        norms=("q_layernorm", "k_layernorm"),
+        norm_on="heads",
+        note="Layers with convolutions stay as they are.",
+    ),
+    "lfm3": Family(
+        title="LFM3",
+        attention="Lfm3Attention",
+        norms=("q_norm", "k_norm"),
+        norm_on="heads",
+        gate="g_proj",
+        note="Layers with convolutions stay as they are.",
+    ),
+    "falcon_h1": Family(
+        title="Falcon H1",
+        attention="FalconH1Attention",
+        scale=_scaled_keys,
+        note="The Mamba half of each layer stays as it is.",
+    ),
+    "phi": Family(
+        title="Phi-1, Phi-1.5, Phi-2",
+        attention="PhiAttention",
+        output="dense",
+        norms=("q_layernorm", "k_layernorm"),
+    ),
+    "persimmon": Family(
+        title="Persimmon",
+        attention="PersimmonAttention",
+        qkv=("query_key_value",),
+        fused="grouped",
+        output="dense",
+        norms=("q_layernorm", "k_layernorm"),
+        norm_on="heads",
+    ),
+    "apertus": Family(title="Apertus", attention="ApertusAttention", norms=("q_norm", "k_norm")),
+    "afmoe": Family(
+        title="Trinity",
+        attention="AfmoeAttention",
+        norms=("q_norm", "k_norm"),
+        norm_on="heads",
+        rotary_switch="is_local_attention",
+        gate="gate_proj",
+    ),
+    "laguna": Family(
+        title="Laguna",
+        attention="LagunaAttention",
+        norms=("q_norm", "k_norm"),
+        norm_on="heads",
+        gate="g_proj",
+        gate_function="softplus",
+    ),
+    "bitnet": Family(title="BitNet b1.58", attention="BitNetAttention", output_norm="attn_sub_norm"),
+    "dbrx": Family(
+        title="DBRX",
+        attention="DbrxAttention",
+        qkv=("Wqkv",),
+        fused="blocks",
+        output="out_proj",
+        clip="clip_qkv",
+    ),
+    "gpt_bigcode": Family(
+        title="StarCoder, SantaCoder",
+        attention="GPTBigCodeAttention",
+        qkv=("c_attn",),
+        fused=lambda config: "blocks" if config.multi_query else "grouped",
+        output="c_proj",
+        positions="learned",
+        dropout="attn_dropout",
+        output_dropout="resid_dropout",
+        cache_argument="layer_past",
+        kv_heads=_gpt_bigcode_kv_heads,
+    ),
 }
+
+
+# Reasons why model types are refused that are known.
+REASONS: dict[str, tuple[str, ...]] = {
+    "its cache holds latents already, of multi-head latent attention": (
+        "axk1",
+        "bailing_hybrid",
+        "deepseek_v2",
+        "deepseek_v3",
+        "glm4_moe_lite",
+        "kimi_linear",
+        "longcat_flash",
+        "minicpm3",
+        "youtu",
+    ),
+    "its attention looks at tokens that an index of its own chooses": (
+        "axk2",
+        "deepseek_v32",
+        "deepseek_v4",
+        "dots3_note_text",
+        "glm_moe_dsa",
+        "hy_v4",
+        "minimax_m3_vl_text",
+        "qwen4_exp_text",
+    ),
+    "convolutions stand between its projections and attention": ("inkling_text", "inkling2_text", "zaya"),
+    "its values have another head size than its keys": ("mimo_v2_flash",),
+    "its output gate has a bias of each head": ("beam",),
+    "attention weights of two heads are taken from each other": ("diffllama",),
+    "its mask hangs on the values": ("doge",),
+    "experts make its queries": ("jetmoe",),
+    "its layers are run several times, each with a cache of its own": ("hrm_text",),
+    "its layers share one attention module": ("zamba", "zamba2"),
+    "its cache is of a kind of its own": ("minimax",),
+    "its angles are made inside its attention": ("codegen", "gptj"),
+    "its mask is made inside its attention": ("gpt_neo",),
+    "its projections differ by codebook": ("moshi",),
+    "its attention leaves a bias to be added later": ("gpt_neox_japanese",),
+    "what it makes of padding, which differs, reaches later tokens": ("recurrent_gemma",),
+    "it has no attention": ("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"),
+}
+REFUSED = {model_type: reason for reason, types in REASONS.items() for model_type in types}
 
 
 def family_of(config: Any) -> Family:
     """The row for a model's configuration.
 
     Raises:
-        EigenAttnError: if the model type is not in the table.
+        EigenAttnError: if the model type is not in the table, nor recognised as one that is.
     """
-    model_type = config.get_text_config(decoder=True).model_type
-    if model_type not in FAMILIES:
+    text = config.get_text_config(decoder=True)
+    model_type = text.model_type
+    family = FAMILIES.get(model_type) or _recognised(type(text))
+    if family is None:
+        reason = REFUSED.get(model_type)
+        if reason is not None:
+            raise EigenAttnError(f"model type {model_type!r} is not supported: {reason}.")
         raise EigenAttnError(
-            f"model type {model_type!r} is not supported; the known ones are {', '.join(sorted(FAMILIES))}. "
-            "To add it, write one row in eigenattn/models/families.py."
+            f"model type {model_type!r} is not supported: it has no row in eigenattn/models/families.py, and its "
+            "attention is not that of a type that has one. docs/families.md lists those that are."
         )
-    return FAMILIES[model_type]
+    return family
+
+
+@functools.cache
+def _recognised(config: Any) -> Family | None:
+    if config.model_type in REFUSED:
+        return None
+    found = recognised(config, {name: family.attention for name, family in FAMILIES.items()})
+    if found is None:
+        return None
+    family = FAMILIES[found[0]]
+    return replace(family, title=f"{config.model_type}, as {family.title}", attention=found[1], note="")

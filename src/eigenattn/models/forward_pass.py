@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache.context import CacheContext
@@ -21,6 +21,9 @@ from ..kernels.sdpa import widen
 from .layer import AttentionLayer
 from .memoised import memoised
 from .rotary import rotate
+
+# Under what name tensors and modules hold rows of positions.
+ROWS = "_eigenattn_rows"
 
 
 class ForwardPass:
@@ -43,8 +46,10 @@ class ForwardPass:
             raise EigenAttnError("continuous batching has a paged cache for full-rank heads only: use `generate`.")
         self.layer, self._arguments = layer, arguments
         self.cache: Any = arguments.get(family.cache_argument)
-        self.position_ids: Tensor | None = arguments.get("position_ids")  # [B or 1, T]
-        self._cos_sin: tuple[Tensor, Tensor] | None = arguments.get("position_embeddings") if layer.rotates else None
+        self.position_ids, self._cos_sin = self._positions()
+        self.gate: Tensor | None = None  # of the heads' output, [B, H, T, D or 1]
+        # Is given the output of the heads [B, H, T, D], before the gate: what looks on may ask for it.
+        self.on_output: Callable[[Tensor], None] | None = None
         mask: Any = arguments.get("attention_mask")
         whole = isinstance(mask, Tensor) and mask.dim() == 4  # others are of a backend's own kind
         self._mask = ~mask if whole and mask.dtype == torch.bool and family.mask_true_is_masked else mask
@@ -71,6 +76,23 @@ class ForwardPass:
         found.implementation, found.dropout = "eager", 0.0
         return found
 
+    def _positions(self) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Positions [B or 1, T], or [B or 1, T, rows], and cosines and sines of them, if the layer rotates.
+
+        Raises:
+            EigenAttnError: if it does, and is not told where to.
+        """
+        layer, positions, angles = self.layer, self._arguments.get("position_ids"), None
+        if layer.rotates:
+            angles = self._arguments.get("position_embeddings")
+            if angles is not None:
+                rows = rows_of(angles)
+                return positions if rows is None else rows, layer.laid_out(angles)
+            if positions is None:
+                raise EigenAttnError(f"layer {layer.layer_idx} rotates by positions, and is called without any.")
+            angles = layer.angles(self._arguments["hidden_states"], positions)
+        return positions, angles
+
     @property
     def backend(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Attention over one list of keys, of a pass that does not need one by another name (`attend_at_full_rank`)."""
@@ -84,6 +106,18 @@ class ForwardPass:
     def rotated(self, x: Tensor) -> Tensor:
         """Vectors [B, heads, T, D] of the current tokens at their positions; as they are without rotary positions."""
         return x if self._cos_sin is None else rotate(x, *self._cos_sin, self.layer.family.interleaved)
+
+    def ready(self, q: Tensor) -> Tensor:
+        """Queries [B, H, T, D] that, rotated, are as they meet keys: norms and factors behind rotation are in them."""
+        layer = self.layer
+        if layer.normalises_rotated:
+            if self._cos_sin is None:
+                q = layer.normalised_query(q)
+            else:
+                q = self.rotated_back(layer.normalised_query(self.rotated(q)))
+        scale = layer.family.query_scale
+        factors = None if scale is None else scale(layer, self._arguments)
+        return q if factors is None else (q * factors[:, None, :, None]).to(q.dtype)
 
     def rotated_back(self, x: Tensor) -> Tensor:
         """Gradients [B, heads, T, D] at rotated vectors as ones at vectors before rotation: the transpose of it."""
@@ -105,13 +139,25 @@ class ForwardPass:
         """Cosines and sines of the columns in sight, from the first that is asked for, [B or 1, columns, width]."""
         assert self._cos_sin is not None  # the layer rotates
         cos, sin = self._cos_sin
-        if self.cache is None:
+        if sight.columns == cos.shape[-2]:  # all are this pass's own
             return cos[:, first:], sin[:, first:]
-        name = ("angles", sight.columns, first, self.layer.layer_type, cos.device)
+        name = ("angles", sight.columns, first, self.layer.layer_type, id(self.layer.rotary_module), cos.device)
         return self.memoised(name, lambda: self.layer.angles(cos, self.positions(sight)[:, first:]))
 
+    def angles_of_chunk(self, sight: Sight, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The same of columns start .. stop - 1 of many, of which no other is asked for."""
+        assert self._cos_sin is not None  # the layer rotates
+        if sight.columns in (self._cos_sin[0].shape[-2], min(sight.columns, chunked.CHUNK)):
+            cos, sin = self.angles(sight)
+            return cos[:, start:stop], sin[:, start:stop]
+        positions = self.positions(sight)
+        # Some kinds of scaling go by the last position of what they are asked for.
+        last = positions.amax().expand(len(positions), 1, *positions.shape[2:])
+        cos, sin = self.layer.angles(self._cos_sin[0], torch.cat([positions[:, start:stop], last], dim=1))
+        return cos[:, :-1], sin[:, :-1]
+
     def positions(self, sight: Sight) -> Tensor:
-        """Positions of all columns in sight, [B, columns].
+        """Positions of all columns in sight, [B, columns] or [B, columns, rows].
 
         Raises:
             EigenAttnError: if the model gives none.
@@ -174,15 +220,19 @@ class ForwardPass:
             last = last > torch.finfo(last.dtype).min / 2  # ALiBi may have been added to it
         return last.int().argmax(-1)
 
-    def is_step(self, q: Tensor) -> bool:
-        """Whether the pass is a step of decoding: one query a row, over a cache."""
+    def is_step(self, q: Tensor, sight: Sight) -> bool:
+        """Whether the pass is a step of decoding: one query a row, over a cache, at positions of one row."""
         if q.shape[-2] > 1 or self.cache is None or torch.is_grad_enabled() or not self._any_way:
             return False
-        return not self.layer.rotates_far or self.frequencies is not None
+        if not self.layer.rotates_far:
+            return True
+        return self.frequencies is not None and (sight.positions is None or sight.positions.dim() == 2)
 
-    def is_long(self, q: Tensor, sight: Sight) -> bool:
-        """Whether queries [B, H, T, *] are to meet the keys in chunks."""
-        if q.shape[-2] == 1 or sight.columns <= chunked.CHUNK or torch.is_grad_enabled() or not self._any_way:
+    def is_in_parts(self, q: Tensor, sight: Sight) -> bool:
+        """Whether queries [B, H, T, *] are to meet exact keys and chunks of far ones in parts."""
+        if q.shape[-2] == 1 or torch.is_grad_enabled() or not self._any_way:
+            return False
+        if sight.near is None and sight.columns <= chunked.CHUNK:  # there is one part
             return False
         if torch.compiler.is_compiling() or self.evicts:  # what evicts looks at attention weights
             return False
@@ -196,7 +246,7 @@ class ForwardPass:
             return False
         if self.implementation == "eager":
             # A must for what has soft caps or ALiBi as an argument, and else a wish for the weights.
-            must = layer.softcap is not None or layer.family.bias_argument is not None
+            must = layer.softcap is not None or layer.family.bias_argument is not None or layer.family.sinks is not None
             return must and not (self.asks_weights or getattr(layer.config, "output_attentions", False))
         return self.implementation == "sdpa"
 
@@ -207,18 +257,19 @@ class ForwardPass:
 
     @property
     def _prefix(self) -> str:
-        return f"{self.layer.layer_type}_" if self.layer.family.rotary_by_layer_type else ""
+        return f"{self.layer.layer_type}_" if self.layer.by_layer_type else ""
 
     def rotary(self, device: torch.device) -> Rotary:
         """Rotary positions for a step of decoding."""
         layer, frequencies = self.layer, self.frequencies
+        backwards, interleaved = layer.family.backwards, layer.family.interleaved
         assert frequencies is not None  # `is_step`
         scaling = float(getattr(layer.rotary_module, f"{self._prefix}attention_scaling", 1.0))
         return memoised(
             layer.rotary_module,
             f"_eigenattn_rotary_{self._prefix}{device}",
             [frequencies, scaling],
-            lambda: Rotary(frequencies.to(device), scaling, layer.family.interleaved),
+            lambda: Rotary(-frequencies.to(device) if backwards else frequencies.to(device), scaling, interleaved),
         )
 
     def attend_at_full_rank(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:
@@ -232,7 +283,12 @@ class ForwardPass:
         """
         layer = self.layer
         if self.implementation in BACKENDS:
-            return self.backend(q, k, v, mask=mask, scale=layer.scaling, dropout=self.dropout, softcap=layer.softcap)
+            return self.backend(q, k, v, mask=mask, dropout=self.dropout, **layer.scoring)
+        if layer.sink_logits is not None:
+            raise EigenAttnError(
+                f"{self.implementation} takes sinks in ways of its own: load the model with "
+                'attn_implementation="eager".'
+            )
         # FlashAttention, FlexAttention and kernels from the hub take one head size for all three.
         size, size_v = max(q.shape[-1], v.shape[-1]), v.shape[-1]
         consumed = {"attention_mask", "position_embeddings", "output_attentions", layer.family.cache_argument}
@@ -243,3 +299,30 @@ class ForwardPass:
         attend = ALL_ATTENTION_FUNCTIONS[self.implementation]
         out, weights = attend(layer, widen(q, size), widen(k, size), widen(v, size), mask, **options)
         return out.transpose(1, 2)[..., :size_v], weights
+
+
+def rows_of(angles: Any) -> Tensor | None:
+    """The positions that a rotary module was given for some angles, [B or 1, T] or [B or 1, T, rows], if noted."""
+    return getattr(_first(angles), ROWS, None)
+
+
+def _first(angles: Any) -> Tensor:
+    return angles if isinstance(angles, Tensor) else angles[0]
+
+
+def note_rows(rotary: nn.Module) -> None:
+    """Have a rotary module note the positions that it is given, in several rows where they differ.
+
+    Attention is not given them: those in images are of the time, of the height and of the width.
+    """
+    if ROWS not in vars(rotary):
+        setattr(rotary, ROWS, True)
+        rotary.register_forward_hook(_note, with_kwargs=True)
+
+
+def _note(rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], angles: Any) -> None:
+    positions = args[1] if len(args) > 1 else kwargs["position_ids"]
+    if positions.dim() == 3:
+        alike = not torch.compiler.is_compiling() and bool((positions == positions[:1]).all())
+        positions = positions[0] if alike else positions.movedim(0, -1)
+    setattr(_first(angles), ROWS, positions)

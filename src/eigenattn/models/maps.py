@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from ..cache.codebook import DEGREE, Codebook
 from ..cache.layout import SIDES, Latent, Layout
+from ..kernels.coding import codes_of, levels_of
 from ..kernels.decoding import Side
 from .memoised import memoised
 
@@ -94,14 +95,16 @@ class LatentMaps(nn.Module):
         Bytes carry no gradients: coded models are trained without a cache.
         """
         return tuple(
-            z if latent.widths is None else self.codebook(latent).encode(z)
+            z if latent.widths is None else codes_of(z, self.codebook(latent))
             for latent, z in zip(self.layout.latents, self.encode(keys, values), strict=True)
         )
 
     def restored(self, rows: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The latents [B, G/N, S, R] of what the cache holds; packed ones in `dtype`, and others as they are."""
         return tuple(
-            row if latent.widths is None or row.dtype != torch.uint8 else self.codebook(latent).decode(row).to(dtype)
+            row
+            if latent.widths is None or row.dtype != torch.uint8
+            else levels_of(row, self.codebook(latent)).to(dtype)
             for latent, row in zip(self.layout.latents, rows, strict=True)
         )
 
@@ -117,7 +120,7 @@ class LatentMaps(nn.Module):
 
     def _rounded(self, z: Tensor, latent: Latent) -> Tensor:
         codebook = self.codebook(latent)
-        found = codebook.decode(codebook.encode(z.detach())).to(z.dtype)
+        found = levels_of(codes_of(z.detach(), codebook), codebook).to(z.dtype)
         return z + (found - z).detach() if z.requires_grad else found
 
     def latent(self, latents: tuple[Tensor, ...], side: str) -> Tensor:

@@ -64,7 +64,7 @@ def plan(model: PreTrainedModel, layers: list[EigenAttention]) -> None:
 def _attention(attention: EigenAttention) -> dict[str, str]:
     family = attention.family
     rules = dict.fromkeys(family.qkv, BY_ROWS)
-    if family.fused == "blocks":
+    if attention.fused == "blocks":
         rules = dict.fromkeys(family.qkv, GATHERED)  # a slice of the rows would not be whole heads
     elif attention.normalises and any(
         _is_of_all_heads(getattr(attention, norm), attention) for norm in family.norms or ()

@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +47,7 @@ def execution_device(module: nn.Module) -> torch.device:
     hook = offloaded(module)
     if hook is not None and hook.execution_device is not None:
         return torch.device(hook.execution_device)
-    return next(module.parameters()).device
+    return next(chain(module.parameters(), module.buffers())).device  # codes may be either
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

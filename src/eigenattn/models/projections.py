@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 T = TypeVar("T")
 
 Projection = nn.Linear | Conv1D
+# Rows of the identity that a quantised projection is asked with at a time (chosen: as many tokens as a short text).
+ASKED = 512
 
 
 class Heads(NamedTuple, Generic[T]):
@@ -57,6 +61,45 @@ def join_heads(parts: Heads[Tensor], fused: str) -> Tensor:
 def weight_of(projection: Projection) -> Tensor:
     """The weight as [out, in]; GPT-2's Conv1D stores it the other way."""
     return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
+
+
+def holds_codes(tensor: Tensor) -> bool:
+    """Whether a tensor is a quantised weight, or a part of one, and no plain numbers."""
+    return (
+        type(tensor) not in (Tensor, nn.Parameter, DTensor)
+        or not tensor.is_floating_point()
+        or tensor.dtype.itemsize == 1
+    )
+
+
+def is_plain(projection: Callable[[Tensor], Tensor]) -> TypeGuard[Projection]:
+    """Whether a projection is its weight and its bias, as transformers has them, and not quantised."""
+    return isinstance(projection, (nn.Linear, Conv1D)) and not holds_codes(projection.weight)
+
+
+@torch.no_grad()
+def answered(projection: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """What a linear module makes of rows [n, in], less its bias: [n, out]."""
+    return (projection(rows[None]) - projection(torch.zeros_like(rows[None, :1])))[0]
+
+
+@torch.no_grad()
+def matrix_of(
+    projection: Callable[[Tensor], Tensor], in_features: int, *, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The matrix [out, in] of a projection, however it is stored: a quantised one is asked by the identity.
+
+    Args:
+        device, dtype: of what a quantised one is given.
+    """
+    if is_plain(projection):
+        return weight_of(projection).detach()
+    columns = []
+    for start in range(0, in_features, ASKED):
+        rows = torch.zeros(min(ASKED, in_features - start), in_features, device=device, dtype=dtype)
+        rows.diagonal(start).fill_(1)
+        columns.append(answered(projection, rows))
+    return torch.cat(columns).T
 
 
 def like(

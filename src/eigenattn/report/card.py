@@ -14,47 +14,48 @@ from ..compression.pipeline import CompressionReport
 from ..config import TARGETS
 from ..errors import EigenAttnError
 from ..files import check_name, read_text, to_json, whole
-from ..models.checkpoint_format import EigenAttnCheckpointConfig
+from ..models.checkpoint_format import TAGS, EigenAttnCheckpointConfig
 from .tables import evaluation_tables, latents_in_words, layout_table, notes, windows_in_words
 
 LOAD = """\
-import eigenattn  # registers the loader
+# pip install eigenattn, which transformers then finds by itself
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
-ATTACH = """\
-import eigenattn
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{base_model}")
-eigenattn.attach(model, "path/to/this/folder")"""
 
 
 def model_card(
     checkpoint: EigenAttnCheckpointConfig,
     report: CompressionReport,
     layers: Sequence[Layout],
-    bases_only: bool = False,
+    whole: bool,
 ) -> str:
-    """Markdown that says what was compressed, how far, on what, and how to load it."""
+    """Markdown that says what was compressed, how far, on what, and how to load it; a hub reads what stands above.
+
+    Args:
+        whole: whether the folder holds a checkpoint, and not bases alone.
+    """
     facts, method = checkpoint.provenance, checkpoint.method
     target = next(f"`{name}={method[name]}`" for name in TARGETS if method[name] is not None)
     held = "low-rank keys and values, coded in few bits" if method["coded"] else "low-rank keys and values"
     at_lengths = ", ".join(f"{ratio:.3f} at {length:,} tokens" for length, ratio in report.ratio_at.items())
-    code = ATTACH.format(base_model=facts["base_model"]) if bases_only else LOAD
+    base = facts["base_model"]
+    # Of a folder on the machine that made it a hub knows nothing.
+    named = f"base_model: {base}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
+    held_here = "" if whole else f" This folder holds the bases alone, and {base} is loaded with them."
     calibrated = "\n".join(f"- calibrated on {windows_in_words(each)}" for each in facts.get("statistics", [facts]))
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    tags = "\n".join(f"- {tag}" for tag in TAGS)
     return f"""---
 library_name: transformers
-tags:
-- eigenattn
-- kv-cache
+{named}tags:
+{tags}
 ---
 
-# {facts["base_model"]}, KV cache at {report.kv_ratio:.1%}
+# {base}, KV cache at {report.kv_ratio:.1%}
 
-This is {facts["base_model"]} with Eigen Attention (arXiv 2408.05646): it caches {held}.
+This is {base} with Eigen Attention (arXiv 2408.05646): it caches {held}.{held_here}
 
 | | this model | original |
 | --- | --- | --- |
@@ -63,7 +64,7 @@ This is {facts["base_model"]} with Eigen Attention (arXiv 2408.05646): it caches
 | ratio of the whole cache, its window of {report.window} exact tokens included | {at_lengths} | 1 |
 
 ```python
-{code}
+{LOAD}
 ```
 
 ## How it was made

@@ -8,11 +8,21 @@ from typing import Any
 import torch
 
 from ..cache.layout import Layout
-from ..cache.size import baseline_bytes_per_token, bytes_per_token, kv_ratio, ratio_at
+from ..cache.size import (
+    HALF,
+    STATED_LENGTHS,
+    baseline_bytes_per_token,
+    bytes_per_token,
+    cache_bytes,
+    kv_ratio,
+    ratio_at,
+)
+from ..errors import EigenAttnError
 from ..models.bases_file import read_bases_config
 from ..models.checkpoint_format import METHOD, EigenAttnCheckpointConfig
+from ..models.conversion import convert_attention, eigen_layers, sizes_of
 from ..models.families import family_of
-from ..models.loading import Source, load_config
+from ..models.loading import Source, empty_model, load_config
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,8 @@ class Inspection:
         compressed: whether it is; an original has the layouts of full rank.
         layers: of what latents the caches consist.
         element_size: bytes of an element in the checkpoint's dtype.
+        parameters: of the original model; None where they cannot be counted.
+        stored_bytes: of its weights and bases on disk, quantised or not; None where they are elsewhere.
         method: the `EigenAttentionConfig` of the compression, as a dictionary.
         provenance: base model, calibration text and its hash, seed, tokens, versions.
     """
@@ -32,6 +44,8 @@ class Inspection:
     compressed: bool
     layers: list[Layout]
     element_size: int
+    parameters: int | None
+    stored_bytes: int | None
     method: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -60,6 +74,19 @@ class Inspection:
         """Size of the whole cache in proportion to the original's at 16 bits, by length in tokens."""
         return ratio_at(self.layers)
 
+    @property
+    def memory(self) -> dict[str, dict[str, int | None]]:
+        """Bytes of the original at 16 bits, and of this model as it is stored: weights, and caches by length."""
+        weights = None if self.parameters is None else HALF * self.parameters
+        sizes = {"weights": {"original": weights, "this": self.stored_bytes}}
+        for length in STATED_LENGTHS:
+            original = length * baseline_bytes_per_token(self.layers, HALF)
+            sizes[f"cache of {length:,} tokens"] = {
+                "original": original,
+                "this": cache_bytes(self.layers, HALF, length),
+            }
+        return sizes
+
     def to_dict(self) -> dict[str, Any]:
         """The inspection as plain JSON values."""
         names = ("model_type", "compressed", "kv_ratio", "bytes_per_token", "baseline_bytes_per_token", "window")
@@ -69,6 +96,7 @@ class Inspection:
             "layers": [layer.to_dict() for layer in self.layers],
             "bytes_by_layer": [layer.bytes_per_token(self.element_size) for layer in self.layers],
             "ratio_at": self.ratio_at,
+            "memory": self.memory,
             "method": self.method,
             "provenance": self.provenance,
         }
@@ -90,10 +118,18 @@ def layouts(config: Any, compression: EigenAttnCheckpointConfig | None) -> list[
     Raises:
         EigenAttnError: if its type is not supported, or the compression does not fit it.
     """
-    family, text = family_of(config), config.get_text_config(decoder=True)
-    if compression is not None:
-        return compression.layouts(config)
-    return [Layout.full(family.kv_heads(text), family.head_dim(text))] * text.num_hidden_layers
+    family_of(config)  # raises before anything is built
+    model = empty_model(config)
+    convert_attention(model)
+    sizes = sizes_of(eigen_layers(model))
+    return [Layout.full(*size) for size in sizes] if compression is None else compression.layouts(config, sizes)
+
+
+def _parameters(config: Any) -> int | None:
+    try:
+        return sum(each.numel() for each in empty_model(config).parameters())
+    except EigenAttnError:
+        return None
 
 
 def inspect_checkpoint(name: str) -> Inspection:
@@ -111,6 +147,8 @@ def inspect_checkpoint(name: str) -> Inspection:
         compressed=compression is not None,
         layers=layouts(config, compression),
         element_size=(text.dtype or torch.float32).itemsize,
+        parameters=_parameters(config),
+        stored_bytes=source.stored_bytes(),
         method=compression.method if compression else {},
         provenance=compression.provenance if compression else {},
     )

@@ -127,6 +127,15 @@ def layout_table(layers: Sequence[Layout], element_size: int) -> TextTable:
     return TextTable([*headings, "bytes a token"], list(rows))
 
 
+def memory_table(memory: Mapping[str, Mapping[str, int | None]]) -> TextTable:
+    """Bytes of weights and of caches, of the original at 16 bits and of a model as it is stored."""
+    rows = [
+        [name, *("" if each is None else f"{each / 1e6:,.1f}" for each in sizes.values())]
+        for name, sizes in memory.items()
+    ]
+    return TextTable(["megabytes", "original, 16 bits", "this model"], rows)
+
+
 def latents_in_words(layers: Sequence[Layout]) -> str:
     """What the latents of a model are made of: `latents of keys of one KV head, values of 3 KV heads`."""
     kinds = dict.fromkeys(

@@ -1,7 +1,7 @@
 """The plug-in for vLLM: a paged cache of latents, of a compressed checkpoint or of a stock one and a folder of bases.
 
-vLLM finds `register` through the entry point `vllm.general_plugins` and calls it in each of its processes. No other
-part of eigenattn imports vLLM.
+vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins` (`eigenattn_autoload.serve`).
+No other part of eigenattn imports vLLM.
 """
 
 from __future__ import annotations

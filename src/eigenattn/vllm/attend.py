@@ -6,6 +6,7 @@ prompts attend row by row, and meet the keys in chunks (`eigenattn.kernels.chunk
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,23 +14,36 @@ import torch
 from torch import Tensor
 
 from ..cache.context import CacheContext
+from ..cache.layout import SIDES
+from ..errors import EigenAttnError
 from ..kernels import chunked
-from ..kernels.decoding import Rotary, Step, Window, accepted, decode
+from ..kernels.decoding import Rotary, Step, Window, accepted, decode_accepted
 from ..kernels.selection import decoding_backend
-from ..models.attend import joined
 from ..models.attention import EigenAttention
 from ..models.maps import LatentMaps
+from ..models.rotary import rotate
 from .pages import Pages
 
 
 def rotary_of(layer: EigenAttention) -> Rotary | None:
-    """Rotary positions of a layer, which may be without memory; None if it does not rotate."""
+    """Rotary positions of a layer, which may be without memory; None if it does not rotate.
+
+    Raises:
+        EigenAttnError: if it rotates otherwise than by frequencies that all layers have.
+    """
     if not layer.rotates:
         return None
+    device = torch.get_default_device()
     with torch.device("cpu"):
         module: Any = type(layer.rotary_module)(layer.config)
-    frequencies = module.inv_freq.float().to(torch.get_default_device())
-    return Rotary(frequencies, float(module.attention_scaling), layer.family.interleaved)
+        if not layer.by_layer_type:
+            found = Rotary(module.inv_freq.float(), float(module.attention_scaling), layer.family.interleaved)
+            x, positions = torch.linspace(1, 2, 4 * layer.head_dim).view(1, 1, 4, -1), torch.tensor([[0, 1, 7, 300]])
+            expected = rotate(x, *layer.laid_out(module(x, positions)), layer.family.interleaved)
+            if torch.allclose(found.rotate(x, positions), expected, rtol=1e-3, atol=1e-3):
+                frequencies = found.inverse_frequencies.to(device)
+                return dataclasses.replace(found, inverse_frequencies=frequencies)
+    raise EigenAttnError("rotary positions of this kind are not served by vLLM once compressed.")
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, far: Pages,
         softcap=layer.softcap,
         memoised=batch.context.memoised,
     )
-    return decode(step, accepted(step, decoding_backend(q)))
+    return decode_accepted(step, accepted(step, decoding_backend(q)))
 
 
 def attend_prompt(layer: PagedAttention, q: Tensor, length: int, far: Pages, near: Pages | None) -> Tensor:
@@ -119,28 +133,30 @@ def attend_prompt(layer: PagedAttention, q: Tensor, length: int, far: Pages, nea
     def decode_chunk(start: int, stop: int) -> tuple[Tensor, Tensor]:
         chunk = columns[start:stop]
         latents = maps.restored(far.at(chunk), q.dtype)
-        keys = maps.decode(maps.latent(latents, "key"), "key")
-        return layer.rotated(maps.for_each_head(keys), chunk), maps.for_each_head(maps.latent(latents, "value"))
+        keys, values = (maps.latent(latents, side) for side in SIDES)
+        values = maps.for_each_head(values) if near is None else maps.decode(values, "value")
+        return layer.rotated(maps.decode(keys, "key"), chunk), values
 
     mask = None if layer.slopes is None else bias_of(layer.slopes, columns, q.dtype)
     options: dict[str, Any] = {"mask": mask, "scale": layer.scale, "softcap": layer.softcap}
-    summed = chunked.attend_far(
+    if near is None:
+        parts = chunked.Parts(q, maps.layout.of("value").rank)
+    else:
+        first = max(query - window + 1, 0)
+        keys, values = near.at(columns[first:])
+        keys = layer.rotated(keys, columns[first:])
+        parts = chunked.attend_near(q, keys, values, window=window, key_first=first, query_first=query, **options)
+    chunked.attend_far(
+        parts,
         q,
         decode_chunk,
         keys=max(length - window, 0),
-        size=maps.layout.of("value").rank,
         seen_by_all=max(query - window + 1, 0),
         first=query - window,
         **options,
     )
-    exact = None
-    if near is not None:
-        first = max(query - window + 1, 0)
-        keys, values = near.at(columns[first:])
-        keys = layer.rotated(keys, columns[first:])
-        spans = {"window": window, "key_first": first, "query_first": query}
-        exact = chunked.attend_near(q, keys, values, **spans, **options)
-    return joined(maps, q, summed, exact)[0].transpose(0, 1)
+    out = parts.out.to(q.dtype)
+    return (maps.decode_output(out) if near is None else out)[0].transpose(0, 1)
 
 
 def bias_of(slopes: Tensor, columns: Tensor, dtype: torch.dtype) -> chunked.Mask:

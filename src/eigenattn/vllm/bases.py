@@ -36,12 +36,10 @@ class Bases:
     Args:
         config: what they say of themselves.
         folder: where they lie, or a hub id; None where they are in the checkpoint itself.
-        fingerprint: of the model that a folder of bases was made for; None where there is none.
     """
 
     config: EigenAttnCheckpointConfig
     folder: str | None = None
-    fingerprint: Any = None
 
     @classmethod
     def of(cls, model_config: Any, options: Mapping[str, Any]) -> Bases | None:
@@ -62,10 +60,7 @@ class Bases:
             raise EigenAttnError(f"this checkpoint is compressed already: leave out the bases in {folder}.")
         if own:
             return cls(EigenAttnCheckpointConfig(**values))
-        if not folder:
-            return None
-        config, fingerprint = read_config(folder)
-        return cls(config, folder, fingerprint)
+        return cls(read_config(folder), folder) if folder else None
 
 
 def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> dict[str, EigenAttention]:
@@ -84,7 +79,12 @@ def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> dict[str, 
     convert_attention(model)
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, EigenAttention)}
     found = dict(sorted(found.items(), key=lambda each: each[1].layer_idx))
-    allocate(list(found.values()), checkpoint)
+    layers = list(found.values())
+    if [layer.layer_idx for layer in layers] != [*range(config.get_text_config(decoder=True).num_hidden_layers)]:
+        raise EigenAttnError("models whose layers do not all cache keys and values are not served once compressed.")
+    if any(layer.sink_logits is not None or layer.normalises_rotated for layer in layers):
+        raise EigenAttnError("sinks, and norms behind rotation, are not served by vLLM once compressed.")
+    allocate(layers, checkpoint)
     return found
 
 
@@ -141,7 +141,7 @@ class Loading:
         else:
             names = [(index, name) for index, layer in enumerate(self._layers) for name in original_names(layer)]
             own = fingerprint_from([self._samples[key] for key in names])
-            check_base(folder, self._bases.config, self._bases.fingerprint, own)
+            check_base(folder, self._bases.config, own, quantised=False)
         wanted = {
             f"layers.{index}.{name}": torch.empty(getattr(self._layers[index], name).shape, device="cpu")
             for index, name in maps

@@ -184,6 +184,8 @@ def _check_layer(model: str, stock: Attention, original: EigenAttention, parent:
         raise EigenAttnError(
             "bases folded into the weights are not served by vLLM: compress with a window, or use transformers."
         )
+    if type(stock) is not Attention:
+        raise EigenAttnError(f"{type(stock).__name__} is not served by vLLM once compressed.")
     if stock.sliding_window is not None or original.sliding_window is not None:
         raise EigenAttnError("models with a sliding window of their own are not served by vLLM once compressed.")
     if original.rotates and not hasattr(parent, "rotary_emb"):

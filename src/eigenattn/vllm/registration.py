@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization import (
 )
 from vllm.v1.attention.backends.registry import register_backend
 
+from ..errors import EigenAttnError
 from ..models.checkpoint_format import EigenAttnCheckpointConfig
 from ..models.conversion import METHOD
 from ..models.families import FAMILIES
@@ -41,10 +42,14 @@ class LatentsConfig(QuantizationConfig):
         """Called before the model is built.
 
         Raises:
-            EigenAttnError: if it is malformed, or this version of vLLM is not supported.
+            EigenAttnError: if it is malformed, or of bases alone, or this version of vLLM is not supported.
         """
         check_version(vllm_version())
-        EigenAttnCheckpointConfig(**config)
+        if EigenAttnCheckpointConfig(**config).base is not None:
+            raise EigenAttnError(
+                "these are bases alone: serve the model that they belong to, and give their folder by "
+                """--additional-config '{"eigenattn": "FOLDER"}'."""
+            )
         return cls()
 
     @classmethod
@@ -75,7 +80,8 @@ def register() -> None:
     package = __package__
     register_quantization_config(METHOD)(LatentsConfig)
     register_backend(BACKEND, f"{package}.backend.LatentBackend")
-    names = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] for model_type in FAMILIES}
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    names = {mapping[model_type] for model_type in FAMILIES if model_type in mapping}
     for name in sorted(names & {*ModelRegistry.get_supported_archs()}):
         _stock[name] = ModelRegistry.models[name]
         ModelRegistry.register_model(name, f"{package}.models:{PREFIX}{name}")

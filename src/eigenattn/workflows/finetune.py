@@ -16,6 +16,7 @@ from ..files import read_text
 from ..finetuning import FinetuneConfig, FinetuneReport, finetune
 from ..journal import Journal, identity
 from ..models.bases_file import save_bases
+from ..models.checkpoint_format import checkpoint_of
 from ..models.loading import Source, load_model, load_tokenizer
 from ..report.card import finetuning_section
 from ..version import versions
@@ -82,13 +83,15 @@ def finetune_checkpoint(
             **config.to_dict(),
             "versions": versions(),
         }
-        model.config.quantization_config.provenance["finetuning"] = facts
+        checkpoint = checkpoint_of(model)
+        assert checkpoint is not None  # it was trained
+        checkpoint.provenance["finetuning"] = facts
         with journal.output() as folder:
             if source.bases is not None:
                 save_bases(model, folder)
             else:
                 model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
             (folder / "README.md").write_text(written + finetuning_section(facts), encoding="utf-8")
     return report
 

@@ -27,6 +27,7 @@ __all__ = [
     "Window",
     "accepted",
     "decode",
+    "decode_accepted",
     "default_backend",
     "out_of_pages",
     "why_not",
@@ -38,6 +39,8 @@ def _triton_decode(step: Step) -> Tensor:
         raise EigenAttnError("the triton backend needs triton: pip install 'eigenattn[triton]'.")
     if step.columns is not None:
         raise EigenAttnError("the triton backend does not decode where tokens were evicted: use torch.")
+    if step.sinks is not None:
+        raise EigenAttnError("the triton backend has no sinks in the softmax: use torch.")
     from .fused import decode as fused_decode
 
     return fused_decode(step)
@@ -73,10 +76,17 @@ def decode(step: Step, backend: str | None = None) -> Tensor:
         [B, H, D], or [B, H, R_v] without a decoder of values, in the dtype of the queries.
 
     Raises:
-        EigenAttnError: on an unknown backend, on shapes that do not fit, or without Triton where it is asked for.
+        EigenAttnError: on an unknown backend, on shapes that do not fit, or if the backend does not take the step.
     """
     name = backend or default_backend(step)
     if name not in DECODE_BACKENDS:
         raise EigenAttnError(f"unknown decoding backend {name!r}: choose one of {', '.join(DECODE_BACKENDS)}.")
     step.check()
+    if name == "native" and (reason := why_not(step)) is not None:
+        raise EigenAttnError(f"the native backend does not take this step: {reason}. Use torch.")
     return DECODE_BACKENDS[name](step)
+
+
+def decode_accepted(step: Step, backend: str) -> Tensor:
+    """The same for a step that a backend has accepted, and whose shapes fit, as a model's do: nothing is looked at."""
+    return DECODE_BACKENDS[backend](step)

@@ -207,6 +207,7 @@ class Step:
         mask: joins the scores by column, [B or 1, H or 1, columns]: boolean (True is visible) or additive. It may hide
             some of what the other arguments let a row see, and shows nothing more.
         softcap: scores become `softcap * tanh(scores / softcap)` before slopes and mask.
+        sinks: a logit of each head [H], with which the softmax is taken but for which there is no value.
         memoised: gives what has that name, or computes it; layers of a pass may share what they compute.
     """
 
@@ -226,6 +227,7 @@ class Step:
     window: Window | None = None
     mask: Tensor | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
     memoised: Callable[[Hashable, Callable[[], Any]], Any] = lambda name, compute: compute()
 
     @property

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference import softmax
 from .arguments import Rotary, Side, Step, pairs
 
 
@@ -62,7 +63,7 @@ def _attend(step: Step) -> tuple[Tensor, Tensor, _Keys]:
         length = step.length.view(-1, 1, 1) if isinstance(step.length, Tensor) else step.length
         scores = scores + step.slopes.view(1, -1, 1) * _by_head(columns - length, h)
     scores, seen = _masked(step, keys, scores)
-    weights = scores.softmax(dim=-1)
+    weights = softmax(scores.unsqueeze(2), step.sinks).squeeze(2)
     if seen is not None:
         weights = weights.masked_fill(~seen, 0.0)  # a row may see nothing
     weights = weights.to(step.q.dtype)

@@ -67,27 +67,29 @@ def why_not(step: Step) -> str | None:
         return "tables of pages are int32"
     if step.columns is not None:
         return "it does not decode where tokens were evicted"
+    if step.sinks is not None:
+        return "it has no sinks in the softmax"
     if step.mask is not None and step.mask.dtype != torch.bool and not step.mask.is_floating_point():
         return "masks are boolean or floating-point"
     for side in (step.keys, step.values):
-        if side.widths is None:
-            continue
-        if side.widths.bytes > LARGEST_BYTES:
-            return f"rows of codes have {LARGEST_BYTES} bytes at most"
-        if any(len(PARTS[bits]) > 2 for bits, _ in side.widths.counts):
-            return "codes lie in two parts at most"
+        reason = side._once("native declines", lambda side=side: _why_not_codes(side.widths))
+        if reason is not None:
+            return reason
     return unavailable()
 
 
-def decode(step: Step) -> Tensor:
-    """See `eigenattn.kernels.decoding.Step`.
+def _why_not_codes(widths: Widths | None) -> str | None:
+    if widths is None:
+        return None
+    if widths.bytes > LARGEST_BYTES:
+        return f"rows of codes have {LARGEST_BYTES} bytes at most"
+    if any(len(PARTS[bits]) > 2 for bits, _ in widths.counts):
+        return "codes lie in two parts at most"
+    return None
 
-    Raises:
-        EigenAttnError: if the step is not for this kernel.
-    """
-    reason = why_not(step)
-    if reason is not None:
-        raise EigenAttnError(f"the native backend does not take this step: {reason}. Use torch.")
+
+def decode(step: Step) -> Tensor:
+    """See `eigenattn.kernels.decoding.Step`; of a step that `why_not` has nothing to say of."""
     rotary, window, mask, slopes = step.rotary, step.window, step.mask, step.slopes
     counts = [
         step.first,

@@ -81,5 +81,6 @@ def decode(step: Step) -> Tensor:
                 scores = scores.masked_fill(~found, float("-inf")) if found.dtype == torch.bool else scores + found
             if not (scores > float("-inf")).any():
                 continue  # it sees nothing
-            out[row, head] = scores.softmax(0) @ v
+            sink = scores.new_full((1,), float("-inf")) if step.sinks is None else step.sinks[head : head + 1].float()
+            out[row, head] = torch.cat([scores, sink]).softmax(0)[:-1] @ v
     return out.to(step.q.dtype)

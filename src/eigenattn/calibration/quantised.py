@@ -1,0 +1,95 @@
+"""Gradients through quantised layers: of their inputs, which is all that calibration needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EigenAttnError
+from ..models.projections import holds_codes, matrix_of
+
+
+class Linear(torch.autograd.Function):
+    """A linear layer whose own arithmetic gives no gradients: they are taken by its matrix, which it is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], matrix: Callable[[], Tensor]) -> Tensor:
+        ctx.matrix = matrix
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        matrix = ctx.matrix()
+        return gradients[0].to(matrix.dtype) @ matrix, None, None
+
+
+@contextmanager
+def differentiable(module: nn.Module, like: Tensor) -> Iterator[None]:
+    """Have gradients pass the quantised layers inside a module.
+
+    Args:
+        like: of the dtype of hidden states, on the device of the module.
+
+    Raises:
+        EigenAttnError: if one of them gives none, and is not a linear layer.
+    """
+    replaced = []
+    try:
+        for name, each in module.named_modules():
+            size = getattr(each, "in_features", None)
+            # What rounds activations has a `forward` of its own, and its weight may be plain.
+            suspect = is_quantised(each) or (size is not None and "forward" in vars(each))
+            if not suspect or (size is not None and _gives_gradients(each, size, like)):
+                continue
+            if size is None:
+                raise EigenAttnError(
+                    f"gradients do not pass {name}, a {type(each).__name__} with quantised weights: take "
+                    'basis="attention" (--basis attention), or load the model with its weights dequantised.'
+                )
+            replaced.append((each, vars(each).get("forward")))
+            each.forward = _by_matrix(each, size, like)
+        yield
+    finally:
+        for each, own in replaced:
+            if own is None:
+                del each.forward
+            else:
+                each.forward = own
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module itself holds quantised weights."""
+    own = chain(module.parameters(recurse=False), (b for b in module.buffers(recurse=False) if _may_be_codes(b)))
+    return any(holds_codes(tensor) for tensor in own)
+
+
+def _may_be_codes(buffer: Tensor) -> bool:
+    """Masks and positions are no codes."""
+    return buffer.dim() > 1 and buffer.dtype not in (torch.bool, torch.int64)
+
+
+def _gives_gradients(module: nn.Module, size: int, like: Tensor) -> bool:
+    x = like.new_ones((1, 1, size)).requires_grad_()
+    with torch.enable_grad():
+        try:
+            module(x).sum().backward()
+        except (RuntimeError, NotImplementedError):  # also where what it gives needs no gradients
+            return False
+    return x.grad is not None
+
+
+def _by_matrix(module: nn.Module, size: int, like: Tensor) -> Callable[[Tensor], Any]:
+    forward = module.forward
+    asked: list[Tensor] = []
+
+    def matrix() -> Tensor:
+        if not asked:
+            asked.append(matrix_of(forward, size, device=like.device, dtype=like.dtype))
+        return asked[0]
+
+    return lambda x: Linear.apply(x, forward, matrix)

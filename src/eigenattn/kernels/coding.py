@@ -1,0 +1,86 @@
+"""Coding latents: on a CPU by the native library, which finds codes and packs them at once, else by PyTorch."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..cache.codebook import Codebook, scale_codes, scales
+from ..cache.packing import PARTS, Widths, plane_bytes
+from .native_library import library
+from .selection import decoding_backend
+
+
+def codes_of(z: Tensor, codebook: Codebook) -> Tensor:
+    """As `Codebook.encode`: the bytes [B, G, T, bytes] of latents [B, G, T, R]."""
+    widths = codebook.widths
+    channels = _chosen(z, widths, levels=False)
+    if channels is None:
+        return codebook.encode(z)
+    z = z.detach()
+    if widths.scaled:
+        scale = scale_codes(z)
+        return torch.cat([_packed(z / scales(scale), codebook, channels), scale], dim=-1)
+    return _packed(z, codebook, channels)
+
+
+def _packed(z: Tensor, codebook: Codebook, channels: Tensor) -> Tensor:
+    found, _ = library()
+    assert found is not None  # it was chosen
+    z, thresholds = z.float().contiguous(), codebook.all_thresholds
+    out = torch.empty(*z.shape[:3], codebook.widths.of_codes, dtype=torch.uint8)
+    sizes = thresholds.shape[1], out.shape[3], torch.get_num_threads()
+    found.eigenattn_pack(z.data_ptr(), *z.shape, channels.data_ptr(), thresholds.data_ptr(), *sizes, out.data_ptr())
+    return out
+
+
+def levels_of(rows: Tensor, codebook: Codebook) -> Tensor:
+    """As `Codebook.decode`: the latents [B, G, S, R] of bytes [B, G, S, bytes], in fp32; of all heads."""
+    channels = _chosen(rows, codebook.widths, levels=True)
+    if channels is None:
+        return codebook.decode(rows)
+    found, _ = library()
+    assert found is not None  # it was chosen
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    levels = codebook.all_levels
+    out = torch.empty(*rows.shape[:3], codebook.widths.channels)
+    of_rows = *rows.shape[:3], codebook.widths.of_codes, *rows.stride()[:3]
+    of_levels = levels.shape[1], torch.get_num_threads()
+    found.eigenattn_unpack(
+        rows.data_ptr(), *of_rows, channels.data_ptr(), out.shape[3], levels.data_ptr(), *of_levels, out.data_ptr()
+    )
+    return out * scales(rows[..., -1:]) if codebook.widths.scaled else out
+
+
+def _chosen(x: Tensor, widths: Widths, levels: bool) -> Tensor | None:
+    """What the library is told of the channels; None where PyTorch is to do it."""
+    if torch.compiler.is_compiling() or decoding_backend(x) != "native":
+        return None
+    return _channels(widths, levels)
+
+
+@functools.cache
+def _channels(widths: Widths, levels: bool) -> Tensor | None:
+    """How the library finds and stores each channel's codes, `Channel` in native.cpp, [R, 10]; None if it cannot.
+
+    Args:
+        levels: it looks up levels, one more than there are thresholds.
+    """
+    if any(len(PARTS[bits]) > 2 for bits, _ in widths.counts):
+        return None
+    rows: list[list[int]] = []
+    stored = looked_up = 0
+    for bits, count in widths.counts:
+        planes, below = [], bits
+        for part in PARTS[bits]:
+            below -= part
+            planes.append((stored, plane_bytes(count, part), part, below))
+            stored += plane_bytes(count, part)
+        for i in range(count):
+            parts = [(start + i % size, i // size * part, low, 2**part - 1) for start, size, part, low in planes]
+            row = [bits, looked_up, *(x for part in parts for x in part)]
+            rows.append(row + [0] * (10 - len(row)))
+            looked_up += 2**bits - (not levels)
+    return torch.tensor(rows, dtype=torch.int32)

@@ -1,0 +1,243 @@
+"""Models whose weights are quantised: each kind that installs, and modules that keep to the same contract."""
+
+import json
+
+import helpers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import character_tokenizer, tiny, tokens
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import eigenattn
+from eigenattn import EigenAttentionConfig, EigenAttnError, compress
+from eigenattn.calibration.quantised import differentiable
+from eigenattn.models.conversion import eigen_layers
+from eigenattn.models.projections import matrix_of
+
+IDS = tokens(2, 30)
+CODED = {"kv_ratio": 0.25, "window": 4}
+PLAIN = {"coded": False, "kv_ratio": 0.5, "rank_multiple": 2, "window": 0, "ranks": "uniform", "shrinkage": 0.3}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
+# bitsandbytes wants blocks of 64 on a CPU.
+SIZES = {"intermediate_size": 128}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny("llama", **SIZES).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def loaded(base, settings=None):
+    return AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.bfloat16)
+
+
+def bitsandbytes(base, bits):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    return loaded(base, BitsAndBytesConfig(**{f"load_in_{bits}bit": True}))
+
+
+def quanto(base, bits):
+    pytest.importorskip("optimum.quanto")
+    from transformers import QuantoConfig
+
+    return loaded(base, QuantoConfig(weights=f"int{bits}"))
+
+
+def torchao(base, name):
+    quantization = pytest.importorskip("torchao.quantization")
+    from transformers import TorchAoConfig
+
+    return loaded(base, TorchAoConfig(getattr(quantization, name)()))
+
+
+def hqq(base, bits):
+    quantize = pytest.importorskip("hqq.core.quantize")
+    model, settings = loaded(base), quantize.BaseQuantizeConfig(nbits=bits, group_size=32)
+    for name, module in list(model.named_modules()):
+        if name.endswith(PROJECTIONS):
+            quantised = quantize.HQQLinear(module, settings, compute_dtype=torch.bfloat16, device="cpu")
+            model.set_submodule(name, quantised)
+    return model
+
+
+def compressed_tensors(base, kind, folder):
+    """A checkpoint of 8 bits a weight, activations rounded to as many in every pass."""
+    pytest.importorskip("compressed_tensors")
+    tensors, dtype, most = (
+        load_file(base / "model.safetensors"),
+        *{"float": (torch.float8_e4m3fn, 448), "int": (torch.int8, 127)}[kind],
+    )
+    for name in [name for name in tensors if name.endswith(tuple(f"{each}.weight" for each in PROJECTIONS))]:
+        scale = tensors[name].abs().amax(1, keepdim=True) / most
+        rows = tensors[name] / scale
+        tensors[name] = (rows.round() if kind == "int" else rows).to(dtype)
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    common = {"num_bits": 8, "type": kind, "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": f"{'float' if kind == 'float' else 'int'}-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**common, "strategy": "channel", "dynamic": False},
+                "input_activations": {**common, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def gguf(base, monkeypatch):
+    """Weights in the blocks of a GGUF file; single rows take a kernel that is fetched, and here go with the others."""
+    utils = pytest.importorskip("transformers.integrations.gguf.utils")
+    types = pytest.importorskip("gguf")
+    monkeypatch.setattr(utils, "MAX_GEMV_ROWS", 0)
+    model = loaded(base)
+    for name, module in list(model.named_modules()):
+        if name.endswith(PROJECTIONS):
+            kind = types.GGMLQuantizationType.Q8_0
+            packed = utils.GgufLinear(module.in_features, module.out_features, int(kind))
+            blocks = types.quants.quantize(module.weight.detach().float().numpy(), kind)
+            packed.weight.data = torch.from_numpy(blocks)
+            model.set_submodule(name, packed)
+    return model
+
+
+class Packed(torch.nn.Module):
+    """As AWQ's and GPTQ's layers: codes in a buffer, no `weight`, and arithmetic that knows no gradients."""
+
+    def __init__(self, original):
+        super().__init__()
+        self.in_features, self.out_features = original.in_features, original.out_features
+        weight = original.weight.detach()
+        self.register_buffer("scales", weight.abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("qweight", (weight / self.scales).round().to(torch.int32))
+        self.bias = original.bias
+
+    @torch.no_grad()
+    def forward(self, x):
+        y = x @ (self.qweight.to(x.dtype) * self.scales).T
+        return y if self.bias is None else y + self.bias
+
+
+class Fp8Linear(torch.nn.Linear):
+    """As fine-grained FP8: a `weight` of eight bits and scales, multiplied by a kernel."""
+
+    def __init__(self, original):
+        super().__init__(original.in_features, original.out_features, bias=False, device="meta")
+        weight = original.weight.detach()
+        self.weight_scale_inv = torch.nn.Parameter(weight.abs().amax() / 448, requires_grad=False)
+        codes = (weight / self.weight_scale_inv).to(torch.float8_e4m3fn)
+        self.weight = torch.nn.Parameter(codes, requires_grad=False)
+
+    @torch.no_grad()
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) * self.weight_scale_inv).T
+
+
+def in_place(base, kind):
+    model = loaded(base)
+    for name, module in list(model.named_modules()):
+        if name.endswith(PROJECTIONS):
+            model.set_submodule(name, kind(module))
+    return model
+
+
+KINDS = {
+    "bitsandbytes-4": lambda base, folder, patch: bitsandbytes(base, 4),
+    "bitsandbytes-8": lambda base, folder, patch: bitsandbytes(base, 8),
+    "quanto-8": lambda base, folder, patch: quanto(base, 8),
+    "quanto-4": lambda base, folder, patch: quanto(base, 4),
+    "torchao-int8": lambda base, folder, patch: torchao(base, "Int8WeightOnlyConfig"),
+    "torchao-dynamic": lambda base, folder, patch: torchao(base, "Int8DynamicActivationInt8WeightConfig"),
+    "hqq-4": lambda base, folder, patch: hqq(base, 4),
+    "compressed-tensors-fp8": lambda base, folder, patch: compressed_tensors(base, "float", folder),
+    "compressed-tensors-int8": lambda base, folder, patch: compressed_tensors(base, "int", folder),
+    "gguf": lambda base, folder, patch: gguf(base, patch),
+    "packed": lambda base, folder, patch: in_place(base, Packed),
+    "fp8": lambda base, folder, patch: in_place(base, Fp8Linear),
+}
+
+
+@pytest.fixture(params=KINDS)
+def model(request, base, tmp_path, monkeypatch):
+    return KINDS[request.param](base, tmp_path, monkeypatch)
+
+
+# Other packages' own warnings.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@torch.no_grad()
+def test_a_projection_is_asked_for_its_matrix(model, base):
+    original = loaded(base).model.layers[0].self_attn.o_proj.weight
+    model(IDS)  # some are packed anew by their first pass
+    found = matrix_of(model.model.layers[0].self_attn.o_proj, 64, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert found.shape == original.shape
+    assert (found - original).norm() < 0.15 * original.norm()
+
+
+def test_gradients_pass(model):
+    layer = model.model.layers[0]
+    layer.requires_grad_(False)
+    with torch.no_grad():
+        model(IDS)
+    x = torch.randn(1, 5, 64, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with differentiable(layer, x):
+        y = layer.self_attn.o_proj(x)
+        y.backward(torch.ones_like(y))
+    expected = matrix_of(layer.self_attn.o_proj, 64, device=x.device, dtype=x.dtype).sum(0)
+    assert (x.grad[0, 0] - expected).norm() < 0.05 * expected.norm()
+    assert "forward" not in vars(layer.self_attn.o_proj) or not isinstance(layer.self_attn.o_proj, Packed)
+
+
+def test_compressed(model):
+    check(model, PLAIN)
+
+
+def test_coded(base):
+    check(in_place(base, Packed), CODED)
+
+
+def check(model, settings):
+    with torch.no_grad():
+        exact = model(IDS).logits
+    before = {name: type(each) for name, each in model.named_modules() if name.endswith(PROJECTIONS)}
+    report = compress(model, [IDS], EigenAttentionConfig(**settings))
+    assert abs(report.kv_ratio - settings["kv_ratio"]) < 0.02
+    assert {name: type(each) for name, each in model.named_modules() if name in before} == before  # nothing is folded
+    assert {attention.dtype for attention in eigen_layers(model)} == {torch.bfloat16}
+    with torch.no_grad():
+        whole = model(IDS, use_cache=False).logits
+        pieces = helpers.in_pieces(model, IDS, DynamicCache(config=model.config), [13, 1, 1, 1, 14])
+    assert (whole - exact).abs().max() > 0
+    assert (pieces - whole).norm() < 0.1 * whole.norm()
+
+
+def test_experts_that_give_no_gradients(base):
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.codes = torch.nn.Parameter(torch.zeros(4, 8, 8, dtype=torch.uint8), requires_grad=False)
+
+        def forward(self, x):
+            return x
+
+    model = loaded(base)
+    model.model.layers[1].mlp = Experts()
+    with pytest.raises(EigenAttnError, match=r"pass mlp, a Experts with quantised weights: take basis=.attention"):
+        compress(model, [IDS], EigenAttentionConfig(**CODED))
+    assert not eigen_layers(model)
+    compress(model, [IDS], EigenAttentionConfig(**PLAIN))
+    assert eigenattn.models.conversion.layouts_of(model)[0].beside
