@@ -12,7 +12,7 @@ import sys
 
 METHOD = "eigenattn"
 QUANTISERS, MODELS = "transformers.quantizers.auto", "transformers.modeling_utils"
-SWITCH = "EIGENATTN_AUTOLOAD"
+SWITCH, BASES = "EIGENATTN_AUTOLOAD", "EIGENATTN_BASES"
 
 
 def _package():
@@ -25,6 +25,23 @@ def _package():
             "install it again, or load the original model."
         ) from error
     return eigenattn
+
+
+def serve():
+    """The plug-in for vLLM, `eigenattn.vllm.register`.
+
+    vLLM goes on without a plug-in that cannot be imported, and would serve uncompressed: where bases are asked for it
+    is stopped here, as far as that can be seen from outside.
+    """
+    try:
+        from eigenattn.vllm import register
+
+        register()
+    except Exception as error:
+        told = f"eigenattn's plug-in for vLLM is broken ({type(error).__name__}: {error}): install it again"
+        if os.environ.get(BASES) or any(METHOD in argument for argument in sys.argv[1:]):
+            raise ImportError(f"{told}, or leave out the bases.") from error
+        print(f"{told}. Nothing compressed is served.", file=sys.stderr)
 
 
 class _Config:

@@ -107,16 +107,30 @@ def test_it_can_be_switched_off(folder):
     assert "no file named model.safetensors" in found.stderr  # bases alone are no model
 
 
-def test_a_broken_installation(folder):
-    broken = folder / "broken"
-    (broken / "eigenattn").mkdir(parents=True, exist_ok=True)
-    (broken / "eigenattn" / "__init__.py").write_text("raise RuntimeError('half of it is gone')\n")
+@pytest.fixture
+def broken(tmp_path) -> Path:
+    (tmp_path / "eigenattn").mkdir()
+    (tmp_path / "eigenattn" / "__init__.py").write_text("raise RuntimeError('half of it is gone')\n")
+    return tmp_path
+
+
+def test_a_broken_installation(folder, broken):
     found = run(folder, LOAD, before=broken)
     assert found.stdout == "cpu\n"  # other models load
     assert found.stderr.strip().splitlines()[-1] == (
         "ImportError: this model is compressed by eigenattn, whose installation is broken (RuntimeError: half of it is "
         "gone): install it again, or load the original model."
     )
+
+
+def test_vllm_is_stopped_where_bases_are_asked_for_of_a_broken_installation(folder, broken):
+    code = "import eigenattn_autoload as a; a.serve(); print('served')"
+    found = run(folder, code, before=broken)
+    assert found.stdout == "served\n" and found.stderr.endswith("Nothing compressed is served.\n")
+    found = run(folder, code, before=broken, EIGENATTN_BASES="bases")
+    assert found.stdout == "" and found.stderr.endswith("install it again, or leave out the bases.\n")
+    found = run(folder, f'import sys; sys.argv += [\'{{"eigenattn": "bases"}}\']; {code}', before=broken)
+    assert found.stdout == "" and found.stderr.endswith("install it again, or leave out the bases.\n")
 
 
 def test_it_costs_nothing():

@@ -1,5 +1,6 @@
 """The native decoding step: what only it does, and what is done without it."""
 
+import dataclasses
 import re
 
 import pytest
@@ -87,6 +88,35 @@ def test_dimensions_that_are_odd():
     window = Window(step.window.keys[..., :d], step.window.values[..., :d], step.window.column, step.window.stop)
     changes = {"q": step.q[..., :d], "keys": odd[0], "values": odd[1], "window": window}
     assert_same(some_step(s=70, **changes, rotary=Rotary(torch.tensor([1.0, 0.3]))))
+
+
+def in_pages(x, size, seed=0):
+    """Rows [B, heads, S, *] as pages of `size` tokens in no order, and the table."""
+    b, pages = len(x), -(-x.shape[2] // size)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, pages * size - x.shape[2]))
+    order = torch.randperm(b * pages + 3, generator=torch.Generator().manual_seed(seed))[: b * pages].view(b, pages)
+    held = x.new_zeros(b * pages + 3, x.shape[1], size, x.shape[3])
+    held[order] = padded.unflatten(2, (pages, size)).transpose(1, 2)
+    return held, order.to(torch.int32)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("native", marks=native)])
+@pytest.mark.parametrize("sizes", [(16, 4), (5, 3), (64, 64)], ids=str)
+@pytest.mark.parametrize("widths", [None, Widths.of({8: 3, 6: 2, 4: 30, 1: 4})], ids=str)
+def test_rows_may_lie_in_pages(backend, sizes, widths):
+    """Slots of the window's pages are counted from the row's first token, as a paged cache has them."""
+    step = some_step(s=90, widths=widths, first=torch.tensor([0, 7], dtype=torch.int32))
+    expected = decode(step, backend)
+    (keys, table), (values, _) = (in_pages(row, sizes[0]) for row in step.rows)
+    near = []
+    for x in (step.window.keys, step.window.values):
+        slots = x.new_full((*x.shape[:2], 110, x.shape[3]), 9.0)
+        for row, length in enumerate(step.length.tolist()):
+            slots[row, :, length : length + 9] = x[row]
+        near.append(in_pages(slots, sizes[1], seed=1))
+    window = Window(near[0][0], near[1][0], 0, step.window.stop, near[0][1])
+    paged = dataclasses.replace(step, rows=(keys, values), table=table, window=window)
+    torch.testing.assert_close(decode(paged, backend), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
     python engine.py JOBS RESULTS
 
 JOBS is a JSON list of `{"options": ..., "prompts": [[ids], ...], "new_tokens": n}`, options being those of `vllm.LLM`.
-Each result has the tokens of two runs of the same prompts, what of the second run came out of the prefix cache, and the
-engine's own count of cache tokens; or the error.
+Each result has the tokens of two runs of the same prompts, what of each run came out of the prefix cache, how many
+drafts were taken, and the engine's own count of cache tokens; or the error.
 """
 
 import gc
@@ -24,16 +24,24 @@ def run(job: dict) -> dict:
     parallel = any(job["options"].get(f"{kind}_parallel_size", 1) > 1 for kind in ("tensor", "pipeline"))
     if parallel:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    llm = LLM(**{"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 8 << 20} | job["options"])
+    options = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 8 << 20, "disable_log_stats": False}
+    llm = LLM(**options | job["options"])
     cache = llm.llm_engine.vllm_config.cache_config
     result = {"cache_tokens": cache.kv_cache_size_tokens}
     if job["prompts"]:
         prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
         sampling = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True)
+        result["reused"] = []
         for name in ("tokens", "again"):
             outputs = llm.generate(prompts, sampling, use_tqdm=False)
             result[name] = [list(output.outputs[0].token_ids) for output in outputs]
-        result["reused"] = [output.num_cached_tokens for output in outputs]
+            result["reused"].append([output.num_cached_tokens for output in outputs])
+        if not parallel:
+            counted = {
+                metric.name.removeprefix("vllm:"): getattr(metric, "value", None) for metric in llm.get_metrics()
+            }
+            names = {"preempted": "num_preemptions", "drafts_taken": "spec_decode_num_accepted_tokens"}
+            result |= {name: counted.get(metric) for name, metric in names.items()}
     del llm
     gc.collect()
     return result
@@ -48,8 +56,8 @@ def main() -> None:
             results.append(run(job))
         except Exception as error:
             results.append({"error": str(error)})
-    with open(sys.argv[2], "w") as file:
-        json.dump(results, file)
+        with open(sys.argv[2], "w") as file:
+            json.dump(results, file)
 
 
 if __name__ == "__main__":

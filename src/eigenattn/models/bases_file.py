@@ -116,10 +116,7 @@ def attach(model: PreTrainedModel, bases: str | Path, **hub: Any) -> PreTrainedM
     Raises:
         EigenAttnError: if there are no bases, or they do not fit. The model is then as it was.
     """
-    config = _read_config(_file(bases, CONFIG_FILE, OLD_CONFIG_FILE, **hub))
-    if config is None:
-        raise EigenAttnError(f"{bases} holds no bases: give a folder that `eigenattn compress` wrote.")
-    weights = _file(bases, BASES_FILE, **hub)
+    config = read_config(bases, **hub)
     check_whole(model)
     originals = convert_attention(model)
     try:
@@ -127,8 +124,8 @@ def attach(model: PreTrainedModel, bases: str | Path, **hub: Any) -> PreTrainedM
         if not are_beside(config.layouts(layers[0].config)):
             raise EigenAttnError(f"{bases} is of a model without a window, whose bases are folded into its weights.")
         allocate(layers, config)
-        _check_base(bases, config, layers)
-        read_into(_named(layers), weights, "bases")
+        check_base(bases, config, fingerprint_of(layers), any(map(_quantised, layers)))
+        read_tensors(bases, _named(layers), **hub)
     except BaseException:
         restore_attention(model, originals)
         raise
@@ -137,13 +134,38 @@ def attach(model: PreTrainedModel, bases: str | Path, **hub: Any) -> PreTrainedM
     return model
 
 
-def _check_base(bases: str | Path, config: EigenAttnCheckpointConfig, layers: Sequence[EigenAttention]) -> None:
+def read_config(bases: str | Path, **hub: Any) -> EigenAttnCheckpointConfig:
+    """What bases say of themselves.
+
+    Raises:
+        EigenAttnError: if there are none, or they are malformed.
+    """
+    config = _read_config(_file(bases, CONFIG_FILE, OLD_CONFIG_FILE, **hub))
+    if config is None:
+        raise EigenAttnError(f"{bases} holds no bases: give a folder that `eigenattn compress` wrote.")
+    return config
+
+
+def read_tensors(bases: str | Path, wanted: Mapping[str, Tensor], **hub: Any) -> None:
+    """Read bases into tensors by their names, `layers.INDEX.MAP`; see `read_into`."""
+    read_into(wanted, _file(bases, BASES_FILE, **hub), "bases")
+
+
+def check_base(bases: str | Path, config: EigenAttnCheckpointConfig, own: str, quantised: bool) -> None:
+    """Refuse bases that were made for another model; where they do not say for which, there is a warning.
+
+    Args:
+        own: the fingerprint of the model that they are to be put on.
+        quantised: whether its weights are.
+
+    Raises:
+        EigenAttnError: if they were.
+    """
     told = config.base or {}
     if told.get("weights") is None:
         warnings.warn(f"{bases} does not tell its base model from others: see that it is this one.", stacklevel=3)
         return
-    quantised = bool(told.get("quantised")) or any(map(_quantised, layers))
-    if not alike(told["weights"], fingerprint_of(layers), quantised):
+    if not alike(told["weights"], own, quantised or bool(told.get("quantised"))):
         base, revision = (config.provenance.get(f"base_model{end}") for end in ("", "_revision"))
         at = f" at revision {revision!r:.60}" if revision else ""
         raise EigenAttnError(
@@ -172,8 +194,23 @@ def _quantised(attention: EigenAttention) -> bool:
 
 def fingerprint_of(layers: Sequence[EigenAttention]) -> str:
     """Weights of the original's, evenly spaced in each parameter, in bfloat16 as hexadecimal digits."""
-    found = [sample for attention in layers for _, sample in sorted(_samples(attention))]
-    return torch.cat(found).view(torch.uint8).numpy().tobytes().hex()
+    return fingerprint_from([sample for attention in layers for _, sample in sorted(_samples(attention))])
+
+
+def fingerprint_from(samples: Sequence[Tensor]) -> str:
+    """The fingerprint of what was `sampled` of all parameters, layer by layer and in the order of their names."""
+    return torch.cat(list(samples)).view(torch.uint8).numpy().tobytes().hex()
+
+
+def sampled(weight: Tensor) -> Tensor:
+    """What a fingerprint holds of one parameter."""
+    weight = weight.detach().flatten()
+    return weight[_places(len(weight))].to("cpu", torch.bfloat16)
+
+
+def original_names(attention: EigenAttention) -> list[str]:
+    """The names of a layer's parameters that are the original's, in their order."""
+    return sorted({name for name, _ in attention.named_parameters()} - {*MAPS, *QUANTISERS})
 
 
 def _samples(attention: EigenAttention) -> Iterator[tuple[str, Tensor]]:
@@ -183,11 +220,10 @@ def _samples(attention: EigenAttention) -> Iterator[tuple[str, Tensor]]:
         projection = getattr(attention, name)
         if not is_plain(projection):
             asked[name] = projection
-    for name in {name for name, _ in attention.named_parameters()} - {*MAPS, *QUANTISERS}:
+    for name in original_names(attention):
         module, _, own_name = name.rpartition(".")
         if module.partition(".")[0] not in asked:
-            weight = cast(Tensor, stored(attention.get_submodule(module), own_name)).detach().flatten()
-            yield name, weight[_places(len(weight))].to("cpu", torch.bfloat16)
+            yield name, sampled(cast(Tensor, stored(attention.get_submodule(module), own_name)))
     for name, projection in asked.items():
         inputs = (
             attention.heads * attention.head_dim if name == attention.family.output else attention.config.hidden_size
@@ -201,7 +237,7 @@ def _samples(attention: EigenAttention) -> Iterator[tuple[str, Tensor]]:
         yield f"{name}.weight", weights.to(torch.bfloat16)
         bias = getattr(projection, "bias", None)
         if bias is not None:
-            yield f"{name}.bias", bias.detach()[_places(len(bias))].to("cpu", torch.bfloat16)
+            yield f"{name}.bias", sampled(bias)
 
 
 def _places(count: int) -> list[int]:

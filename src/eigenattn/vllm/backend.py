@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
-from vllm.v1.attention.backend import (
+
+from .attend import Queries, attend_prompt, decode_queries
+from .engine import (
     AttentionBackend,
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
+    KVCacheLayout,
+    KVCacheSpec,
+    VllmConfig,
+    get_attention_context,
 )
-from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
+from .pages import Pages, latents_in, window_in, write
+from .registration import BACKEND
 
-from .attend import DecodingRows, PagedAttention, attend_prompt, decode_rows
-from .pages import Pages, write
+# Queries of a row that are decoded as rows of their own, in place of a prompt's way (chosen): drafts of speculative
+# decoding are then verified by the arithmetic that decodes without them.
+MOST_DECODED = 16
 
 
 @dataclass(frozen=True)
-class PromptRow:
-    """A row with several queries, the batch's tokens `start` to `stop`."""
+class Prompt:
+    """A row with many queries, the batch's tokens `start` to `stop`."""
 
-    row: Tensor
     start: int
     stop: int
     length: int
+    table: Tensor  # int32 [1, n]
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,14 @@ class LatentMetadata(AttentionMetadata):
     Args:
         tokens: tokens of the batch, without padding.
         slots: where they are written, int64 [tokens].
-        table: blocks of each row, int64 [rows, n].
-        decoding, prompts: the rows.
+        queries: of rows that have few, or None.
+        prompts: the other rows.
     """
 
     tokens: int
     slots: Tensor
-    table: Tensor
-    decoding: list[DecodingRows]
-    prompts: list[PromptRow]
+    queries: Queries | None
+    prompts: list[Prompt]
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
@@ -63,7 +66,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LatentMetadata:
-        """Layers of one group differ in rank only, and so share what the first of them builds."""
+        """Layers of one group differ in the bytes of a token only, and so share what the first of them builds."""
         built = getattr(common_attn_metadata, "_eigenattn", None)
         if built is None:
             built = common_attn_metadata._eigenattn = _metadata(common_attn_metadata)
@@ -74,25 +77,23 @@ def _metadata(common: CommonAttentionMetadata) -> LatentMetadata:
     starts = common.query_start_loc_cpu.tolist()
     lengths = common.seq_lens[: common.num_reqs].tolist()
     table, device = common.block_table_tensor, common.block_table_tensor.device
-    prompts, similar = [], {}
+    prompts, few = [], []
     for row, (start, stop, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
-        if stop - start == 1:
-            # Rows decoded together are padded to the longest: within a power of two that at most doubles the work.
-            similar.setdefault(length.bit_length(), []).append((row, start, length))
-        elif stop > start:
-            prompts.append(PromptRow(torch.tensor([row], device=device), start, stop, length))
-    positions = torch.arange(max(lengths, default=0), dtype=torch.int32, device=device).unsqueeze(0)
-    decoding = []
-    for found in similar.values():
-        rows, tokens, held = torch.tensor(found, device=device).unbind(1)
-        longest = max(length for *_, length in found)
-        decoding.append(DecodingRows(rows, tokens, held.to(torch.int32), longest, positions))
+        if stop - start > MOST_DECODED:
+            prompts.append(Prompt(start, stop, length, table[row : row + 1]))
+        else:
+            few += [(row, token, length - (stop - 1 - token)) for token in range(start, stop)]
+    queries = None
+    if few:
+        rows, tokens, held = torch.tensor(few, device=device).unbind(1)
+        positions = torch.arange(max(length for *_, length in few), dtype=torch.int32, device=device)
+        queries = Queries(tokens, held.to(torch.int32), table[rows], positions.unsqueeze(0))
     tokens = min(common.num_actual_tokens, starts[-1])
-    return LatentMetadata(tokens, common.slot_mapping[:tokens].long(), table.long(), decoding, prompts)
+    return LatentMetadata(tokens, common.slot_mapping[:tokens].long(), queries, prompts)
 
 
 class LatentBackend(AttentionBackend):
-    """Pages of latents, and of the exact window. Block-outermost layouts let layers differ in rank without padding."""
+    """Pages of latents, and of the exact window. Block-outermost layouts let layers differ in bytes without padding."""
 
     forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
@@ -100,7 +101,7 @@ class LatentBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "EIGEN"
+        return BACKEND
 
     @staticmethod
     def get_impl_cls() -> type[LatentImpl]:
@@ -120,31 +121,15 @@ class LatentBackend(AttentionBackend):
 
 
 class LatentImpl(AttentionImpl[LatentMetadata]):
-    """What a layer's attention computes.
+    """What a layer's attention computes; it holds nothing of a layer.
 
     Args:
-        attention: gives how it attends; asked once weights are loaded.
-        num_heads, head_size, scale: of the original attention.
-        window_layer: name of the layer that caches the exact window, or None.
+        num_heads, head_size, scale: of the layer, for vLLM.
     """
 
-    def __init__(
-        self,
-        attention: Callable[[], PagedAttention],
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        window_layer: str | None,
-    ) -> None:
-        self._make_attention = attention
+    def __init__(self, num_heads: int, head_size: int, scale: float) -> None:
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
-        self.window_layer = window_layer
         self.kv_cache_dtype = "auto"
-
-    @cached_property
-    def attention(self) -> PagedAttention:
-        """How it attends."""
-        return self._make_attention()
 
     def forward(
         self,
@@ -161,26 +146,30 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         """Write what the tokens leave in the caches, and attend.
 
         Args:
-            query: before rotation [tokens, H, D or R_k].
-            key: latents as they lie in a page, [tokens, P, C].
-            value: exact keys and values as they lie in a page, [tokens, G, 2 D]; anything without a window.
-            kv_cache: [blocks, P, N, C], see `eigenattn.vllm.pages`.
+            layer: the `LatentAttention`.
+            query: before rotation [tokens, H, D].
+            key, value: the same, [tokens, G, D].
+            kv_cache: [pages, 1, N, bytes], see `eigenattn.vllm.pages`.
             attn_metadata: None while memory is profiled.
-            output: [tokens, H, D or R_v].
+            output: [tokens, H, D].
         """
         if attn_metadata is None:
             return output.zero_()
-        batch, near = attn_metadata, None
-        write(kv_cache, batch.slots, key[: batch.tokens])
-        far = Pages(kv_cache, batch.table)
-        if self.window_layer is not None:
-            context = get_forward_context()
-            window = context.attn_metadata[self.window_layer]
-            near = Pages(context.no_compile_layers[self.window_layer].kv_cache, window.table)
-            write(near.cache, window.slots, value[: batch.tokens])
-        for row in batch.prompts:
-            q = query[row.start : row.stop]
-            output[row.start : row.stop] = attend_prompt(self.attention, q, row.row, row.length, far, near)
-        for rows in batch.decoding:
-            output[rows.tokens] = decode_rows(self.attention, query[rows.tokens], rows, far, near)
+        batch, attention = attn_metadata, layer.attention
+        vectors = tuple(x[: batch.tokens].transpose(0, 1).unsqueeze(0) for x in (key, value))  # [1, G, T, D]
+        rows, window, near = latents_in(kv_cache, layer.layout, query.dtype), None, ()
+        write(rows, batch.slots, layer.stored(*vectors))
+        if layer.window_name is not None:
+            window, _, cache, _ = get_attention_context(layer.window_name)
+            near = window_in(cache)
+            write(near, window.slots, vectors)
+        for i, prompt in enumerate(batch.prompts):
+            exact = None if window is None else Pages(near, window.prompts[i].table)
+            q = query[prompt.start : prompt.stop]
+            found = attend_prompt(attention, q, prompt.length, Pages(rows, prompt.table), exact)
+            output[prompt.start : prompt.stop] = found
+        if batch.queries is not None:
+            exact = None if window is None else Pages(near, window.queries.table)
+            q, far = query[batch.queries.tokens], Pages(rows, batch.queries.table)
+            output[batch.queries.tokens] = decode_queries(attention, q, batch.queries, far, exact)
         return output

@@ -1,32 +1,41 @@
 """What a layer caches, as vLLM is told of it: pages of latents, and pages of the exact window.
 
-Latents of all tokens form one full-attention group, whatever the ranks, and the window's tokens a sliding-window group.
-A block of the engine's pool holds all layers' pages of either group, so the window's has as many tokens as fit into the
-other's bytes.
+Latents of all tokens form one full-attention group, whatever their bytes, and the window's tokens a sliding-window
+group. A block of the engine's pool holds all layers' pages of either group, so the window's has as many tokens as fit
+into the other's bytes.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.utils.torch_utils import _encode_layer_name, kv_cache_dtype_str_to_dtype
-from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from ..cache.layout import Layout
+from ..cache.size import baseline_bytes_per_token
 from ..errors import EigenAttnError
-from .backend import LatentBackend, LatentImpl
+from .backend import LatentBackend
+from .engine import (
+    AttentionBackend,
+    AttentionLayerBase,
+    FullAttentionSpec,
+    KVCacheSpec,
+    KVCacheSpecRegistry,
+    SlidingWindowManager,
+    SlidingWindowSpec,
+    VllmConfig,
+    kv_cache_dtype_str_to_dtype,
+)
 
-# Tokens of a block beside a window, unless the user says otherwise. A sequence holds whole blocks of its window: larger
-# ones waste more of them, smaller ones make longer tables.
-BLOCK_WITH_WINDOW = 16
-# Queries of a decoding step and, where the engine schedules ahead, of the step before it.
+# Tokens that a block of latents may have beside a window, unless the user says otherwise (chosen). Smaller ones make
+# longer tables. By fours, pages begin where elements of four bytes may.
+BLOCKS_WITH_WINDOW = range(16, 129, 4)
+# Where the engine schedules ahead, tokens of two steps are not settled.
 STEPS_AHEAD = 2
 
 
@@ -47,16 +56,29 @@ class BlockPlan:
     spacers: int
 
     @classmethod
-    def of(cls, layouts: list[Layout], cache_config: Any) -> BlockPlan | None:
-        """For the layers of a model, which have one window; None without."""
+    def of(cls, layouts: Sequence[Layout], element_size: int, block: int | None) -> BlockPlan | None:
+        """For the layers of a model, which have one window; None without.
+
+        Args:
+            element_size: bytes of an element that is not coded.
+            block: tokens of a block of latents, if the user has chosen.
+        """
         window = layouts[0].window
         if not window:
             return None
-        block = cache_config.block_size if cache_config.user_specified_block_size else BLOCK_WITH_WINDOW
-        sizes = [layout.bytes_per_token(1) for layout in layouts]  # elements
-        exact, room = sum(layout.original_elements for layout in layouts), block * sum(sizes)
-        fitting = [size for size in range(1, block + 1) if block % size == 0 and size * exact <= room]
-        return cls(window, block, max(fitting, default=1), spacers_for(sizes))
+        sizes = [layout.bytes_per_token(element_size) for layout in layouts]
+        ratio = baseline_bytes_per_token(layouts, element_size) / sum(sizes)
+
+        def exact(latents: int) -> int:
+            return max((n for n in range(1, latents + 1) if latents % n == 0 and n * ratio <= latents), default=0)
+
+        def cost(latents: int) -> float:
+            """Tokens whose latents would take the room of a sequence's window, and of what its last block wastes."""
+            held = exact(latents)
+            return latents * (-(-(window + 1) // held) + 1.5) if held else math.inf
+
+        latents = block or min(BLOCKS_WITH_WINDOW, key=cost)
+        return cls(window, latents, exact(latents) or 1, spacers_for(sizes))
 
     def needed(self, in_flight: int, longest: int) -> int:
         """Blocks that a sequence of `longest` tokens takes while so many are computed, and one that vLLM reserves."""
@@ -81,18 +103,48 @@ class WindowSpec(SlidingWindowSpec):
     """
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        longest = vllm_config.model_config.max_model_len
-        return self.max_admission_blocks_per_request(STEPS_AHEAD, longest) * self.page_size_bytes
+        longest, queries = vllm_config.model_config.max_model_len, 1 + vllm_config.num_speculative_tokens
+        return self.max_admission_blocks_per_request(STEPS_AHEAD * queries, longest) * self.page_size_bytes
 
 
-class _CachingLayer(nn.Module, AttentionLayerBase):
+class WindowManager(SlidingWindowManager):
+    """Keeps windows for later prompts at intervals, not at the ends of prompts alone, unless the user says otherwise.
+
+    vLLM's own default has a prefix that two prompts share hit by the third. Here a window is kept wherever as many
+    blocks of latents were filled as it takes itself, so that windows are half of what a cached prefix takes at most.
+    """
+
+    @classmethod
+    def reachable_block_mask(
+        cls,
+        start_block: int,
+        end_block: int,
+        alignment_tokens: int | None,
+        kv_cache_spec: KVCacheSpec,
+        use_eagle: bool,
+        retention_interval: int | None = None,
+        **options: Any,
+    ) -> list[bool] | None:
+        if retention_interval == 0 and alignment_tokens is not None:
+            window, block = kv_cache_spec.sliding_window, kv_cache_spec.block_size
+            retention_interval = cls._contiguous_blocks_for_hit(window, block, use_eagle) * alignment_tokens
+        return super().reachable_block_mask(
+            start_block, end_block, alignment_tokens, kv_cache_spec, use_eagle, retention_interval, **options
+        )
+
+
+KVCacheSpecRegistry._ensure_registered()  # it takes whatever is registered first for all there is
+KVCacheSpecRegistry.register(WindowSpec, WindowManager, uniform_type_base_spec=SlidingWindowSpec)
+
+
+class CachingLayer(nn.Module, AttentionLayerBase):
     """A layer that vLLM gives a cache, under a name of its own."""
 
-    def __init__(self, vllm_config: VllmConfig, name: str, heads: int, kv_heads: int) -> None:
+    def __init__(self, vllm_config: VllmConfig, name: str) -> None:
         super().__init__()
-        self.layer_name, self.num_heads, self.num_kv_heads = name, heads, kv_heads
+        self.layer_name = name
         self.kv_cache = torch.tensor([])
-        self.dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config)
+        self.dtype = cache_dtype(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
         if name in layers:
             raise ValueError(f"duplicate layer name: {name}")
@@ -102,22 +154,26 @@ class _CachingLayer(nn.Module, AttentionLayerBase):
         return LatentBackend
 
 
-class WindowCache(_CachingLayer):
+def cache_dtype(vllm_config: VllmConfig) -> torch.dtype:
+    """Of what is cached and not coded."""
+    return kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config)
+
+
+class WindowCache(CachingLayer):
     """Exact keys, before rotation, and values of the last tokens."""
 
-    def __init__(
-        self, vllm_config: VllmConfig, name: str, heads: int, kv_heads: int, head_dim: int, plan: BlockPlan
-    ) -> None:
-        super().__init__(vllm_config, name, heads, kv_heads)
-        self.head_dim, self.plan, self._config = head_dim, plan, vllm_config
+    def __init__(self, vllm_config: VllmConfig, name: str, kv_heads: int, head_dim: int, plan: BlockPlan) -> None:
+        super().__init__(vllm_config, name)
+        self.kv_heads, self.head_dim, self.plan, self._config = kv_heads, head_dim, plan, vllm_config
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         return WindowSpec(
             block_size=self.plan.exact,
-            num_kv_heads=self.num_kv_heads,
+            num_kv_heads=self.kv_heads,
             head_size=self.head_dim,
             dtype=self.dtype,
             sliding_window=self.plan.window,
+            block_stride_alignment=self.dtype.itemsize,
         )
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
@@ -139,60 +195,32 @@ class WindowCache(_CachingLayer):
             )
 
 
-def _latent_spec(block_size: int, heads: int, size: int, dtype: torch.dtype) -> KVCacheSpec:
-    """Pages of `size` elements a head in one piece: like latents of vLLM's own, not keys with values behind them."""
-    return FullAttentionSpec(block_size=block_size, num_kv_heads=heads, head_size=size, head_size_v=0, dtype=dtype)
+def byte_spec(block_size: int, size: int, alignment: int = 1) -> KVCacheSpec:
+    """Pages of `size` bytes a token in one piece.
+
+    Args:
+        alignment: of a page's first byte.
+    """
+    return FullAttentionSpec(
+        block_size=block_size,
+        num_kv_heads=1,
+        head_size=size,
+        head_size_v=0,
+        dtype=torch.uint8,
+        block_stride_alignment=alignment,
+    )
 
 
-class Spacer(_CachingLayer):
-    """Caches one element a token, which nobody reads.
+class Spacer(CachingLayer):
+    """Caches one byte a token, which nobody reads.
 
     Where each size of page occurs equally often, vLLM takes the layers for a repeating pattern and splits the window's
     group by it, so that each part holds blocks of its own. One more page, of a size unlike the others, is no pattern.
     """
 
     def __init__(self, vllm_config: VllmConfig, name: str, block_size: int) -> None:
-        super().__init__(vllm_config, name, heads=1, kv_heads=1)
+        super().__init__(vllm_config, name)
         self.block_size = block_size
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        return _latent_spec(self.block_size, 1, 1, self.dtype)
-
-
-class LatentAttention(_CachingLayer):
-    """Attention through vLLM's own operation, which keeps it out of compiled graphs.
-
-    Args:
-        name: of the layer, among all of the model.
-        heads: H of this device.
-        page: P and C, see `eigenattn.vllm.pages`.
-        size_out: of an output head.
-        block_size: tokens of a page; None takes the engine's.
-        impl: what it computes.
-    """
-
-    def __init__(
-        self,
-        vllm_config: VllmConfig,
-        name: str,
-        *,
-        heads: int,
-        page: tuple[int, int],
-        size_out: int,
-        block_size: int | None,
-        impl: LatentImpl,
-    ) -> None:
-        pages, self.size = page
-        super().__init__(vllm_config, name, heads, pages)
-        self.size_out, self.block_size = size_out, block_size
-        self.impl = impl
-
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        block_size = self.block_size or vllm_config.cache_config.block_size
-        return _latent_spec(block_size, self.num_kv_heads, self.size, self.dtype)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The output [tokens, H * size_out] of queries, keys and values as `LatentImpl.forward` has them."""
-        output = query.new_empty(query.shape[0], self.num_heads, self.size_out)
-        torch.ops.vllm.unified_attention_with_output(query, key, value, output, _encode_layer_name(self.layer_name))
-        return output.flatten(1)
+        return byte_spec(self.block_size, self.dtype.itemsize, self.dtype.itemsize)

@@ -1,276 +1,214 @@
-"""Compressed attention as a module of vLLM's models, and putting it in their own's place."""
+"""Attention over pages of latents in the place of vLLM's own, and the bases that it works with."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.model_executor.utils import set_weight_attrs
 
 from ..cache.layout import Layout
 from ..errors import EigenAttnError
 from ..kernels.decoding import Rotary
 from ..models.attention import EigenAttention
 from ..models.maps import MAPS, QUANTISERS, LatentMaps
-from .attend import PagedAttention, rotary_of, slopes_of
+from .attend import PagedAttention, rotary_of
 from .backend import LatentImpl
-from .cache import BlockPlan, LatentAttention, Spacer, WindowCache
-from .configuration import LatentsConfig, blueprints
-from .pages import page_shape, to_page
+from .bases import Bases, Loading, blueprints
+from .cache import BlockPlan, CachingLayer, Spacer, WindowCache, byte_spec, cache_dtype
+from .engine import (
+    Attention,
+    KVCacheSpec,
+    VllmConfig,
+    encode_layer_name,
+    extract_layer_index,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    run_attention,
+)
 
 
-class Shards:
-    """Which heads this device has: queries' are divided, and KV heads too, or repeated where there are fewer of them.
+class Unrotated(nn.Module):
+    """In the place of rotary positions: keys are cached before rotation, and both are rotated where they meet."""
 
-    Args:
-        heads: query heads of all devices, H.
-        layout: of all devices' KV heads. Those that share a latent are on one device.
-
-    Raises:
-        EigenAttnError: if they cannot be shared out evenly.
-    """
-
-    def __init__(self, heads: int, layout: Layout) -> None:
-        kv_heads = layout.kv_heads
-        self.count, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-        if heads % self.count or max(kv_heads, self.count) % min(kv_heads, self.count):
-            raise EigenAttnError(f"{heads} heads and {kv_heads} KV heads do not share out over {self.count} devices.")
-        self.heads, self.kv_heads = heads // self.count, max(kv_heads // self.count, 1)
-        if self.kv_heads % layout.together:
-            raise EigenAttnError(
-                f"{kv_heads} KV heads, {layout.together} to a latent, do not share out over {self.count} devices."
-            )
-        self.first_head = rank * self.heads
-        self.first_kv_head, self.all_kv_heads = rank * kv_heads // self.count, kv_heads
-        self.layout = dataclasses.replace(layout, kv_heads=self.kv_heads)
-
-    def of_kv(self, stored: Tensor) -> Tensor:
-        """This device's rows of what has as many for each KV head, or for those that share a latent."""
-        rows = len(stored)
-        first, count = (rows * heads // self.all_kv_heads for heads in (self.first_kv_head, self.kv_heads))
-        return stored.narrow(0, first, count)
-
-    def of_queries(self, stored: Tensor, size: int) -> Tensor:
-        """This device's rows of what has `size` rows a query head."""
-        return stored.narrow(0, self.first_head * size, self.heads * size)
+    def forward(self, positions: Tensor, query: Tensor, key: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return query, key
 
 
-class HeadsProjection(ColumnParallelLinear):
-    """Query, key and value projections as one, whose heads may each have a size of their own.
+class LatentAttention(LatentMaps, CachingLayer):
+    """What vLLM's `Attention` is to a layer, with its maps, which have the names that a checkpoint gives them.
 
     Args:
-        original: the attention it belongs to, as transformers has it.
-        name: of the module, for vLLM.
-    """
-
-    def __init__(self, original: EigenAttention, shards: Shards, name: str) -> None:
-        self.shards, self.original = shards, (original,)
-        q, k, v = original.projected
-        self.parts = {"q": shards.heads * q, "k": shards.kv_heads * k, "v": shards.kv_heads * v}
-        projections = [getattr(original, name) for name in original.family.qkv]
-        parts = ("q", "k", "v") if len(projections) == 3 else ("qkv",)
-        biases = [part for part, projection in zip(parts, projections, strict=True) if projection.bias is not None]
-        self.expected = {("weight", part) for part in parts} | {("bias", part) for part in biases}
-        has_bias = bool(biases)
-        width = sum(self.parts.values()) * shards.count
-        super().__init__(original.config.hidden_size, width, bias=has_bias, prefix=name)
-        if has_bias:
-            nn.init.zeros_(self.bias)  # folding gives keys and values biases where queries have none
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-        """Called by vLLM's loader with the checkpoint's tensors; `shard_id` says of which of three projections."""
-        (original,) = self.original
-        heads, kv_heads, sizes = original.heads, original.kv_heads, original.projected
-        for name, loaded in weights:
-            shard = getattr(loaded, "shard_id", None)
-            rows = [n * size for n, size in zip((heads, kv_heads, kv_heads), sizes, strict=True)]
-            self.expected.discard((name, shard or "qkv"))
-            pieces = {shard: loaded} if shard else dict(zip("qkv", loaded.split(rows), strict=True))
-            into = getattr(self, name).data.split(list(self.parts.values()))
-            for part, piece in pieces.items():
-                place = "qkv".index(part)
-                own = self.shards.of_queries(piece, sizes[place]) if part == "q" else self.shards.of_kv(piece)
-                _copy(into[place], own, f"{self.prefix}.{name}")
-            yield name
-
-    def missing(self) -> list[str]:
-        """What no tensor was loaded for."""
-        return [f"{part}_proj.{name}" for name, part in sorted(self.expected)]
-
-
-class ServedAttention(LatentMaps):
-    """`EigenAttention` as vLLM runs it: the same projections and maps under the same names, and a paged cache.
-
-    Args:
+        stock: vLLM's attention, whose place it takes.
         original: the layer as transformers has it, without memory.
         rotary: the model's rotary positions, or None.
-        slopes: ALiBi's slopes of all query heads [H], or None.
-        prefix: name of the module.
         plan: of the blocks of all layers; None without an exact window.
     """
 
     def __init__(
         self,
-        original: EigenAttention,
-        *,
         vllm_config: VllmConfig,
+        stock: Attention,
+        original: EigenAttention,
         rotary: Rotary | None,
-        slopes: Tensor | None,
-        prefix: str,
         plan: BlockPlan | None,
     ) -> None:
-        super().__init__()
-        family = original.family
-        shards = self.shards = Shards(original.heads, original.layout)
-        self.layout = shards.layout
-        self.heads, self.kv_heads, self.head_dim = shards.heads, shards.kv_heads, original.head_dim
-        self.clip, self.scaling = original.clip, original.scaling
-        self.rotary, self.slopes = (rotary,), slopes
-        self.qkv_name = family.qkv[0] if family.fused else "qkv_proj"
-        self.output_name = family.output
-        qkv = HeadsProjection(original, shards, f"{prefix}.{self.qkv_name}")
-        setattr(self, self.qkv_name, qkv)
-        output = original.output_projection
-        size_out = self.head_dim if self.layout.at_run_time else self.layout.of("value").rank
-        projection = RowParallelLinear(
-            original.heads * size_out,
-            output.out_features,
-            bias=output.bias is not None,
-            prefix=f"{prefix}.{family.output}",
+        CachingLayer.__init__(self, vllm_config, stock.layer_name)
+        self.heads, self.kv_heads, self.head_dim = stock.num_heads, stock.num_kv_heads, original.head_dim
+        self.num_heads, self.num_kv_heads = self.heads, self.kv_heads  # as vLLM calls them
+        self.whole, self.layout = original.layout, _own_layout(original.layout, self.kv_heads)
+        self.block_size = (vllm_config.cache_config.block_size if plan is None else plan.latents) or 16
+        slopes = getattr(stock.impl, "alibi_slopes", None)
+        slopes = None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32)
+        self.attention = PagedAttention(
+            self, original.scaling, rotary if original.rotates else None, slopes, original.softcap
         )
-        setattr(self, family.output, projection)
-        self.norms = family.norms if original.normalises else None
-        for name in self.norms or ():
-            setattr(self, name, RMSNorm(self.head_dim, eps=original.config.rms_norm_eps))
         for name in (*MAPS, *QUANTISERS):
             stored = getattr(original, name)
-            self.register_parameter(name, None if stored is None else self._map(stored))
-        layer, window_layer = f"{prefix}.attn", None
+            empty = None if stored is None else torch.empty(self._own(stored).shape)
+            self.register_parameter(name, None if empty is None else nn.Parameter(empty, requires_grad=False))
+        self.window_name = None
         if plan is not None:
-            window_layer = f"{prefix}.window"
-            self.window_cache = WindowCache(
-                vllm_config, window_layer, shards.heads, shards.kv_heads, self.head_dim, plan
+            self.window_name = f"{stock.layer_name}.window"
+            self.window_cache = WindowCache(vllm_config, self.window_name, self.kv_heads, self.head_dim, plan)
+        self.impl = LatentImpl(self.heads, self.head_dim, original.scaling)
+
+    def _own(self, stored: Tensor) -> Tensor:
+        """This device's rows of what has as many for each KV head, or for those that share a latent.
+
+        KV heads are divided, or repeated where there are fewer of them than devices.
+        """
+        rows, heads = len(stored), self.whole.kv_heads
+        first = get_tensor_model_parallel_rank() * heads // get_tensor_model_parallel_world_size()
+        return stored.narrow(0, rows * first // heads, rows * self.kv_heads // heads)
+
+    def load(self, name: str, stored: Tensor) -> None:
+        """Take one map of all devices' heads.
+
+        Raises:
+            EigenAttnError: if it is not of this layer's shape, or no number.
+        """
+        where, into, own = self.where(name), getattr(self, name), self._own(stored)
+        if into.shape != own.shape:
+            raise EigenAttnError(
+                f"{where} has shape {tuple(stored.shape)} in the checkpoint, and its ranks ask for another."
             )
-        self.attn = LatentAttention(
-            vllm_config,
-            layer,
-            heads=shards.heads,
-            page=page_shape(self.layout),
-            size_out=size_out,
-            block_size=None if plan is None else plan.latents,
-            impl=LatentImpl(self.attention, shards.heads, self.head_dim, self.scaling, window_layer),
-        )
+        into.data.copy_(own)
+        if not into.isfinite().all():
+            raise EigenAttnError(f"{where} holds NaN or infinite numbers in {into.dtype}.")
 
-    def _map(self, stored: Tensor) -> nn.Parameter:
-        """An empty parameter for this device's heads of a map [G/N * R, N * D] or a mean [G * D]."""
-        parameter = nn.Parameter(torch.empty(self.shards.of_kv(stored).shape), requires_grad=False)
-        loader = {"weight_loader": lambda into, loaded: _copy(into.data, self.shards.of_kv(loaded), "a map")}
-        set_weight_attrs(parameter, loader)
-        return parameter
+    def where(self, name: str) -> str:
+        """A map's name in a checkpoint."""
+        return f"{self.layer_name.rpartition('.')[0]}.{name}"
 
-    def attention(self) -> PagedAttention:
-        """How it attends, with the maps as they were loaded."""
-        slopes = None if self.slopes is None else self.shards.of_queries(self.slopes, 1)
-        keys, values = self.decoding_sides()
-        return PagedAttention(self.layout, keys, values, self.scaling, self.rotary[0], slopes)
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        element = self.dtype.itemsize
+        return byte_spec(self.block_size, self.layout.bytes_per_token(element), element)
 
-    def forward(self, hidden_states: Tensor, positions: Tensor | None = None) -> Tensor:
-        """[tokens, C] to [tokens, C]. Positions are counted by the backend, which needs those of cached keys too."""
-        qkv_proj: HeadsProjection = getattr(self, self.qkv_name)
-        qkv, _ = qkv_proj(hidden_states)
-        if self.clip:
-            qkv = qkv.clamp(-self.clip, self.clip)
-        q, k, v = qkv.split(list(qkv_proj.parts.values()), dim=-1)
-        tokens = q.shape[0]
-        q = q.view(tokens, self.shards.heads, -1)
-        k, v = (x.view(tokens, self.shards.kv_heads, -1) for x in (k, v))
-        if self.norms is not None:
-            q, k = (getattr(self, name)(x.contiguous()) for name, x in zip(self.norms, (q, k), strict=True))
-        latents = self.encode(*(x.transpose(0, 1).unsqueeze(0) for x in (k, v)))  # [1, G/N, tokens, R] each
-        page = to_page(self.layout, tuple(z[0] for z in latents))
-        # vLLM's operation takes three tensors; without a window there is no use for the last.
-        exact = torch.cat([k, v], dim=-1) if self.layout.window else page
-        out, _ = getattr(self, self.output_name)(self.attn(q, page, exact))
-        return out
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As vLLM's: [tokens, H * D] of queries [tokens, H * D], keys and values [tokens, G * D] before rotation."""
+        q, k, v = (x.view(x.shape[0], -1, self.head_dim) for x in (query, key, value))
+        output = torch.empty_like(q)
+        run_attention(q, k, v, output, encode_layer_name(self.layer_name))
+        return output.flatten(1)
 
 
-def _copy(into: Tensor, loaded: Tensor, name: str) -> None:
-    if into.shape != loaded.shape:
+def _own_layout(layout: Layout, kv_heads: int) -> Layout:
+    if kv_heads % layout.together:
         raise EigenAttnError(
-            f"{name} has shape {tuple(loaded.shape)} in the checkpoint, and its ranks ask for {tuple(into.shape)}."
+            f"{layout.kv_heads} KV heads, {layout.together} to a latent, do not share out over "
+            f"{get_tensor_model_parallel_world_size()} devices."
         )
-    into.copy_(loaded)
+    return dataclasses.replace(layout, kv_heads=kv_heads)
 
 
-def compress_layers(model: nn.Module, vllm_config: VllmConfig) -> None:
-    """Put `ServedAttention` in the place of every attention module of a vLLM model that was just built.
+class Compression:
+    """What was done to a vLLM model: `LatentAttention` in the place of every attention of one that was just built.
 
     Raises:
-        EigenAttnError: if the engine is asked for what the plug-in does not have.
+        EigenAttnError: if the model or the engine has what the plug-in does not.
     """
-    config, quantization = vllm_config.model_config.hf_config, vllm_config.quant_config
-    _check_engine(vllm_config)
-    if not isinstance(quantization, LatentsConfig):
-        raise EigenAttnError(f"{type(model).__name__} serves compressed checkpoints only.")
-    originals = blueprints(config, quantization.checkpoint)
-    plan = BlockPlan.of([original.layout for original in originals], vllm_config.cache_config)
-    rotary, slopes = rotary_of(originals[0]), slopes_of(originals[0])
-    layers = vllm_config.compilation_config.static_forward_context
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ != originals[0].family.attention:
-            continue
-        index = extract_layer_index(name)
-        stock = getattr(module, "attn", None)
-        if stock is not None:
-            del layers[stock.layer_name]
-        served = ServedAttention(
-            originals[index],
-            vllm_config=vllm_config,
-            rotary=rotary,
-            slopes=slopes,
-            prefix=name,
-            plan=plan,
+
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig, bases: Bases) -> None:
+        _check_engine(vllm_config)
+        self._bases, self._originals = bases, blueprints(vllm_config.model_config.hf_config, bases.config)
+        originals, cache = list(self._originals.values()), vllm_config.cache_config
+        block = cache.block_size if cache.user_specified_block_size else None
+        element = cache_dtype(vllm_config).itemsize
+        plan = BlockPlan.of([original.layout for original in originals], element, block)
+        rotary = next((rotary_of(original) for original in originals if original.rotates), None)
+        self._layers: dict[int, tuple[str, LatentAttention]] = {}
+        for name, stock in [each for each in model.named_modules() if isinstance(each[1], Attention)]:
+            index, parent = extract_layer_index(name), model.get_submodule(name.rpartition(".")[0])
+            _check_layer(type(model).__name__, stock, originals[index], parent)
+            del vllm_config.compilation_config.static_forward_context[stock.layer_name]
+            layer = LatentAttention(vllm_config, stock, originals[index], rotary, plan)
+            self._layers[index] = name, layer
+            model.set_submodule(name, layer)
+            if originals[index].rotates:
+                parent.rotary_emb = Unrotated()
+            if index == 0 and plan is not None:
+                for spacer in range(plan.spacers):
+                    Spacer(vllm_config, f"{name}.spacer_{spacer}", plan.latents)
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], load: Callable[..., set[str]]) -> set[str]:
+        """Load a checkpoint, and the bases.
+
+        Args:
+            load: how the model loads its own weights.
+
+        Returns:
+            The names of all parameters that were loaded.
+
+        Raises:
+            EigenAttnError: if something is missing, of another shape, or belongs to another model.
+        """
+        taken = set()
+
+        def take(index: int, name: str, stored: Tensor) -> None:
+            if index in self._layers:  # and not of another stage of a pipeline
+                where, layer = self._layers[index]
+                layer.load(name, stored)
+                taken.add(f"{where}.{name}")
+
+        loading = Loading(self._bases, self._originals, take)
+        loaded = load(loading.passing(weights))
+        loading.finish()
+        return loaded | taken
+
+
+def _check_layer(model: str, stock: Attention, original: EigenAttention, parent: nn.Module) -> None:
+    if not original.layout.at_run_time:
+        raise EigenAttnError(
+            "bases folded into the weights are not served by vLLM: compress with a window, or use transformers."
         )
-        model.set_submodule(name, served)
-        if index == 0 and plan is not None:
-            for spacer in range(plan.spacers):
-                Spacer(vllm_config, f"{name}.spacer_{spacer}", plan.latents)
+    if type(stock) is not Attention:
+        raise EigenAttnError(f"{type(stock).__name__} is not served by vLLM once compressed.")
+    if stock.sliding_window is not None or original.sliding_window is not None:
+        raise EigenAttnError("models with a sliding window of their own are not served by vLLM once compressed.")
+    if original.rotates and not hasattr(parent, "rotary_emb"):
+        raise EigenAttnError(f"compressed {model} is not served by vLLM: it rotates keys in a way of its own.")
+
+
+# Of speculation only this kind was tested.
+SPECULATION = "ngram"
 
 
 def _check_engine(vllm_config: VllmConfig) -> None:
+    cache, speculation = vllm_config.cache_config, vllm_config.speculative_config
     if vllm_config.lora_config is not None:
-        raise EigenAttnError("LoRA adapters are not served on compressed checkpoints: merge them before compressing.")
-    if vllm_config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16"):
-        raise EigenAttnError(
-            f"latents are not cached in {vllm_config.cache_config.cache_dtype}: leave --kv-cache-dtype at auto."
-        )
+        raise EigenAttnError("LoRA adapters are not served on compressed models: merge them before compressing.")
+    if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
+        raise EigenAttnError(f"latents are not cached in {cache.cache_dtype}: leave --kv-cache-dtype at auto.")
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
         raise EigenAttnError("context parallel is not supported for latents: use tensor or pipeline parallel.")
-    if vllm_config.speculative_config is not None:
-        raise EigenAttnError("speculative decoding is not supported for latents.")
-
-
-def check_loaded(model: nn.Module, loaded: set[str]) -> None:
-    """Refuse a checkpoint that lacks tensors of compressed layers: vLLM looks for none in quantised models, as it takes
-    ours to be.
-
-    Args:
-        loaded: names of parameters that vLLM's loader found tensors for.
-
-    Raises:
-        EigenAttnError: naming the first that is missing.
-    """
-    for name, module in model.named_modules():
-        if not isinstance(module, ServedAttention):
-            continue
-        missing = [part for part, _ in module.named_parameters() if f"{name}.{part}" not in loaded]
-        missing += getattr(module, module.qkv_name).missing()
-        if missing:
-            raise EigenAttnError(f"the checkpoint lacks {name}.{missing[0]}: is it truncated?")
+    if speculation is not None and speculation.method != SPECULATION:
+        raise EigenAttnError(
+            f"speculative decoding by {speculation.method} is not supported for latents: use {SPECULATION}."
+        )
+    if vllm_config.kv_transfer_config is not None:
+        raise EigenAttnError("KV connectors and offloading are not supported for latents.")
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise EigenAttnError("the exact window needs vLLM's hybrid cache manager: leave it on.")

@@ -1,53 +1,47 @@
-"""vLLM's models with compressed attention in them; ours alone where vLLM has none any more."""
+"""vLLM's own models, served compressed where bases are asked for, and else as they are."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
-from vllm.config import VllmConfig
-from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.model_executor.models.opt import OPTForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from .layers import check_loaded, compress_layers
-from .mpt import MptForCausalLM
+from ..errors import EigenAttnError
+from .bases import OPTION, Bases
+from .registration import PREFIX, stock_class
+from .versions import check_version, vllm_version
 
 
 class Compressed(nn.Module):
-    """Stands before a model of vLLM's: its attention is replaced, and its loading checked."""
+    """Stands before a model of vLLM's."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        compress_layers(self, vllm_config)
+    def __init__(self, *, vllm_config: Any, prefix: str = "", **options: Any) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
+        self._compression = None
+        bases = Bases.of(vllm_config.model_config.hf_config, vllm_config.additional_config)
+        if bases is None:
+            return
+        check_version(vllm_version())
+        if prefix:
+            raise EigenAttnError("latents are served in models of text alone, and not in part of another model.")
+        from .layers import Compression
+
+        if bases.folder is not None:
+            vllm_config.additional_config[OPTION] = bases.folder  # compiled graphs are kept by it
+        self._compression = Compression(self, vllm_config, bases)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        loaded = super().load_weights(weights)  # pyright: ignore[reportAttributeAccessIssue] (of vLLM's model)
-        check_loaded(self, loaded)
-        return loaded
+        load = super().load_weights  # of vLLM's model
+        return load(weights) if self._compression is None else self._compression.load(weights, load)
 
 
-class EigenLlamaForCausalLM(Compressed, LlamaForCausalLM):
-    """Llama, SmolLM, SmolLM2."""
-
-
-class EigenMistralForCausalLM(Compressed, MistralForCausalLM):
-    """Mistral."""
-
-
-class EigenQwen2ForCausalLM(Compressed, Qwen2ForCausalLM):
-    """Qwen 2, Qwen 2.5."""
-
-
-class EigenQwen3ForCausalLM(Compressed, Qwen3ForCausalLM):
-    """Qwen 3."""
-
-
-class EigenOPTForCausalLM(Compressed, OPTForCausalLM):
-    """OPT."""
-
-
-class EigenMptForCausalLM(Compressed, MptForCausalLM):
-    """MPT."""
+def __getattr__(name: str) -> type[nn.Module]:
+    """The class that vLLM was told of, made where it is first asked for."""
+    if not name.startswith(PREFIX):
+        raise AttributeError(name)
+    stock = stock_class(name.removeprefix(PREFIX))
+    made = type(name, (Compressed, stock), {"__module__": __name__, "__doc__": stock.__doc__})
+    setattr(sys.modules[__name__], name, made)
+    return made

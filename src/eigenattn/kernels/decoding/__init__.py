@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import EigenAttnError
 from ..selection import HAS_TRITON
-from .arguments import Rotary, Side, Step, Window
+from .arguments import Rotary, Side, Step, Window, out_of_pages
 from .batched import decode as torch_decode
 from .native import decode as native_decode
 from .native import why_not
@@ -29,6 +29,7 @@ __all__ = [
     "decode",
     "decode_accepted",
     "default_backend",
+    "out_of_pages",
     "why_not",
 ]
 

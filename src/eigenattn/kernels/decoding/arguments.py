@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,6 +145,22 @@ class Rotary:
 Count = int | Tensor
 
 
+def out_of_pages(pages: Tensor, table: Tensor, columns: Tensor) -> Tensor:
+    """Tokens of some rows, copied out of a paged cache.
+
+    Args:
+        pages: [pages, heads, tokens of a page, size].
+        table: the pages of each row in order [B, n].
+        columns: which tokens [B, m].
+
+    Returns:
+        [B, heads, m, size].
+    """
+    size = pages.shape[2]
+    found = table.long().gather(1, columns // size)
+    return pages[found, :, columns % size].transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class Window:
     """The exact window: keys before rotation, as the cache holds them.
@@ -152,12 +169,15 @@ class Window:
         keys, values: [B, G, N, D].
         column: column of slot 0 in each row; negative where slots are empty.
         stop: columns before it are seen.
+        table: of a paged cache, int32 [B, n]: keys and values are [pages, G, tokens of a page, D] then, and slot 0 is
+            the first token of the row's first page.
     """
 
     keys: Tensor
     values: Tensor
     column: Count
     stop: Count
+    table: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +192,8 @@ class Step:
         q: queries [B, H, D], before rotation if keys rotate here. Where keys have no decoder and do not rotate,
             [B, H, R_k].
         rows: what the cache holds, one tensor a latent: [B, G/N, S, R], or packed codes in uint8 [B, G/N, S, bytes].
+        table: of a paged cache, int32 [B, n]: rows are [pages, G/N, tokens of a page, *] then, and row b's are those of
+            the pages `table[b]`, one behind the other. What lies in pages past a row's length is never read.
         keys, values: how they come of rows. Without a decoder of values the output stays in their space.
         scale: multiplies the scores.
         length: columns before it are seen through latents.
@@ -195,6 +217,7 @@ class Step:
     values: Side
     scale: float
     length: Count
+    table: Tensor | None = None
     first: Tensor | None = None
     positions: Tensor | None = None
     query: Tensor | None = None
@@ -228,6 +251,22 @@ class Step:
         """KV heads, G; latents that several share are fewer."""
         decoders = [side.decoder.shape[0] for side in (self.keys, self.values) if side.decoder is not None]
         return max(*decoders, *(row.shape[1] for row in self.rows))
+
+    def gathered(self) -> Step:
+        """The same step, with what is in sight copied out of its pages."""
+        if self.table is None:
+            return self
+        b, device, window, length = len(self.q), self.q.device, self.window, self.length
+        lengths = length if isinstance(length, Tensor) else torch.full((b,), length, device=device)
+        columns = torch.arange(int(lengths.max()), device=device).expand(b, -1)
+        rows = tuple(out_of_pages(row, self.table, columns) for row in self.rows)
+        if window is not None and window.table is not None:
+            stop = window.stop if isinstance(window.stop, Tensor) else torch.full((b,), window.stop, device=device)
+            slots = torch.arange(int((stop - lengths).max()), device=device) + lengths.unsqueeze(1)
+            slots = slots.minimum(stop.unsqueeze(1) - 1).clamp_min(0)
+            keys, values = (out_of_pages(x, window.table, slots) for x in (window.keys, window.values))
+            window = Window(keys, values, lengths, stop)
+        return dataclasses.replace(self, rows=rows, table=None, window=window)
 
     @property
     def size_out(self) -> int:

@@ -52,6 +52,7 @@ def decode_with_weights(step: Step, columns: int) -> tuple[Tensor, Tensor]:
 
 def _attend(step: Step) -> tuple[Tensor, Tensor, _Keys]:
     """The output, the weights of what is in sight [B, H, F + N], and what that is."""
+    step = step.gathered()
     h, g = step.q.shape[1], step.kv_heads
     keys = _in_sight(step)
     scores = _scores(step, keys, g) * step.scale  # [B, H, F + N]

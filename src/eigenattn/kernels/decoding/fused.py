@@ -133,6 +133,7 @@ class _Arguments(NamedTuple):
 
 def decode(step: Step) -> Tensor:
     """See `eigenattn.kernels.decoding.Step`."""
+    step = step.gathered()
     q, rotary, window = step.q, step.rotary, step.window
     b, h, d = q.shape
     g = step.kv_heads

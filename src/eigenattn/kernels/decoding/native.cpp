@@ -73,6 +73,13 @@ struct Side {
     int64_t scale;                         // where a row of codes has the byte of its scale, or -1
 };
 
+// Of a paged cache: row b has the pages `table[b * stride]` and on, of so many tokens each; a list's `batch` is then
+// the way from page to page.
+struct Pages {
+    const int32_t *table;
+    int64_t stride, tokens;
+};
+
 struct Count {
     const void *data;  // of each row, or null: `value` of all
     int64_t stride, bytes, value;
@@ -96,6 +103,7 @@ struct Arguments {
     int64_t mask_batch, mask_head, mask_kind;  // 1: boolean, 2: fp32
     char *out;
     int64_t out_kind;
+    Pages far_pages, near_pages;
 };
 
 inline Vector load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
@@ -200,8 +208,10 @@ inline int64_t number_of(const Count &count, int64_t row) {
     return count.bytes == 8 ? static_cast<const int64_t *>(count.data)[at] : static_cast<const int32_t *>(count.data)[at];
 }
 
+inline int64_t bytes_of(const Rows &rows) { return rows.kind == FP32 ? 4 : rows.kind == BF16 ? 2 : 1; }
+
 inline const char *row_of(const Rows &rows, int64_t b, int64_t g) {
-    return rows.data + (b * rows.batch + g / rows.shared * rows.head) * (rows.kind == FP32 ? 4 : rows.kind == BF16 ? 2 : 1);
+    return rows.data + (b * rows.batch + g / rows.shared * rows.head) * bytes_of(rows);
 }
 
 // What the bytes of scales stand for: see codebook.py.
@@ -263,13 +273,28 @@ struct List {
     const float *queries;   // [heads, width of keys], without rotary positions
     const float *offsets;   // what the keys' mean adds to scores, or null
     const float *decoder, *mean;  // of rotary keys
+    const Pages *pages;           // that its tokens lie in, if its `table` is not null
     int64_t total, sums;    // where in a partial result what weights add up to lies, and sums of values
 };
 
-// A head's rows, in bytes.
+// A head's rows, in bytes: one behind the other, or in pages.
 struct Strip {
     const char *first;
     int64_t step, size;
+    const int32_t *table;  // of the pages, or null
+    int64_t tokens, page;  // of a page, and from page to page
+
+    const char *page_at(int64_t i) const { return first + table[i] * page; }
+    const char *at(int64_t n) const { return table ? page_at(n / tokens) + n % tokens * step : first + n * step; }
+    // Where `count` rows from the n-th on lie.
+    void find(int64_t n, int count, const char **rows) const {
+        const char *row = at(n);
+        for (int64_t t = 0, i = table ? n / tokens : 0, left = table ? tokens - n % tokens : count; t < count; t++) {
+            if (!left--) row = page_at(++i), left = tokens - 1;
+            rows[t] = row;
+            row += step;
+        }
+    }
 };
 
 // What a task leaves of each head: the top score, what weights on latents and on the window add up to against it, and
@@ -300,7 +325,7 @@ class Task {
     void weigh(const List &list, int64_t n0);
     template <int P> void add_values(const List &list, int64_t p0);
     void rows_of(const Side &side, const Strip &strip, int64_t n0, float *room, const float **rows);
-    Strip strip_of(const Side &side) const;
+    Strip strip_of(const Side &side, const Pages &pages) const;
     void to_pairs();
     void fetch(const Strip &strip, int64_t n0, int64_t n1);
 
@@ -427,28 +452,29 @@ const float *Task::turn_by(int64_t distance, float *own) {
 // Where the rows of a block's tokens lie in fp32: unpacked, with zeros behind, if they are anything else.
 void Task::rows_of(const Side &side, const Strip &strip, int64_t n0, float *room, const float **rows) {
     const int64_t size = padded(side.rank);
-    const char *first = strip.first + n0 * strip.step;
     const int tokens = count;
+    const char *stored[BLOCK];
+    strip.find(n0, tokens, stored);
     for (int t = 0; t < tokens; t++)
-        rows[t] = side.rows.kind == FP32 ? reinterpret_cast<const float *>(first + t * strip.step) : room + t * size;
+        rows[t] = side.rows.kind == FP32 ? reinterpret_cast<const float *>(stored[t]) : room + t * size;
     if (side.rows.kind == BF16)
         for (int t = 0; t < tokens; t++) {
-            const uint16_t *row = reinterpret_cast<const uint16_t *>(first + t * strip.step);
+            const uint16_t *row = reinterpret_cast<const uint16_t *>(stored[t]);
             for (int64_t i = 0; i < size; i += LANES) store(room + t * size + i, load_part(row + i, side.rank - i));
         }
     if (side.rows.kind != CODES) return;
     float scales[BLOCK];
     for (int t = 0; t < tokens; t++)
-        scales[t] = side.scale < 0 ? 1.0f : SCALES.of[uint8_t(first[t * strip.step + side.scale])];
+        scales[t] = side.scale < 0 ? 1.0f : SCALES.of[uint8_t(stored[t][side.scale])];
     for (int64_t i = 0; i < size; i += LANES) {
         const Codes codes(side.plan + 6 * i, side.bytes);
         const float *levels = side.levels + g * 4 * size + i;
         const Vector a = load(levels), b = load(levels + size), c = load(levels + 2 * size), d = load(levels + 3 * size);
         const auto unpack = [&](auto permuted, auto whole) {
             float *out = room + i;
-            const char *row = first;
-            for (int t = 0; t < tokens; t++, row += strip.step, out += size) {
-                const Integers code = codes.of<permuted.value, whole.value>(reinterpret_cast<const uint8_t *>(row));
+            for (int t = 0; t < tokens; t++, out += size) {
+                const uint8_t *row = reinterpret_cast<const uint8_t *>(stored[t]);
+                const Integers code = codes.of<permuted.value, whole.value>(row);
                 const Vector u = __builtin_convertvector(code, Vector);
                 store(out, scales[t] * (a + u * (b + u * (c + u * d))));
             }
@@ -626,16 +652,22 @@ template <class Function> inline void by_heads(int64_t heads, Function function)
     if (heads - p == 1) function(std::integral_constant<int, 1>{}, p);
 }
 
-Strip Task::strip_of(const Side &side) const {
-    const int64_t size = side.rows.kind == FP32 ? 4 : side.rows.kind == BF16 ? 2 : 1;
-    return {row_of(side.rows, b, g), side.rows.token * size, side.rows.kind == CODES ? side.bytes : side.rank * size};
+Strip Task::strip_of(const Side &side, const Pages &pages) const {
+    const int64_t size = bytes_of(side.rows);
+    return {row_of(side.rows, pages.table ? 0 : b, g),
+            side.rows.token * size,
+            side.rows.kind == CODES ? side.bytes : side.rank * size,
+            pages.table ? pages.table + b * pages.stride : nullptr,
+            pages.tokens,
+            side.rows.batch * size};
 }
 
 // Ask for rows that a later block will need: the processor by itself asks too late for two lists at once.
 void Task::fetch(const Strip &strip, int64_t n0, int64_t n1) {
-    const char *row = strip.first + n0 * strip.step;
+    if (n0 >= n1) return;
+    const char *row = strip.at(n0);  // of those that are asked for together, few lie in another page
     if (strip.step < strip.size + 64)  // one behind the other
-        for (const char *end = strip.first + n1 * strip.step; row < end; row += 64) __builtin_prefetch(row);
+        for (const char *end = row + (n1 - n0) * strip.step; row < end; row += 64) __builtin_prefetch(row);
     else
         for (int64_t n = n0; n < n1; n++, row += strip.step)
             for (int64_t i = 0; i < strip.size; i += 64) __builtin_prefetch(row + i);
@@ -643,7 +675,7 @@ void Task::fetch(const Strip &strip, int64_t n0, int64_t n1) {
 
 void Task::attend(const List &list) {
     const bool same = list.keys->rows.data == list.values->rows.data;
-    const Strip keys_at = strip_of(*list.keys), values_at = strip_of(*list.values);
+    const Strip keys_at = strip_of(*list.keys, *list.pages), values_at = strip_of(*list.values, *list.pages);
     for (int64_t n0 = list.low; n0 < list.high; n0 += BLOCK) {
         count = int(std::min<int64_t>(BLOCK, list.high - n0));
         rows_of(*list.keys, keys_at, n0, key_room, keys);
@@ -676,14 +708,15 @@ void Task::run(int64_t low, int64_t high, bool with_window, float *into) {
     for (int64_t p = 0; p < group; p++) results[p * partial.size] = NOTHING;
     const float *decoder = a.pairs && a.keys.decoder ? a.keys.decoder + g * a.keys.rank * width : nullptr;
     const float *mean = a.pairs && a.keys.mean ? a.keys.mean + g * width : nullptr;
-    attend({&a.keys, &a.values, low, high, 0, small, a.pairs ? nullptr : offsets, decoder, mean, 1, partial.far});
+    const float *plain = a.pairs ? nullptr : offsets;
+    attend({&a.keys, &a.values, low, high, 0, small, plain, decoder, mean, &a.far_pages, 1, partial.far});
     if (!with_window) return;
     Side near_keys{}, near_values{};
     near_keys.rows = a.near_keys, near_keys.rank = a.size;
     near_values.rows = a.near_values, near_values.rank = a.size_out;
     const int64_t column = number_of(a.column, b), seen = std::max(number_of(a.first, b), number_of(a.length, b));
     const int64_t from = std::max<int64_t>(seen - column, 0), to = std::min(number_of(a.stop, b) - column, a.slots);
-    attend({&near_keys, &near_values, from, to, column, query, nullptr, nullptr, nullptr, 2, partial.near});
+    attend({&near_keys, &near_values, from, to, column, query, nullptr, nullptr, nullptr, &a.near_pages, 2, partial.near});
 }
 
 // One head's output: of partial results, of which each counts by its top score.

@@ -50,6 +50,8 @@ class _Tensors(NamedTuple):
     frequencies: Tensor | None
     slopes: Tensor | None
     mask: Tensor | None
+    far_pages: Tensor | None
+    near_pages: Tensor | None
 
 
 def why_not(step: Step) -> str | None:
@@ -60,6 +62,9 @@ def why_not(step: Step) -> str | None:
             return "it runs on a CPU"
         if tensor.dtype not in KINDS:
             return "it reads float32, bfloat16 and codes"
+    tables = step.table, None if step.window is None else step.window.table
+    if any(table is not None and table.dtype != torch.int32 for table in tables):
+        return "tables of pages are int32"
     if step.columns is not None:
         return "it does not decode where tokens were evicted"
     if step.sinks is not None:
@@ -106,6 +111,8 @@ def decode(step: Step) -> Tensor:
         *((None, None, None) if rotary is None else _turning(rotary, step.q.shape[-1])),
         None if slopes is None else slopes.float(),
         mask if mask is None or mask.dtype == torch.bool else mask.float(),
+        step.table,
+        None if window is None else window.table,
     ]
     launch = torch.ops.eigenattn.decode_natively if torch.compiler.is_compiling() else _launch
     return launch(
@@ -144,7 +151,7 @@ def _launch(
     of_rows, of_heads, _ = q.stride()
     # As `Arguments` in native.cpp has them, all of 8 bytes.
     arguments = _ARGUMENTS.pack(
-        b, h, g, d, size_out, x.far_keys.shape[2], torch.get_num_threads(),
+        b, h, g, d, size_out, _tokens(x.far_keys, x.far_pages), torch.get_num_threads(),
         q.data_ptr(), of_rows, of_heads, 0, KINDS[q.dtype], 1,
         *_layout(near_keys, g),
         *_layout(near_values, g),
@@ -154,7 +161,7 @@ def _launch(
         *_layout(far_values, g),
         rank_v, _at(x.value_decoder), _at(x.value_mean), _at(x.value_levels),
         x.far_values.shape[-1], _at(x.value_plan), places[1],
-        0 if near_keys is None else near_keys.shape[2],
+        0 if near_keys is None else _tokens(near_keys, x.near_pages),
         *_count(x.first, counts[0]),
         *_count(x.length, counts[1]),
         *_count(x.column, counts[2]),
@@ -167,12 +174,14 @@ def _launch(
         *scales,
         _at(x.slopes), _at(mask), *((0, 0, 0) if mask is None else _mask_layout(mask)),
         out.data_ptr(), KINDS[out.dtype],
+        *_pages(x.far_pages, x.far_keys),
+        *_pages(x.near_pages, x.near_keys),
     )  # fmt: skip
     found.eigenattn_decode(arguments)
     return out
 
 
-_ARGUMENTS = struct.Struct("=7q6q12q26q1q24q2q3q3d5q2q")
+_ARGUMENTS = struct.Struct("=7q6q12q26q1q24q2q3q3d5q2q6q")
 
 
 # One node in a graph, which does not break there.
@@ -194,6 +203,16 @@ def _layout(x: Tensor | None, g: int) -> tuple[int, ...]:
     if x is None:
         return 0, 0, 0, 0, 0, 1
     return x.data_ptr(), *x.stride()[:3], KINDS[x.dtype], g // x.shape[1]
+
+
+def _tokens(rows: Tensor, table: Tensor | None) -> int:
+    """Tokens that a row may have."""
+    return rows.shape[2] if table is None else table.shape[1] * rows.shape[2]
+
+
+def _pages(table: Tensor | None, pages: Tensor | None) -> tuple[int, int, int]:
+    """Where the table lies, the stride of its rows, and the tokens of a page."""
+    return (0, 0, 1) if table is None or pages is None else (table.data_ptr(), table.stride(0), pages.shape[2])
 
 
 def _mask_layout(mask: Tensor) -> tuple[int, int, int]:

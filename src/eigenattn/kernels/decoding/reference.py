@@ -41,6 +41,7 @@ def _of_head(stored: Tensor, g: int, kv_heads: int) -> Tensor:
 
 def decode(step: Step) -> Tensor:
     """See `eigenattn.kernels.decoding.Step`."""
+    step = step.gathered()
     b, h = step.q.shape[:2]
     window, mask = step.window, step.mask
     if mask is not None:

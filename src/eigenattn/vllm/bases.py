@@ -1,0 +1,151 @@
+"""The bases that a model is served with: a folder beside a stock checkpoint, or part of a compressed one."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import EigenAttnError
+from ..models.attention import EigenAttention
+from ..models.bases_file import check_base, fingerprint_from, original_names, read_config, read_tensors, sampled
+from ..models.checkpoint_format import EigenAttnCheckpointConfig, allocate
+from ..models.conversion import METHOD, convert_attention
+from ..models.loading import empty_model
+from ..models.maps import MAPS, QUANTISERS
+
+# Names the folder of bases, or their hub id, to `--additional-config`, or from outside.
+OPTION = "eigenattn"
+VARIABLE = "EIGENATTN_BASES"
+# Their angles depend on the length of a text, which differs from row to row of a batch.
+VARYING_ROPE = ("dynamic", "longrope")
+# The layer, and the name within it, of a tensor in a checkpoint.
+PLACE = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class Bases:
+    """Bases and where they are.
+
+    Args:
+        config: what they say of themselves.
+        folder: where they lie, or a hub id; None where they are in the checkpoint itself.
+    """
+
+    config: EigenAttnCheckpointConfig
+    folder: str | None = None
+
+    @classmethod
+    def of(cls, model_config: Any, options: Mapping[str, Any]) -> Bases | None:
+        """Those that a model is to be served with; None if it is to be served as it is.
+
+        Args:
+            model_config: the model's configuration, as transformers has it.
+            options: the engine's `--additional-config`.
+
+        Raises:
+            EigenAttnError: if they are malformed, or there are two.
+        """
+        found: Any = getattr(model_config, "quantization_config", None)
+        values: dict[str, Any] = found.to_dict() if hasattr(found, "to_dict") else found or {}
+        own = values.get("quant_method") == METHOD
+        folder = options.get(OPTION) or os.environ.get(VARIABLE)
+        if own and folder:
+            raise EigenAttnError(f"this checkpoint is compressed already: leave out the bases in {folder}.")
+        if own:
+            return cls(EigenAttnCheckpointConfig(**values))
+        return cls(read_config(folder), folder) if folder else None
+
+
+def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> dict[str, EigenAttention]:
+    """The layers' attention as transformers would have it, without memory, by name and in order.
+
+    Args:
+        config: the model's configuration, as transformers has it.
+
+    Raises:
+        EigenAttnError: if bases do not fit the model, or it is not served.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in VARYING_ROPE:
+        raise EigenAttnError(f"rotary positions of type {rope['rope_type']} are not served by vLLM once compressed.")
+    model = empty_model(config)
+    convert_attention(model)
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, EigenAttention)}
+    found = dict(sorted(found.items(), key=lambda each: each[1].layer_idx))
+    layers = list(found.values())
+    if [layer.layer_idx for layer in layers] != [*range(config.get_text_config(decoder=True).num_hidden_layers)]:
+        raise EigenAttnError("models whose layers do not all cache keys and values are not served once compressed.")
+    if any(layer.sink_logits is not None or layer.normalises_rotated for layer in layers):
+        raise EigenAttnError("sinks, and norms behind rotation, are not served by vLLM once compressed.")
+    allocate(layers, checkpoint)
+    return found
+
+
+class Loading:
+    """Loads bases while a checkpoint's tensors go by.
+
+    Args:
+        originals: all layers, as `blueprints` gives them.
+        take: is given a layer's index, the name of a map, and the map of all heads.
+    """
+
+    def __init__(
+        self, bases: Bases, originals: Mapping[str, EigenAttention], take: Callable[[int, str, Tensor], None]
+    ) -> None:
+        self._bases, self._take = bases, take
+        self._layers = list(originals.values())
+        # Where in a layer its attention is; the same in all of them.
+        self._inside = next(iter(originals)).partition(".0.")[2]
+        self._samples: dict[tuple[int, str], Tensor] = {}
+        self._missing = {
+            (index, name) for index, layer in enumerate(self._layers) for name, _ in layer.named_parameters()
+        }
+
+    def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that are the model's own."""
+        for name, tensor in weights:
+            place = PLACE.search(name)
+            inner = place[2].removeprefix(f"{self._inside}.") if place else ""
+            if place is None or (key := (int(place[1]), inner)) not in self._missing:
+                yield name, tensor
+                continue
+            self._missing.remove(key)
+            if inner in (*MAPS, *QUANTISERS):
+                self._take(*key, tensor)
+            else:
+                self._samples[key] = sampled(tensor) if self._bases.folder else tensor.new_empty(0)
+                yield name, tensor
+
+    def finish(self) -> None:
+        """Read the bases if they lie in a folder.
+
+        Raises:
+            EigenAttnError: if they belong to another model, or something is missing.
+        """
+        folder = self._bases.folder
+        maps = {key for key in self._missing if key[1] in (*MAPS, *QUANTISERS)}
+        if folder is None:
+            if self._missing:
+                index, name = min(self._missing)
+                raise EigenAttnError(f"the checkpoint lacks {name} of layer {index}: is it truncated?")
+            return
+        if self._missing - maps:
+            warnings.warn(f"weights are quantised: see that the bases in {folder} were made for them.", stacklevel=2)
+        else:
+            names = [(index, name) for index, layer in enumerate(self._layers) for name in original_names(layer)]
+            own = fingerprint_from([self._samples[key] for key in names])
+            check_base(folder, self._bases.config, own, quantised=False)
+        wanted = {
+            f"layers.{index}.{name}": torch.empty(getattr(self._layers[index], name).shape, device="cpu")
+            for index, name in maps
+        }
+        read_tensors(folder, wanted)
+        for index, name in maps:
+            self._take(index, name, wanted[f"layers.{index}.{name}"])

@@ -1,0 +1,61 @@
+"""All that the plug-in knows of vLLM by name: the rest of this folder has it from here.
+
+Beside the registration of models vLLM promises plug-ins no interface. A release is supported once its sources have what
+stands here, as `tests/vllm/test_versions.py` reads them, and once it was served with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import get_attention_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import _encode_layer_name as encode_layer_name
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+__all__ = [
+    "Attention",
+    "AttentionBackend",
+    "AttentionImpl",
+    "AttentionLayerBase",
+    "AttentionMetadata",
+    "AttentionMetadataBuilder",
+    "CommonAttentionMetadata",
+    "FullAttentionSpec",
+    "KVCacheLayout",
+    "KVCacheSpec",
+    "KVCacheSpecRegistry",
+    "SlidingWindowManager",
+    "SlidingWindowSpec",
+    "VllmConfig",
+    "encode_layer_name",
+    "extract_layer_index",
+    "get_attention_context",
+    "get_tensor_model_parallel_rank",
+    "get_tensor_model_parallel_world_size",
+    "kv_cache_dtype_str_to_dtype",
+    "run_attention",
+]
+
+
+def run_attention(query: Tensor, key: Tensor, value: Tensor, output: Tensor, layer: object) -> None:
+    """vLLM's own operation, which keeps attention out of compiled graphs: `layer.impl.forward`.
+
+    Args:
+        layer: its name, as `encode_layer_name` gives it.
+    """
+    torch.ops.vllm.unified_attention_with_output(query, key, value, output, layer)
