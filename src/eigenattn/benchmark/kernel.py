@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..cache.codebook import UNIT_SCALE
 from ..cache.context import CacheContext
 from ..cache.layout import SIDES, Latent, Layout
 from ..cache.packing import Widths
@@ -91,7 +92,7 @@ def widths_of(bits: float, head_dim: int) -> Widths:
     four = int((bits * head_dim - 6 * six - 2 * two) // 4)
     if not 0 <= four <= head_dim - six - two:
         raise EigenAttnError(f"{bits:g} bits an element are not measured: choose between 1 and 3.5.")
-    return Widths.of({6: six, 4: four, 2: two})
+    return Widths.of({6: six, 4: four, 2: two}, scaled=True)
 
 
 def layouts(
@@ -140,10 +141,11 @@ class Inputs:
         rows = []
         for latent in layout.latents:
             size = shape.batch, layout.count(latent), far, latent.elements
-            coded = latent.widths is not None
-            rows.append(
-                torch.randint(256, size, device=self.device, dtype=torch.uint8) if coded else self.normal(*size)
-            )
+            if latent.widths is None:
+                rows.append(self.normal(*size))
+            else:
+                rows.append(torch.randint(256, size, device=self.device, dtype=torch.uint8))
+                rows[-1][..., latent.widths.of_codes :] = UNIT_SCALE
         return Step(
             q=self.q,
             rows=tuple(rows),
