@@ -196,7 +196,7 @@ def engines(tmp_path_factory) -> dict[str, dict]:
     save(root / "small", "llama", 8, True)
     small = root / "small"
     jobs["prefix"] = job(small, SHARED_PREFIX, **SMALL | {"max_num_seqs": 1}) | {"new_tokens": 1}
-    jobs["no-room"] = job(root / "wide", **long | {"kv_cache_memory_bytes": 2_000_000})
+    jobs["no-room"] = job(root / "wide", **long | {"kv_cache_memory_bytes": 1_200_000})
     jobs["fp8"] = job(small, **SMALL, kv_cache_dtype="fp8")
     jobs["drafts"] = job(small, **SMALL, speculative_config={"model": str(small), "num_speculative_tokens": 2})
     jobs["lora"] = job(small, **SMALL, enable_lora=True)
