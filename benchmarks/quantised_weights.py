@@ -21,7 +21,9 @@ from eigenattn.models.conversion import layouts_of
 
 
 def loaded(name: str, bits: int):
-    settings = None if bits == 16 else BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    settings = None
+    if bits < 16:
+        settings = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_quant_type="nf4")
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, quantization_config=settings).eval()
 
 
