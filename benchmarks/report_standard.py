@@ -67,11 +67,11 @@ def place_of(key: str) -> Place:
     return Place(int(length), text, cache)
 
 
-def load() -> dict[str, Results]:
+def load(folder: Path = RESULTS) -> dict[str, Results]:
     """Results by model."""
     return {
         path.stem.removeprefix("standard-"): json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(RESULTS.glob("standard-*.json"), key=lambda path: _rank(path.stem))
+        for path in sorted(folder.glob("standard-*.json"), key=lambda path: _rank(path.stem))
     }
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from report_standard import NOTHING, Results, finalists, place_of
+from transformers import PreTrainedModel
 
 from eigenattn.cache.layout import Layout
 from eigenattn.cache.size import HALF, baseline_bytes_per_token
@@ -290,16 +291,23 @@ class Run:
     def subject(self) -> SweepModel:
         """The model, converted, at full rank: it predicts what the original does, to the bit."""
         model = load_model(self.source, self.protocol.dtype)
-        protocol = self.protocol
+        self._batches = self._drawn(model)
+        grid = Grid([size / ORIGINAL_BITS for size in self.protocol.sizes], coded=True, windows=[self.window])
+        return SweepModel(model, [], grid, self.bars, share_costs=False)
+
+    def _drawn(self, model: PreTrainedModel) -> dict[str, list[Batch]]:
+        """What ours are calibrated on, by name.
+
+        Args:
+            model: before it is converted, as `compress` draws too: what a model writes may hang on a rounding.
+        """
+        protocol, found = self.protocol, {}
         drawn = protocol.samples, protocol.calibration_length, protocol.seed
-        self._batches: dict[str, list[Batch]] = {}
         for name, texts in protocol.calibrations.items():
-            # Before it is converted, as `compress` does: what a model writes may hang on a rounding.
             parts = text_windows(texts, self.tokenizer, *drawn)
             windows = complete(parts, model, *drawn[1:]).to(input_device(model))
-            self._batches[name] = [Batch(window) for window in windows.split(1)]
-        grid = Grid([size / ORIGINAL_BITS for size in protocol.sizes], coded=True, windows=[self.window])
-        return SweepModel(model, [], grid, self.bars, share_costs=False)
+            found[name] = [Batch(window) for window in windows.split(1)]
+        return found
 
     @cached_property
     def attached(self) -> dict[str, Attached]:
