@@ -118,7 +118,7 @@ def attend(
     queries = torch.arange(t, device=device) + query_first
     places = torch.arange(near.keys.shape[-2], device=device) + near.first
     if t <= QUERY_BLOCK:
-        seen = split_masks(queries, count, places, window, mask, q.dtype)
+        seen = split_masks(queries, count, places, window, mask, torch.promote_types(q.dtype, torch.float32))
         keys, values = torch.cat([far.keys, near.keys], -2), torch.cat([far.values, near.values], -2)
         out, weights = backend(q, keys, values, mask=seen, **options)
         return out, None if weights is None else by_column(weights, count, places, columns)
@@ -134,7 +134,9 @@ def attend(
             rows = slice(block_count)
         exact = slice(max(first + start - window + 1 - near_first, 0), first + stop - near_first if forwards else None)
         part = None if mask is None else mask[..., start:stop, :]
-        seen = split_masks(queries[start:stop], block_count, places[exact], window, part, q.dtype)
+        seen = split_masks(
+            queries[start:stop], block_count, places[exact], window, part, torch.promote_types(q.dtype, torch.float32)
+        )
         keys = torch.cat([far.keys[:, :, rows], near.keys[:, :, exact]], dim=-2)
         values = torch.cat([far.values[:, :, rows], near.values[:, :, exact]], dim=-2)
         out, weights = backend(q[:, :, start:stop], keys, values, mask=seen, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def attend(
     if causal and s > t:
         # An empty static cache is longer than the prompt, and what lies behind the prompt is masked.
         k, v = k[:, :, :t], v[:, :, :t]
-    if mask is not None and mask.dtype != q.dtype and mask.is_floating_point():
+    if mask is not None and mask.is_floating_point() and mask.dtype not in (q.dtype, torch.float32):
         mask = mask.to(q.dtype)
     if g < h:
         if t == 1 and (mask is None or mask.shape[1] == 1):

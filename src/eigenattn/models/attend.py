@@ -218,7 +218,7 @@ def _tiles(this: ForwardPass, q: Tensor, sight: Sight, query: int) -> chunked.Ma
         seen = None if mask is None else mask[..., start:stop, low:high]
         if bias is None:
             return seen
-        part = bias[..., low:high].to(q.dtype)
+        part = bias[..., low:high].to(torch.promote_types(q.dtype, torch.float32))
         return part.expand(-1, -1, stop - start, -1) if seen is None else add_mask(part, seen)
 
     return tile

@@ -181,7 +181,7 @@ class ForwardPass:
         mask, bias = self.mask_and_bias(keys)
         if bias is None:
             return mask
-        bias = bias.to(q.dtype)
+        bias = bias.to(torch.promote_types(q.dtype, torch.float32))  # bf16 does not tell far columns apart
         if mask is None:
             mask = causal_mask(q.shape[-2], keys, q.device) if q.shape[-2] > 1 else bias.new_zeros(())
         return add_mask(bias, mask)
