@@ -28,9 +28,7 @@ def take_columns(x: Tensor, columns: Tensor) -> Tensor:
     return torch.take_along_dim(x, columns.unsqueeze(-2), dim=-1)
 
 
-def split_masks(
-    queries: Tensor, far: int | Tensor, near: Tensor, window: int, mask: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def split_masks(queries: Tensor, far: int | Tensor, near: Tensor, window: int, mask: Tensor | None) -> Tensor:
     """Who sees whom, over far keys and near keys side by side.
 
     Query m sees key n exactly if `m - window < n`, and through its latent if `n <= m - window` or if no exact form of
@@ -42,7 +40,6 @@ def split_masks(
         near: columns of the near keys [N]; negative ones are empty slots.
         mask: the model's own mask over columns, [B or 1, H or 1, T, columns], boolean (True is visible) or additive, or
             None.
-        dtype: of the scores.
 
     Returns:
         [B or 1, H or 1, T, F + N], boolean without a mask or with a boolean one, else additive.
@@ -65,7 +62,7 @@ def split_masks(
         chosen = torch.cat([take_columns(mask, far), chosen_near], dim=-1)
     else:
         chosen = mask.index_select(-1, torch.cat([n_far, near.clamp_min(0)]))
-    return both_masks(chosen if chosen.dtype == torch.bool else chosen.to(dtype), sees)
+    return both_masks(chosen, sees)
 
 
 def by_column(weights: Tensor, far: int | Tensor, near: Tensor, columns: int) -> Tensor:
@@ -118,7 +115,7 @@ def attend(
     queries = torch.arange(t, device=device) + query_first
     places = torch.arange(near.keys.shape[-2], device=device) + near.first
     if t <= QUERY_BLOCK:
-        seen = split_masks(queries, count, places, window, mask, torch.promote_types(q.dtype, torch.float32))
+        seen = split_masks(queries, count, places, window, mask)
         keys, values = torch.cat([far.keys, near.keys], -2), torch.cat([far.values, near.values], -2)
         out, weights = backend(q, keys, values, mask=seen, **options)
         return out, None if weights is None else by_column(weights, count, places, columns)
@@ -134,9 +131,7 @@ def attend(
             rows = slice(block_count)
         exact = slice(max(first + start - window + 1 - near_first, 0), first + stop - near_first if forwards else None)
         part = None if mask is None else mask[..., start:stop, :]
-        seen = split_masks(
-            queries[start:stop], block_count, places[exact], window, part, torch.promote_types(q.dtype, torch.float32)
-        )
+        seen = split_masks(queries[start:stop], block_count, places[exact], window, part)
         keys = torch.cat([far.keys[:, :, rows], near.keys[:, :, exact]], dim=-2)
         values = torch.cat([far.values[:, :, rows], near.values[:, :, exact]], dim=-2)
         out, weights = backend(q[:, :, start:stop], keys, values, mask=seen, **options)

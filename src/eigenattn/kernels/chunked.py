@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import both_masks, cap_and_mask
-from .sdpa import widen
+from ..cache.sight import Near
+from .reference import both_masks, cap_and_mask, score_dtype
+from .sdpa import as_taken, widen
 from .selection import HALF
 
 # Keys decoded at a time (chosen): texts no longer than this are attended to at once.
@@ -41,7 +42,7 @@ class Parts:
 
     def __init__(self, q: Tensor, size: int) -> None:
         b, h, t, _ = q.shape
-        dtype = torch.promote_types(q.dtype, torch.float32)
+        dtype = score_dtype(q.dtype)
         self.out = q.new_zeros(b, t, h, size, dtype=dtype).transpose(1, 2)  # as the output projection has it
         self.lse = q.new_full((b, h, t, 1), float("-inf"), dtype=dtype)
 
@@ -82,7 +83,7 @@ def attend_with_lse(
     if softcap is None and q.device.type == "cpu":
         # SDPA itself keeps the log-sum-exp to itself.
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(widen(x, size) for x in (q, k, v)), is_causal=causal, attn_mask=mask, scale=scale
+            *(widen(x, size) for x in (q, k, v)), is_causal=causal, attn_mask=as_taken(mask, q), scale=scale
         )
         return out[..., :size_v], lse.unsqueeze(-1)
     if softcap is None and mask is None and _has_flash_attention(q, size):
@@ -115,7 +116,7 @@ def _written_out(
         rows = q[:, :, start : start + QUERY_BLOCK]
         n = rows.shape[-2]
         scores = rows.reshape(b, g, h // g * n, -1) @ k.transpose(-1, -2)  # [B, G, H/G * n, S]
-        scores = scores.to(torch.promote_types(q.dtype, torch.float32)).view(b, h, n, s) * scale
+        scores = scores.to(score_dtype(q.dtype)).view(b, h, n, s) * scale
         seen = mask if mask is None else mask[..., start : start + n, :].to(scores.dtype)
         if causal:
             seen = torch.ones(n, s, dtype=torch.bool, device=q.device).tril(start)
@@ -125,6 +126,49 @@ def _written_out(
         outs.append((weights.view(b, g, h // g * n, s) @ v).view(b, h, n, -1))
         lses.append(lse)
     return torch.cat(outs, dim=-2), torch.cat(lses, dim=-2)
+
+
+def attend(
+    q: Tensor,
+    q_far: Tensor,
+    decode: Decode,
+    near: Near | None,
+    *,
+    size: int,
+    tokens: int,
+    window: int,
+    query_first: int,
+    mask: Mask | None,
+    scale: float,
+    softcap: float | None,
+) -> Parts:
+    """Attention over exact keys and far ones, in which both are as `eigenattn.cache.sight` has them.
+
+    Args:
+        q: queries as they meet exact keys [B, H, T, D]; q_far: and those that `decode` gives [B, H, T, K].
+        near: exact keys, rotated, and values; None without a window.
+        size: of far values, V.
+        tokens: far keys that there are.
+        query_first: column of the first query.
+    """
+    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap}
+    first = 0 if near is None else int(near.first)
+    if near is None:
+        parts = Parts(q, size)
+    else:
+        parts = attend_near(
+            q, near.keys, near.values, window=window, key_first=first, query_first=query_first, **options
+        )
+    attend_far(
+        parts,
+        q_far,
+        decode,
+        keys=min(max(query_first + q.shape[-2] - window, first, 0), tokens),
+        seen_by_all=max(query_first - window + 1, first, 0),
+        first=query_first - window,
+        **options,
+    )
+    return parts
 
 
 def attend_far(

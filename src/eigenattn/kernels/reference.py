@@ -11,6 +11,11 @@ def causal_mask(queries: int, keys: int, device: torch.device, first: int = 0) -
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(first)
 
 
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which scores of such queries, and what is added to them, keep their digits: fp32, or more."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def add_mask(bias: Tensor, mask: Tensor) -> Tensor:
     """A bias on scores, and a mask that is boolean (True is visible) or additive, as one."""
     return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
@@ -30,7 +35,7 @@ def cap_and_mask(scores: Tensor, mask: Tensor | None, softcap: float | None) -> 
 
 def softmax(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
     """The softmax of scores [B, H, T, S] in fp32 or more; what sinks [H] take of it is in no weight."""
-    dtype = torch.promote_types(scores.dtype, torch.float32)
+    dtype = score_dtype(scores.dtype)
     if sinks is None:
         return scores.softmax(dim=-1, dtype=dtype)
     logits = sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)

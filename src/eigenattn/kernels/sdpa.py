@@ -7,11 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import EigenAttnError
+from .selection import HALF
 
 
 def widen(x: Tensor, size: int) -> Tensor:
     """Pad the last dimension with zeros, which change neither scores nor outputs."""
     return F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
+
+
+def as_taken(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """A mask in a dtype that fused kernels take: fp32 beside half precision, which would round what it adds."""
+    if mask is None or mask.dtype in (torch.bool, q.dtype) or (mask.dtype == torch.float32 and q.dtype in HALF):
+        return mask
+    return mask.to(q.dtype)
 
 
 def attend(
@@ -41,8 +49,7 @@ def attend(
     if causal and s > t:
         # An empty static cache is longer than the prompt, and what lies behind the prompt is masked.
         k, v = k[:, :, :t], v[:, :, :t]
-    if mask is not None and mask.is_floating_point() and mask.dtype not in (q.dtype, torch.float32):
-        mask = mask.to(q.dtype)
+    mask = as_taken(mask, q)
     if g < h:
         if t == 1 and (mask is None or mask.shape[1] == 1):
             q = q.reshape(b, g, h // g, -1)  # one query a head: a group's queries are rows of one KV head

@@ -7,8 +7,6 @@ ways to compute that: one query a row, parts that are joined, and all at once.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,7 @@ from ..cache.layout import SIDES
 from ..cache.sight import Near, Sight
 from ..kernels import blocks, chunked, decoding
 from ..kernels.decoding.batched import decode_with_weights
-from ..kernels.reference import add_mask, causal_mask
+from ..kernels.reference import add_mask, causal_mask, score_dtype
 from ..kernels.selection import decoding_backend, is_chosen
 from .forward_pass import ForwardPass
 from .layer import AttentionLayer
@@ -93,8 +91,7 @@ def in_parts(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) 
 
     What a pass needs beside the cache is one chunk.
     """
-    q, far, near, window, t = this.rotated(q), sight.far, sight.near, layer.layout.window, q.shape[-2]
-    query, near_first = int(sight.query), 0 if near is None else int(near.first)
+    q, far, near, query = this.rotated(q), sight.far, sight.near, int(sight.query)
     in_latent_space = near is None and not layer.decodes_keys
     q_far = layer.query_in_latent_space(q)[0] if in_latent_space else q
 
@@ -106,24 +103,21 @@ def in_parts(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) 
             keys = rotate(keys, *this.angles_of_chunk(sight, start, stop), layer.family.interleaved)
         return keys, layer.for_each_head(values) if near is None else layer.decode(values, "value")
 
-    options: dict[str, Any] = {"mask": _tiles(this, q, sight, query), "scale": layer.scaling, "softcap": layer.softcap}
-    if near is None:
-        parts = chunked.Parts(q, layer.layout.of("value").rank)
-    else:
-        keys = _near_keys(layer, this, near, sight, max(near_first, 0))
-        parts = chunked.attend_near(
-            q, keys, near.values, window=window, key_first=near_first, query_first=query, **options
-        )
-    chunked.attend_far(
-        parts,
+    mask = _tiles(this, q, sight, query)
+    parts = chunked.attend(
+        q,
         q_far,
         decode,
-        keys=min(max(query + t - window, near_first, 0), far.rows[0].shape[2]),
-        seen_by_all=max(query - window + 1, near_first, 0),
-        first=query - window,
-        **options,
+        near and near._replace(keys=_near_keys(layer, this, near, sight, max(int(near.first), 0))),
+        size=layer.layout.of("value").rank,
+        tokens=far.rows[0].shape[2],
+        window=layer.layout.window,
+        query_first=query,
+        mask=mask,
+        scale=layer.scaling,
+        softcap=layer.softcap,
     )
-    out = parts.out if options["mask"] is None else parts.with_zeros(torch.finfo(q.dtype).min / 2)
+    out = parts.out if mask is None else parts.with_zeros(torch.finfo(q.dtype).min / 2)
     out = layer.decode_output(out.to(q.dtype)) if near is None else out.to(q.dtype)
     return out * _share_of_keys(layer, parts.lse, q.dtype)
 
@@ -218,7 +212,7 @@ def _tiles(this: ForwardPass, q: Tensor, sight: Sight, query: int) -> chunked.Ma
         seen = None if mask is None else mask[..., start:stop, low:high]
         if bias is None:
             return seen
-        part = bias[..., low:high].to(torch.promote_types(q.dtype, torch.float32))
+        part = bias[..., low:high].to(score_dtype(q.dtype))
         return part.expand(-1, -1, stop - start, -1) if seen is None else add_mask(part, seen)
 
     return tile

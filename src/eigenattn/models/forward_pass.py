@@ -16,7 +16,7 @@ from ..errors import EigenAttnError
 from ..kernels import BACKENDS, chunked
 from ..kernels.blocks import shows_future
 from ..kernels.decoding import Rotary
-from ..kernels.reference import add_mask, causal_mask
+from ..kernels.reference import add_mask, causal_mask, score_dtype
 from ..kernels.sdpa import widen
 from .layer import AttentionLayer
 from .memoised import memoised
@@ -181,7 +181,7 @@ class ForwardPass:
         mask, bias = self.mask_and_bias(keys)
         if bias is None:
             return mask
-        bias = bias.to(torch.promote_types(q.dtype, torch.float32))  # bf16 does not tell far columns apart
+        bias = bias.to(score_dtype(q.dtype))  # bf16 does not tell far columns apart
         if mask is None:
             mask = causal_mask(q.shape[-2], keys, q.device) if q.shape[-2] > 1 else bias.new_zeros(())
         return add_mask(bias, mask)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..cache.context import CacheContext
 from ..cache.layout import SIDES
+from ..cache.sight import Near
 from ..errors import EigenAttnError
 from ..kernels import chunked
 from ..kernels.decoding import Rotary, Step, Window, accepted, decode_accepted
@@ -137,30 +138,30 @@ def attend_prompt(layer: PagedAttention, q: Tensor, length: int, far: Pages, nea
         values = maps.for_each_head(values) if near is None else maps.decode(values, "value")
         return layer.rotated(maps.decode(keys, "key"), chunk), values
 
-    mask = None if layer.slopes is None else bias_of(layer.slopes, columns, q.dtype)
-    options: dict[str, Any] = {"mask": mask, "scale": layer.scale, "softcap": layer.softcap}
-    if near is None:
-        parts = chunked.Parts(q, maps.layout.of("value").rank)
-    else:
+    exact = None
+    if near is not None:
         first = max(query - window + 1, 0)
         keys, values = near.at(columns[first:])
-        keys = layer.rotated(keys, columns[first:])
-        parts = chunked.attend_near(q, keys, values, window=window, key_first=first, query_first=query, **options)
-    chunked.attend_far(
-        parts,
+        exact = Near(layer.rotated(keys, columns[first:]), values, first)
+    parts = chunked.attend(
+        q,
         q,
         decode_chunk,
-        keys=max(length - window, 0),
-        seen_by_all=max(query - window + 1, 0),
-        first=query - window,
-        **options,
+        exact,
+        size=maps.layout.of("value").rank,
+        tokens=length,
+        window=window,
+        query_first=query,
+        mask=None if layer.slopes is None else bias_of(layer.slopes, columns),
+        scale=layer.scale,
+        softcap=layer.softcap,
     )
     out = parts.out.to(q.dtype)
     return (maps.decode_output(out) if near is None else out)[0].transpose(0, 1)
 
 
-def bias_of(slopes: Tensor, columns: Tensor, dtype: torch.dtype) -> chunked.Mask:
-    """ALiBi as tiles of an additive mask.
+def bias_of(slopes: Tensor, columns: Tensor) -> chunked.Mask:
+    """ALiBi as tiles of an additive mask, in fp32: half precision does not tell far columns apart.
 
     Args:
         slopes: of each query head [H].
@@ -169,6 +170,6 @@ def bias_of(slopes: Tensor, columns: Tensor, dtype: torch.dtype) -> chunked.Mask
 
     def tile(start: int, stop: int, low: int, high: int) -> Tensor:
         found = slopes.view(1, -1, 1, 1) * (columns[low:high] - len(columns))  # [1, H, 1, keys]
-        return found.to(dtype).expand(-1, -1, stop - start, -1)
+        return found.float().expand(-1, -1, stop - start, -1)
 
     return tile

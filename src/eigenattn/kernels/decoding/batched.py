@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import softmax
+from ..reference import score_dtype, softmax
 from .arguments import Rotary, Side, Step, pairs
 
 
@@ -130,7 +130,7 @@ def _restored(row: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
 def _scores(step: Step, keys: _Keys, g: int) -> Tensor:
     """Scores [B, H, F + N] in fp32 or more, before scaling."""
     q, side, latents = step.q, step.keys, keys.rows[step.keys.row]
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = score_dtype(q.dtype)
     if step.rotary is not None:
         queries, found = _rotated(step, step.rotary, keys, latents, g)
         return torch.bmm(queries.flatten(0, 1), found.flatten(0, 1).transpose(-1, -2)).view(*q.shape[:2], -1).to(dtype)
@@ -155,7 +155,7 @@ def _rotated(step: Step, rotary: Rotary, keys: _Keys, latents: Tensor, g: int) -
     if not plain or torch.compiler.is_compiling():
         found = _decoded(latents, side.decoder, side.mean if side.mean is None else side.mean.unsqueeze(1), g)
         x = torch.cat([found, q] if keys.near_keys is None else [found, keys.near_keys, q], dim=-2)
-        first, second = (x[..., dims].to(torch.promote_types(q.dtype, torch.float32)) for dims in rotary.pairs())
+        first, second = (x[..., dims].to(score_dtype(q.dtype)) for dims in rotary.pairs())
         together = [first * turns.real - second * turns.imag, second * turns.real + first * turns.imag]
         rotated = torch.stack(together, -1).flatten(-2) if rotary.interleaved else torch.cat(together, dim=-1)
         x = torch.cat([rotated.to(q.dtype), x[..., width:]], dim=-1)
