@@ -7,6 +7,7 @@ vectors are large in all directions, of which other texts have others, is as goo
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -91,19 +92,29 @@ class Codebook:
         planes = self.widths.split(self.levels.float(), dim=1)
         return torch.cat([level_table(plane, bits).flatten(1) for bits, plane in planes], dim=1)
 
-    def encode(self, z: Tensor) -> Tensor:
-        """Latents [B, G, T, R] to bytes [B, G, T, widths.bytes]."""
-        if not self.widths.scaled:
-            return pack(self.quantise(z), self.widths)
-        scale = scale_codes(z)
-        return torch.cat([pack(self.quantise(z / scales(scale)), self.widths), scale], dim=-1)
+    def encode(self, z: Tensor, packed: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Latents [B, G, T, R] to bytes [B, G, T, widths.bytes].
 
-    def decode(self, rows: Tensor) -> Tensor:
-        """The latents [B, G, T, R] that bytes stand for, in fp32; as `dequantise` has it."""
+        Args:
+            packed: gives the packed codes of latents over their scales; by default PyTorch's operations do.
+        """
+        packed = packed or (lambda z: pack(self.quantise(z), self.widths))
         if not self.widths.scaled:
-            return self.dequantise(unpack(rows, self.widths))
+            return packed(z)
+        scale = scale_codes(z)
+        return torch.cat([packed(z / scales(scale)), scale], dim=-1)
+
+    def decode(self, rows: Tensor, levels: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The latents [B, G, T, R] that bytes stand for, in fp32; as `dequantise` has it.
+
+        Args:
+            levels: gives the levels of packed codes; by default PyTorch's operations do.
+        """
+        levels = levels or (lambda codes: self.dequantise(unpack(codes, self.widths)))
+        if not self.widths.scaled:
+            return levels(rows)
         codes, scale = rows.split([self.widths.of_codes, 1], dim=-1)
-        return self.dequantise(unpack(codes, self.widths)) * scales(scale)
+        return levels(codes) * scales(scale)
 
     def quantise(self, z: Tensor) -> Tensor:
         """The codes of the levels nearest to latents [B, G, T, R], in uint8."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,24 @@ from torch import Tensor
 # Widths that a channel may have, widest first, and what codes of each are stored as, upper bits first: parts that fill
 # bytes evenly. Another package adds a width here.
 PARTS: dict[int, tuple[int, ...]] = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
+
+
+class Plane(NamedTuple):
+    """Where one part of the codes of some channels lies in a packed latent.
+
+    Args:
+        start, size: first byte, and bytes.
+        bits: of the part; they are those of the code from bit `below` on.
+    """
+
+    start: int
+    size: int
+    bits: int
+    below: int
+
+    def at(self, channel: int) -> tuple[int, int]:
+        """The byte that holds a channel's part, of those that share the plane, and the bit it begins at."""
+        return self.start + channel % self.size, channel // self.size * self.bits
 
 
 @dataclass(frozen=True)
@@ -42,15 +62,26 @@ class Widths:
         """Channels in all: the rank."""
         return sum(count for _, count in self.counts)
 
-    @property
+    @functools.cached_property
     def of_codes(self) -> int:
         """Bytes of the codes of one packed latent; every plane is filled up to whole bytes."""
-        return sum(plane_bytes(count, part) for bits, count in self.counts for part in PARTS[bits])
+        return sum(plane.size for _, _, planes in self.planes() for plane in planes)
 
     @property
     def bytes(self) -> int:
         """Bytes of one packed latent."""
         return self.of_codes + self.scaled
+
+    def planes(self) -> Iterator[tuple[int, int, list[Plane]]]:
+        """Of each width its bits, its channels, and the planes that hold their codes, upper bits first."""
+        start = 0
+        for bits, count in self.counts:
+            found, below = [], bits
+            for part in PARTS[bits]:
+                below -= part
+                found.append(Plane(start, plane_bytes(count, part), part, below))
+                start += found[-1].size
+            yield bits, count, found
 
     def each(self) -> list[int]:
         """The bits of each channel."""
@@ -82,11 +113,8 @@ def pack(codes: Tensor, widths: Widths) -> Tensor:
     plane of their upper bits, and one of the rest behind it.
     """
     packed = []
-    for bits, plane in widths.split(codes):
-        below = bits
-        for part in PARTS[bits]:
-            below -= part
-            packed.append(_pack_plane(plane >> below & 2**part - 1, part))
+    for (_, some), (_, _, planes) in zip(widths.split(codes), widths.planes(), strict=True):
+        packed += [_pack_plane(some >> plane.below & 2**plane.bits - 1, plane.bits) for plane in planes]
     return torch.cat(packed, dim=-1)
 
 
@@ -101,14 +129,12 @@ def _pack_plane(parts: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, widths: Widths) -> Tensor:
     """What `pack` was given."""
-    planes = [(count, part) for bits, count in widths.counts for part in PARTS[bits]]
-    stored = iter(packed.split([plane_bytes(*plane) for plane in planes], dim=-1))
     codes = []
-    for bits, count in widths.counts:
+    for _, count, planes in widths.planes():
         code = None
-        for part in PARTS[bits]:
-            plane = next(stored)
-            shares = [plane >> part * i & 2**part - 1 for i in range(8 // part)]
+        for start, size, part, _ in planes:
+            held = packed.narrow(-1, start, size)
+            shares = [held >> part * i & 2**part - 1 for i in range(8 // part)]
             found = torch.cat(shares, dim=-1)[..., :count]
             code = found if code is None else code << part | found
         codes.append(code)

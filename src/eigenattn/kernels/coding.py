@@ -7,23 +7,18 @@ import functools
 import torch
 from torch import Tensor
 
-from ..cache.codebook import Codebook, scale_codes, scales
-from ..cache.packing import PARTS, Widths, plane_bytes
+from ..cache.codebook import Codebook
+from ..cache.packing import Widths
 from .native_library import library
 from .selection import decoding_backend
 
 
 def codes_of(z: Tensor, codebook: Codebook) -> Tensor:
     """As `Codebook.encode`: the bytes [B, G, T, bytes] of latents [B, G, T, R]."""
-    widths = codebook.widths
-    channels = _chosen(z, widths, levels=False)
+    channels = _chosen(z, codebook.widths, levels=False)
     if channels is None:
         return codebook.encode(z)
-    z = z.detach()
-    if widths.scaled:
-        scale = scale_codes(z)
-        return torch.cat([_packed(z / scales(scale), codebook, channels), scale], dim=-1)
-    return _packed(z, codebook, channels)
+    return codebook.encode(z.detach(), lambda z: _packed(z, codebook, channels))
 
 
 def _packed(z: Tensor, codebook: Codebook, channels: Tensor) -> Tensor:
@@ -41,6 +36,10 @@ def levels_of(rows: Tensor, codebook: Codebook) -> Tensor:
     channels = _chosen(rows, codebook.widths, levels=True)
     if channels is None:
         return codebook.decode(rows)
+    return codebook.decode(rows, lambda rows: _looked_up(rows, codebook, channels))
+
+
+def _looked_up(rows: Tensor, codebook: Codebook, channels: Tensor) -> Tensor:
     found, _ = library()
     assert found is not None  # it was chosen
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -51,7 +50,7 @@ def levels_of(rows: Tensor, codebook: Codebook) -> Tensor:
     found.eigenattn_unpack(
         rows.data_ptr(), *of_rows, channels.data_ptr(), out.shape[3], levels.data_ptr(), *of_levels, out.data_ptr()
     )
-    return out * scales(rows[..., -1:]) if codebook.widths.scaled else out
+    return out
 
 
 def _chosen(x: Tensor, widths: Widths, levels: bool) -> Tensor | None:
@@ -68,18 +67,13 @@ def _channels(widths: Widths, levels: bool) -> Tensor | None:
     Args:
         levels: it looks up levels, one more than there are thresholds.
     """
-    if any(len(PARTS[bits]) > 2 for bits, _ in widths.counts):
-        return None
     rows: list[list[int]] = []
-    stored = looked_up = 0
-    for bits, count in widths.counts:
-        planes, below = [], bits
-        for part in PARTS[bits]:
-            below -= part
-            planes.append((stored, plane_bytes(count, part), part, below))
-            stored += plane_bytes(count, part)
+    looked_up = 0
+    for bits, count, planes in widths.planes():
+        if len(planes) > 2:
+            return None
         for i in range(count):
-            parts = [(start + i % size, i // size * part, low, 2**part - 1) for start, size, part, low in planes]
+            parts = [(*plane.at(i), plane.below, 2**plane.bits - 1) for plane in planes]
             row = [bits, looked_up, *(x for part in parts for x in part)]
             rows.append(row + [0] * (10 - len(row)))
             looked_up += 2**bits - (not levels)

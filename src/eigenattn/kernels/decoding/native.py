@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...cache.packing import PARTS, Widths, plane_bytes
+from ...cache.packing import PARTS, Widths
 from ...errors import EigenAttnError
 from ..native_library import library, unavailable
 from .arguments import Rotary, Side, Step
@@ -306,18 +306,9 @@ def _turning(rotary: Rotary, size: int) -> tuple[Tensor, Tensor, Tensor]:
 def plan_of(widths: Widths, lanes: int) -> Tensor:
     """Where each channel's code lies in a row, and how it is taken out: `Codes` in native.cpp, [vectors, 6, lanes]."""
     channels: list[tuple[int, int, int, int, int, int]] = []  # bytes, shifts and masks of both parts
-    stored = 0
-    for bits, count in widths.counts:
-        planes = []
-        for part in PARTS[bits]:
-            planes.append((stored, plane_bytes(count, part), part))
-            stored += plane_bytes(count, part)
+    for _, count, planes in widths.planes():
         for i in range(count):
-            found = []
-            below = bits
-            for start, size, part in planes:
-                below -= part
-                found.append((start + i % size, i // size * part, 2**part - 1 << below, below))
+            found = [(*plane.at(i), 2**plane.bits - 1 << plane.below, plane.below) for plane in planes]
             place, shift, mask, _ = found[-1]
             upper = found[0] if len(found) > 1 else (place, 0, 0, 0)
             channels.append((place, shift, mask, upper[0], 16 + upper[1] - upper[3], upper[2]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
-from ...cache.packing import PARTS, Widths, plane_bytes
+from ...cache.packing import Widths
 
 # A piece of a latent as a kernel sees it: (first channel, size, channels, bits, place of the scale, then of each part
 # of a code, upper bits first: first stored element, shift, bits). `size` is a power of two, what lies past the channels
@@ -32,24 +32,18 @@ def pieces(channels: int, widths: Widths | None = None) -> tuple[Piece, ...]:
         return tuple(
             (start, size, min(size, channels - start), 16, -1, start, 0, 16) for start, size in _starts(0, channels)
         )
-    stored = channel = 0
+    channel = 0
     scale = widths.of_codes if widths.scaled else -1
-    for width, count in widths.counts:
-        parts = PARTS[width]
+    for width, count, planes in widths.planes():
         # Each part's plane holds a share of the channels at each shift: pieces end where a share of any part does.
-        sizes = [plane_bytes(count, bits) for bits in parts]
-        starts = [stored + sum(sizes[:i]) for i in range(len(parts))]
-        ends = {min(size * (i + 1), count) for size, bits in zip(sizes, parts, strict=True) for i in range(8 // bits)}
+        ends = {min(plane.size * (i + 1), count) for plane in planes for i in range(8 // plane.bits)}
         begin = 0
         for end in sorted(ends - {0}):
             for start, size in _starts(begin, end):
-                where: list[int] = []
-                for first, plane, bits in zip(starts, sizes, parts, strict=True):
-                    where += [first + start % plane, start // plane * bits, bits]
-                found.append((channel + start, size, min(size, end - start), sum(parts), scale, *where))
+                where = [x for plane in planes for x in (*plane.at(start), plane.bits)]
+                found.append((channel + start, size, min(size, end - start), width, scale, *where))
             begin = end
         channel += count
-        stored += sum(sizes)
     return tuple(found)
 
 
