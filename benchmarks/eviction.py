@@ -35,7 +35,8 @@ from eigenattn.evaluation.retrieval import Needles, copying, find_needles
 from eigenattn.models.conversion import convert_attention, eigen_layers, layouts_of
 from eigenattn.models.loading import Source, load_model, load_tokenizer
 from eigenattn.version import versions
-from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
+from eigenattn.workflows.calibrate import CalibrationText
+from eigenattn.workflows.compress import compress_checkpoint
 
 PIECE = 16  # tokens of what follows the prompt that are read at a time; fewer than any rule takes for a prompt
 HALF = 2  # bytes of an element

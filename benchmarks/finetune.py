@@ -23,7 +23,8 @@ from eigenattn.evaluation.reading import read, windows_of
 from eigenattn.finetuning import FinetuneConfig, finetune
 from eigenattn.models.loading import Source, load_model, load_tokenizer
 from eigenattn.version import versions
-from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
+from eigenattn.workflows.calibrate import CalibrationText
+from eigenattn.workflows.compress import compress_checkpoint
 from eigenattn.workflows.finetune import finetune_checkpoint, split_windows
 
 VALIDATION_WINDOWS = 4

@@ -46,7 +46,8 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 from eigenattn import EigenAttentionConfig
-from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
+from eigenattn.workflows.calibrate import CalibrationText
+from eigenattn.workflows.compress import compress_checkpoint
 arguments = json.loads(sys.argv[1])
 config, text = EigenAttentionConfig(**arguments.pop("config")), CalibrationText(**arguments.pop("text"))
 def most():  # of this process since it began: getrusage would count the one that started it

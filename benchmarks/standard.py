@@ -51,7 +51,7 @@ from eigenattn.models.maps import MAPS, QUANTISERS
 from eigenattn.models.placement import input_device
 from eigenattn.progress import TokenProgress
 from eigenattn.version import versions
-from eigenattn.workflows.compress import CalibrationText
+from eigenattn.workflows.calibrate import CalibrationText
 
 VERSION = 1
 # Share of needles that the original must find for others to be asked (chosen).

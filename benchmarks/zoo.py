@@ -30,7 +30,8 @@ from eigenattn.models.conversion import eigen_layers
 from eigenattn.models.loading import Source, load_model
 from eigenattn.models.maps import MAPS, QUANTISERS
 from eigenattn.report.tables import TextTable
-from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
+from eigenattn.workflows.calibrate import CalibrationText
+from eigenattn.workflows.compress import compress_checkpoint
 
 INDEX = "README.md"
 # Between these a model card shows what was measured.

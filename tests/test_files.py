@@ -142,7 +142,8 @@ ELSEWHERE = """
 import psutil, sys
 sys.modules["fcntl"] = sys.modules["resource"] = None
 import eigenattn, pathlib, torch, transformers, warnings
-from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
+from eigenattn.workflows.calibrate import CalibrationText
+from eigenattn.workflows.compress import compress_checkpoint
 model = transformers.AutoModelForCausalLM.from_pretrained("compressed")
 torch.save(model(torch.load("ids")).logits, "logits")
 with warnings.catch_warnings(record=True) as caught:

@@ -17,7 +17,8 @@ from eigenattn.models.conversion import eigen_layers, layouts_of
 from eigenattn.models.loading import Source, load_model
 from eigenattn.report.card import model_card
 from eigenattn.report.inspection import inspect_checkpoint
-from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
+from eigenattn.workflows.calibrate import CalibrationText
+from eigenattn.workflows.compress import compress_checkpoint
 
 IDS = tokens(2, 30)
 

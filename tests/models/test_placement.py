@@ -17,7 +17,8 @@ from eigenattn.models.bases_file import save_bases
 from eigenattn.models.conversion import eigen_layers
 from eigenattn.models.loading import Source, load_model
 from eigenattn.models.placement import loaded, offloaded, save_model
-from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
+from eigenattn.workflows.calibrate import CalibrationText
+from eigenattn.workflows.compress import compress_checkpoint
 
 # transformers before 5.23 takes the meta device of embeddings on disk for the model's.
 pytestmark = pytest.mark.filterwarnings(

@@ -17,7 +17,8 @@ from eigenattn.compression.methods import BASES
 from eigenattn.compression.ranks import RANK_RULES
 from eigenattn.evaluation.reading import read
 from eigenattn.models.conversion import eigen_layers
-from eigenattn.workflows.compress import CalibrationText, compress_checkpoint
+from eigenattn.workflows.calibrate import CalibrationText
+from eigenattn.workflows.compress import compress_checkpoint
 
 SETTINGS = {"kv_ratio": 0.5, "rank_multiple": 2}
 IDS = tokens(4, 40)

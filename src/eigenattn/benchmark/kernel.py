@@ -83,13 +83,13 @@ class StepShape:
 
 
 def widths_of(bits: float, head_dim: int) -> Widths:
-    """Channels of 6, 4 and 2 bits as transform coding shares out so many an original element, about.
+    """Channels of 6, 4 and 2 bits as transform coding shares out so many an original element, scales' byte included.
 
     Raises:
         EigenAttnError: if they are too few, or more than codes can use.
     """
     six, two = head_dim // 64 * 4, head_dim // 4
-    four = int((bits * head_dim - 6 * six - 2 * two) // 4)
+    four = int((bits * head_dim - 8 - 6 * six - 2 * two) // 4)
     if not 0 <= four <= head_dim - six - two:
         raise EigenAttnError(f"{bits:g} bits an element are not measured: choose between 1 and 3.5.")
     return Widths.of({6: six, 4: four, 2: two}, scaled=True)

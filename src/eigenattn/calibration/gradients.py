@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -176,9 +176,18 @@ def _at_last_layer(
 
 
 @contextmanager
+def _observed(attention: EigenAttention | ReadingAttention, look: Callable[..., None]) -> Iterator[None]:
+    """Look on in the middle of passes through a layer."""
+    attention.observer = look
+    try:
+        yield
+    finally:
+        attention.observer = None
+
+
 def _watched(
     attention: EigenAttention, window: int, valid: Tensor | None, found: Found, reading: Reading | None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Look on while a layer runs with gradients."""
 
     def look(layer: EigenAttention, heads: Heads[Tensor], this: ForwardPass) -> None:
@@ -193,11 +202,7 @@ def _watched(
 
         this.on_output = partial(_when_known, give)
 
-    attention.observer = look
-    try:
-        yield
-    finally:
-        attention.observer = None
+    return _observed(attention, look)
 
 
 @contextmanager
@@ -229,11 +234,8 @@ def _watched_reader(
 
         this.on_output = partial(_when_known, give)
 
-    reader.observer = look
-    try:
+    with _observed(reader, look):
         yield
-    finally:
-        reader.observer = None
     (of_keys, of_values), whole = far[0], tuple(row.grad for row in rows if row.grad is not None)
     held = of_readers.get(source.layer_idx)
     if held is not None:

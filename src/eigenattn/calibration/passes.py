@@ -69,24 +69,24 @@ def embeddings_loaded(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(layers: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Have all layers do this instead of running."""
-    before = [vars(layer).get("forward") for layer in layers]  # accelerate's, which loads weights, if anything
-    for layer in layers:
-        layer.forward = forward
+def replaced(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Have modules do something else instead of running."""
+    before = [vars(module).get("forward") for module, _ in forwards]  # accelerate's, which loads weights, if anything
+    for module, forward in forwards:
+        module.forward = forward
     try:
         yield
     finally:
-        for layer, own in zip(layers, before, strict=True):
+        for (module, _), own in zip(forwards, before, strict=True):
             if own is None:
-                del layer.forward
+                del module.forward
             else:
-                layer.forward = own
+                module.forward = own
 
 
 def stubbed(layers: Sequence[nn.Module], output: Any) -> AbstractContextManager[None]:
     """Have all layers give this output instead of running."""
-    return replaced(layers, lambda *args, **kwargs: output)
+    return replaced([(layer, lambda *args, **kwargs: output) for layer in layers])
 
 
 def layer_output(model: PreTrainedModel, layers: DecoderLayers, index: int, before: Any, batch: Batch) -> Any:
@@ -101,7 +101,7 @@ def layer_output(model: PreTrainedModel, layers: DecoderLayers, index: int, befo
     try:
         with (
             stubbed(layers.before(index), before),
-            replaced(layers.all[stop:], lambda *args, **kwargs: found[0]),
+            replaced([(layer, lambda *args, **kwargs: found[0]) for layer in layers.all[stop:]]),
         ):
             forward_hidden(model, batch)
     finally:

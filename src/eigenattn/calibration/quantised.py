@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import EigenAttnError
 from ..models.projections import holds_codes, matrix_of
+from .passes import replaced
 
 
 class Linear(torch.autograd.Function):
@@ -28,8 +29,7 @@ class Linear(torch.autograd.Function):
         return gradients[0].to(matrix.dtype) @ matrix, None, None
 
 
-@contextmanager
-def differentiable(module: nn.Module, like: Tensor) -> Iterator[None]:
+def differentiable(module: nn.Module, like: Tensor) -> AbstractContextManager[None]:
     """Have gradients pass the quantised layers inside a module.
 
     Args:
@@ -38,28 +38,20 @@ def differentiable(module: nn.Module, like: Tensor) -> Iterator[None]:
     Raises:
         EigenAttnError: if one of them gives none, and is not a linear layer.
     """
-    replaced = []
-    try:
-        for name, each in module.named_modules():
-            size = getattr(each, "in_features", None)
-            # What rounds activations has a `forward` of its own, and its weight may be plain.
-            suspect = is_quantised(each) or (size is not None and "forward" in vars(each))
-            if not suspect or (size is not None and _gives_gradients(each, size, like)):
-                continue
-            if size is None:
-                raise EigenAttnError(
-                    f"gradients do not pass {name}, a {type(each).__name__} with quantised weights: take "
-                    'basis="attention" (--basis attention), or load the model with its weights dequantised.'
-                )
-            replaced.append((each, vars(each).get("forward")))
-            each.forward = _by_matrix(each, size, like)
-        yield
-    finally:
-        for each, own in replaced:
-            if own is None:
-                del each.forward
-            else:
-                each.forward = own
+    forwards = []
+    for name, each in module.named_modules():
+        size = getattr(each, "in_features", None)
+        # What rounds activations has a `forward` of its own, and its weight may be plain.
+        suspect = is_quantised(each) or (size is not None and "forward" in vars(each))
+        if not suspect or (size is not None and _gives_gradients(each, size, like)):
+            continue
+        if size is None:
+            raise EigenAttnError(
+                f"gradients do not pass {name}, a {type(each).__name__} with quantised weights: take "
+                'basis="attention" (--basis attention), or load the model with its weights dequantised.'
+            )
+        forwards.append((each, _by_matrix(each, size, like)))
+    return replaced(forwards)
 
 
 def is_quantised(module: nn.Module) -> bool:

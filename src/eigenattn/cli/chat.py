@@ -14,7 +14,7 @@ from ..evaluation.generation import Conversation, Turn
 from ..models.loading import Source, load_model, load_tokenizer
 from ..report.inspection import inspect_checkpoint
 from .common import COMMON, Model, command, say
-from .options import EvictionOptions, LoadingOptions, seed_of
+from .options import EvictionOptions, LoadingOptions, SamplingOptions
 
 NEW, QUIT = "/new", "/quit"
 KIB = 2**10
@@ -26,15 +26,12 @@ KIB = 2**10
     "eigenattn chat llama-4-bits --evict snapkv --budget 4096",
     panel=COMMON,
     max_new_tokens=typer.Option(min=1, help="How many tokens an answer has at most."),
-    temperature=typer.Option(min=0, help="The temperature of the sampling; at 0 the likeliest token is taken."),
-    seed=seed_of("the sampling"),
 )
 def chat(
     model: Model,
     *,
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: SamplingOptions,
     eviction: EvictionOptions,
     loading: LoadingOptions,
 ) -> None:
@@ -46,7 +43,7 @@ def chat(
     source, found = Source.of(model), inspect_checkpoint(model)
     tokenizer, loaded = load_tokenizer(source), load_model(source, **vars(loading))
     original = found.baseline_bytes_per_token // found.element_size * loaded.dtype.itemsize
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, **eviction.arguments()}
+    options = {"max_new_tokens": max_new_tokens, **vars(sampling), **eviction.arguments()}
     console = Console(highlight=False)
     talk = Conversation(loaded, tokenizer, **options)
     for said in _lines():

@@ -14,7 +14,7 @@ from ..report.inspection import inspect_checkpoint
 from ..report.tables import layout_table, memory_table
 from ..workflows.demo import RIVAL, run_demo
 from .common import COMMON, LOOK, Json, Model, at_lengths, command, emit, rich_table, say, then
-from .options import EvictionOptions, LoadingOptions, seed_of
+from .options import EvictionOptions, LoadingOptions, SamplingOptions
 
 
 @command(
@@ -23,8 +23,6 @@ from .options import EvictionOptions, LoadingOptions, seed_of
     'eigenattn generate smollm2-60 "$(cat report.txt)" --evict snapkv --budget 1024',
     panel=COMMON,
     max_new_tokens=typer.Option(min=1, help="How many tokens to generate at most."),
-    temperature=typer.Option(min=0, help="The temperature of the sampling; at 0 the likeliest token is taken."),
-    seed=seed_of("the sampling"),
 )
 def generate(
     model: Model,
@@ -32,8 +30,7 @@ def generate(
     *,
     eviction: EvictionOptions,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: SamplingOptions,
     loading: LoadingOptions,
     json_file: Json = None,
 ) -> None:
@@ -45,8 +42,7 @@ def generate(
         tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
+        **vars(sampling),
         **eviction.arguments(),
     )
     say(emit(result, json_file), prompt + result.text)

@@ -173,6 +173,20 @@ WORDS[EvaluationOptions] = {
 
 
 @dataclass(frozen=True)
+class SamplingOptions:
+    """How answers are sampled."""
+
+    temperature: float = 0.0
+    seed: int = 0
+
+
+WORDS[SamplingOptions] = {
+    "temperature": typer.Option(min=0, help="The temperature of the sampling; at 0 the likeliest token is taken."),
+    "seed": seed_of("the sampling"),
+}
+
+
+@dataclass(frozen=True)
 class EvictionOptions:
     """Whether tokens are evicted from the cache."""
 

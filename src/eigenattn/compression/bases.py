@@ -10,9 +10,8 @@ from torch import Tensor
 from ..cache.layout import SIDES
 from ..calibration.attention_moments import AttentionMoments, Sums
 from ..calibration.statistics import LayerMoments
-from .basis import Basis, orthonormal
+from .basis import TINY, Basis, orthonormal
 
-TINY = torch.finfo(torch.float64).tiny
 # A metric's smallest eigenvalues are raised by this share of their mean, for no calibration text shows every query
 # (chosen: small, so that it decides only among directions that hardly matter).
 METRIC_FLOOR = 1e-4

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..cache.layout import Latent
 from ..cache.packing import Widths
 
-TINY = 1e-300
+# Below it float64 has no more than few digits: what is divided by is at least this.
+TINY = torch.finfo(torch.float64).tiny
 # Of the largest, what a direction of a spectrum counts at least where latents are brought to units.
 LEAST_SHARE = 1e-12
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cache.codebook import DEGREE, level_table, middle
 from ..calibration.latent_histograms import Histograms
-from .bases import TINY
+from .basis import TINY
 
 # A bin's latents are taken as points spread evenly over so many deviations as its variance says (chosen).
 POINTS = 8

@@ -11,8 +11,8 @@ from ..cache.codebook import scale_codes, scales
 from ..calibration.fisher_moments import FisherMoments, LatentMoments
 from ..calibration.latent_histograms import Histograms
 from . import quantise
-from .bases import TINY, best_maps, spread
-from .basis import Basis
+from .bases import best_maps, spread
+from .basis import TINY, Basis
 from .codebooks import fit
 
 # Part of the metric that is taken to be the same in all directions: few tokens carry most of a gradient's second

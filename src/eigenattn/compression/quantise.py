@@ -17,8 +17,8 @@ from ..calibration.latent_histograms import LatentHistograms, Map
 from ..calibration.statistics import Batch, collect_moments
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
-from .bases import TINY, WEIGHED_AT
-from .basis import Bases, Basis, Quantiser
+from .bases import WEIGHED_AT
+from .basis import TINY, Bases, Basis, Quantiser
 from .codebooks import Fit, fit
 from .sensitivity import TIE
 

@@ -67,8 +67,7 @@ def continue_prompt(
         EigenAttnError: if the prompt is empty or no text, it has tokens or a length that the model cannot read, the
             temperature is no number to divide by, or the model's predictions are no numbers.
     """
-    if temperature and not COLDEST <= temperature <= HOTTEST:
-        raise EigenAttnError(f"the temperature must be 0, or lie in [{COLDEST:g}, {HOTTEST:g}], not {temperature:g}.")
+    sampling = _sampling(temperature)
     if not is_text(prompt):
         raise EigenAttnError("the prompt is not UTF-8 text.")
     inputs = tokenizer(prompt, return_tensors="pt").to(input_device(model))
@@ -78,16 +77,9 @@ def continue_prompt(
     check_length(model.config, length + max_new_tokens - 1)  # the last token is not read
     inputs.pop("token_type_ids", None)
     cache = EigenCache(model.config, evict=evict, budget=budget)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    start = time.perf_counter()
-    with checked(model):
-        output = cast(Any, model).generate(
-            **inputs, max_new_tokens=max_new_tokens, past_key_values=cache, use_cache=True, pad_token_id=pad, **sampling
-        )
-    seconds = time.perf_counter() - start
-    new = output[0, length:]
+    output, seconds = _generated(model, tokenizer, cache, max_new_tokens=max_new_tokens, **inputs, **sampling)
+    new = output[length:]
     return Continuation(
         prompt=prompt,
         text=tokenizer.decode(new, skip_special_tokens=True),
@@ -97,6 +89,26 @@ def continue_prompt(
         cached_tokens=int(cache.get_seq_length()),
         kept_tokens=cache.kept_tokens,
     )
+
+
+def _sampling(temperature: float) -> dict[str, Any]:
+    """How transformers is asked to sample.
+
+    Raises:
+        EigenAttnError: if the temperature is no number to divide by.
+    """
+    if temperature and not COLDEST <= temperature <= HOTTEST:
+        raise EigenAttnError(f"the temperature must be 0, or lie in [{COLDEST:g}, {HOTTEST:g}], not {temperature:g}.")
+    return {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+
+
+def _generated(model: PreTrainedModel, tokenizer: Any, cache: EigenCache, **options: Any) -> tuple[Tensor, float]:
+    """The prompt with what the model says to it [T], and the seconds it took."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    start = time.perf_counter()
+    with checked(model):
+        output = cast(Any, model).generate(past_key_values=cache, use_cache=True, pad_token_id=pad, **options)
+    return output[0], time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -131,12 +143,8 @@ class Conversation:
         evict: str | None = None,
         budget: int | float | None = None,
     ) -> None:
-        if temperature and not COLDEST <= temperature <= HOTTEST:
-            raise EigenAttnError(
-                f"the temperature must be 0, or lie in [{COLDEST:g}, {HOTTEST:g}], not {temperature:g}."
-            )
+        self.sampling = _sampling(temperature)
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
-        self.sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         self.eviction = {"evict": evict, "budget": budget}
         self.messages: list[dict[str, str]] = []
         torch.manual_seed(seed)
@@ -175,23 +183,19 @@ class Conversation:
         if ids[: len(self.held)] != self.held or len(ids) == len(self.held):
             self._renew()  # the template, or the tokenizer, has written what was said in another way
         prompt = torch.tensor([ids], device=input_device(self.model))
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        start = time.perf_counter()
-        with checked(self.model):
-            output = cast(Any, self.model).generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=self.max_new_tokens,
-                past_key_values=self.cache,
-                use_cache=True,
-                pad_token_id=pad,
-                streamer=streamer,
-                **self.sampling,
-            )
-        seconds = time.perf_counter() - start
-        new = output[0, len(ids) :]
+        output, seconds = _generated(
+            self.model,
+            self.tokenizer,
+            self.cache,
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=self.max_new_tokens,
+            streamer=streamer,
+            **self.sampling,
+        )
+        new = output[len(ids) :]
         # The last token has not been read.
-        self.held = output[0, : int(self.cache.get_seq_length())].tolist()
+        self.held = output[: int(self.cache.get_seq_length())].tolist()
         text = self.tokenizer.decode(new, skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": text})
         return Turn(

@@ -23,7 +23,8 @@ from ..journal import check_new
 from ..models.conversion import convert_attention, eigen_layers
 from ..models.loading import Source, load_model, load_tokenizer
 from ..progress import TASK, TokenProgress
-from .compress import CalibrationText, compress_checkpoint
+from .calibrate import CalibrationText
+from .compress import compress_checkpoint
 
 MODEL = "smollm2"
 PROMPT = "A dictionary in Python is a mapping from keys to values. To add an item"
