@@ -273,7 +273,9 @@ def far_weights(
     for start in range(0, t, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, t)
         scores = masked_scores(attention, q[:, :, start:stop], k[:, :, :stop], mask[..., start:stop, :stop])
-        weights = softmax(scores, attention.sink_logits).tril(start - window)  # n <= m - W
+        weights = softmax(scores, attention.sink_logits)
+        near = max(start - window, 0)  # what lies before it, all of these queries have outside their windows
+        weights[..., near:].tril_(start - window - near)  # n <= m - W
         if valid is not None:
             weights = weights * valid[:, None, start:stop, None]
         yield start, stop, scores, weights
@@ -284,5 +286,5 @@ def masked_scores(attention: EigenAttention, q: Tensor, k: Tensor, mask: Tensor)
     if q.dtype == torch.float16:
         q, k = q.float(), k.float()  # before it is scaled, a score may pass 65,504, where fp16 ends
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, G, H/G * n, D]
-    scores = (grouped @ k.transpose(-1, -2)).view(*q.shape[:-1], k.shape[-2]).float() * attention.scaling
+    scores = (grouped @ k.transpose(-1, -2)).view(*q.shape[:-1], k.shape[-2]).float().mul_(attention.scaling)
     return cap_and_mask(scores, mask, attention.softcap)

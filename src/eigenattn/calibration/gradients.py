@@ -163,16 +163,31 @@ def _at_last_layer(
     head: Any = model.get_output_embeddings()
     with differentiable(head, states), torch.enable_grad(), stubbed(modules, given):
         logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        logits = logits.float() if batch.valid is None else logits.float()[batch.valid.to(logits.device)]
-        logits = logits.flatten(0, -2)
-        with torch.no_grad():
-            # By the cumulated distribution: one random number a token, not one for every word of the vocabulary.
-            edges = logits.softmax(-1).cumsum(-1)
-            places = torch.rand((len(logits), 1), generator=torch.Generator().manual_seed(seed)).to(logits.device)
-            drawn = torch.searchsorted(edges, places * edges[:, -1:]).clamp_max(logits.shape[-1] - 1).squeeze(-1)
-        F.cross_entropy(logits, drawn, reduction="sum").backward()
+        logits.backward(_of_drawn(logits, batch.valid, seed))
     assert states.grad is not None
     return states.grad
+
+
+@torch.no_grad()
+def _of_drawn(logits: Tensor, valid: Tensor | None, seed: int) -> Tensor:
+    """The gradient of the loss at the logits [B, T, vocabulary]: predictions, less 1 at the token that is drawn."""
+    rows = logits.flatten(0, -2) if valid is None else logits[valid.to(logits.device)]
+    gradient = rows.softmax(-1, dtype=torch.float32)
+    drawn = drawn_of(gradient, seed)
+    gradient[torch.arange(len(drawn)), drawn] -= 1
+    if valid is None:
+        return gradient.view(logits.shape).to(logits.dtype)
+    of_all = torch.zeros_like(logits)
+    of_all[valid.to(logits.device)] = gradient.to(logits.dtype)
+    return of_all
+
+
+def drawn_of(predictions: Tensor, seed: int) -> Tensor:
+    """A token [n] of each row of probabilities [n, vocabulary], drawn by them."""
+    # By the cumulated distribution: one random number a token, not one for every word of the vocabulary.
+    edges = predictions.cumsum(-1)
+    places = torch.rand((len(edges), 1), generator=torch.Generator().manual_seed(seed)).to(edges.device)
+    return torch.searchsorted(edges, places * edges[:, -1:]).clamp_max(edges.shape[-1] - 1).squeeze(-1)
 
 
 @contextmanager
@@ -279,19 +294,21 @@ def far_gradients(
     groups, mask = k_rotated.shape[1], this.whole_mask(q_rotated)
     of_keys, of_values = (torch.zeros_like(x, dtype=torch.float32) for x in (k_rotated, v))
     valid = None if valid is None else valid.to(v.device)
+    # Gradients may leave the range of fp16, and not that of bf16, whose products are several times as fast.
+    dtype = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
     gradient = gradient.float()
-    along = (gradient * output.float()).sum(-1, keepdim=True)  # [B, H, T, 1]
+    # One product gives `g_m . v_n - g_m . o_m`. In fp32, for the two may nearly cancel.
+    lengthened = torch.cat([gradient, -(gradient * output.float()).sum(-1, keepdim=True)], dim=-1)
+    values = F.pad(v.float(), (0, 1), value=1.0)
     for start, stop, scores, weights in far_weights(attention, rotated, mask, window, valid):
-        if attention.softcap is not None:
-            slope = 1 - (scores.float() / attention.softcap).clamp(-1, 1).square()
         grouped, g, q_block = (
             x.unflatten(1, (groups, -1)).flatten(2, 3)
-            for x in (weights.float(), gradient[:, :, start:stop], q_rotated[:, :, start:stop].float())
-        )  # [B, G, H/G * block, stop or D]
-        of_values[:, :, :stop] += grouped.transpose(-1, -2) @ g
-        along_block = along[:, :, start:stop].unflatten(1, (groups, -1)).flatten(2, 3)
-        of_scores = grouped * (g @ v[:, :, :stop].float().transpose(-1, -2) - along_block)
+            for x in (weights, lengthened[:, :, start:stop], q_rotated[:, :, start:stop].to(dtype))
+        )  # [B, G, H/G * block, stop, D + 1 or D]
+        of_values[:, :, :stop] += grouped.to(dtype).transpose(-1, -2) @ g[..., :-1].to(dtype)
+        of_scores = (g @ values[:, :, :stop].transpose(-1, -2)).mul_(grouped)
         if attention.softcap is not None:
-            of_scores = of_scores * slope.unflatten(1, (groups, -1)).flatten(2, 3)
-        of_keys[:, :, :stop] += (of_scores.transpose(-1, -2) @ q_block) * attention.scaling
-    return of_keys, of_values
+            slope = 1 - (scores.float() / attention.softcap).clamp(-1, 1).square()
+            of_scores *= slope.unflatten(1, (groups, -1)).flatten(2, 3)
+        of_keys[:, :, :stop] += of_scores.to(dtype).transpose(-1, -2) @ q_block
+    return of_keys * attention.scaling, of_values

@@ -17,8 +17,9 @@ from .basis import TINY
 POINTS = 8
 # They lie within this many deviations of all latents at least (chosen: far below a step of 8 bits).
 POINT = 1e-4
-# Ranges that levels cover at first, in standard deviations to either side of the mean.
-SPREADS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 16.0, 32.0)
+# Ranges that levels cover at first, in standard deviations to either side of the mean (chosen: of three times as many,
+# codes of 8 bits would leave 0.94 of the error, all others the same within half a percent).
+SPREADS = (0.75, 1.5, 3.0, 7.0, 16.0)
 # They are spaced evenly, or as `t + 3 t^3`: ten times as widely at the ends as in the middle.
 CURVES = (0.0, 3.0)
 ROUNDS = 16
@@ -177,10 +178,11 @@ def _refined(samples: _Samples, powers: Tensor, start: Tensor, assigned: Tensor 
     nearest = samples.assigned(levels)
     best, error = start, _error(levels, nearest)
     assigned = nearest if assigned is None else assigned
+    products = (powers.unsqueeze(0) * powers.unsqueeze(1)).flatten(0, 1).T  # [n, 16]
     ridge = RIDGE * torch.eye(DEGREE + 1, device=powers.device, dtype=powers.dtype)
     for _ in range(ROUNDS):
         weight, first, _ = assigned
-        normal = torch.einsum("cn,in,jn->cij", weight, powers, powers) + ridge
+        normal = (weight @ products).unflatten(-1, ridge.shape) + ridge
         found = _in_order(torch.linalg.solve(normal, first @ powers.T), best, powers)
         levels = found @ powers
         assigned = samples.assigned(levels)
