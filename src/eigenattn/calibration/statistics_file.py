@@ -15,7 +15,8 @@ from ..config import EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
 from ..files import is_text
 from ..models.attention import EigenAttention
-from ..models.bases_file import alike, fingerprint_of, read_into, read_object
+from ..models.checked_files import read_into, read_object
+from ..models.fingerprint import alike, fingerprint_of
 from .fisher_moments import FisherMoments
 from .statistics import named_tensors
 

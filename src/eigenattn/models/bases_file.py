@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,12 +18,12 @@ from transformers import PreTrainedModel
 from ..cache.layout import Layout
 from ..errors import EigenAttnError
 from .attention import EigenAttention
+from .checked_files import read_into, read_object
 from .checkpoint_format import EigenAttnCheckpointConfig, allocate, checkpoint_of, mark_compressed
 from .conversion import METHOD, convert_attention, eigen_layers, layouts_of, restore_attention
+from .fingerprint import alike, fingerprint_of, is_quantised
 from .maps import MAPS, QUANTISERS
 from .parallel import check_whole
-from .placement import execution_device, stored
-from .projections import answered, is_plain
 
 CONFIG_FILE = "config.json"
 # Of versions before 0.2.0, without the model's own configuration.
@@ -35,16 +32,6 @@ BASES_FILE = "eigenattn.safetensors"
 # What a hub's ids look like.
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 UNREACHABLE = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError)
-# A thousand layers take some 50 kB.
-MOST_CONFIG_BYTES = 4_000_000
-FLOATS = ("F64", "F32", "BF16", "F16")
-# Of each parameter of each layer's attention (chosen: training changes all of them, and 64 a layer take 256 bytes).
-SAMPLES = 16
-# How far two roundings of one weight may lie apart, to bfloat16 and to float16, which has small numbers no closer.
-APART = {"rtol": 2**-7, "atol": 2**-24}
-# Of samples of one parameter, where one of both is quantised: how far they may lie apart, and how many may not do so.
-# (chosen: two bits a weight are within it, and other weights are 1.4 apart).
-APART_QUANTISED, SHARE_QUANTISED = 0.5, 0.9
 
 
 def save_bases(model: PreTrainedModel, folder: str | Path) -> None:
@@ -66,7 +53,7 @@ def save_bases(model: PreTrainedModel, folder: str | Path) -> None:
     if "base_model" not in config.provenance and model.name_or_path:
         path = Path(model.name_or_path)
         config.provenance["base_model"] = str(path.resolve()) if path.exists() else model.name_or_path
-    config.base = {"weights": fingerprint_of(layers), "quantised": any(map(_quantised, layers))}
+    config.base = {"weights": fingerprint_of(layers), "quantised": any(map(is_quantised, layers))}
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is not None and not quantiser.pre_quantized:
         # On loading, of which the base model's files say nothing.
@@ -124,7 +111,7 @@ def attach(model: PreTrainedModel, bases: str | Path, **hub: Any) -> PreTrainedM
         if not are_beside(config.layouts(layers[0].config)):
             raise EigenAttnError(f"{bases} is of a model without a window, whose bases are folded into its weights.")
         allocate(layers, config)
-        check_base(bases, config, fingerprint_of(layers), any(map(_quantised, layers)))
+        check_base(bases, config, fingerprint_of(layers), any(map(is_quantised, layers)))
         read_tensors(bases, _named(layers), **hub)
     except BaseException:
         restore_attention(model, originals)
@@ -187,79 +174,6 @@ def _file(bases: str | Path, *names: str, **hub: Any) -> Path:
         raise EigenAttnError(f"{bases!r} is neither a folder of bases nor a hub id that can be reached.") from error
 
 
-def _quantised(attention: EigenAttention) -> bool:
-    names = (*attention.family.qkv, attention.family.output)
-    return not all(is_plain(getattr(attention, name)) for name in names)
-
-
-def fingerprint_of(layers: Sequence[EigenAttention]) -> str:
-    """Weights of the original's, evenly spaced in each parameter, in bfloat16 as hexadecimal digits."""
-    return fingerprint_from([sample for attention in layers for _, sample in sorted(_samples(attention))])
-
-
-def fingerprint_from(samples: Sequence[Tensor]) -> str:
-    """The fingerprint of what was `sampled` of all parameters, layer by layer and in the order of their names."""
-    return torch.cat(list(samples)).view(torch.uint8).numpy().tobytes().hex()
-
-
-def sampled(weight: Tensor) -> Tensor:
-    """What a fingerprint holds of one parameter."""
-    weight = weight.detach().flatten()
-    return weight[_places(len(weight))].to("cpu", torch.bfloat16)
-
-
-def original_names(attention: EigenAttention) -> list[str]:
-    """The names of a layer's parameters that are the original's, in their order."""
-    return sorted({name for name, _ in attention.named_parameters()} - {*MAPS, *QUANTISERS})
-
-
-def _samples(attention: EigenAttention) -> Iterator[tuple[str, Tensor]]:
-    """Some weights of each parameter of a layer's attention, by its name; quantised projections are asked for them."""
-    asked = {}
-    for name in (*attention.family.qkv, attention.family.output):
-        projection = getattr(attention, name)
-        if not is_plain(projection):
-            asked[name] = projection
-    for name in original_names(attention):
-        module, _, own_name = name.rpartition(".")
-        if module.partition(".")[0] not in asked:
-            yield name, sampled(cast(Tensor, stored(attention.get_submodule(module), own_name)))
-    for name, projection in asked.items():
-        inputs = (
-            attention.heads * attention.head_dim if name == attention.family.output else attention.config.hidden_size
-        )
-        device = execution_device(projection)
-        outputs = answered(projection, torch.zeros(1, inputs, device=device, dtype=attention.dtype)).shape[-1]
-        places = torch.tensor(_places(outputs * inputs))
-        rows = torch.zeros(SAMPLES, inputs, device=device, dtype=attention.dtype)
-        rows[torch.arange(SAMPLES), places % inputs] = 1
-        weights = answered(projection, rows).cpu()[torch.arange(SAMPLES), places // inputs]
-        yield f"{name}.weight", weights.to(torch.bfloat16)
-        bias = getattr(projection, "bias", None)
-        if bias is not None:
-            yield f"{name}.bias", sampled(bias)
-
-
-def _places(count: int) -> list[int]:
-    return [n * (count - 1) // (SAMPLES - 1) for n in range(SAMPLES)]
-
-
-def alike(recorded: Any, own: str, quantised: bool = False) -> bool:
-    """Whether two fingerprints are of one model, be it in different dtypes, or of which one is `quantised`."""
-    try:
-        values = [torch.tensor(list(bytes.fromhex(each)), dtype=torch.uint8) for each in (recorded, own)]
-    except (TypeError, ValueError):  # it comes from a file
-        return False
-    if len(values[0]) != len(values[1]):
-        return False
-    one, other = (each.view(torch.bfloat16).float() for each in values)
-    if not quantised:
-        return bool(torch.isclose(one, other, **APART).all())
-    one, other = one.view(-1, SAMPLES), other.view(-1, SAMPLES)
-    near = (one - other).norm(dim=1) <= APART_QUANTISED * other.norm(dim=1)
-    return bool(near.float().mean() >= SHARE_QUANTISED)
-
-
 def _read_config(path: Path) -> EigenAttnCheckpointConfig | None:
     """The configuration of bases in a file; None if it is of something else."""
     values = read_object(path, "configuration of bases")
@@ -272,26 +186,6 @@ def _read_config(path: Path) -> EigenAttnCheckpointConfig | None:
     return EigenAttnCheckpointConfig(**values)
 
 
-def read_object(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a small file.
-
-    Args:
-        what: it should be.
-
-    Raises:
-        EigenAttnError: if it is something else.
-    """
-    if path.stat().st_size > MOST_CONFIG_BYTES:
-        raise EigenAttnError(f"{path} is larger than any {what}: {path.stat().st_size:,} bytes.")
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or too deep
-        raise EigenAttnError(f"{path} is not a {what}.") from error
-    if not isinstance(values, dict):
-        raise EigenAttnError(f"{path} is not a {what}.")
-    return values
-
-
 def _named(layers: list[EigenAttention]) -> dict[str, nn.Parameter]:
     """Maps and quantisers of all layers, by their names in the file."""
     return {
@@ -300,38 +194,3 @@ def _named(layers: list[EigenAttention]) -> dict[str, nn.Parameter]:
         for name in (*MAPS, *QUANTISERS)
         if (parameter := getattr(attention, name)) is not None
     }
-
-
-def read_into(wanted: Mapping[str, Tensor], path: Path, what: str) -> None:
-    """Read tensors by their names; shapes are compared before one is read.
-
-    Args:
-        what: they are.
-
-    Raises:
-        EigenAttnError: if the file is damaged, or holds other names, shapes or kinds of numbers.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            missing, extra = sorted({*wanted} - names), sorted(names - {*wanted})
-            if missing:
-                raise EigenAttnError(f"{path} lacks {missing[0]}: is it truncated?")
-            if extra:
-                raise EigenAttnError(f"{path} holds {extra[0]!r}, which is none of these {what}.")
-            for where, parameter in wanted.items():
-                stored = file.get_slice(where)
-                shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-                if shape != tuple(parameter.shape):
-                    raise EigenAttnError(
-                        f"{where} has shape {shape} in {path}, and this model asks for {tuple(parameter.shape)}: "
-                        f"were the {what} made for another model?"
-                    )
-                if dtype not in FLOATS:
-                    raise EigenAttnError(f"{where} is of {dtype} in {path}, not of {', '.join(FLOATS)}.")
-                with torch.no_grad():
-                    parameter.copy_(file.get_tensor(where))
-                if not parameter.isfinite().all():
-                    raise EigenAttnError(f"{where} in {path} holds NaN or infinite numbers in {parameter.dtype}.")
-    except (SafetensorError, OSError) as error:
-        raise EigenAttnError(f"{path} could not be read: {error}") from error

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
-from ..models.bases_file import check_base, fingerprint_from, original_names, read_config, read_tensors, sampled
+from ..models.bases_file import check_base, read_config, read_tensors
 from ..models.checkpoint_format import EigenAttnCheckpointConfig, allocate
 from ..models.conversion import METHOD, convert_attention
+from ..models.fingerprint import fingerprint_from, original_names, sampled
 from ..models.loading import empty_model
 from ..models.maps import MAPS, QUANTISERS
 
