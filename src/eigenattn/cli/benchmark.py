@@ -116,7 +116,9 @@ def kernel(
         bits=bits,
         share=share,
         rounds=rounds,
-        label=None if shape is None else f"{shape}-b{step.batch}-s{step.length}",
+        label=None
+        if shape is None
+        else "-".join(filter(None, [shape, f"b{step.batch}", f"s{step.length}", loading.dtype])),
         **vars(loading),
     )
     table = Table("kernel, positions, ranks", "ms", "of copy bandwidth", "speed against the best")

@@ -9,6 +9,8 @@
 // - Keys are decoded in tiles that stay in registers, are rotated there, and scored by all heads. Each pair of
 //   dimensions is padded to lie in two vectors side by side, whatever pairs are (`order`), and dimensions that do not
 //   rotate are pairs that turn by 0.
+// - Where a processor multiplies matrices of bf16 (AMX), it decodes a block at a time: a number in fp32 is two of bf16,
+//   its rounding and what that leaves, and of their products all count but the smallest.
 // - A score's partial sums are a vector. As many as a vector has lanes are transposed and added up at once.
 // - Values are taken to the output's dimensions once a query, not once a token.
 //
@@ -26,6 +28,12 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define EIGENATTN_MATRICES
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #if defined(EIGENATTN_STD_THREADS)
@@ -68,6 +76,7 @@ struct Side {
     Rows rows;
     int64_t rank;
     const float *decoder, *mean, *levels;  // levels: [G, 4, padded rank], coefficients of a polynomial in the code
+    int64_t matrices;                      // if not 0, so many of bf16 are the decoder: see `Matrices`
     int64_t bytes;                         // of a row of codes
     const int32_t *plan;                   // [vectors, 6, LANES]; see `Codes`
     int64_t scale;                         // where a row of codes has the byte of its scale, or -1
@@ -253,6 +262,80 @@ struct Codes {
     const int64_t left;
 };
 
+#if defined(EIGENATTN_MATRICES)
+constexpr int ROWS = 16, DEPTH = 32;  // of a matrix that the processor takes: tokens, or pairs of channels; and channels
+static_assert(LANES == ROWS && BLOCK == 2 * ROWS, "a block is two matrices of tokens");
+
+// Programs have to ask for the registers, of 8 kB a thread.
+bool granted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
+// Two vectors to bf16, and what that leaves of them to bf16 too; halves are rounded up, which costs nothing that counts.
+inline void split(Vector a, Vector b, uint16_t *high, uint16_t *low) {
+    const Integers half = Integers{} + 0x8000, kept = Integers{} + int32_t(0xffff0000);
+    Integers odd;  // which 16 bits count: the upper ones of all of both
+    for (int i = 0; i < LANES; i++) odd[i] = (4 * i + 1) | (4 * i + 3) << 16;
+    const Integers a_high = (Integers(a) + half) & kept, b_high = (Integers(b) + half) & kept;
+    const Integers a_low = Integers(a - Vector(a_high)) + half, b_low = Integers(b - Vector(b_high)) + half;
+    _mm512_storeu_si512(high, _mm512_permutex2var_epi16((__m512i)a_high, (__m512i)odd, (__m512i)b_high));
+    _mm512_storeu_si512(low, _mm512_permutex2var_epi16((__m512i)a_low, (__m512i)odd, (__m512i)b_low));
+}
+
+// A thread's registers of matrices, all of 16 rows of 64 bytes, as long as this lives.
+class Matrices {
+  public:
+    explicit Matrices(bool wanted) : wanted(wanted) {
+        if (!wanted) return;
+        struct {
+            uint8_t palette = 1, row = 0, nothing[14] = {};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS};
+        } shapes;
+        _tile_loadconfig(&shapes);
+    }
+    ~Matrices() {
+        if (wanted) _tile_release();
+    }
+    Matrices(const Matrices &) = delete;
+    Matrices &operator=(const Matrices &) = delete;
+
+    // Add up a block's latents [parts, BLOCK, depth] times decoders [decoders, depth / DEPTH, width / ROWS, ROWS, DEPTH]:
+    // [BLOCK, width].
+    static void multiply(const uint16_t *z, int parts, const uint16_t *u, int64_t decoders, int64_t depth, int64_t width,
+                         float *out) {
+        const int64_t stride = 2 * depth, chunks = depth / DEPTH, columns = width / ROWS;
+        for (int64_t n = 0; n < columns; n += 2) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int64_t i = 0; i < decoders; i++)
+                for (int64_t k = 0; k < chunks; k++) {
+                    const uint16_t *some = u + ((i * chunks + k) * columns + n) * ROWS * DEPTH;
+                    _tile_loadd(6, some, 2 * DEPTH);
+                    _tile_loadd(7, some + ROWS * DEPTH, 2 * DEPTH);
+                    for (int64_t j = 0; i + j < std::max<int64_t>(parts, decoders) && j < parts; j++) {
+                        const uint16_t *rows = z + j * BLOCK * depth + k * DEPTH;
+                        _tile_loadd(4, rows, stride);
+                        _tile_loadd(5, rows + ROWS * depth, stride);
+                        _tile_dpbf16ps(0, 4, 6);
+                        _tile_dpbf16ps(1, 4, 7);
+                        _tile_dpbf16ps(2, 5, 6);
+                        _tile_dpbf16ps(3, 5, 7);
+                    }
+                }
+            float *at = out + n * ROWS;
+            _tile_stored(0, at, 4 * width);
+            _tile_stored(1, at + ROWS, 4 * width);
+            _tile_stored(2, at + ROWS * width, 4 * width);
+            _tile_stored(3, at + ROWS * width + ROWS, 4 * width);
+        }
+    }
+
+  private:
+    const bool wanted;
+};
+#endif
+
 // Numbers a thread works with: memory that begins where a vector may, and is kept.
 template <class T = float> class Room {
   public:
@@ -327,10 +410,12 @@ class Task {
     void rows_of(const Side &side, const Strip &strip, int64_t n0, float *room, const float **rows);
     Strip strip_of(const Side &side, const Pages &pages) const;
     void to_pairs();
+    void decode_block(const List &list);
     void fetch(const Strip &strip, int64_t n0, int64_t n1);
 
     const Arguments &a;
     const int64_t b, g, group, width;
+    bool multiplies = false;      // whether matrices decode keys
     int count = 0;                // tokens of the block
     const Partial partial{a};
     float *results = nullptr;     // [heads, partial.size]
@@ -342,6 +427,7 @@ class Task {
     float *small = nullptr;       // [heads, padded rank]: in the keys' space
     float *offsets = nullptr;     // [heads]
     float *key_room = nullptr, *value_room = nullptr, *pair_room = nullptr, *turn_room = nullptr;
+    uint16_t *halves = nullptr;   // [2, BLOCK, padded rank]: a block's latents in bf16, and what that leaves of them
     double *cosines = nullptr, *sines = nullptr;  // [pairs]: of the way from the block's begin to the query
     bool standing = false;        // whether these are of a block, which began at `begin`
     int64_t begin = 0;
@@ -351,6 +437,7 @@ class Task {
 void Task::prepare() {
     thread_local Room<> rooms[11];
     thread_local Room<double> turning;
+    thread_local Room<uint16_t> rounding;
     const int64_t rank = padded(a.keys.rank), d = padded(a.size);
     const int64_t widest = std::max({rank, d, width, padded(a.values.rank), padded(a.size_out)});
     query = rooms[0].of(group * d);
@@ -364,6 +451,8 @@ void Task::prepare() {
     value_room = rooms[8].of(BLOCK * widest);
     pair_room = rooms[9].of(BLOCK * width);
     turn_room = rooms[10].of(BLOCK * width);
+    multiplies = a.pairs && a.keys.matrices;
+    if (multiplies) halves = rounding.of(2 * BLOCK * (rank + LANES));
     cosines = turning.of(2 * a.pairs);
     sines = cosines + a.pairs;
     for (int64_t p = 0; p < group; p++) {
@@ -499,6 +588,27 @@ void Task::to_pairs() {
     }
 }
 
+// Keys of a block decoded at once, as pairs lie.
+void Task::decode_block(const List &list) {
+#if defined(EIGENATTN_MATRICES)
+    const int64_t rank = list.keys->rank, depth = (rank + DEPTH - 1) / DEPTH * DEPTH, decoders = list.keys->matrices;
+    const int parts = list.keys->rows.kind == BF16 ? 1 : 2;
+    for (int t = 0; t < count; t++)
+        for (int64_t i = 0; i < depth; i += DEPTH) {
+            Vector x[2];
+            UNROLLED for (int j = 0; j < 2; j++) {
+                const int64_t at = i + j * LANES, left = rank - at;
+                x[j] = left >= LANES ? load(keys[t] + at) : left > 0 ? load_part(keys[t] + at, left) : Vector{};
+            }
+            uint16_t *own = halves + t * depth + i;
+            split(x[0], x[1], own, own + BLOCK * depth);
+        }
+    const uint16_t *u = reinterpret_cast<const uint16_t *>(list.keys->decoder) + g * decoders * depth * width;
+    Matrices::multiply(halves, parts, u, decoders, depth, width, pair_room);
+#endif
+    for (int t = 0; t < count; t++) keys[t] = pair_room + t * width;
+}
+
 // Decode, rotate and score some tokens in V vectors of pairs: partial sums are added to what other pairs gave.
 template <int V> void Task::score_tile(const List &list, int t0, int64_t pair) {
     Vector x[TILE][2 * V];
@@ -511,7 +621,7 @@ template <int V> void Task::score_tile(const List &list, int t0, int64_t pair) {
     }
     UNROLLED for (int t = 0; t < TILE; t++)
         UNROLLED for (int j = 0; j < 2 * V; j++) x[t][j] = list.mean ? load(list.mean + at + j * LANES) : Vector{};
-    if (list.decoder) {
+    if (list.decoder && !multiplies) {
         const float *u = list.decoder + at;
         for (int64_t r = 0; r < list.keys->rank; r++, u += width) {
             Vector of_channel[2 * V];
@@ -684,7 +794,10 @@ void Task::attend(const List &list) {
         else
             rows_of(*list.values, values_at, n0, value_room, values);
         if (a.pairs) turn_to(list, n0);
-        if (a.pairs && !list.decoder) to_pairs();
+        if (a.pairs && !list.decoder)
+            to_pairs();
+        else if (multiplies)
+            decode_block(list);
         for (int t0 = 0; t0 < count; t0 += TILE) {
             const int64_t later = n0 + BLOCK + t0, end = std::min(later + TILE, list.high);
             fetch(keys_at, later, end);
@@ -704,6 +817,9 @@ void Task::attend(const List &list) {
 
 void Task::run(int64_t low, int64_t high, bool with_window, float *into) {
     results = into;
+#if defined(EIGENATTN_MATRICES)
+    const Matrices registers(multiplies);
+#endif
     std::fill(results, results + group * partial.size, 0.0f);
     for (int64_t p = 0; p < group; p++) results[p * partial.size] = NOTHING;
     const float *decoder = a.pairs && a.keys.decoder ? a.keys.decoder + g * a.keys.rank * width : nullptr;
@@ -892,6 +1008,15 @@ void eigenattn_rotate(const float *x, int64_t batch, int64_t heads, int64_t toke
 
 int eigenattn_lanes() { return LANES; }
 int eigenattn_block() { return BLOCK; }
+// Whether decoders are to be matrices of bf16.
+int eigenattn_matrices() {
+#if defined(EIGENATTN_MATRICES)
+    static const bool found = granted();
+    return found;
+#else
+    return 0;
+#endif
+}
 int64_t eigenattn_size() { return sizeof(Arguments); }
 
 void eigenattn_decode(const Arguments *arguments) {

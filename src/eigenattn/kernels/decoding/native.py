@@ -20,6 +20,9 @@ from .arguments import Rotary, Side, Step
 
 # What rows may hold; bytes are codes.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+# Dimensions of a head from which on matrices of bf16 decode keys, where the machine has such (chosen: of 64 they are no
+# faster than vectors, see docs/decisions.md).
+MULTIPLIED = 128
 LARGEST_BYTES = 2**15  # of a row of codes, the places in which the kernel counts in 16 bits
 
 
@@ -156,10 +159,10 @@ def _launch(
         *_layout(near_keys, g),
         *_layout(near_values, g),
         *_layout(far_keys, g),
-        rank_k, _at(x.key_decoder), _at(x.key_mean), _at(x.key_levels),
+        rank_k, _at(x.key_decoder), _at(x.key_mean), _at(x.key_levels), _matrices(x.key_decoder),
         x.far_keys.shape[-1], _at(x.key_plan), places[0],
         *_layout(far_values, g),
-        rank_v, _at(x.value_decoder), _at(x.value_mean), _at(x.value_levels),
+        rank_v, _at(x.value_decoder), _at(x.value_mean), _at(x.value_levels), 0,
         x.far_values.shape[-1], _at(x.value_plan), places[1],
         0 if near_keys is None else _tokens(near_keys, x.near_pages),
         *_count(x.first, counts[0]),
@@ -181,7 +184,7 @@ def _launch(
     return out
 
 
-_ARGUMENTS = struct.Struct("=7q6q12q26q1q24q2q3q3d5q2q6q")
+_ARGUMENTS = struct.Struct("=7q6q12q28q1q24q2q3q3d5q2q6q")
 
 
 # One node in a graph, which does not break there.
@@ -196,6 +199,11 @@ def _shape_of_output(tensors: Sequence[Tensor | None], counts: Any, sizes: Seque
 
 def _at(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def _matrices(decoder: Tensor | None) -> int:
+    """How many matrices of bf16 a decoder is; 0 if it is none."""
+    return decoder.shape[1] if decoder is not None and decoder.dtype == torch.bfloat16 else 0
 
 
 def _layout(x: Tensor | None, g: int) -> tuple[int, ...]:
@@ -241,11 +249,18 @@ def _lanes() -> int:
     return 1 if found is None else found.eigenattn_lanes()
 
 
+@torch.compiler.assume_constant_result
+def _multiplies() -> bool:
+    """Whether this machine multiplies matrices of bf16."""
+    found, _ = library()
+    return found is not None and bool(found.eigenattn_matrices())
+
+
 def _prepared(side: Side, rotary: Rotary | None, of_keys: bool) -> tuple[Tensor | None, ...]:
     """Decoder, mean, levels and plan of codes as the kernel reads them, in fp32; kept.
 
-    Decoders are [G, R, size], of keys that rotate with their dimensions as pairs lie; of other keys, which the query
-    is brought to, [G, D, R] with R filled up to whole vectors.
+    Decoders are [G, R, size], of keys that rotate with their dimensions as pairs lie, and `_as_matrices` where the
+    machine multiplies such; of other keys, which the query is brought to, [G, D, R] with R filled up to whole vectors.
     """
     turned = (0, False) if rotary is None else (rotary.width, rotary.interleaved)
     return side._once(("native", of_keys, *turned), lambda: _prepare(side, rotary, of_keys))
@@ -255,6 +270,8 @@ def _prepare(side: Side, rotary: Rotary | None, of_keys: bool) -> tuple[Tensor |
     decoder, mean = (None if x is None else x.detach().float() for x in (side.decoder, side.mean))
     if rotary is not None:
         decoder, mean = (None if x is None else _as_pairs(x, rotary) for x in (decoder, mean))
+        if decoder is not None and decoder.shape[-1] >= MULTIPLIED and _multiplies():
+            decoder = _as_matrices(decoder, exact=side.decoder is not None and side.decoder.dtype == torch.bfloat16)
     elif of_keys and decoder is not None:
         decoder = _filled(decoder.transpose(1, 2))
     levels, plan = None, None
@@ -287,6 +304,18 @@ def _as_pairs(x: Tensor, rotary: Rotary) -> Tensor:
     """x [..., D] in the order of pairs, with zeros where no dimension lies."""
     order = order_of(rotary, x.shape[-1], _lanes())
     return F.pad(x, (0, 1))[..., torch.tensor(order)]
+
+
+def _as_matrices(decoder: Tensor, exact: bool) -> Tensor:
+    """Decoders [G, R, size] in fp32 as `Matrices` in native.cpp takes them: [G, parts, chunks, size / 16, 16, 16, 2].
+
+    The parts are their roundings to bf16 and, if these are not exact, what they leave. Channels come in chunks of 32,
+    and rows of a matrix are pairs of them.
+    """
+    high = decoder.bfloat16()
+    parts = torch.stack([high] if exact else [high, (decoder - high.float()).bfloat16()], dim=1)
+    parts = F.pad(parts, (0, 0, 0, -parts.shape[2] % 32))
+    return parts.unflatten(2, (-1, 16, 2)).unflatten(-1, (-1, 16)).permute(0, 1, 2, 5, 3, 6, 4)
 
 
 def _turning(rotary: Rotary, size: int) -> tuple[Tensor, Tensor, Tensor]:
