@@ -324,6 +324,21 @@ def test_masks_and_soft_caps(name, kind, backend):
     assert (decode(backend, **arguments, softcap=1.5) - everything).norm() > 0.05 * everything.norm()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["small-space", "rotary-window", "many-rotary"])
+def test_sinks_take_their_share(name, backend):
+    arguments = problem(name)
+    everything = decode("reference", **arguments)
+    sinks = torch.randn(arguments["q"].shape[1], device=DEVICE)
+    sinks[0], sinks[1] = 60.0, -60.0  # nearly all, and nothing
+    found = decode(backend, **arguments, sinks=sinks)
+    assert_same(found, arguments | {"sinks": sinks})
+    torch.testing.assert_close(found[:, 1], everything[:, 1], rtol=1e-4, atol=1e-4)
+    assert found[:, 0].abs().max() < 1e-3 * everything[:, 0].abs().max()
+    hidden = torch.zeros(len(found), 1, 60, dtype=torch.bool, device=DEVICE)
+    assert not decode(backend, **arguments, sinks=sinks, mask=hidden).any()  # nothing but sinks is seen
+
+
 def apart(monkeypatch) -> None:
     """Let the kernel's programs be of single heads, as it may find to be faster."""
     import triton

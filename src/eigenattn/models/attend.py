@@ -38,8 +38,7 @@ def attend(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) ->
 def one_query(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
     """A step of decoding, by `eigenattn.kernels.decoding`, which reads rows as they are stored."""
     near, query = sight.near, sight.query
-    only_torch = sight.far.columns is not None or layer.sink_logits is not None
-    backend = "torch" if only_torch else decoding_backend(q)
+    backend = "torch" if sight.far.columns is not None else decoding_backend(q)
     border, window = query + 1, None
     if near is not None:
         border = query - layer.layout.window + 1

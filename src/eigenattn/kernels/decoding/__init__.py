@@ -39,8 +39,6 @@ def _triton_decode(step: Step) -> Tensor:
         raise EigenAttnError("the triton backend needs triton: pip install 'eigenattn[triton]'.")
     if step.columns is not None:
         raise EigenAttnError("the triton backend does not decode where tokens were evicted: use torch.")
-    if step.sinks is not None:
-        raise EigenAttnError("the triton backend has no sinks in the softmax: use torch.")
     from .fused import decode as fused_decode
 
     return fused_decode(step)

@@ -128,6 +128,7 @@ class _Arguments(NamedTuple):
     cosines: Tensor | None
     sines: Tensor | None
     slopes: Tensor | None
+    sinks: Tensor | None
     mask: Tensor | None
 
 
@@ -177,6 +178,7 @@ def decode(step: Step) -> Tensor:
         *near,
         *tables,
         step.slopes,
+        step.sinks,
         step.mask,
     )
     launch = torch.ops.eigenattn.decode_over_latents if compiling else _launch
@@ -288,6 +290,7 @@ def _launch(
         totals,
         _contiguous(x.value_decoder),
         _contiguous(x.value_mean),
+        _contiguous(x.sinks),
         out,
         splits,
         H=h,

@@ -355,7 +355,7 @@ def decode_splits(
 
 @triton.jit(do_not_specialize=["splits"])
 def combine(
-    far_sums, near_sums, tops, totals, decoder, mean, out, splits,
+    far_sums, near_sums, tops, totals, decoder, mean, sinks, out, splits,
     H: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, SIZE_OUT: tl.constexpr, SPLITS: tl.constexpr,
     PARTS: tl.constexpr, OUT: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
@@ -369,6 +369,9 @@ def combine(
     if NEAR:
         near_top = tl.load(tops + head * (splits + 1) + splits)
         top = tl.maximum(top, near_top)
+    if sinks is not None:
+        sink = tl.load(sinks + head % H).to(tl.float32) * LOG2_E
+        top = tl.maximum(top, sink)
     top = tl.where(top == float("-inf"), 0.0, top)  # a row that sees nothing
     weights = tl.exp2(tops_far - top)
     far_total = tl.sum(weights * sums_of_far, 0)
@@ -376,6 +379,8 @@ def combine(
     if NEAR:
         near_weight = tl.exp2(near_top - top)
         total += near_weight * tl.load(totals + head * (splits + 1) + splits)
+    if sinks is not None:
+        total += tl.exp2(sink - top)
     total = tl.where(total == 0.0, 1.0, total)
     found = tl.zeros([OUT], tl.float32)
     partial = far_sums + head.to(tl.int64) * splits * RANK

@@ -107,7 +107,7 @@ struct Arguments {
     const float *table;         // [BLOCK, pairs / LANES, 2, LANES]: cosines and sines
     const double *frequencies;  // [3, pairs]: radians a token, and cosines and sines of a block's length
     double scaling, scale, softcap;
-    const float *slopes;
+    const float *slopes, *sinks;  // of each head; sinks are logits that the softmax is taken with
     const char *mask;
     int64_t mask_batch, mask_head, mask_kind;  // 1: boolean, 2: fp32
     char *out;
@@ -842,7 +842,8 @@ void combine(const Arguments &a, int64_t b, int64_t h, const float *results, int
     thread_local Room<> rooms[2];
     float *sums = rooms[0].of(partial.size), *out = rooms[1].of(a.size_out);
     std::fill(sums, sums + partial.size, 0.0f);
-    float top = NOTHING;
+    const float sink = a.sinks ? a.sinks[h] : NOTHING;
+    float top = sink;
     for (int64_t i = 0; i < parts; i++) top = std::max(top, results[i * stride]);
     for (int64_t i = 0; i < parts; i++) {
         const float *result = results + i * stride;
@@ -850,7 +851,7 @@ void combine(const Arguments &a, int64_t b, int64_t h, const float *results, int
         const float share = std::exp(result[0] - top);
         for (int64_t j = 1; j < partial.size; j++) sums[j] += share * result[j];
     }
-    const float total = sums[1] + sums[2], scale = total > 0 ? 1 / total : 0.0f;
+    const float total = sums[1] + sums[2] + (a.sinks ? std::exp(sink - top) : 0.0f), scale = total > 0 ? 1 / total : 0.0f;
     for (int64_t d = 0; d < a.size_out; d++)
         out[d] = (a.slots ? sums[partial.near + d] : 0.0f) + (a.values.mean ? sums[1] * a.values.mean[g * a.size_out + d] : 0.0f);
     if (a.values.decoder) {

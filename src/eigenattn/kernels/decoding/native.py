@@ -52,6 +52,7 @@ class _Tensors(NamedTuple):
     table: Tensor | None
     frequencies: Tensor | None
     slopes: Tensor | None
+    sinks: Tensor | None
     mask: Tensor | None
     far_pages: Tensor | None
     near_pages: Tensor | None
@@ -70,8 +71,6 @@ def why_not(step: Step) -> str | None:
         return "tables of pages are int32"
     if step.columns is not None:
         return "it does not decode where tokens were evicted"
-    if step.sinks is not None:
-        return "it has no sinks in the softmax"
     if step.mask is not None and step.mask.dtype != torch.bool and not step.mask.is_floating_point():
         return "masks are boolean or floating-point"
     for side in (step.keys, step.values):
@@ -93,7 +92,7 @@ def _why_not_codes(widths: Widths | None) -> str | None:
 
 def decode(step: Step) -> Tensor:
     """See `eigenattn.kernels.decoding.Step`; of a step that `why_not` has nothing to say of."""
-    rotary, window, mask, slopes = step.rotary, step.window, step.mask, step.slopes
+    rotary, window, mask = step.rotary, step.window, step.mask
     counts = [
         step.first,
         step.length,
@@ -112,7 +111,7 @@ def decode(step: Step) -> Tensor:
         *(count if isinstance(count, Tensor) else None for count in counts),
         None if rotary is None else step.positions,
         *((None, None, None) if rotary is None else _turning(rotary, step.q.shape[-1])),
-        None if slopes is None else slopes.float(),
+        *(None if x is None else x.float().contiguous() for x in (step.slopes, step.sinks)),
         mask if mask is None or mask.dtype == torch.bool else mask.float(),
         step.table,
         None if window is None else window.table,
@@ -175,7 +174,7 @@ def _launch(
         0 if x.order is None else len(x.order) // 2,
         _at(x.order), _at(x.table), _at(x.frequencies),
         *scales,
-        _at(x.slopes), _at(mask), *((0, 0, 0) if mask is None else _mask_layout(mask)),
+        _at(x.slopes), _at(x.sinks), _at(mask), *((0, 0, 0) if mask is None else _mask_layout(mask)),
         out.data_ptr(), KINDS[out.dtype],
         *_pages(x.far_pages, x.far_keys),
         *_pages(x.near_pages, x.near_keys),
@@ -184,7 +183,7 @@ def _launch(
     return out
 
 
-_ARGUMENTS = struct.Struct("=7q6q12q28q1q24q2q3q3d5q2q6q")
+_ARGUMENTS = struct.Struct("=7q6q12q28q1q24q2q3q3d6q2q6q")
 
 
 # One node in a graph, which does not break there.
