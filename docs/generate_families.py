@@ -8,7 +8,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from eigenattn.models.families import FAMILIES, Family
+from eigenattn.models.families import FAMILIES
+from eigenattn.models.family import Family
 
 PAGE = Path(__file__).with_name("families.md")
 VERDICTS = json.loads(Path(__file__).with_name("every_type.json").read_text(encoding="utf-8"))

@@ -18,7 +18,8 @@ from eigenattn.compression.ranks import RANK_RULES, RankRule
 from eigenattn.evaluation.rivals import RIVALS, Rival
 from eigenattn.kernels.decoding import DECODE_BACKENDS, decode
 from eigenattn.models.conversion import convert_attention, eigen_layers
-from eigenattn.models.families import FAMILIES, Family
+from eigenattn.models.families import FAMILIES
+from eigenattn.models.family import Family
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from ..cache.layout import Layout
 from ..errors import EigenAttnError
 from .attention import EigenAttention, eigen_class
-from .families import FAMILIES, Family, family_of
+from .families import FAMILIES, family_of
+from .family import Family
 from .forward_pass import note_rows
 from .placement import execution_device, is_spread, place_like
 from .projections import holds_codes

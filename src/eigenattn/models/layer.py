@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..cache.codebook import DEGREE
 from ..cache.layout import SIDES, Layout
 from ..errors import EigenAttnError
-from .families import Family
+from .family import Family
 from .maps import MAPS, QUANTISERS, LatentMaps, side_of
 from .placement import execution_device
 from .projections import Heads, Projection, is_plain, like, matrix_of, split_heads, weight_of
