@@ -62,7 +62,7 @@ long: $(VENV)/.installed
 	EIGENATTN_LONG=10000 $(BIN)/pytest tests/robustness/test_long_use.py
 
 # The native decoding step with every access checked, and then for races, with threads of its own: of OpenMP's, and so of
-# PyTorch's, the sanitiser reports what are none. What it says of `native.cpp` counts.
+# PyTorch's, the sanitiser reports what are none. What it says of `kernels/native` counts.
 NATIVE := -m pytest -s tests/kernels/test_native.py -k "not compile"
 sanitise: $(VENV)/.installed
 	EIGENATTN_NATIVE_FLAGS="-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" CXX=g++ \

@@ -62,7 +62,7 @@ def _chosen(x: Tensor, widths: Widths, levels: bool) -> Tensor | None:
 
 @functools.cache
 def _channels(widths: Widths, levels: bool) -> Tensor | None:
-    """How the library finds and stores each channel's codes, `Channel` in native.cpp, [R, 10]; None if it cannot.
+    """How the library finds and stores each channel's codes, `Channel` in coding.cpp, [R, 10]; None if it cannot.
 
     Args:
         levels: it looks up levels, one more than there are thresholds.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).parent / "decoding" / "native.cpp"
+SOURCES = Path(__file__).parent / "native"
 FOLDER = "EIGENATTN_CACHE"
 COMPILER = "CXX"
 EXTRA = "EIGENATTN_NATIVE_FLAGS"
@@ -86,7 +86,8 @@ def _fingerprint(command: list[str]) -> str:
     lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
     flags = [line for line in lines if line.startswith(("flags", "Features"))]
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    told = [SOURCE.read_text(encoding="utf-8"), *command, version, *flags[:1], platform.machine(), torch.__version__]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
+    told = [*sources, *command, version, *flags[:1], platform.machine(), torch.__version__]
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
 
 
@@ -95,9 +96,9 @@ def _build(command: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as beside:
         built = Path(beside) / path.name
-        subprocess.run(
-            [*command, str(SOURCE), "-o", str(built)], capture_output=True, text=True, check=True, timeout=60 * MINUTES
-        )
+        files = map(str, sorted(SOURCES.glob("*.cpp")))
+        command = [*command, *files, "-o", str(built)]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=60 * MINUTES)
         built.replace(path)
 
 

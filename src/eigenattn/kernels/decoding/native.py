@@ -1,4 +1,4 @@
-"""Decoding on a CPU by a kernel of its own: `native.cpp`, which says how it goes about it.
+"""Decoding on a CPU by a kernel of its own: `native/decoding.cpp`, which says how it goes about it.
 
 What it cannot do is left to PyTorch's operations, and is said in one place, `why_not`.
 """
@@ -151,7 +151,7 @@ def _launch(
     )
     mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
     of_rows, of_heads, _ = q.stride()
-    # As `Arguments` in native.cpp has them, all of 8 bytes.
+    # As `Arguments` in arguments.h has them, all of 8 bytes.
     arguments = _ARGUMENTS.pack(
         b, h, g, d, size_out, _tokens(x.far_keys, x.far_pages), torch.get_num_threads(),
         q.data_ptr(), of_rows, of_heads, 0, KINDS[q.dtype], 1,
@@ -306,7 +306,7 @@ def _as_pairs(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def _as_matrices(decoder: Tensor, exact: bool) -> Tensor:
-    """Decoders [G, R, size] in fp32 as `Matrices` in native.cpp takes them: [G, parts, chunks, size / 16, 16, 16, 2].
+    """Decoders [G, R, size] in fp32 as `Matrices` in matrices.h takes them: [G, parts, chunks, size / 16, 16, 16, 2].
 
     The parts are their roundings to bf16 and, if these are not exact, what they leave. Channels come in chunks of 32,
     and rows of a matrix are pairs of them.
@@ -332,7 +332,7 @@ def _turning(rotary: Rotary, size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plan_of(widths: Widths, lanes: int) -> Tensor:
-    """Where each channel's code lies in a row, and how it is taken out: `Codes` in native.cpp, [vectors, 6, lanes]."""
+    """Where each channel's code lies in a row, and how it comes out: `Codes` in decoding.cpp, [vectors, 6, lanes]."""
     channels: list[tuple[int, int, int, int, int, int]] = []  # bytes, shifts and masks of both parts
     for _, count, planes in widths.planes():
         for i in range(count):

@@ -1,4 +1,4 @@
-// One step of decoding over latents on a CPU; `native.py` says what it is given, and `Step` what it means.
+// One step of decoding over latents on a CPU; `arguments.h` says what it is given, and `Step` in Python what it means.
 //
 // A task is one row's KV head with all query heads that share it, over one stretch of the sequence. It goes through
 // blocks of tokens: keys to scores, scores to weights, and values summed as latents, so that of a block nothing leaves
@@ -13,215 +13,21 @@
 //   its rounding and what that leaves, and of their products all count but the smallest.
 // - A score's partial sums are a vector. As many as a vector has lanes are transposed and added up at once.
 // - Values are taken to the output's dimensions once a query, not once a token.
-//
-// Vectors are the compiler's own extension, so that the same source serves AVX-512, AVX2 and NEON. Intrinsics stand
-// where there is no other way to say it.
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <numeric>
-#include <utility>
-#include <vector>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#define EIGENATTN_MATRICES
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-#if defined(EIGENATTN_STD_THREADS)
-#include <atomic>
-#include <thread>
-#endif
+#include "arguments.h"
+#include "matrices.h"
+#include "threads.h"
+#include "vectors.h"
 
 namespace {
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define EIGENATTN_AVX512
-constexpr int LANES = 16;
-#elif defined(__AVX2__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-constexpr int BLOCK = 32;            // tokens; the table of rotations, and a block's scores, stay in the first cache
-constexpr int TILE = 4;              // tokens whose keys are in registers together
+constexpr int TILE = 4;  // tokens whose keys are in registers together
 constexpr int PAIRS = LANES == 8 ? 1 : 2;  // vectors of pairs in a tile: AVX2 has half as many registers
-// Arrays of vectors are registers only if loops over them are no loops before the compiler looks for such arrays.
-#define UNROLLED _Pragma("GCC unroll 16")
-
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
-
-typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t UnalignedIntegers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-enum Kind : int64_t { FP32, BF16, CODES };
-
-// `native.py` packs what follows, in this order, and all of it in 8 bytes. Strides count elements.
-struct Rows {
-    const char *data;
-    int64_t batch, head, token, kind, shared;  // `shared`: KV heads that have one of the rows' heads
-};
-
-struct Side {
-    Rows rows;
-    int64_t rank;
-    const float *decoder, *mean, *levels;  // levels: [G, 4, padded rank], coefficients of a polynomial in the code
-    int64_t matrices;                      // if not 0, so many of bf16 are the decoder: see `Matrices`
-    int64_t bytes;                         // of a row of codes
-    const int32_t *plan;                   // [vectors, 6, LANES]; see `Codes`
-    int64_t scale;                         // where a row of codes has the byte of its scale, or -1
-};
-
-// Of a paged cache: row b has the pages `table[b * stride]` and on, of so many tokens each; a list's `batch` is then
-// the way from page to page.
-struct Pages {
-    const int32_t *table;
-    int64_t stride, tokens;
-};
-
-struct Count {
-    const void *data;  // of each row, or null: `value` of all
-    int64_t stride, bytes, value;
-};
-
-struct Arguments {
-    int64_t batch, heads, kv_heads, size, size_out, tokens, threads;
-    Rows query, near_keys, near_values;
-    Side keys, values;
-    int64_t slots;
-    Count first, length, column, stop, position, positions;
-    int64_t positions_batch;
-    // Rotary positions: `pairs` with padding, 0 without any; the place in D of each dimension as pairs lie, or -1.
-    int64_t pairs;
-    const int32_t *order;
-    const float *table;         // [BLOCK, pairs / LANES, 2, LANES]: cosines and sines
-    const double *frequencies;  // [3, pairs]: radians a token, and cosines and sines of a block's length
-    double scaling, scale, softcap;
-    const float *slopes, *sinks;  // of each head; sinks are logits that the softmax is taken with
-    const char *mask;
-    int64_t mask_batch, mask_head, mask_kind;  // 1: boolean, 2: fp32
-    char *out;
-    int64_t out_kind;
-    Pages far_pages, near_pages;
-};
-
-inline Vector load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
-inline void store(float *p, Vector x) { *reinterpret_cast<Unaligned *>(p) = x; }
-inline Integers load(const int32_t *p) { return *reinterpret_cast<const UnalignedIntegers *>(p); }
-inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
-
-inline float number(uint16_t bf16) {
-    uint32_t wide = uint32_t(bf16) << 16;
-    float found;
-    std::memcpy(&found, &wide, 4);
-    return found;
-}
-
-inline uint16_t rounded(float x) {
-    uint32_t wide;
-    std::memcpy(&wide, &x, 4);
-    if ((wide & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // not a number
-    return uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
-}
-
-#if defined(EIGENATTN_AVX512)
-inline __mmask16 mask_of(int64_t n) { return __mmask16(n >= LANES ? 0xffff : (1u << n) - 1); }
-#endif
-
-// The first n elements, and zeros: what lies behind a row may be another's NaN, or not be there.
-inline Vector load_part(const float *p, int64_t n) {
-#if defined(EIGENATTN_AVX512)
-    return (Vector)_mm512_maskz_loadu_ps(mask_of(n), p);
-#else
-    float x[LANES] = {};
-    for (int i = 0; i < std::min<int64_t>(n, LANES); i++) x[i] = p[i];
-    return load(x);
-#endif
-}
-
-inline Vector load_part(const uint16_t *p, int64_t n) {  // of bf16
-#if defined(EIGENATTN_AVX512)
-    const __m256i found = _mm256_maskz_loadu_epi16(mask_of(n), p);
-    return (Vector)((Integers)_mm512_maskz_cvtepu16_epi32(0xffff, found) << 16);
-#else
-    float x[LANES] = {};
-    for (int i = 0; i < std::min<int64_t>(n, LANES); i++) x[i] = number(p[i]);
-    return load(x);
-#endif
-}
-
-template <int S, size_t... I>
-inline Vector fold(Vector a, Vector b, std::index_sequence<I...>) {
-    // Lanes of `a` and, where their number has bit S, of `b`: each plus its neighbour S lanes away.
-    return __builtin_shufflevector(a, b, (I & S ? LANES + I : I)...) +
-           __builtin_shufflevector(a, b, (I & S ? LANES + (I ^ S) : (I ^ S))...);
-}
-
-template <int S>
-inline Vector sums_of(const float *x) {  // of 2 S vectors, in lanes 0 .. 2 S - 1
-    using Each = std::make_index_sequence<LANES>;
-    if constexpr (S == 0)
-        return load(x);
-    else
-        return fold<S>(sums_of<S / 2>(x), sums_of<S / 2>(x + S * LANES), Each{});
-}
-
-template <int S, size_t... I> inline Vector exchanged(Vector x, std::index_sequence<I...>) {
-    return __builtin_shufflevector(x, x, (I ^ S)...);
-}
-
-template <int S = LANES / 2> inline float sum(Vector x) {
-    if constexpr (S == 0)
-        return x[0];
-    else
-        return sum<S / 2>(x + exchanged<S>(x, std::make_index_sequence<LANES>{}));
-}
-
-template <int S = LANES / 2> inline float largest(Vector x) {
-    if constexpr (S == 0)
-        return x[0];
-    else
-        return largest<S / 2>(larger(x, exchanged<S>(x, std::make_index_sequence<LANES>{})));
-}
-
-// e^x to an fp32's last digits, for x <= 88; 0 far below, and so of minus infinity.
-inline Vector exponential(Vector x) {
-    const float magic = 12582912;  // 1.5 * 2^23: adding it leaves no digits behind the point
-    Vector shifted = x * 1.44269504f + magic;
-    Vector n = shifted - magic;
-    Vector f = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Vector y = f * 1.98756915e-4f + 1.39819995e-3f;
-    y = y * f + 8.33345190e-3f;
-    y = y * f + 4.16657960e-2f;
-    y = y * f + 1.66666655e-1f;
-    y = y * f + 5.00000012e-1f;
-    y = y * f * f + f + 1.0f;
-    Vector scaled = Vector(Integers(y) + (Integers(shifted) << 23));
-    return x > -87.0f ? scaled : Vector{};
-}
-
-inline int64_t number_of(const Count &count, int64_t row) {
-    if (!count.data) return count.value;
-    const int64_t at = row * count.stride;
-    return count.bytes == 8 ? static_cast<const int64_t *>(count.data)[at] : static_cast<const int32_t *>(count.data)[at];
-}
-
-inline int64_t bytes_of(const Rows &rows) { return rows.kind == FP32 ? 4 : rows.kind == BF16 ? 2 : 1; }
-
-inline const char *row_of(const Rows &rows, int64_t b, int64_t g) {
-    return rows.data + (b * rows.batch + g / rows.shared * rows.head) * bytes_of(rows);
-}
 
 // What the bytes of scales stand for: see codebook.py.
 struct Scales {
@@ -260,92 +66,6 @@ struct Codes {
     const Integers place, down, lower, down_upper, upper;
     const int32_t base, near, whole;  // `near`: all within 64 bytes
     const int64_t left;
-};
-
-#if defined(EIGENATTN_MATRICES)
-constexpr int ROWS = 16, DEPTH = 32;  // of a matrix that the processor takes: tokens, or pairs of channels; and channels
-static_assert(LANES == ROWS && BLOCK == 2 * ROWS, "a block is two matrices of tokens");
-
-// Programs have to ask for the registers, of 8 kB a thread.
-bool granted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
-
-// Two vectors to bf16, and what that leaves of them to bf16 too; halves are rounded up, which costs nothing that counts.
-inline void split(Vector a, Vector b, uint16_t *high, uint16_t *low) {
-    const Integers half = Integers{} + 0x8000, kept = Integers{} + int32_t(0xffff0000);
-    Integers odd;  // which 16 bits count: the upper ones of all of both
-    for (int i = 0; i < LANES; i++) odd[i] = (4 * i + 1) | (4 * i + 3) << 16;
-    const Integers a_high = (Integers(a) + half) & kept, b_high = (Integers(b) + half) & kept;
-    const Integers a_low = Integers(a - Vector(a_high)) + half, b_low = Integers(b - Vector(b_high)) + half;
-    _mm512_storeu_si512(high, _mm512_permutex2var_epi16((__m512i)a_high, (__m512i)odd, (__m512i)b_high));
-    _mm512_storeu_si512(low, _mm512_permutex2var_epi16((__m512i)a_low, (__m512i)odd, (__m512i)b_low));
-}
-
-// A thread's registers of matrices, all of 16 rows of 64 bytes, as long as this lives.
-class Matrices {
-  public:
-    explicit Matrices(bool wanted) : wanted(wanted) {
-        if (!wanted) return;
-        struct {
-            uint8_t palette = 1, row = 0, nothing[14] = {};
-            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS};
-        } shapes;
-        _tile_loadconfig(&shapes);
-    }
-    ~Matrices() {
-        if (wanted) _tile_release();
-    }
-    Matrices(const Matrices &) = delete;
-    Matrices &operator=(const Matrices &) = delete;
-
-    // Add up a block's latents [parts, BLOCK, depth] times decoders [decoders, depth / DEPTH, width / ROWS, ROWS, DEPTH]:
-    // [BLOCK, width].
-    static void multiply(const uint16_t *z, int parts, const uint16_t *u, int64_t decoders, int64_t depth, int64_t width,
-                         float *out) {
-        const int64_t stride = 2 * depth, chunks = depth / DEPTH, columns = width / ROWS;
-        for (int64_t n = 0; n < columns; n += 2) {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            for (int64_t i = 0; i < decoders; i++)
-                for (int64_t k = 0; k < chunks; k++) {
-                    const uint16_t *some = u + ((i * chunks + k) * columns + n) * ROWS * DEPTH;
-                    _tile_loadd(6, some, 2 * DEPTH);
-                    _tile_loadd(7, some + ROWS * DEPTH, 2 * DEPTH);
-                    for (int64_t j = 0; i + j < std::max<int64_t>(parts, decoders) && j < parts; j++) {
-                        const uint16_t *rows = z + j * BLOCK * depth + k * DEPTH;
-                        _tile_loadd(4, rows, stride);
-                        _tile_loadd(5, rows + ROWS * depth, stride);
-                        _tile_dpbf16ps(0, 4, 6);
-                        _tile_dpbf16ps(1, 4, 7);
-                        _tile_dpbf16ps(2, 5, 6);
-                        _tile_dpbf16ps(3, 5, 7);
-                    }
-                }
-            float *at = out + n * ROWS;
-            _tile_stored(0, at, 4 * width);
-            _tile_stored(1, at + ROWS, 4 * width);
-            _tile_stored(2, at + ROWS * width, 4 * width);
-            _tile_stored(3, at + ROWS * width + ROWS, 4 * width);
-        }
-    }
-
-  private:
-    const bool wanted;
-};
-#endif
-
-// Numbers a thread works with: memory that begins where a vector may, and is kept.
-template <class T = float> class Room {
-  public:
-    T *of(int64_t count) {
-        if (int64_t(held.size()) < count + 64) held.resize(count + 64);
-        return reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(held.data()) + 63) / 64 * 64);
-    }
-
-  private:
-    std::vector<T> held;
 };
 
 // A list of tokens: those that are latents, or the exact window.
@@ -589,7 +309,7 @@ void Task::to_pairs() {
 }
 
 // Keys of a block decoded at once, as pairs lie.
-void Task::decode_block(const List &list) {
+void Task::decode_block([[maybe_unused]] const List &list) {
 #if defined(EIGENATTN_MATRICES)
     const int64_t rank = list.keys->rank, depth = (rank + DEPTH - 1) / DEPTH * DEPTH, decoders = list.keys->matrices;
     const int parts = list.keys->rows.kind == BF16 ? 1 : 2;
@@ -869,143 +589,9 @@ void combine(const Arguments &a, int64_t b, int64_t h, const float *results, int
             reinterpret_cast<uint16_t *>(a.out)[at + d] = rounded(out[d] * scale);
 }
 
-template <class Function> void in_parallel(int64_t count, int64_t threads, Function function) {
-    threads = std::min(threads, count);
-    if (threads <= 1) {
-        for (int64_t i = 0; i < count; i++) function(i);
-        return;
-    }
-#if defined(EIGENATTN_STD_THREADS)  // a thread sanitiser does not understand OpenMP's
-    std::atomic<int64_t> next{0};
-    std::vector<std::thread> workers;
-    for (int64_t i = 0; i < threads; i++)
-        workers.emplace_back([&] {
-            for (int64_t j; (j = next++) < count;) function(j);
-        });
-    for (auto &worker : workers) worker.join();
-#else
-#pragma omp parallel for num_threads(int(threads)) schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; i++) function(i);
-#endif
-}
-
-constexpr int PACKED = 64;  // tokens whose codes are found together
-
-// What is known of a channel's codes: their thresholds, or levels, begin at `table`, and up to two parts of them, of
-// which one is `code >> down & mask`, lie `shift` bits up in a byte each.
-struct Channel {
-    int32_t bits, table;
-    struct {
-        int32_t byte, shift, down, mask;
-    } part[2];
-};
-
-// Latents [tokens, channels] to the codes of their nearest levels, as many as there are thresholds below them.
-void pack(const float *z, int64_t tokens, const Channel *channels, int64_t count, const float *thresholds, int64_t bytes,
-          uint8_t *out) {
-    thread_local Room<uint8_t> room;
-    uint8_t *packed = room.of(bytes * PACKED);
-    std::fill(packed, packed + bytes * PACKED, 0);
-    for (int64_t c = 0; c < count; c++) {
-        const Channel &channel = channels[c];
-        const float *at = thresholds + channel.table;
-        const int32_t last = (1 << channel.bits) - 1;
-        float column[PACKED] = {};
-        for (int64_t t = 0; t < tokens; t++) column[t] = z[t * count + c];
-        constexpr int V = PACKED / LANES;
-        Vector x[V];
-        Integers found[V];
-        UNROLLED for (int j = 0; j < V; j++) x[j] = load(column + j * LANES), found[j] = Integers{} + last;
-        // A comparison that holds is -1. What is no number has the last code, as it has in PyTorch.
-        for (int i = 0; i < last; i++)
-            UNROLLED for (int j = 0; j < V; j++) found[j] += x[j] <= at[i];
-        int32_t code[PACKED];
-        std::memcpy(code, found, sizeof(code));
-        for (const auto &part : channel.part)
-            if (part.mask)
-                for (int t = 0; t < PACKED; t++)
-                    packed[part.byte * PACKED + t] |= uint8_t((code[t] >> part.down & part.mask) << part.shift);
-    }
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t i = 0; i < bytes; i++) out[t * bytes + i] = packed[i * PACKED + t];
-}
-
-// Codes [tokens, bytes], a row each so many bytes, to the levels that they stand for, [tokens, channels].
-void unpack(const uint8_t *codes, int64_t step, int64_t bytes, int64_t tokens, const Channel *channels, int64_t count,
-            const float *levels, float *out) {
-    thread_local Room<uint8_t> room;
-    uint8_t *packed = room.of(bytes * PACKED);
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t i = 0; i < bytes; i++) packed[i * PACKED + t] = codes[t * step + i];
-    for (int64_t c = 0; c < count; c++) {
-        const Channel &channel = channels[c];
-        const float *at = levels + channel.table;
-        int32_t code[PACKED] = {};
-        for (const auto &part : channel.part)
-            if (part.mask)
-                for (int t = 0; t < PACKED; t++)
-                    code[t] |= (packed[part.byte * PACKED + t] >> part.shift & part.mask) << part.down;
-        for (int64_t t = 0; t < tokens; t++) out[t * count + c] = at[code[t]];
-    }
-}
-
-// Call with a list of a batch's heads, and with which tokens of it.
-template <class Function>
-void by_blocks(int64_t lists, int64_t tokens, int64_t threads, Function function) {
-    const int64_t blocks = (tokens + PACKED - 1) / PACKED;
-    in_parallel(lists * blocks, threads, [&](int64_t i) {
-        const int64_t first = i % blocks * PACKED;
-        function(i / blocks, first, std::min<int64_t>(PACKED, tokens - first));
-    });
-}
-
 }  // namespace
 
 extern "C" {
-
-// Latents [batch, heads, tokens, count] in fp32 to codes [batch, heads, tokens, bytes]; `size` thresholds a head.
-void eigenattn_pack(const float *z, int64_t batch, int64_t heads, int64_t tokens, int64_t count, const int32_t *channels,
-                    const float *thresholds, int64_t size, int64_t bytes, int64_t threads, uint8_t *out) {
-    by_blocks(batch * heads, tokens, threads, [&](int64_t list, int64_t first, int64_t some) {
-        const int64_t row = list * tokens + first;
-        pack(z + row * count, some, reinterpret_cast<const Channel *>(channels), count, thresholds + list % heads * size,
-             bytes, out + row * bytes);
-    });
-}
-
-// The way back, of rows with these strides in bytes; `size` levels a head.
-void eigenattn_unpack(const uint8_t *codes, int64_t batch, int64_t heads, int64_t tokens, int64_t bytes,
-                      int64_t batch_step, int64_t head_step, int64_t step, const int32_t *channels, int64_t count,
-                      const float *levels, int64_t size, int64_t threads, float *out) {
-    by_blocks(batch * heads, tokens, threads, [&](int64_t list, int64_t first, int64_t some) {
-        unpack(codes + list / heads * batch_step + list % heads * head_step + first * step, step, bytes, some,
-               reinterpret_cast<const Channel *>(channels), count, levels + list % heads * size,
-               out + (list * tokens + first) * count);
-    });
-}
-
-// Vectors [batch, heads, tokens, size] with these strides, in fp32, to where cosines and sines [batch, tokens, width] turn
-// them, pairs being halves: [batch, tokens, heads, size].
-void eigenattn_rotate(const float *x, int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t batch_step,
-                      int64_t head_step, int64_t step, const float *cosines, const float *sines, int64_t width,
-                      int64_t turn_batch_step, int64_t turn_step, int64_t threads, float *out) {
-    const int64_t half = width / 2;
-    by_blocks(batch, tokens, threads, [&](int64_t b, int64_t first, int64_t some) {
-        for (int64_t t = first; t < first + some; t++) {
-            const float *c = cosines + b * turn_batch_step + t * turn_step, *s = sines + b * turn_batch_step + t * turn_step;
-            for (int64_t h = 0; h < heads; h++) {
-                const float *from = x + b * batch_step + h * head_step + t * step;
-                float *to = out + ((b * tokens + t) * heads + h) * size;
-                for (int64_t i = 0; i < half; i++) {
-                    const float one = from[i], other = from[half + i];
-                    to[i] = one * c[i] - other * s[i];
-                    to[half + i] = other * c[half + i] + one * s[half + i];
-                }
-                std::copy(from + width, from + size, to + width);
-            }
-        }
-    });
-}
 
 int eigenattn_lanes() { return LANES; }
 int eigenattn_block() { return BLOCK; }

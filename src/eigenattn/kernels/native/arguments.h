@@ -1,0 +1,76 @@
+// What a decoding step is given; `decoding/native.py` packs it.
+
+#pragma once
+
+#include <cstdint>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int BLOCK = 32;  // tokens; the table of rotations, and a block's scores, stay in the first cache
+
+enum Kind : int64_t { FP32, BF16, CODES };
+
+// `native.py` packs what follows, in this order, and all of it in 8 bytes. Strides count elements.
+struct Rows {
+    const char *data;
+    int64_t batch, head, token, kind, shared;  // `shared`: KV heads that have one of the rows' heads
+};
+
+struct Side {
+    Rows rows;
+    int64_t rank;
+    const float *decoder, *mean, *levels;  // levels: [G, 4, padded rank], coefficients of a polynomial in the code
+    int64_t matrices;                      // if not 0, so many of bf16 are the decoder: see `Matrices`
+    int64_t bytes;                         // of a row of codes
+    const int32_t *plan;                   // [vectors, 6, LANES]; see `Codes`
+    int64_t scale;                         // where a row of codes has the byte of its scale, or -1
+};
+
+// Of a paged cache: row b has the pages `table[b * stride]` and on, of so many tokens each; a list's `batch` is then
+// the way from page to page.
+struct Pages {
+    const int32_t *table;
+    int64_t stride, tokens;
+};
+
+struct Count {
+    const void *data;  // of each row, or null: `value` of all
+    int64_t stride, bytes, value;
+};
+
+struct Arguments {
+    int64_t batch, heads, kv_heads, size, size_out, tokens, threads;
+    Rows query, near_keys, near_values;
+    Side keys, values;
+    int64_t slots;
+    Count first, length, column, stop, position, positions;
+    int64_t positions_batch;
+    // Rotary positions: `pairs` with padding, 0 without any; the place in D of each dimension as pairs lie, or -1.
+    int64_t pairs;
+    const int32_t *order;
+    const float *table;         // [BLOCK, pairs / LANES, 2, LANES]: cosines and sines
+    const double *frequencies;  // [3, pairs]: radians a token, and cosines and sines of a block's length
+    double scaling, scale, softcap;
+    const float *slopes, *sinks;  // of each head; sinks are logits that the softmax is taken with
+    const char *mask;
+    int64_t mask_batch, mask_head, mask_kind;  // 1: boolean, 2: fp32
+    char *out;
+    int64_t out_kind;
+    Pages far_pages, near_pages;
+};
+
+inline int64_t number_of(const Count &count, int64_t row) {
+    if (!count.data) return count.value;
+    const int64_t at = row * count.stride;
+    return count.bytes == 8 ? static_cast<const int64_t *>(count.data)[at] : static_cast<const int32_t *>(count.data)[at];
+}
+
+inline int64_t bytes_of(const Rows &rows) { return rows.kind == FP32 ? 4 : rows.kind == BF16 ? 2 : 1; }
+
+inline const char *row_of(const Rows &rows, int64_t b, int64_t g) {
+    return rows.data + (b * rows.batch + g / rows.shared * rows.head) * bytes_of(rows);
+}
+
+}  // namespace
