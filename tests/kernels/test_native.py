@@ -127,7 +127,7 @@ def in_pages(x, size, seed=0):
 @pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("native", marks=native)])
 @pytest.mark.parametrize("sizes", [(16, 4), (5, 3), (64, 64)], ids=str)
 @pytest.mark.parametrize("widths", [None, Widths.of({8: 3, 6: 2, 4: 30, 1: 4})], ids=str)
-def test_rows_may_lie_in_pages(backend, sizes, widths):
+def test_rows_may_lie_in_pages(by, backend, sizes, widths):
     """Slots of the window's pages are counted from the row's first token, as a paged cache has them."""
     step = some_step(s=90, widths=widths, first=torch.tensor([0, 7], dtype=torch.int32))
     expected = decode(step, backend)
