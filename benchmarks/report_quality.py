@@ -1,4 +1,6 @@
-"""Write docs/results.md, and its plots, from what `standard.py`, `quality.py` and `eigenattn sweep` measured.
+"""Write docs/results.md, its plots and the README's table of losses.
+
+They are made of what `standard.py`, `quality.py` and `eigenattn sweep` measured.
 
 python benchmarks/report_quality.py [--plot]    # the plot needs the extra `plot`
 """
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import report_standard
 import report_sweeps
+from readme import README, with_table
 
 ROOT = Path(__file__).parents[1]
 PAGE, PLOT = ROOT / "docs" / "results.md", ROOT / "docs" / "quality.png"
@@ -115,6 +118,11 @@ def page(results: dict[str, dict]) -> str:
     return f"{INTRODUCTION}\n{standard}\n{tables}\n{report_sweeps.page(report_sweeps.load())}"
 
 
+def readme() -> str:
+    """The README with the table of losses as it is now."""
+    return with_table("losses", report_standard.losses(report_standard.load()))
+
+
 def plot(results: dict[str, dict]) -> None:
     """One panel a model; dashed lines are of methods without a window."""
     from matplotlib import pyplot
@@ -147,6 +155,7 @@ def main() -> None:
         report_sweeps.plot(report_sweeps.load())
         report_standard.plot(report_standard.load())
     PAGE.write_text(page(results), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")
 
 
 if __name__ == "__main__":

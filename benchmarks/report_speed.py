@@ -1,4 +1,6 @@
-"""Write docs/performance.md from what `eigenattn benchmark ... --results benchmarks/results` measured.
+"""Write docs/performance.md, and the README's table of speed.
+
+They are made of what `eigenattn benchmark ... --results benchmarks/results` measured.
 
 python benchmarks/report_speed.py
 """
@@ -7,6 +9,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+
+from readme import README, with_table
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"
@@ -40,6 +44,8 @@ AIMS = {
     ("llama-3-8b", 1, 131072, "rotary", "(80, 80)"): (0.625, 0.79),
     ("llama-3-8b", 1, 131072, "none", "(80, 80)"): (0.625, 0.69),
 }
+# Latents of one step that the README shows.
+README_LATENTS = {"(40, 40)": "latents of rank 40", "(80, 80)": "latents of rank 80", "2.5 bits": "codes of 2.5 bits"}
 STEP_AIM = 0.85  # of the time of a whole step of Llama 3 8B, at a KV ratio of 0.6
 AIMS_INTRODUCTION = """\
 ## What the fused kernel is built for
@@ -134,6 +140,21 @@ def kernel(result: dict) -> list[str]:
         f"{result['rounds']}{''.join(f' --ranks {k},{v}' for k, v in result['ranks'])} --results benchmarks/results"
     )
     return [about[0].upper() + about[1:], "", heading, "| --- | --- | --- | --- |", *rows, "", command]
+
+
+def speeds(results: dict[str, list[dict]]) -> list[str]:
+    """The README's table: one step of attention on a CPU, of the latents that are named there."""
+    lines = ["| heads | cache | bytes | speed, rotary positions | without |", "| --- | --- | --- | --- | --- |"]
+    for result in results.get("kernel", []):
+        rows, shape = {row["name"]: row for row in result["rows"]}, result["shape"]
+        for latents, title in README_LATENTS.items():
+            rotary, none = (rows.get(f"native, {positions}, {latents}") for positions in ("rotary", "none"))
+            if rotary and none:
+                share = rotary["bytes"] / rows["sdpa"]["bytes"]
+                times = " | ".join(f"{row['speed_against_best']:.1f} times" for row in (rotary, none))
+                heads = f"{shape['kv_heads']} x {shape['heads'] // shape['kv_heads']} of {shape['head_dim']}"
+                lines.append(f"| {heads} | {title} | {share:.2f} | {times} |")
+    return lines
 
 
 def memory(result: dict) -> list[str]:
@@ -242,4 +263,6 @@ def page(results: dict[str, list[dict]]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(load()), encoding="utf-8")
+    results = load()
+    PAGE.write_text(page(results), encoding="utf-8")
+    README.write_text(with_table("speed", speeds(results)), encoding="utf-8")

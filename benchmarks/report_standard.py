@@ -1,4 +1,6 @@
-"""The section of docs/results.md that comes from `standard.py`, and its plot; `report_quality.py` writes them.
+"""What comes from `standard.py`: a section of docs/results.md, its plot, and the table of losses of the README.
+
+`report_quality.py` writes them.
 
 It is read from benchmarks/results/standard-MODEL.json.
 """
@@ -26,6 +28,15 @@ TITLES = {
     "qwen": "Qwen2.5-Coder-0.5B-Instruct",
     "opt-13m": "OPT, 13M",
     "mpt-12m": "MPT, 12M",
+}
+# The README's models, and rivals by how their names begin; of each the best variant counts.
+SHOWN = ("smollm2", "qwen")
+FAMILIES = {
+    "turboquant": "TurboQuant",
+    "e8": "lattice E8 (NestQuant)",
+    "hadamard": "Hadamard rotation, integers (QuaRot)",
+    "kivi": "KIVI",
+    "plain": "integers by channel (KVQuant)",
 }
 INTRODUCTION = """\
 ## The standard protocol
@@ -167,6 +178,44 @@ def section(by_model: dict[str, Results]) -> str:
             parts += [*_by_kind(results, length), "", *_all(results, length), ""]
         parts += [*_sizes(results), "", *_skipped(results), _command(results), ""]
     return "\n".join([*parts, END, ""])
+
+
+def losses(by_model: dict[str, Results]) -> list[str]:
+    """The README's table: ours and the best of each family of rivals, of two models."""
+    shown = {model: by_model[model] for model in SHOWN if model in by_model}
+    columns = [
+        (results, results["caches"][name]["asked"], name)
+        for results in shown.values()
+        for name in _ours(results, lengths(results)[0])
+        if not results["caches"][name]["variant"]
+    ]
+    titles = [f"{TITLES[model].split('-')[0]}, {asked:g} bits" for model in shown for asked in _asked(shown[model])]
+    lines = [
+        *_heading("cache", *titles),
+        _row("**eigenattn**", *(f"**{_on_main(x, name)}**" for x, _, name in columns)),
+    ]
+    for start, title in FAMILIES.items():
+        row = []
+        for results, asked, _ in columns:
+            able = contenders(results, asked, asked + WITHIN, lengths(results)[0])
+            row.append(
+                min((_on_main(results, each) for each in able if each.startswith(f"{start}-")), default=None, key=float)
+            )
+        if any(row):
+            lines.append(_row(title, *(each or "" for each in row)))
+    return lines
+
+
+def _asked(results: Results) -> list[float]:
+    """Sizes of the default."""
+    found = results["caches"].values()
+    return [cache["asked"] for cache in found if cache.get("ours") and not cache["variant"]]
+
+
+def _on_main(results: Results, name: str) -> str:
+    """The mean divergence on the main kinds of text, which all caches were read on, in thousandths."""
+    found = cells(results, lengths(results)[0], name)
+    return f"{1e3 * statistics.fmean(found[text]['divergence'] for text in results['settings']['main']):.1f}"
 
 
 def _ours(results: Results, length: int) -> list[str]:
@@ -367,8 +416,16 @@ def _command(results: Results) -> str:
         f" --finalists {settings['finalists']} --copies {settings['copies']} --trials {needles.get('trials', 0)}"
         + several("depths", needles.get("depths", [])),
     ]
+    rivals = several(
+        "rivals", [name for name in (*results["caches"], *results["skipped"]) if _names_rival(results, name)]
+    )
+    lines.append(f"       {rivals}")
     variants = several("variants", [each["variant"] for each in ours if each["variant"]])
     return " \\\n".join([*lines, *([f"       {variants}"] if variants else [])])
+
+
+def _names_rival(results: Results, name: str) -> bool:
+    return is_rival(results, name) if name in results["caches"] else "/" not in name and not name.startswith("windows")
 
 
 def family(name: str) -> str:

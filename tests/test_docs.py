@@ -12,7 +12,7 @@ from tiny import TINY, some_bases, tiny
 
 from eigenattn.compression.folding import attach, fold
 from eigenattn.models.conversion import convert_attention, eigen_layers
-from eigenattn.models.families import Family
+from eigenattn.models.family import Family
 from eigenattn.models.maps import MAPS
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +27,7 @@ def generator():
 
 def test_results_page_is_up_to_date():
     report = script(ROOT / "benchmarks" / "report_quality.py")
+    assert report.readme() == report.README.read_text(encoding="utf-8")
     assert report.PAGE.read_text(encoding="utf-8") == report.page(report.load()), (
         "run: python benchmarks/report_quality.py --plot"
     )
@@ -41,6 +42,8 @@ def test_spectra_page_is_up_to_date():
 
 def test_performance_page_is_up_to_date():
     report = script(ROOT / "benchmarks" / "report_speed.py")
+    speeds = report.with_table("speed", report.speeds(report.load()))
+    assert speeds == report.README.read_text(encoding="utf-8"), "run: python benchmarks/report_speed.py"
     assert report.PAGE.read_text(encoding="utf-8") == report.page(report.load()), (
         "run: python benchmarks/report_speed.py"
     )

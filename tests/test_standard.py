@@ -133,6 +133,22 @@ def test_variants_are_the_default_but_for_what_they_name(standard, arguments):
         assert each.cell.config.to_dict() == default | basis | changed
 
 
+def test_the_readme_has_the_best_of_each_family(reporting, file, monkeypatch):
+    results = json.loads(file.read_text())
+    monkeypatch.setattr(reporting, "SHOWN", ("tiny",))
+    monkeypatch.setitem(reporting.TITLES, "tiny", "Tiny-1M")
+    head, _, *rows = reporting.losses({"tiny": results, "other": {}})
+    assert head == "| cache | Tiny, 3 bits |"
+    found = {row.split("|")[1].strip(): float(row.split("|")[2].strip(" *")) for row in rows}
+    cell = {name: 1e3 * results["cells"][f"96/animals/{name}"]["divergence"] for name in results["caches"]}
+    assert found.pop("**eigenattn**") == pytest.approx(cell["law/fisher/bits/32/3"], abs=0.06)
+    bits = {name: 16 * cache["sizes"]["96"]["kv_ratio"] for name, cache in results["caches"].items()}
+    for start, title in reporting.FAMILIES.items():
+        able = [cell[name] for name in RIVALS if name.startswith(start) and 3 <= bits[name] <= 3.35]
+        assert found.get(title) == (pytest.approx(min(able), abs=0.06) if able else None)
+    assert found
+
+
 def test_the_page_has_what_was_measured(reporting, file):
     results = json.loads(file.read_text())
     page = reporting.section({"tiny": results})

@@ -30,10 +30,10 @@ MODEL = "smollm2"
 PROMPT = "A dictionary in Python is a mapping from keys to values. To add an item"
 # Of a kind that the default calibration text does not hold.
 EVALUATION_SOURCE = "python-docs"
-EVALUATION_TOKENS = 8192
+EVALUATION_TOKENS = 4096
 LENGTH = 1024
 NEW_TOKENS = 48
-SAMPLES = 16
+SAMPLES = 8
 # The 4 bits that vLLM has.
 RIVAL = "turboquant-4-nc"
 
