@@ -182,40 +182,32 @@ def section(by_model: dict[str, Results]) -> str:
 
 def losses(by_model: dict[str, Results]) -> list[str]:
     """The README's table: ours and the best of each family of rivals, of two models."""
-    shown = {model: by_model[model] for model in SHOWN if model in by_model}
-    columns = [
-        (results, results["caches"][name]["asked"], name)
-        for results in shown.values()
-        for name in _ours(results, lengths(results)[0])
-        if not results["caches"][name]["variant"]
-    ]
-    titles = [f"{TITLES[model].split('-')[0]}, {asked:g} bits" for model in shown for asked in _asked(shown[model])]
-    lines = [
-        *_heading("cache", *titles),
-        _row("**eigenattn**", *(f"**{_on_main(x, name)}**" for x, _, name in columns)),
-    ]
+    shown = [(model, by_model[model]) for model in SHOWN if model in by_model]
+    columns = [(model, results, name) for model, results in shown for name in _defaults(results)]
+    asked = [results["caches"][name]["asked"] for _, results, name in columns]
+    titles = [f"{TITLES[model].split('-')[0]}, {size:g} bits" for (model, *_), size in zip(columns, asked, strict=True)]
+    ours = [f"**{_on_main(results, name):.1f}**" for _, results, name in columns]
+    lines = [*_heading("cache", *titles), _row("**eigenattn**", *ours)]
     for start, title in FAMILIES.items():
         row = []
-        for results, asked, _ in columns:
-            able = contenders(results, asked, asked + WITHIN, lengths(results)[0])
-            row.append(
-                min((_on_main(results, each) for each in able if each.startswith(f"{start}-")), default=None, key=float)
-            )
+        for (_, results, _), size in zip(columns, asked, strict=True):
+            able = contenders(results, size, size + WITHIN, lengths(results)[0])
+            found = [_on_main(results, name) for name in able if name.startswith(f"{start}-")]
+            row.append(f"{min(found):.1f}" if found else "")
         if any(row):
-            lines.append(_row(title, *(each or "" for each in row)))
+            lines.append(_row(title, *row))
     return lines
 
 
-def _asked(results: Results) -> list[float]:
-    """Sizes of the default."""
-    found = results["caches"].values()
-    return [cache["asked"] for cache in found if cache.get("ours") and not cache["variant"]]
+def _defaults(results: Results) -> list[str]:
+    """Ours with default options."""
+    return [name for name in _ours(results, lengths(results)[0]) if not results["caches"][name]["variant"]]
 
 
-def _on_main(results: Results, name: str) -> str:
+def _on_main(results: Results, name: str) -> float:
     """The mean divergence on the main kinds of text, which all caches were read on, in thousandths."""
     found = cells(results, lengths(results)[0], name)
-    return f"{1e3 * statistics.fmean(found[text]['divergence'] for text in results['settings']['main']):.1f}"
+    return 1e3 * statistics.fmean(found[text]["divergence"] for text in results["settings"]["main"])
 
 
 def _ours(results: Results, length: int) -> list[str]:

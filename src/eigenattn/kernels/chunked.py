@@ -7,7 +7,7 @@ queries see all of a chunk or nothing of it, and the rest see a triangle, which 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,19 +128,37 @@ def _written_out(
     return torch.cat(outs, dim=-2), torch.cat(lses, dim=-2)
 
 
+class Scoring(NamedTuple):
+    """How scores are made.
+
+    Args:
+        mask: hides more than causality and the window do; None nothing.
+        scale: multiplies products of queries and keys.
+        softcap: bound of a soft cap, if any.
+    """
+
+    mask: Mask | None
+    scale: float
+    softcap: float | None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`attend_with_lse` under a mask of these queries and keys."""
+        return attend_with_lse(q, k, v, mask=seen, causal=causal, scale=self.scale, softcap=self.softcap)
+
+
 def attend(
     q: Tensor,
     q_far: Tensor,
     decode: Decode,
     near: Near | None,
+    scoring: Scoring,
     *,
     size: int,
     tokens: int,
     window: int,
     query_first: int,
-    mask: Mask | None,
-    scale: float,
-    softcap: float | None,
 ) -> Parts:
     """Attention over exact keys and far ones, in which both are as `eigenattn.cache.sight` has them.
 
@@ -151,22 +169,16 @@ def attend(
         tokens: far keys that there are.
         query_first: column of the first query.
     """
-    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap}
     first = 0 if near is None else int(near.first)
-    if near is None:
-        parts = Parts(q, size)
-    else:
-        parts = attend_near(
-            q, near.keys, near.values, window=window, key_first=first, query_first=query_first, **options
-        )
+    parts = Parts(q, size) if near is None else attend_near(q, near, scoring, window, query_first)
     attend_far(
         parts,
         q_far,
         decode,
+        scoring,
         keys=min(max(query_first + q.shape[-2] - window, first, 0), tokens),
         seen_by_all=max(query_first - window + 1, first, 0),
         first=query_first - window,
-        **options,
     )
     return parts
 
@@ -175,13 +187,11 @@ def attend_far(
     parts: Parts,
     q: Tensor,
     decode: Decode,
+    scoring: Scoring,
     *,
     keys: int,
     seen_by_all: int,
     first: int,
-    mask: Mask | None,
-    scale: float,
-    softcap: float | None,
 ) -> None:
     """Attention over keys that are decoded in chunks, joined to the parts that there are.
 
@@ -193,10 +203,8 @@ def attend_far(
         keys: their number; the last is seen by the last query at most.
         seen_by_all: keys that every query sees.
         first: the last of the keys that the first query sees; negative if it sees none.
-        mask: None hides nothing more.
     """
-    t = q.shape[-2]
-    options = {"scale": scale, "softcap": softcap}
+    t, mask = q.shape[-2], scoring.mask
 
     def meet(start: int, stop: int, low: int, high: int, k: Tensor, v: Tensor, triangle: bool) -> None:
         """Queries start .. stop - 1 and keys low .. high - 1; a mask is made of no more queries than keys at a time."""
@@ -209,8 +217,7 @@ def attend_far(
             if seen is not None and triangle:
                 inside = torch.ones(end - i, high - low, dtype=torch.bool, device=q.device).tril(i - start)
                 seen = both_masks(seen, inside)
-            causal = triangle and seen is None
-            parts.join(i, *attend_with_lse(q[:, :, i:end], k, v, mask=seen, causal=causal, **options))
+            parts.join(i, *scoring.attend(q[:, :, i:end], k, v, seen, causal=triangle and seen is None))
 
     low = 0
     while low < keys:
@@ -226,29 +233,20 @@ def attend_far(
         low = high
 
 
-def attend_near(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    window: int,
-    key_first: int,
-    query_first: int,
-    mask: Mask | None,
-    scale: float,
-    softcap: float | None,
-) -> Parts:
+def attend_near(q: Tensor, near: Near, scoring: Scoring, window: int, query_first: int) -> Parts:
     """Attention over exact keys: query m sees `m - window < n <= m`, where the mask shows it.
 
     Args:
-        q: [B, H, T, D]; keys, values: [B, G, N, D].
-        key_first, query_first: columns of the first key, and of the first query; negative columns are empty slots.
+        q: [B, H, T, D].
+        near: keys and values [B, G, N, D]; negative columns are empty slots.
+        query_first: column of the first query.
     """
-    parts, t, options = Parts(q, values.shape[-1]), q.shape[-2], {"scale": scale, "softcap": softcap}
+    keys, values, key_first, mask = near.keys, near.values, int(near.first), scoring.mask
+    parts, t = Parts(q, values.shape[-1]), q.shape[-2]
     size = -(-window // BAND) * BAND  # the second block's queries see no key in front of the first query's
     whole = t // size - 1 if mask is None else 0
     if whole > 0:
-        _attend_band(parts, q, keys, values, size, whole, query_first - key_first, window, options)
+        _attend_band(parts, q, keys, values, scoring, size, whole, query_first - key_first, window)
     step = QUERY_BLOCK if mask is not None else size
     for start in range(0, t, step):
         if size <= start < size * (whole + 1):
@@ -262,7 +260,7 @@ def attend_near(
         seen = None if mask is None else mask(start, stop, low, high)
         seen = inside[None, None] if seen is None else both_masks(seen, inside)
         k, v = (x[:, :, low - key_first : high - key_first] for x in (keys, values))
-        parts.put(start, *attend_with_lse(rows, k, v, mask=seen, causal=False, **options))
+        parts.put(start, *scoring.attend(rows, k, v, seen))
     return parts
 
 
@@ -271,11 +269,11 @@ def _attend_band(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
+    scoring: Scoring,
     size: int,
     blocks: int,
     query_first: int,
     window: int,
-    options: dict[str, Any],
 ) -> None:
     """Blocks of `size` queries, from the second of them on, side by side: each sees the same of keys that overlap.
 
@@ -291,7 +289,7 @@ def _attend_band(
         overlapping = (
             x[row, :, first : query_first + stop].unfold(1, span, size).permute(1, 0, 3, 2) for x in (keys, values)
         )  # [blocks, G, span, *]
-        found = attend_with_lse(queries, *overlapping, mask=inside, causal=False, **options)
+        found = scoring.attend(queries, *overlapping, seen=inside)
         for whole, part in zip((parts.out, parts.lse), found, strict=True):
             whole[row, :, size:stop].unflatten(1, (blocks, size)).transpose(0, 1).copy_(part)
 

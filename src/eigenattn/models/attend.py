@@ -108,13 +108,11 @@ def in_parts(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) 
         q_far,
         decode,
         near and near._replace(keys=_near_keys(layer, this, near, sight, max(int(near.first), 0))),
+        chunked.Scoring(mask, layer.scaling, layer.softcap),
         size=layer.layout.of("value").rank,
         tokens=far.rows[0].shape[2],
         window=layer.layout.window,
         query_first=query,
-        mask=mask,
-        scale=layer.scaling,
-        softcap=layer.softcap,
     )
     out = parts.out if mask is None else parts.with_zeros(torch.finfo(q.dtype).min / 2)
     out = layer.decode_output(out.to(q.dtype)) if near is None else out.to(q.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import EigenAttention
 from .maps import MAPS, QUANTISERS
@@ -24,8 +24,13 @@ APART_QUANTISED, SHARE_QUANTISED = 0.5, 0.9
 
 def is_quantised(attention: EigenAttention) -> bool:
     """Whether any of a layer's projections is."""
-    names = (*attention.family.qkv, attention.family.output)
-    return not all(is_plain(getattr(attention, name)) for name in names)
+    return bool(_quantised(attention))
+
+
+def _quantised(attention: EigenAttention) -> dict[str, nn.Module]:
+    """Those of a layer's projections that are, by name."""
+    projections = {name: getattr(attention, name) for name in (*attention.family.qkv, attention.family.output)}
+    return {name: projection for name, projection in projections.items() if not is_plain(projection)}
 
 
 def fingerprint_of(layers: Sequence[EigenAttention]) -> str:
@@ -51,11 +56,7 @@ def original_names(attention: EigenAttention) -> list[str]:
 
 def _samples(attention: EigenAttention) -> Iterator[tuple[str, Tensor]]:
     """Some weights of each parameter of a layer's attention, by its name; quantised projections are asked for them."""
-    asked = {}
-    for name in (*attention.family.qkv, attention.family.output):
-        projection = getattr(attention, name)
-        if not is_plain(projection):
-            asked[name] = projection
+    asked = _quantised(attention)
     for name in original_names(attention):
         module, _, own_name = name.rpartition(".")
         if module.partition(".")[0] not in asked:

@@ -143,18 +143,17 @@ def attend_prompt(layer: PagedAttention, q: Tensor, length: int, far: Pages, nea
         first = max(query - window + 1, 0)
         keys, values = near.at(columns[first:])
         exact = Near(layer.rotated(keys, columns[first:]), values, first)
+    mask = None if layer.slopes is None else bias_of(layer.slopes, columns)
     parts = chunked.attend(
         q,
         q,
         decode_chunk,
         exact,
+        chunked.Scoring(mask, layer.scale, layer.softcap),
         size=maps.layout.of("value").rank,
         tokens=length,
         window=window,
         query_first=query,
-        mask=None if layer.slopes is None else bias_of(layer.slopes, columns),
-        scale=layer.scale,
-        softcap=layer.softcap,
     )
     out = parts.out.to(q.dtype)
     return (maps.decode_output(out) if near is None else out)[0].transpose(0, 1)
