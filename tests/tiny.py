@@ -152,8 +152,8 @@ TINY: dict[str, tuple[str, dict]] = {
     ),
     "stablelm": ("stablelm", LLAMA),
     "stablelm-norm": ("stablelm", {**LLAMA, "qk_layernorm": True, "use_qkv_bias": True}),
-    "cohere": ("cohere", {**LLAMA, "logit_scale": 1.0}),
-    "cohere-norm": ("cohere", {**LLAMA, "logit_scale": 1.0, "use_qk_norm": True, "attention_bias": True}),
+    "cohere": ("cohere", {**LLAMA, "logit_scale": 1.0, "attention_bias": True}),
+    "cohere-norm": ("cohere", {**LLAMA, "logit_scale": 1.0, "use_qk_norm": True}),
 }
 
 
