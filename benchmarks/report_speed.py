@@ -2,15 +2,18 @@
 
 They are made of what `eigenattn benchmark ... --results benchmarks/results` measured.
 
-python benchmarks/report_speed.py
+python benchmarks/report_speed.py [--plot]    # the plot needs the extra `plot`
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
+import report_kernel
 from readme import README, with_table
+from report_kernel import measured_on
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"
@@ -32,27 +35,6 @@ and `triton` the fused kernel, on a CPU too under `TRITON_INTERPRET=1`, which is
 2,048 tokens are read a chunk of keys at a time: beside the cache and its own activations a pass needs one chunk of
 decoded keys.
 """
-# What the kernels are built to reach: time against the best at full rank, with a window of 32 tokens.
-# (heads shaped as, batch, tokens, positions, latents) -> (bytes, aim)
-AIMS = {
-    ("llama-3-8b", 16, 8192, "rotary", "(64, 96)"): (0.625, 0.70),
-    ("llama-3-8b", 16, 8192, "rotary", "(64, 64)"): (0.50, 0.58),
-    ("llama-3-8b", 16, 8192, "rotary", "(80, 80)"): (0.625, 0.75),
-    ("llama-3-8b", 16, 8192, "none", "(80, 80)"): (0.625, 0.66),
-    ("llama-3-8b", 16, 8192, "rotary", "2.5 bits"): (0.156, 0.45),
-    ("llama-3-8b", 16, 8192, "none", "2.5 bits"): (0.156, 0.25),
-    ("llama-3-8b", 1, 131072, "rotary", "(80, 80)"): (0.625, 0.79),
-    ("llama-3-8b", 1, 131072, "none", "(80, 80)"): (0.625, 0.69),
-}
-# Latents of one step that the README shows.
-README_LATENTS = {"(40, 40)": "latents of rank 40", "(80, 80)": "latents of rank 80", "2.5 bits": "codes of 2.5 bits"}
-STEP_AIM = 0.85  # of the time of a whole step of Llama 3 8B, at a KV ratio of 0.6
-AIMS_INTRODUCTION = """\
-## What the fused kernel is built for
-
-Time of one step of attention in bf16, over that of the best at full rank in the same run. The last row is a whole step
-of decoding, each with the fastest kind of cache.
-"""
 KINDS = {
     "decode": """\
 ## Whole models
@@ -73,8 +55,11 @@ Statistics against a plain forward pass over the same tokens, and the whole of `
 ## One step of attention
 
 `torch` is batched PyTorch, `triton` the fused kernel, `native` the one for CPUs. The bytes are those that have to be
-read: latents, and the exact window; their share of the bandwidth of copying says how far a kernel is from the floor.
+read: latents, and the exact window; their share of the bandwidth of copying says how far a kernel is from the floor,
+and so does the share of the arithmetic of one large product of matrices in the same dtype, which counts products alone.
 (On a CPU, what fits in its caches can be read faster than memory is copied.)
+
+![Milliseconds of a step by tokens](growth.png)
 """,
     "memory": """\
 ## What fits on a GPU
@@ -92,11 +77,6 @@ def load() -> dict[str, list[dict]]:
         if kind in found:
             found[kind].append(json.loads(path.read_text(encoding="utf-8")))
     return found
-
-
-def measured_on(result: dict) -> str:
-    versions = result["versions"]
-    return f"Measured on {result['device']}, torch {versions['torch']}, transformers {versions['transformers']}."
 
 
 def decode(result: dict) -> list[str]:
@@ -117,44 +97,6 @@ def decode(result: dict) -> list[str]:
         f"--rounds {result['rounds']} --results benchmarks/results"
     )
     return [f"{about} {measured_on(result)}", "", heading, "| --- | --- | --- | --- |", *rows, "", command]
-
-
-def kernel(result: dict) -> list[str]:
-    shape = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in result["shape"].items())
-    about = f"{shape}; copying at {result['copy_bandwidth'] / 1e9:.0f} GB/s. {measured_on(result)}"
-    rows = [
-        f"| {row['name']} | {row['seconds'] * 1e3:.3f} | {row['bandwidth_share']:.0%} "
-        f"| {row['speed_against_best']:.2f} |"
-        for row in result["rows"]
-    ]
-    heading = "| kernel, positions, (R_k, R_v) | ms | of copy bandwidth | speed against the best at full rank |"
-    sizes = {name: value for name, value in result["shape"].items() if name != "dtype"}
-    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
-    if result.get("bits"):
-        options += f" --bits {result['bits']:g}"
-    shared = [f"1-{result['shared_values']}"] if result.get("shared_values", 1) > 1 else []
-    shared += ["1kv"] if result.get("joint") else []
-    options += "".join(f" --share {each}" for each in result.get("share", shared))
-    command = f"    eigenattn benchmark kernel {options} \\\n        --dtype {result['shape']['dtype']} --rounds "
-    command += (
-        f"{result['rounds']}{''.join(f' --ranks {k},{v}' for k, v in result['ranks'])} --results benchmarks/results"
-    )
-    return [about[0].upper() + about[1:], "", heading, "| --- | --- | --- | --- |", *rows, "", command]
-
-
-def speeds(results: dict[str, list[dict]]) -> list[str]:
-    """The README's table: one step of attention on a CPU, of the latents that are named there."""
-    lines = ["| heads | cache | bytes | speed, rotary positions | without |", "| --- | --- | --- | --- | --- |"]
-    for result in results.get("kernel", []):
-        rows, shape = {row["name"]: row for row in result["rows"]}, result["shape"]
-        for latents, title in README_LATENTS.items():
-            rotary, none = (rows.get(f"native, {positions}, {latents}") for positions in ("rotary", "none"))
-            if rotary and none:
-                share = rotary["bytes"] / rows["sdpa"]["bytes"]
-                times = " | ".join(f"{row['speed_against_best']:.1f} times" for row in (rotary, none))
-                heads = f"{shape['kv_heads']} x {shape['heads'] // shape['kv_heads']} of {shape['head_dim']}"
-                lines.append(f"| {heads} | {title} | {share:.2f} | {times} |")
-    return lines
 
 
 def memory(result: dict) -> list[str]:
@@ -208,61 +150,27 @@ def calibration(result: dict) -> list[str]:
     return [about, "", command]
 
 
-def aims(results: dict[str, list[dict]]) -> list[str]:
-    """What is to be reached beside what was measured, of the first GPU measured."""
-    measured, devices = {}, set()
-    for result in results["kernel"]:
-        shape = result.get("model", "").split("-b")[0]
-        for row in result["rows"]:
-            kernel_name, _, rest = row["name"].partition(", ")
-            if kernel_name == "triton":
-                positions, _, latents = rest.partition(", ")
-                key = (shape, result["shape"]["batch"], result["shape"]["length"], positions, latents)
-                measured[key] = f"{1 / row['speed_against_best']:.2f}"
-                devices.add(result["device"])
-    rows = [
-        f"| {positions}, {latents} | {batch} | {length:,} | {share:.3f} | {aim:.2f} "
-        f"| {measured.get((shape, batch, length, positions, latents), 'not measured yet')} |"
-        for (shape, batch, length, positions, latents), (share, aim) in AIMS.items()
-    ]
-    step = "not measured yet"
-    for result in results["decode"]:
-        if (
-            result.get("shape") == "llama-3-8b"
-            and result["batch"] == 16
-            and result["length"] == 8192
-            and result["rows"]
-        ):
-            best = (
-                max(row[name] for row in result["rows"]) for name in ("baseline_tokens_per_second", "tokens_per_second")
-            )
-            baseline, ours = best
-            step = f"{baseline / ours:.2f}"
-    rows.append(f"| whole step of Llama 3 8B, KV ratio 0.6 | 16 | 8,192 | | {STEP_AIM:.2f} | {step} |")
-    where = f"Measured on {', '.join(sorted(devices))}." if devices else "The fused kernel has not run on a GPU yet."
-    heading = "| positions, latents | batch | tokens | bytes | aim | measured |"
-    return [
-        AIMS_INTRODUCTION,
-        f"32 query heads, 8 KV heads of 128 dimensions. {where}",
-        "",
-        heading,
-        "| --- " * 6 + "|",
-        *rows,
-    ]
-
-
-SECTIONS = {"decode": decode, "prefill": prefill, "calibration": calibration, "kernel": kernel, "memory": memory}
+SECTIONS = {"decode": decode, "prefill": prefill, "calibration": calibration, "memory": memory}
 
 
 def page(results: dict[str, list[dict]]) -> str:
-    parts = [INTRODUCTION, "\n".join(aims(results)) + "\n"]
+    parts = [INTRODUCTION, "\n".join(report_kernel.aims(results)) + "\n"]
     for kind, introduction in KINDS.items():
         parts.append(introduction)
-        parts += ["\n".join(SECTIONS[kind](result)) + "\n" for result in results[kind]] or ["Not measured yet.\n"]
+        found = (
+            report_kernel.kernels(results[kind])
+            if kind == "kernel"
+            else [SECTIONS[kind](result) for result in results[kind]]
+        )
+        parts += ["\n".join(lines) + "\n" for lines in found] or ["Not measured yet.\n"]
     return "\n".join(parts)
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plot", action="store_true")
     results = load()
+    if parser.parse_args().plot:
+        report_kernel.plot(results["kernel"])
     PAGE.write_text(page(results), encoding="utf-8")
-    README.write_text(with_table("speed", speeds(results)), encoding="utf-8")
+    README.write_text(with_table("speed", report_kernel.speeds(results)), encoding="utf-8")

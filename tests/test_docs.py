@@ -42,7 +42,7 @@ def test_spectra_page_is_up_to_date():
 
 def test_performance_page_is_up_to_date():
     report = script(ROOT / "benchmarks" / "report_speed.py")
-    speeds = report.with_table("speed", report.speeds(report.load()))
+    speeds = report.with_table("speed", report.report_kernel.speeds(report.load()))
     assert speeds == report.README.read_text(encoding="utf-8"), "run: python benchmarks/report_speed.py"
     assert report.PAGE.read_text(encoding="utf-8") == report.page(report.load()), (
         "run: python benchmarks/report_speed.py"

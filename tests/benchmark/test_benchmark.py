@@ -39,6 +39,12 @@ def test_kernel_rows():
     assert list(rows) == ["sdpa", *(f"{name}, {where}, (8, 4)" for where in ("none", "rotary") for name in KERNELS)]
     assert rows["sdpa"]["bytes"] == 2 * 2 * 2 * 40 * 16 * 4
     assert rows["torch, rotary, (8, 4)"]["bytes"] == 2 * 2 * (32 * 12 + 8 * 32) * 4
+    done = {name: row["arithmetic_share"] * row["seconds"] * found["peak_arithmetic"] for name, row in rows.items()}
+    heads, far = SHAPE.heads, 32
+    window = 2 * 8 * heads * 16
+    assert done["sdpa"] == pytest.approx(2 * 2 * 2 * 40 * heads * 16)
+    assert done["torch, none, (8, 4)"] == pytest.approx(2 * 2 * (far * heads * (8 + 4) + window))
+    assert done["torch, rotary, (8, 4)"] == pytest.approx(2 * 2 * (far * (2 * 8 * 16 + heads * (16 + 4)) + window))
     assert found["best_baseline"] == "sdpa" and rows["sdpa"]["speed_against_best"] == 1
     assert found["shape"]["dtype"] == "float32"
 

@@ -23,7 +23,7 @@ from ..kernels.decoding import Rotary, Side, Step, Window, decode
 from ..kernels.native_library import unavailable
 from ..kernels.selection import HAS_TRITON
 from ..models.loading import dtype_of
-from .timing import copy_bandwidth, device_of, in_turns, machine, recorded
+from .timing import copy_bandwidth, device_of, in_turns, machine, peak_arithmetic, recorded
 
 SDPA = {
     "sdpa, FlashAttention": SDPBackend.FLASH_ATTENTION,
@@ -118,6 +118,18 @@ def layouts(
     return {name: Layout(shape.kv_heads, tuple(latents), shape.window) for name, latents in found.items()}
 
 
+def operations(shape: StepShape, layout: Layout, rotary: bool) -> int:
+    """Additions and multiplications of a step that nothing can leave out: products alone, without rotations.
+
+    Args:
+        rotary: whether keys are decoded, rather than queries encoded.
+    """
+    far, heads, d = shape.length - shape.window, shape.heads, shape.head_dim
+    keys, values = (layout.of(side).rank for side in SIDES)
+    scores = shape.kv_heads * keys * d + heads * d if rotary else heads * keys
+    return 2 * shape.batch * (far * (scores + heads * values) + 2 * shape.window * heads * d)
+
+
 class Inputs:
     """Random tensors of a step, on a device and in a dtype."""
 
@@ -195,7 +207,8 @@ def benchmark_kernel(
 
     Returns:
         What was measured, on which machine, the baselines, and rows that say for each kernel its seconds, the bytes it
-        has to read, the share of the bandwidth of copying that is, and its speed against the best baseline.
+        has to read, the share of the bandwidth of copying that is, the share of the arithmetic of products of matrices
+        that it does, and its speed against the best baseline.
 
     Raises:
         EigenAttnError: on sizes that do not fit or an unknown device or dtype.
@@ -208,6 +221,7 @@ def benchmark_kernel(
     functions = baselines(inputs.q.unsqueeze(2), inputs.k, inputs.v)
     full = list(functions)
     bytes_of = dict.fromkeys(full, inputs.k.nbytes + inputs.v.nbytes)
+    operations_of = dict.fromkeys(full, 4 * shape.batch * shape.length * shape.heads * shape.head_dim)
     fused = where.type == "cuda" and HAS_TRITON
     # PyTorch decodes all keys at once, which must fit.
     kernels = [
@@ -224,8 +238,9 @@ def benchmark_kernel(
                 functions[row] = lambda step=step, kernel=kernel: decode(step, kernel)
                 exact = shape.window * layout.original_elements * element
                 bytes_of[row] = shape.batch * (far * layout.bytes_per_token(element) + exact)
+                operations_of[row] = operations(shape, layout, positions == "rotary")
     with torch.no_grad():
-        bandwidth = copy_bandwidth(where, rounds)
+        bandwidth, peak = copy_bandwidth(where, rounds), peak_arithmetic(where, stored, rounds)
         taken = in_turns({name: recorded(function, where) for name, function in functions.items()}, where, rounds)
     best = min(full, key=taken.__getitem__)
     return {
@@ -238,6 +253,7 @@ def benchmark_kernel(
         "share": list(share),
         "rounds": rounds,
         "copy_bandwidth": bandwidth,
+        "peak_arithmetic": peak,
         "best_baseline": best,
         "rows": [
             {
@@ -245,6 +261,7 @@ def benchmark_kernel(
                 "seconds": seconds,
                 "bytes": bytes_of[row],
                 "bandwidth_share": bytes_of[row] / seconds / bandwidth,
+                "arithmetic_share": operations_of[row] / seconds / peak,
                 "speed_against_best": taken[best] / seconds,
             }
             for row, seconds in taken.items()

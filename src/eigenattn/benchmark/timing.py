@@ -106,3 +106,10 @@ def copy_bandwidth(device: torch.device, rounds: int) -> float:
     target = torch.empty_like(source)
     taken = in_turns({"copy": lambda: target.copy_(source)}, device, rounds)["copy"]
     return 2 * source.numel() / taken
+
+
+def peak_arithmetic(device: torch.device, dtype: torch.dtype, rounds: int) -> float:
+    """Operations a second of a large product of matrices, an addition and a multiplication being two."""
+    size = 8192 if device.type == "cuda" else 1024
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / in_turns({"product": lambda: matrix @ matrix}, device, rounds)["product"]

@@ -121,10 +121,10 @@ def kernel(
         else "-".join(filter(None, [shape, f"b{step.batch}", f"s{step.length}", loading.dtype])),
         **vars(loading),
     )
-    table = Table("kernel, positions, ranks", "ms", "of copy bandwidth", "speed against the best")
+    table = Table("kernel, positions, ranks", "ms", "of copy bandwidth", "of peak arithmetic", "speed against the best")
     for row in found["rows"]:
-        cells = f"{row['seconds'] * 1e3:.3f}", f"{row['bandwidth_share']:.0%}", f"{row['speed_against_best']:.2f}"
-        table.add_row(row["name"], *cells)
+        shares = f"{row['bandwidth_share']:.0%}", f"{row['arithmetic_share']:.0%}"
+        table.add_row(row["name"], f"{row['seconds'] * 1e3:.3f}", *shares, f"{row['speed_against_best']:.2f}")
     _show(found, output, loading.device, table)
 
 
