@@ -225,6 +225,7 @@ def load_model(
     with _explained(source.name, "model"):
         model = auto_class(config).from_pretrained(
             source.path,
+            config=config,  # to read a GGUF file's takes seconds
             dtype=stored,
             offload_folder=offload_folder,
             **placement,
