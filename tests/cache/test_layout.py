@@ -48,7 +48,9 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 @layouts
 def test_reading_gives_back_what_was_written(layout):
     written = json.loads(json.dumps(layout.to_dict()))
-    assert Layout.from_dict(written, layout.kv_heads, layout.head_dim, layout.window) == layout
+    assert (
+        Layout.from_dict(written, Layout.full(layout.kv_heads, layout.head_dim, layout.tied), layout.window) == layout
+    )
 
 
 widths = st.dictionaries(st.sampled_from(sorted(PARTS)), st.integers(0, 9), min_size=1).map(Widths.of)
@@ -102,9 +104,9 @@ REST = {"sides": ["value"], "heads": 1, "rank": D}
     ],
 )
 def test_malformed_latents_are_refused(first, message):
-    Layout.from_dict({"latents": [GOOD, REST]}, G, D, 0)
+    Layout.from_dict({"latents": [GOOD, REST]}, Layout.full(G, D), 0)
     with pytest.raises(ValueError, match=message):
-        Layout.from_dict({"latents": [first, REST]}, G, D, 0)
+        Layout.from_dict({"latents": [first, REST]}, Layout.full(G, D), 0)
 
 
 @pytest.mark.parametrize(
@@ -113,13 +115,13 @@ def test_malformed_latents_are_refused(first, message):
 )
 def test_malformed_layouts_are_refused(values):
     with pytest.raises(ValueError, match="no latents"):
-        Layout.from_dict(values, G, D, 0)
+        Layout.from_dict(values, Layout.full(G, D), 0)
 
 
 @pytest.mark.parametrize("values", [[], [GOOD], [REST], [GOOD, GOOD, REST], [REST, GOOD]])
 def test_each_side_lies_in_one_latent_keys_first(values):
     with pytest.raises(ValueError, match="each in one latent"):
-        Layout.from_dict({"latents": values}, G, D, 0)
+        Layout.from_dict({"latents": values}, Layout.full(G, D), 0)
 
 
 def test_bytes():

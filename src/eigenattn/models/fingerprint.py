@@ -29,7 +29,7 @@ def is_quantised(attention: EigenAttention) -> bool:
 
 def _quantised(attention: EigenAttention) -> dict[str, nn.Module]:
     """Those of a layer's projections that are, by name."""
-    names = (*attention.family.qkv, attention.family.output)
+    names = (*attention.family.projections, attention.family.output)
     projections = {name: getattr(attention, name, None) for name in names}
     return {name: each for name, each in projections.items() if each is not None and not is_plain(each)}
 
