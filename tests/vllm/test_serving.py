@@ -42,7 +42,7 @@ NGRAM = {
     }
 }
 # Prompts fit together, and what is decoded behind them does not.
-SHORT_OF_CACHE = {"kv_cache_memory_bytes": 90_000, "max_num_batched_tokens": 8, "new_tokens": 100}
+SHORT_OF_CACHE = {"kv_cache_memory_bytes": 60_000, "max_num_batched_tokens": 8, "new_tokens": 100}
 # Attention heads of 32 dimensions, the smallest that vLLM's own attention has.
 WIDE = {"hidden_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 4096}
 
@@ -202,6 +202,8 @@ def engines(tmp_path_factory) -> dict[str, dict]:
     jobs["lora"] = job(small, **SMALL, enable_lora=True)
     save(root / "sliding", "mistral-wide", 8, True)
     jobs["sliding"] = job(root / "sliding", **SMALL)
+    save(root / "unbiased", "cohere", 8, True)
+    jobs["unbiased"] = job(root / "unbiased", **SMALL)
     save(root / "folded", "llama", 0, False)
     jobs["folded"] = job(root / "folded", **SMALL)
     truncate(small, root / "truncated", "model.layers.1.self_attn.key_mean")
@@ -248,6 +250,7 @@ class TestEngines:
             ("drafts", "speculative decoding by draft_model is not supported"),
             ("lora", "LoRA adapters are not served"),
             ("sliding", "sliding window of their own"),
+            ("unbiased", "leaves out biases"),
             ("folded", "compress with a window"),
             ("truncated", "lacks key_mean of layer 1"),
             ("other-bases", "made for another model"),

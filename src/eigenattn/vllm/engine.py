@@ -13,6 +13,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import _encode_layer_name as encode_layer_name
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
@@ -39,6 +40,8 @@ __all__ = [
     "KVCacheLayout",
     "KVCacheSpec",
     "KVCacheSpecRegistry",
+    "LinearBase",
+    "RowParallelLinear",
     "SlidingWindowManager",
     "SlidingWindowSpec",
     "VllmConfig",

@@ -21,6 +21,8 @@ from .cache import BlockPlan, CachingLayer, Spacer, WindowCache, byte_spec, cach
 from .engine import (
     Attention,
     KVCacheSpec,
+    LinearBase,
+    RowParallelLinear,
     VllmConfig,
     encode_layer_name,
     extract_layer_index,
@@ -190,6 +192,20 @@ def _check_layer(model: str, stock: Attention, original: EigenAttention, parent:
         raise EigenAttnError("models with a sliding window of their own are not served by vLLM once compressed.")
     if original.rotates and not hasattr(parent, "rotary_emb"):
         raise EigenAttnError(f"compressed {model} is not served by vLLM: it rotates keys in a way of its own.")
+    if _biased_in_transformers(original) - _biased_in_vllm(parent):
+        raise EigenAttnError(f"vLLM's {model} leaves out biases that attention has here: it is right in transformers.")
+
+
+def _biased_in_transformers(original: EigenAttention) -> set[bool]:
+    """Of the projections with a bias, whether they are the output's."""
+    family = original.family
+    projections = {name: getattr(original, name, None) for name in (*family.qkv, family.output)}
+    return {name == family.output for name, each in projections.items() if getattr(each, "bias", None) is not None}
+
+
+def _biased_in_vllm(attention: nn.Module) -> set[bool]:
+    linear = [module for module in attention.modules() if isinstance(module, LinearBase)]
+    return {isinstance(each, RowParallelLinear) for each in linear if getattr(each, "bias", None) is not None}
 
 
 # Of speculation only this kind was tested.
