@@ -164,11 +164,10 @@ TINY: dict[str, tuple[str, dict]] = {
     "stablelm-norm": ("stablelm", {**LLAMA, "qk_layernorm": True, "use_qkv_bias": True}),
     "cohere": ("cohere", {**LLAMA, "logit_scale": 1.0, "attention_bias": True}),
     "cohere-norm": ("cohere", {**LLAMA, "logit_scale": 1.0, "use_qk_norm": True}),
-    "deepseek_v2": ("deepseek_v2", {**LATENT, "q_lora_rank": None}),
     "deepseek_v3": ("deepseek_v3", LATENT),
     "deepseek_v3-halves": (
         "deepseek_v3",
-        {**LATENT, "rope_interleave": False, "rope_parameters": YARN_ROPE, "attention_bias": True},
+        {**LATENT, "q_lora_rank": None, "rope_interleave": False, "rope_parameters": YARN_ROPE, "attention_bias": True},
     ),
 }
 

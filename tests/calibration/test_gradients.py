@@ -14,7 +14,7 @@ from eigenattn.errors import EigenAttnError
 from eigenattn.models.conversion import convert_attention, eigen_layers
 
 NAMES = ["llama", "llama-yarn", "phi3-partial", "qwen3", "opt", "mpt", "bloom", "mistral-sliding", "gemma2", "gpt_neox"]
-NAMES += ["deepseek_v2", "deepseek_v3"]  # whose values are keys
+NAMES += ["deepseek_v3"]  # whose values are keys
 # Output gates and layers without attention, sinks, layers that read another one's cache, of sizes by layer, norms
 # behind rotation, a norm on the output, and rotary positions in some layers only.
 TYPES = ["qwen3_next", "gpt_oss", "gemma3n_text", "gemma4_text", "hunyuan_v1_dense", "bitnet", "llama4_text", "lfm3"]

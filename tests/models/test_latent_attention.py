@@ -11,9 +11,11 @@ from eigenattn import EigenAttentionConfig, EigenAttnError, attach, compress, sa
 from eigenattn.cache.size import HALF, allocated_bytes, cache_bytes
 from eigenattn.evaluation.rivals import RIVALS
 from eigenattn.evaluation.spectra import spectra_of
+from eigenattn.models.checkpoint_format import checkpoint_of
 from eigenattn.models.conversion import convert_attention, eigen_layers, layouts_of
 from eigenattn.report.inspection import inspect_checkpoint
 from eigenattn.report.planning import plan_capacity
+from eigenattn.vllm.bases import blueprints
 
 NAME, WINDOW = "deepseek_v3", 4
 TEXT = list(tokens(8, 64, seed=3).split(2))
@@ -101,6 +103,12 @@ def test_what_there_is_not_is_refused(options, message):
         coded(model, **options)
     assert "\n" not in str(error.value)
     assert [type(module) for module in model.modules()] == kinds
+
+
+def test_vllm_refuses_it():
+    model = coded()
+    with pytest.raises(EigenAttnError, match="not served by vLLM"):
+        blueprints(model.config, checkpoint_of(model))
 
 
 def test_spectra_of_keys_and_of_values_are_refused():
