@@ -29,8 +29,9 @@ TITLES = {
     "opt-13m": "OPT, 13M",
     "mpt-12m": "MPT, 12M",
 }
-# The README's models, and rivals by how their names begin; of each the best variant counts.
+# The README's models and caches, and rivals by how their names begin; of each the best variant counts.
 SHOWN = ("smollm2", "qwen")
+SHOWN_CACHES = tuple(f"mixture/fisher/bits/32/{size}" for size in (4.25, 3.25, 2.25))
 FAMILIES = {
     "turboquant": "TurboQuant",
     "e8": "lattice E8 (NestQuant)",
@@ -183,7 +184,7 @@ def section(by_model: dict[str, Results]) -> str:
 def losses(by_model: dict[str, Results]) -> list[str]:
     """The README's table: ours and the best of each family of rivals, of two models."""
     shown = [(model, by_model[model]) for model in SHOWN if model in by_model]
-    columns = [(model, results, name) for model, results in shown for name in _defaults(results)]
+    columns = [(model, results, name) for model, results in shown for name in SHOWN_CACHES if name in results["caches"]]
     asked = [results["caches"][name]["asked"] for _, results, name in columns]
     titles = [f"{TITLES[model].split('-')[0]}, {size:g} bits" for (model, *_), size in zip(columns, asked, strict=True)]
     ours = [f"**{_on_main(results, name):.1f}**" for _, results, name in columns]
@@ -197,11 +198,6 @@ def losses(by_model: dict[str, Results]) -> list[str]:
         if any(row):
             lines.append(_row(title, *row))
     return lines
-
-
-def _defaults(results: Results) -> list[str]:
-    """Ours with default options."""
-    return [name for name in _ours(results, lengths(results)[0]) if not results["caches"][name]["variant"]]
 
 
 def _on_main(results: Results, name: str) -> float:

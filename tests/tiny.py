@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -50,6 +52,7 @@ WIDTHS = Widths.of({8: 3, 4: 5, 2: 3}), Widths.of({8: 2, 4: 1, 2: 6})
 RANKS = 12, 8
 # For models whose sides have every width between them.
 WIDTHS_K, WIDTHS_V = Widths.of({8: 3, 6: 2, 4: 2, 3: 3, 2: 1}), Widths.of({8: 2, 4: 1, 2: 5, 1: 1})
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # What is cached of a token has as many dimensions as a head of the others.
 LATENT = {
@@ -265,6 +268,40 @@ def quantised_model(
     for index, attention in enumerate(layers):
         compress_layer(attention, some_bases(attention, sizes=(widths_k, widths_v), seed=index), window)
     return model.to(dtype)
+
+
+def write_eight_bits(base: Path, folder: Path, kind: str) -> None:
+    """Write a tiny Llama as compressed-tensors has it: 8 bits a weight, and as many for activations in every pass.
+
+    Args:
+        base: its folder.
+        folder: where its weights and configuration go, which may be the same.
+        kind: `int` or `float`.
+    """
+    dtype, most = {"float": (torch.float8_e4m3fn, 448), "int": (torch.int8, 127)}[kind]
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(tuple(f"{each}.weight" for each in PROJECTIONS))]:
+        scale = tensors[name].abs().amax(1, keepdim=True) / most
+        rows = tensors[name] / scale
+        tensors[name] = (rows.round() if kind == "int" else rows).to(dtype)
+        tensors[f"{name}_scale"] = scale
+    config = json.loads((base / "config.json").read_text())
+    common = {"num_bits": 8, "type": kind, "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": f"{kind}-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**common, "strategy": "channel", "dynamic": False},
+                "input_activations": {**common, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def random_basis(

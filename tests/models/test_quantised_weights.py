@@ -1,12 +1,9 @@
 """Models whose weights are quantised: each kind that installs, and modules that keep to the same contract."""
 
-import json
-
 import helpers
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import character_tokenizer, tiny, tokens
+from tiny import PROJECTIONS, character_tokenizer, tiny, tokens, write_eight_bits
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import eigenattn
@@ -18,7 +15,6 @@ from eigenattn.models.projections import matrix_of
 IDS = tokens(2, 30)
 CODED = {"kv_ratio": 0.25, "window": 4}
 PLAIN = {"coded": False, "kv_ratio": 0.5, "rank_multiple": 2, "window": 0, "ranks": "uniform", "shrinkage": 0.3}
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
 # bitsandbytes wants blocks of 64 on a CPU.
 SIZES = {"intermediate_size": 128}
 
@@ -67,34 +63,8 @@ def hqq(base, bits):
 
 
 def compressed_tensors(base, kind, folder):
-    """A checkpoint of 8 bits a weight, activations rounded to as many in every pass."""
     pytest.importorskip("compressed_tensors")
-    tensors, dtype, most = (
-        load_file(base / "model.safetensors"),
-        *{"float": (torch.float8_e4m3fn, 448), "int": (torch.int8, 127)}[kind],
-    )
-    for name in [name for name in tensors if name.endswith(tuple(f"{each}.weight" for each in PROJECTIONS))]:
-        scale = tensors[name].abs().amax(1, keepdim=True) / most
-        rows = tensors[name] / scale
-        tensors[name] = (rows.round() if kind == "int" else rows).to(dtype)
-        tensors[f"{name}_scale"] = scale
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((base / "config.json").read_text())
-    common = {"num_bits": 8, "type": kind, "symmetric": True}
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": f"{'float' if kind == 'float' else 'int'}-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**common, "strategy": "channel", "dynamic": False},
-                "input_activations": {**common, "strategy": "token", "dynamic": True},
-            }
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    write_eight_bits(base, folder, kind)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 

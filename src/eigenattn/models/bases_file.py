@@ -155,9 +155,9 @@ def check_base(bases: str | Path, config: EigenAttnCheckpointConfig, own: str, q
     if not alike(told["weights"], own, quantised or bool(told.get("quantised"))):
         base, revision = (config.provenance.get(f"base_model{end}") for end in ("", "_revision"))
         at = f" at revision {revision!r:.60}" if revision else ""
+        load = f"load {base!r:.200}{at}, or " if base else ""
         raise EigenAttnError(
-            f"the bases in {bases} were made for another model, whose weights differ: load {base!r:.200}{at}, or "
-            "compress this one."
+            f"the bases in {bases} were made for another model, whose weights differ: {load}compress this one."
         )
 
 

@@ -39,7 +39,9 @@ def rotary_of(layer: EigenAttention) -> Rotary | None:
         module: Any = type(layer.rotary_module)(layer.config)
         if not layer.by_layer_type:
             found = Rotary(module.inv_freq.float(), float(module.attention_scaling), layer.family.interleaved)
-            x, positions = torch.linspace(1, 2, 4 * layer.head_dim).view(1, 1, 4, -1), torch.tensor([[0, 1, 7, 300]])
+            # The engine's default dtype is the model's.
+            x = torch.linspace(1, 2, 4 * layer.head_dim, dtype=torch.float32).view(1, 1, 4, -1)
+            positions = torch.tensor([[0, 1, 7, 300]])
             expected = rotate(x, *layer.laid_out(module(x, positions)), layer.family.interleaved)
             if torch.allclose(found.rotate(x, positions), expected, rtol=1e-3, atol=1e-3):
                 frequencies = found.inverse_frequencies.to(device)

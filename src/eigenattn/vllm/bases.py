@@ -107,6 +107,7 @@ class Loading:
         # Where in a layer its attention is; the same in all of them.
         self._inside = next(iter(originals)).partition(".0.")[2]
         self._samples: dict[tuple[int, str], Tensor] = {}
+        self._quantised = False
         self._missing = {
             (index, name) for index, layer in enumerate(self._layers) for name, _ in layer.named_parameters()
         }
@@ -124,6 +125,7 @@ class Loading:
                 self._take(*key, tensor)
             else:
                 self._samples[key] = sampled(tensor) if self._bases.folder else tensor.new_empty(0)
+                self._quantised |= tensor.dtype.itemsize == 1
                 yield name, tensor
 
     def finish(self) -> None:
@@ -139,7 +141,7 @@ class Loading:
                 index, name = min(self._missing)
                 raise EigenAttnError(f"the checkpoint lacks {name} of layer {index}: is it truncated?")
             return
-        if self._missing - maps:
+        if self._quantised or self._missing - maps:
             warnings.warn(f"weights are quantised: see that the bases in {folder} were made for them.", stacklevel=2)
         else:
             names = [(index, name) for index, layer in enumerate(self._layers) for name in original_names(layer)]
