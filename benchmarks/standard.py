@@ -35,7 +35,7 @@ from eigenattn.calibration.text import DEFAULT_SOURCE, Text, load_text
 from eigenattn.calibration.windows import complete, described, load_texts, text_windows
 from eigenattn.compression.checks import check_sharing
 from eigenattn.compression.folding import attach, detach
-from eigenattn.compression.recipe import check_supported
+from eigenattn.compression.recipe import check_supported, check_tied
 from eigenattn.config import EigenAttentionConfig
 from eigenattn.errors import EigenAttnError
 from eigenattn.evaluation.grid import ORIGINAL_BITS, Cell, Grid
@@ -232,6 +232,8 @@ class Run:
         try:
             check_supported(config)
             check_sharing(family_of(text).kv_heads(text), config.sharing)
+            if family_of(text).absorbed is not None:
+                check_tied(config)
         except EigenAttnError as error:
             if not ours.variant:
                 raise

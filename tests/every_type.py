@@ -92,6 +92,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1, "topk_method": "greedy"},
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 10000.0},
@@ -117,6 +118,8 @@ def small(config: Any) -> dict[str, Any]:
     }
     if "qk_rope_head_dim" in found and "head_dim" in found:
         found["head_dim"] = SIZES["qk_rope_head_dim"]
+    if "kv_lora_rank" in found and "num_key_value_heads" in found:
+        found["num_key_value_heads"] = SIZES["num_attention_heads"]
     for name in ("layer_types", "mlp_layer_types"):
         if isinstance(stored.get(name), list) and name not in mapped:
             kinds = list(dict.fromkeys(stored[name]))

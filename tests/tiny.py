@@ -54,6 +54,16 @@ RANKS = 12, 8
 WIDTHS_K, WIDTHS_V = Widths.of({8: 3, 6: 2, 4: 2, 3: 3, 2: 1}), Widths.of({8: 2, 4: 1, 2: 5, 1: 1})
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# What is cached of a token has as many dimensions as a head of the others.
+LATENT = {
+    **MHA,
+    "kv_lora_rank": HEAD_DIM - 4,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+    "q_lora_rank": 24,
+    "first_k_dense_replace": 3,  # no layer has experts
+}
 
 # name -> (model type, configuration)
 TINY: dict[str, tuple[str, dict]] = {
@@ -157,6 +167,11 @@ TINY: dict[str, tuple[str, dict]] = {
     "stablelm-norm": ("stablelm", {**LLAMA, "qk_layernorm": True, "use_qkv_bias": True}),
     "cohere": ("cohere", {**LLAMA, "logit_scale": 1.0, "attention_bias": True}),
     "cohere-norm": ("cohere", {**LLAMA, "logit_scale": 1.0, "use_qk_norm": True}),
+    "deepseek_v3": ("deepseek_v3", LATENT),
+    "deepseek_v3-halves": (
+        "deepseek_v3",
+        {**LATENT, "q_lora_rank": None, "rope_interleave": False, "rope_parameters": YARN_ROPE, "attention_bias": True},
+    ),
 }
 
 
@@ -197,7 +212,8 @@ def some_bases(
 
     Args:
         share: which latents are shared (`Sharing`).
-        sizes: of the latents of keys and of values, ranks or widths; the first is of both where they are one.
+        sizes: of the latents of keys and of values, ranks or widths; the first is of both where they are one, or values
+            are keys.
     """
     sharing = Sharing.of(share)
     latents = (
@@ -205,6 +221,7 @@ def some_bases(
         if sharing.joint
         else [(("key",), sharing.keys), (("value",), sharing.values)]
     )
+    latents = latents[: len(attention.layout.sides)]
     return [
         (random_basis if isinstance(size, int) else quantised_basis)(
             attention, size, centred, seed + 100 * place, sides, heads

@@ -58,6 +58,10 @@ class Sharing(NamedTuple):
             return ((("key", "value"), self.keys),)
         return (("key",), self.keys), (("value",), self.values)
 
+    def kinds_of(self, sides: tuple[str, ...]) -> tuple[tuple[tuple[str, ...], int], ...]:
+        """The same where there are vectors of these sides alone."""
+        return tuple(kind for kind in self.kinds if kind[0][0] in sides)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EigenAttentionConfig:

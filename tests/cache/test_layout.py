@@ -41,14 +41,17 @@ LAYOUTS = {
     "beside": Layout(G, (key(12), value(8)), beside=True),
     "both": Layout(G, (both(17),), 1),
     "both shared and coded": Layout(G, (both(20, 4, CODED),)),
+    "tied": Layout(G, (key(12),), 6, tied=True),
+    "tied and full": Layout.full(G, D, tied=True),
 }
+ORIGINAL = {name: (1 if layout.tied else 2) * G * D for name, layout in LAYOUTS.items()}
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 
 
 @layouts
 def test_reading_gives_back_what_was_written(layout):
-    written = json.loads(json.dumps(layout.to_dict()))
-    assert Layout.from_dict(written, layout.kv_heads, layout.head_dim, layout.window) == layout
+    written, original = json.loads(json.dumps(layout.to_dict())), Layout.full(G, D, layout.tied)
+    assert Layout.from_dict(written, original, layout.window) == layout
 
 
 widths = st.dictionaries(st.sampled_from(sorted(PARTS)), st.integers(0, 9), min_size=1).map(Widths.of)
@@ -102,9 +105,9 @@ REST = {"sides": ["value"], "heads": 1, "rank": D}
     ],
 )
 def test_malformed_latents_are_refused(first, message):
-    Layout.from_dict({"latents": [GOOD, REST]}, G, D, 0)
+    Layout.from_dict({"latents": [GOOD, REST]}, Layout.full(G, D), 0)
     with pytest.raises(ValueError, match=message):
-        Layout.from_dict({"latents": [first, REST]}, G, D, 0)
+        Layout.from_dict({"latents": [first, REST]}, Layout.full(G, D), 0)
 
 
 @pytest.mark.parametrize(
@@ -113,13 +116,20 @@ def test_malformed_latents_are_refused(first, message):
 )
 def test_malformed_layouts_are_refused(values):
     with pytest.raises(ValueError, match="no latents"):
-        Layout.from_dict(values, G, D, 0)
+        Layout.from_dict(values, Layout.full(G, D), 0)
 
 
 @pytest.mark.parametrize("values", [[], [GOOD], [REST], [GOOD, GOOD, REST], [REST, GOOD]])
 def test_each_side_lies_in_one_latent_keys_first(values):
     with pytest.raises(ValueError, match="each in one latent"):
-        Layout.from_dict({"latents": values}, G, D, 0)
+        Layout.from_dict({"latents": values}, Layout.full(G, D), 0)
+
+
+@pytest.mark.parametrize("values", [[], [GOOD, REST], [REST], [{**GOOD, "sides": ["key", "value"]}]])
+def test_values_that_are_keys_lie_in_no_latent(values):
+    assert Layout.from_dict({"latents": [GOOD]}, Layout.full(G, D, tied=True), 0).tied
+    with pytest.raises(ValueError, match="keys are not each in one latent"):
+        Layout.from_dict({"latents": values}, Layout.full(G, D, tied=True), 0)
 
 
 def test_bytes():
@@ -134,27 +144,30 @@ def test_bytes():
         "beside": G * (12 + 8) * 2,
         "both": G * 17 * 2,
         "both shared and coded": 3 + 2 + 3 + 2 + 2 + 1,
+        "tied": G * 12 * 2,
+        "tied and full": G * D * 2,
     }
     for name, layout in LAYOUTS.items():
         assert layout.bytes_per_token(2) == expected[name], name
-        assert kv_ratio([layout]) == expected[name] / (2 * G * D * 2), name
+        assert kv_ratio([layout]) == expected[name] / (ORIGINAL[name] * 2), name
     assert bytes_per_token(LAYOUTS.values(), 2) == sum(expected.values())
-    assert baseline_bytes_per_token(LAYOUTS.values(), 2) == len(LAYOUTS) * 2 * G * D * 2
+    assert baseline_bytes_per_token(LAYOUTS.values(), 2) == sum(ORIGINAL.values()) * 2
     assert kv_ratio([]) == 1
 
 
-@layouts
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("length", [1, 6, 7, 500])
-def test_bytes_of_a_cache(layout, length):
+def test_bytes_of_a_cache(name, length):
+    layout, original = LAYOUTS[name], ORIGINAL[name]
     exact = min(length, layout.window + 1) if layout.window else 0
     rows = max(length - layout.window, 0)
     held = rows if layout.uncompressed and not layout.window else room_for(rows)
-    expected = held * layout.bytes_per_token(4) + exact * 2 * G * D * 4
+    expected = held * layout.bytes_per_token(4) + exact * original * 4
     assert cache_bytes([layout], 4, length) == expected
     if length == 500:
         kept = room_for(100 - layout.window) * (layout.bytes_per_token(4) + 4 * G // layout.together)
-        assert cache_bytes([layout], 4, length, kept=100) == kept + exact * 2 * G * D * 4
-        assert ratio_at([layout])[1024] == cache_bytes([layout], 2, 1024) / (1024 * 2 * G * D * 2)
+        assert cache_bytes([layout], 4, length, kept=100) == kept + exact * original * 4
+        assert ratio_at([layout])[1024] == cache_bytes([layout], 2, 1024) / (1024 * original * 2)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +182,8 @@ def test_bytes_of_a_cache(layout, length):
         ("beside", False, False, False, 1, True),
         ("both", True, False, False, 1, True),
         ("both shared and coded", True, True, False, 4, True),
+        ("tied", True, False, False, 1, True),
+        ("tied and full", True, False, True, 1, True),
     ],
 )
 def test_what_follows_from_it(name, joint, coded, uncompressed, together, at_run_time):
@@ -177,7 +192,7 @@ def test_what_follows_from_it(name, joint, coded, uncompressed, together, at_run
     assert found == (joint, coded, uncompressed, together, at_run_time)
     assert replace(layout, window=6).at_run_time
     for side in SIDES:
-        assert side in layout.of(side).sides
+        assert layout.side_of(side) in layout.of(side).sides
         assert layout.latents[layout.index(side)] is layout.of(side)
         assert layout.count(layout.of(side)) * layout.of(side).heads == G
 
@@ -208,6 +223,7 @@ def test_sides_in_no_latent_stay_as_they_are():
     assert full.holding([key(8, 2)], 0) == Layout(G, (key(8, 2), value(D)))
     assert full.holding([both(8)], 0) == Layout(G, (both(8),))
     assert full.holding([value(8), key(12)], 0) == full.holding([key(12), value(8)], 0)
+    assert Layout.full(G, D, tied=True).holding([], 6).latents == (key(D),)
 
 
 @pytest.mark.parametrize("share", ["1", "2", "1-2", "1kv", "2kv"])

@@ -136,7 +136,9 @@ def test_generate(name, folded, window):
 @windows
 def test_save_and_load(name, window, tmp_path):
     small, ids = tiny(name), tokens(2, LENGTH)
-    compress(small, [ids], EigenAttentionConfig(kv_ratio=0.6, ranks="uniform", rank_multiple=2, window=window))
+    basis = "attention" if FAMILIES[TINY[name][0]].absorbed is None else "fisher"
+    options = {"ranks": "uniform", "rank_multiple": 2, "window": window, "basis": basis}
+    compress(small, [ids], EigenAttentionConfig(kv_ratio=0.6, **options))
     small.save_pretrained(tmp_path)
     # The attention backend is not saved.
     backend = small.config._attn_implementation
@@ -188,11 +190,11 @@ def test_attention_runs_in_the_small_space(name, monkeypatch):
     cache = DynamicCache(config=small.config)
     small(tokens(1, 8), past_key_values=cache, use_cache=True)
     for layer, (q, k, v) in zip(eigen_layers(small), seen, strict=True):
-        expected = HEAD_DIM if layer.rotates else RANK_K
-        assert (q, k, v) == (expected, expected, RANK_V)
+        expected, rank_v = HEAD_DIM if layer.rotates else RANK_K, RANK_K if layer.layout.tied else RANK_V
+        assert (q, k, v) == (expected, expected, rank_v)
         held = cache.layers[layer.layer_idx]
         assert held.keys.shape == (1, layer.kv_heads, 8, RANK_K)
-        assert held.values.shape == (1, layer.kv_heads, 8, RANK_V)
+        assert held.values.shape == (1, layer.kv_heads, 8, rank_v)
     if FAMILIES[model_type].positions in ("learned", "alibi"):
         assert not any(layer.rotates for layer in eigen_layers(small))
 

@@ -98,21 +98,33 @@ class Layout:
         latents: of keys and of values, or one of both.
         window: last tokens that are kept exactly beside them, W.
         beside: whether maps stay beside the projections even where they could be folded into them.
+        tied: whether a token's value is its key, as in multi-head latent attention: there are keys alone then.
     """
 
     kv_heads: int
     latents: tuple[Latent, ...]
     window: int = 0
     beside: bool = False
+    tied: bool = False
 
     @classmethod
-    def full(cls, kv_heads: int, head_dim: int) -> Layout:
+    def full(cls, kv_heads: int, head_dim: int, tied: bool = False) -> Layout:
         """Of an uncompressed layer."""
-        return cls(kv_heads, tuple(Latent((side,), 1, head_dim, head_dim) for side in SIDES))
+        sides = SIDES[:1] if tied else SIDES
+        return cls(kv_heads, tuple(Latent((side,), 1, head_dim, head_dim) for side in sides), tied=tied)
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Whose vectors the latents are made of."""
+        return SIDES[:1] if self.tied else SIDES
+
+    def side_of(self, side: str) -> str:
+        """Whose maps keys, or values, have."""
+        return "key" if self.tied else side
 
     def holding(self, latents: Sequence[Latent], window: int) -> Layout:
         """With these latents, and the vectors of whatever side is in none of them as they are."""
-        missing = [side for side in SIDES if not any(side in latent.sides for latent in latents)]
+        missing = [side for side in self.sides if not any(side in latent.sides for latent in latents)]
         found = (*latents, *(Latent((side,), 1, self.head_dim, self.head_dim) for side in missing))
         latents = tuple(sorted(found, key=lambda latent: latent.sides))
         return dataclasses.replace(self, latents=latents, window=window)
@@ -124,7 +136,7 @@ class Layout:
 
     def index(self, side: str) -> int:
         """The place of the latent that keys, or values, are decoded from."""
-        return next(i for i, latent in enumerate(self.latents) if side in latent.sides)
+        return next(i for i, latent in enumerate(self.latents) if self.side_of(side) in latent.sides)
 
     def of(self, side: str) -> Latent:
         """The latent that keys, or values, are decoded from."""
@@ -136,7 +148,7 @@ class Layout:
 
     @property
     def joint(self) -> bool:
-        """Whether keys and values share a latent."""
+        """Whether keys and values are decoded from the same latent."""
         return len(self.latents) == 1
 
     @property
@@ -166,7 +178,7 @@ class Layout:
     @property
     def original_elements(self) -> int:
         """Elements of a token's keys and values in the original."""
-        return 2 * self.kv_heads * self.head_dim
+        return len(self.sides) * self.kv_heads * self.head_dim
 
     def split(self, size: int) -> Layout:
         """On one of `size` devices that share the heads.
@@ -185,8 +197,11 @@ class Layout:
         return values | {"beside": True} if self.beside else values
 
     @classmethod
-    def from_dict(cls, values: Any, kv_heads: int, head_dim: int, window: int) -> Layout:
+    def from_dict(cls, values: Any, original: Layout, window: int) -> Layout:
         """Read what `to_dict` wrote.
+
+        Args:
+            original: of the layer, uncompressed.
 
         Raises:
             ValueError: if it is malformed, or does not fit the layer.
@@ -194,12 +209,12 @@ class Layout:
         latents = values.get("latents") if isinstance(values, dict) else None
         if not isinstance(latents, list) or type(beside := values.get("beside", False)) is not bool:
             raise ValueError(f"no latents: {values!r:.60}")
-        found = tuple(Latent.from_dict(latent, head_dim) for latent in latents)
-        if tuple(side for latent in found for side in latent.sides) != SIDES:
-            raise ValueError("keys and values are not each in one latent")
+        found = tuple(Latent.from_dict(latent, original.head_dim) for latent in latents)
+        if tuple(side for latent in found for side in latent.sides) != original.sides:
+            raise ValueError(f"{' and '.join(f'{side}s' for side in original.sides)} are not each in one latent")
         for latent in found:
-            if kv_heads % latent.heads:
-                raise ValueError(f"{latent.heads} KV heads share a latent, and the model has {kv_heads}")
+            if original.kv_heads % latent.heads:
+                raise ValueError(f"{latent.heads} KV heads share a latent, and the model has {original.kv_heads}")
             if latent.rank > latent.full_rank:
                 raise ValueError(f"rank {latent.rank} is above full rank, {latent.full_rank}")
-        return cls(kv_heads, found, window, beside)
+        return dataclasses.replace(original, latents=found, window=window, beside=beside)

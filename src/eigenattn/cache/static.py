@@ -40,8 +40,9 @@ class StaticLatentLayer(StaticLayer):
         self.keys, self.values = self.rows[0], self.rows[-1]
         self.cumulative_length = self.cumulative_length.to(self.device)
         if self.window:
-            shape = (*keys.shape[:2], self.window, keys.shape[-1])
-            self.window_keys, self.window_values = keys.new_zeros(shape), values.new_zeros(shape)
+            self.window_keys, self.window_values = (
+                x.new_zeros((*x.shape[:2], self.window, x.shape[-1])) for x in (keys, values)
+            )
         if not torch.compiler.is_compiling():
             for tensor in (*self.tensors(), self.cumulative_length):
                 torch._dynamo.mark_static_address(tensor)

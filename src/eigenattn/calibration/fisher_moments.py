@@ -79,17 +79,19 @@ class LatentMoments:
         metric: `sum g g^T` [G/N, n, n] in float64: half of it is what squared errors cost, in nats.
         vectors: of `x`, weighted by its influence `|g|^2`.
         sample: of `x`, by the same weight.
+        parts: how many dimensions of a vector are of one unit, next to each other.
     """
 
     metric: Tensor
     vectors: Sums
     sample: Sample
+    parts: tuple[int, ...]
 
     @classmethod
-    def empty(cls, like: Tensor, latents: int, n: int) -> LatentMoments:
+    def empty(cls, like: Tensor, latents: int, parts: tuple[int, ...]) -> LatentMoments:
         """Of nothing yet."""
-        vectors = Sums.zeros(like, latents, n)
-        return cls(torch.zeros_like(vectors.second), vectors, Sample.empty(like, latents, n))
+        vectors = Sums.zeros(like, latents, sum(parts))
+        return cls(torch.zeros_like(vectors.second), vectors, Sample.empty(like, latents, sum(parts)), parts)
 
     def add(self, x: Tensor, g: Tensor, influence: Tensor, generator: torch.Generator) -> None:
         """Add vectors and gradients [B, G/N, T, n] with their influence [B, G/N, T]."""
@@ -113,7 +115,7 @@ class FisherMoments:
 
     Args:
         keys, values: of either side's latents; where a token's keys and values share latents, `keys` is of both side by
-            side and `values` None.
+            side and `values` None, as it is where values are keys.
         sharing: which latents are shared.
         window: tokens kept exactly, W.
     """
@@ -124,17 +126,26 @@ class FisherMoments:
     window: int
     tokens: int = 0
 
+    @property
+    def kinds(self) -> tuple[tuple[tuple[str, ...], int], ...]:
+        """The sides that each latent of a token is made of, and of how many KV heads."""
+        return self.sharing.kinds[: len(self.latents)]
+
     @classmethod
     def of(cls, attention: EigenAttention, window: int, sharing: Sharing, shrinkage: float = 0.0) -> FisherMoments:
         """Empty moments for a layer."""
         output, g, d = attention.output_projection, attention.kv_heads, attention.head_dim
         like = torch.empty(0, device=execution_device(output), dtype=attention.dtype)
-        found = [LatentMoments.empty(like, g // heads, len(sides) * heads * d) for sides, heads in sharing.kinds]
+        kinds = sharing.kinds_of(attention.layout.sides)
+        found = [
+            LatentMoments.empty(like, g // heads, attention.parts or (heads * d,) * len(sides))
+            for sides, heads in kinds
+        ]
         return cls(found[0], found[1] if len(found) > 1 else None, sharing, window)
 
     @property
     def latents(self) -> tuple[LatentMoments, ...]:
-        """Of each kind of latents, in the order of `Sharing.kinds`."""
+        """Of each kind of latents, in the order of `kinds`."""
         return (self.keys,) if self.values is None else (self.keys, self.values)
 
     def add(self, vectors: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor], seed: int) -> None:
@@ -144,13 +155,16 @@ class FisherMoments:
             seed: of the vectors that are drawn; a batch that comes again later draws others.
         """
         generator = torch.Generator().manual_seed(seed + self.tokens)
-        for moments, (sides, _) in zip(self.latents, self.sharing.kinds, strict=True):
+        for moments, (sides, _) in zip(self.latents, self.kinds, strict=True):
             count, of_sides = len(moments.metric), [SIDES.index(side) for side in sides]
             x, g = (torch.cat([joined(each[i], count) for i in of_sides], -1) for each in (vectors, gradients))
             # Keys and values have units of their own, so where they stand side by side each counts in its own.
-            units = [vectors[i].float().square().mean().sqrt() for i in of_sides] if len(sides) > 1 else [1.0]
-            parts = zip(g.chunk(len(sides), -1), units, strict=True)
-            influence = torch.stack([(part * unit).square().sum(-1) for part, unit in parts]).sum(0)
+            several, pairs = (
+                len(moments.parts) > 1,
+                zip(*(each.split(moments.parts, -1) for each in (x, g)), strict=True),
+            )
+            of_parts = [(part, of.float().square().mean().sqrt() if several else 1.0) for of, part in pairs]
+            influence = torch.stack([(part * unit).square().sum(-1) for part, unit in of_parts]).sum(0)
             moments.add(x, g, influence, generator)
 
     def merge(self, other: FisherMoments) -> None:

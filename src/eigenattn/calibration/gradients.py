@@ -24,7 +24,8 @@ from .passes import DecoderLayers, hidden, stubbed
 from .quantised import differentiable
 from .statistics import Batch, not_finite
 
-# Takes a layer, its keys and values [B, G, T, D], before rotation, and the gradients of both.
+# Takes a layer, its keys and values [B, G, T, D], before rotation, and the gradients of both. Where values are keys,
+# those of keys are of both.
 Found = Callable[[EigenAttention, tuple[Tensor, Tensor], tuple[Tensor, Tensor]], None]
 
 
@@ -213,7 +214,10 @@ def _watched(
             of_keys, of_values = far_gradients(layer, rotated, detached.value, this, output, gradient, window, valid)
             if reading is not None:
                 of_keys, of_values = of_keys + reading.keys, of_values + reading.values
-            found(layer, (detached.key, detached.value), (this.rotated_back(of_keys), of_values))
+            of_keys = this.rotated_back(of_keys)
+            if layer.layout.tied:
+                of_keys, of_values = of_keys + of_values, torch.zeros_like(of_values)
+            found(layer, (detached.key, detached.value), (of_keys, of_values))
 
         this.on_output = partial(_when_known, give)
 

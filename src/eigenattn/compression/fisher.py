@@ -39,21 +39,21 @@ def fisher(moments: FisherMoments) -> tuple[Basis, ...]:
     """
     return tuple(
         _basis(latents, sides, heads, moments.tokens)
-        for latents, (sides, heads) in zip(moments.latents, moments.sharing.kinds, strict=True)
+        for latents, (sides, heads) in zip(moments.latents, moments.kinds, strict=True)
     )
 
 
 def _basis(moments: LatentMoments, sides: tuple[str, ...], heads: int, tokens: int) -> Basis:
     covariance, mean = spread(moments.vectors)
-    found = best_maps(_shrunk(moments.metric, len(sides)), covariance, mean)
+    found = best_maps(_shrunk(moments.metric, moments.parts), covariance, mean)
     spectrum = found.spectrum * (COHERENCE / (2 * tokens))
     return dataclasses.replace(found, spectrum=spectrum, sides=sides, heads=heads)
 
 
-def _shrunk(metric: Tensor, sides: int) -> Tensor:
-    """A metric [G/N, n, n], part of which is replaced by a multiple of the identity, of either side's own size."""
-    level = metric.diagonal(dim1=-2, dim2=-1).unflatten(-1, (sides, -1)).mean(-1, keepdim=True)
-    level = level.expand(-1, -1, metric.shape[-1] // sides).flatten(1)
+def _shrunk(metric: Tensor, parts: tuple[int, ...]) -> Tensor:
+    """A metric [G/N, n, n], of which a share is replaced by a multiple of the identity, of each part's own size."""
+    found = metric.diagonal(dim1=-2, dim2=-1).split(parts, dim=-1)
+    level = torch.cat([each.mean(-1, keepdim=True).expand_as(each) for each in found], dim=-1)
     # A head that reaches no far query has no metric: any will do.
     level = torch.where(level > 0, level, 1.0)
     return (1 - METRIC_SHRINKAGE) * metric + torch.diag_embed(METRIC_SHRINKAGE * level)

@@ -26,7 +26,8 @@ class BasisMethod:
             or over what the window leaves.
         build: the bases at full rank that moments give, of keys and of values.
         supports: the features (`eigenattn.compression.recipe.FEATURES`) that the basis goes with. `coded` needs a
-            spectrum in whose units a squared error of a latent counts.
+            spectrum in whose units a squared error of a latent counts. `one vector`: the same of layers in which values
+            are keys.
         build_both: one basis of both sides, `(moments, key_weight, value_weight)`, where a unit of error of either
             costs the model so much; None if keys and values cannot share latents, or `build` knows that they do.
             Moments for them have to give bases by `build`, too.
@@ -61,7 +62,7 @@ BASES: dict[str, BasisMethod] = {
     "fisher": BasisMethod(
         FisherMoments.of,
         fisher,
-        frozenset({"window", "coded", "shared heads", "both sides", "refit"}),
+        frozenset({"window", "coded", "shared heads", "both sides", "one vector", "refit"}),
         collect=collect_fisher,
         quantisers=fisher_quantisers,
         in_nats=True,

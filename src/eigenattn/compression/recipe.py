@@ -64,6 +64,18 @@ def check_supported(config: EigenAttentionConfig) -> None:
         raise EigenAttnError(f"ranks={config.ranks!r} does not choose bits: for coded latents take {', '.join(able)}.")
 
 
+def check_tied(config: EigenAttentionConfig) -> None:
+    """Raise an `EigenAttnError` if a configuration asks for what there is not where values are keys."""
+    what = "in multi-head latent attention a token's keys and values are one vector"
+    if config.share != "1":
+        raise EigenAttnError(f"{what}, and there is nothing to share: leave out share.")
+    if config.refit:
+        raise EigenAttnError(f"{what}, whose decoder is not refitted: leave out refit.")
+    if "one vector" not in _named(BASES, config.basis).features:
+        able = [name for name, each in BASES.items() if "one vector" in each.features]
+        raise EigenAttnError(f"{what}, which the basis {config.basis!r} takes apart: take {', '.join(able)}.")
+
+
 def _named(table: dict[str, Entry], name: str | None) -> Entry:
     if name is None or name not in table:
         raise EigenAttnError(f"unknown name {name!r}: choose one of {', '.join(table)}.")
@@ -143,6 +155,8 @@ class Recipe:
                 "layers of this model read what another one caches, which the basis 'attention' does not see: take "
                 "another."
             )
+        if any(attention.layout.tied for attention in layers):
+            check_tied(config)
         self.model, self.layers, self.config, self.bars, self.journal = model, layers, config, bars, journal
         self.clock = clock or Clock()
         self.method = _named(BASES, config.basis)

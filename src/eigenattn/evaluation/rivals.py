@@ -143,19 +143,20 @@ class RoundedRival(Rival):
         exact, far = values[:, :, : self.sinks], values[:, :, self.sinks :]
         return keys, torch.cat([exact, self.code.rounded(far)], dim=2)
 
-    def _rounded(self, attention: EigenAttention, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """In place of `EigenAttention.rounded`, of keys before rotation."""
+    def _rounded(self, attention: EigenAttention, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        """In place of `EigenAttention.rounded`, of keys before rotation; values that are keys are coded as those."""
         dtype, keys, values = keys.dtype, keys.float(), values.float()
+        latents = len(attention.layout.latents)
         if not (self.after_rotary and attention.rotates_far):
             keys, values = self.round(keys, values)
-            return keys.to(dtype), values.to(dtype)
+            return (keys.to(dtype), values.to(dtype))[:latents]
         count, interleaved = keys.shape[2], attention.family.interleaved
         # Some kinds of scaling go by the last position, which is in the window.
         positions = torch.arange(count + attention.layout.window, device=keys.device)[None]
         cos, sin = (x[:, :count] for x in attention.angles(keys, positions))
         keys, values = self.round(rotate(keys, cos, sin, interleaved), values)
         square = cos.square() + sin.square()  # some kinds of scaling make vectors longer, too
-        return rotate(keys, cos / square, -sin / square, interleaved).to(dtype), values.to(dtype)
+        return (rotate(keys, cos / square, -sin / square, interleaved).to(dtype), values.to(dtype))[:latents]
 
 
 @dataclass(frozen=True)

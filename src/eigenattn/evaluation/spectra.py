@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..calibration.statistics import Batch
 from ..compression.recipe import Recipe
 from ..config import EigenAttentionConfig
+from ..errors import EigenAttnError
 from ..files import read_results
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
 from ..progress import TokenProgress
@@ -50,7 +51,10 @@ def spectra_of(
     config = EigenAttentionConfig(basis=basis, window=window)
     originals = convert_attention(model)
     try:
-        bases = Recipe(model, eigen_layers(model), config, batches, TokenProgress(progress)).bases
+        layers = eigen_layers(model)
+        if any(attention.layout.tied for attention in layers):
+            raise EigenAttnError("spectra are of keys and of values, and multi-head latent attention has one vector.")
+        bases = Recipe(model, layers, config, batches, TokenProgress(progress)).bases
     finally:
         restore_attention(model, originals)
     sides = zip(SIDES, zip(*bases, strict=True), strict=True)

@@ -13,7 +13,7 @@ from ..cache.size import HALF, baseline_bytes_per_token, bytes_per_token, cache_
 from ..calibration.statistics import Batch
 from ..compression.checks import check_sharing
 from ..compression.folding import attach, detach
-from ..compression.recipe import Recipe, as_attached
+from ..compression.recipe import Recipe, as_attached, check_tied
 from ..compression.shared_costs import SharedCosts
 from ..models.attention import EigenAttention
 from ..models.conversion import convert_attention, eigen_layers
@@ -47,6 +47,8 @@ class SweepModel:
         self.layers: list[EigenAttention] = eigen_layers(model)
         for cell in grid.cells():
             check_sharing(self.layers[0].kv_heads, cell.config.sharing)
+            if self.layers[0].layout.tied:
+                check_tied(cell.config)
         self.clock = clock or Clock()
         self.calibrate(batches)
 

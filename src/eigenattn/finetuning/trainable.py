@@ -125,6 +125,8 @@ def _unit(stored: Tensor, head_dim: int) -> Tensor:
 def _folded(attention: EigenAttention) -> list[nn.Module]:
     """The projections of a layer that something was folded into: a side is compressed, and its map is gone."""
     family, layout = attention.family, attention.layout
+    if layout.at_run_time:
+        return []
     gone = {
         name: not layout.of(name.split("_")[0]).verbatim and getattr(attention, name) is None
         for name in ("key_decoder", "key_encoder", "value_encoder", "value_decoder")

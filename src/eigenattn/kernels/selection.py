@@ -15,6 +15,9 @@ CHOICES = ("auto", "torch", "triton", "native")
 VARIABLE = "EIGENATTN_KERNELS"
 HAS_TRITON = find_spec("triton") is not None
 HALF = (torch.bfloat16, torch.float16)
+# Dimensions of a head up to which the fused kernel is taken unless it is asked for: it holds decoded keys in registers
+# (chosen: those of multi-head latent attention have more, and were not tried).
+LARGEST_HEAD = 512
 
 _chosen = os.environ.get(VARIABLE, "auto")  # looked at when it is needed: importing fails on nothing
 
@@ -63,7 +66,8 @@ def decoding_backend(q: Tensor) -> str:
     """
     if _chosen == "auto":
         if q.is_cuda:
-            return "triton" if q.dtype in HALF and HAS_TRITON else "torch"
+            fits = q.dtype in HALF and q.shape[-1] <= LARGEST_HEAD
+            return "triton" if fits and HAS_TRITON else "torch"
         return "native" if q.device.type == "cpu" and unavailable() is None else "torch"
     _check(_chosen)
     if _chosen == "native":

@@ -77,6 +77,7 @@ class EigenAttention(AttentionLayer):
             left = max(t - window, 0)
             far = Far(self.rounded(k[:, :, :left], v[:, :, :left]))
             return Sight(far, Near(k, v, 0) if window else None, 0, t, this.position_ids)
+        v = v[..., :0] if self.layout.tied else v  # no cache is to hold it twice
         adopt(this.cache, index, window, self.sliding_window)
         if is_quantised(this.cache.layers[index]):
             return update_quantised(this.cache, index, self.stored(k, v), this.position_ids)
@@ -87,6 +88,8 @@ class EigenAttention(AttentionLayer):
             rows = tuple(row[:, :, :room] for row in sight.far.rows)
             positions = None if sight.positions is None else sight.positions[:, :room]
             sight = sight._replace(far=Far(rows), columns=room, positions=positions)
+        if self.layout.tied and sight.near is not None:
+            sight = sight._replace(near=sight.near._replace(values=sight.near.keys))
         return sight
 
 

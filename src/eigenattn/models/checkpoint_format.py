@@ -17,7 +17,7 @@ from ..cache.layout import SIDES, Layout
 from ..config import EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
 from .attention import EigenAttention
-from .conversion import METHOD, convert_attention, eigen_layers, quantiser_of, sizes_of
+from .conversion import METHOD, convert_attention, eigen_layers, originals_of, quantiser_of
 from .families import family_of
 from .maps import MAPS, QUANTISERS, local_part
 from .parallel import plan, take_part
@@ -85,20 +85,21 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         self.base = base
         self.format_version = FORMAT_VERSION
 
-    def layouts(self, config: Any, sizes: Sequence[tuple[int, int]] | None = None) -> list[Layout]:
+    def layouts(self, config: Any, originals: Sequence[Layout] | None = None) -> list[Layout]:
         """The layout of each layer that has keys and values, of a model with this configuration.
 
         Args:
-            sizes: numbers of KV heads, and of dimensions of each, by layer; by default the same in all of the model's.
+            originals: those of the layers uncompressed; by default the same for all of the model's.
 
         Raises:
             EigenAttnError: if a layer is malformed, or they do not fit such a model.
         """
         text, window = config.get_text_config(decoder=True), self.method["window"]
-        of_each: list[tuple[int, int]] = list(sizes or ())
-        if sizes is None:
+        of_each: list[Layout] = list(originals or ())
+        if originals is None:
             family = family_of(config)
-            of_each = [(family.kv_heads(text), family.head_dim(text)) for _ in range(text.num_hidden_layers)]
+            full = Layout.full(family.kv_heads(text), family.head_dim(text), family.absorbed is not None)
+            of_each = [full] * text.num_hidden_layers
         if len(self.layers) != len(of_each):
             raise EigenAttnError(
                 f"the checkpoint has ranks for {len(self.layers)} layers, and its model has {len(of_each)}."
@@ -107,9 +108,9 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         if window > longest:
             raise EigenAttnError(f"the checkpoint has a window of {window} tokens, and its model reads {longest}.")
         found = []
-        for index, (entry, (kv_heads, head_dim)) in enumerate(zip(self.layers, of_each, strict=True)):
+        for index, (entry, original) in enumerate(zip(self.layers, of_each, strict=True)):
             try:
-                layout = Layout.from_dict(entry, kv_heads, head_dim, window)
+                layout = Layout.from_dict(entry, original, window)
             except ValueError as error:
                 raise EigenAttnError(f"layer {index} of the checkpoint: {error}.") from error
             # At full rank, and not coded, vectors are stored as they are: format 1 has no other sign for it.
@@ -154,7 +155,7 @@ def allocate(layers: list[EigenAttention], config: EigenAttnCheckpointConfig) ->
     Raises:
         EigenAttnError: if it does not fit the model.
     """
-    layouts = config.layouts(layers[0].config, sizes_of(layers))
+    layouts = config.layouts(layers[0].config, originals_of(layers))
     for attention, layout in zip(layers, layouts, strict=True):
         attention.allocate(layout, config.centred)
 

@@ -39,9 +39,9 @@ def layouts_of(model: nn.Module) -> list[Layout]:
     return [attention.layout for attention in eigen_layers(model)]
 
 
-def sizes_of(layers: Sequence[EigenAttention]) -> list[tuple[int, int]]:
-    """Numbers of KV heads, and of dimensions of each, by layer."""
-    return [(attention.kv_heads, attention.head_dim) for attention in layers]
+def originals_of(layers: Sequence[EigenAttention]) -> list[Layout]:
+    """What the cache of each layer consists of in the original."""
+    return [Layout.full(each.kv_heads, each.head_dim, each.layout.tied) for each in layers]
 
 
 def convert_attention(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -176,10 +176,10 @@ def _method(config: Any) -> str | None:
 
 
 def _check_projections(where: str, original: nn.Module, family: Family, quantised: bool) -> None:
-    for name in (*family.qkv, family.output):
+    for name in (*family.projections, family.output):
         projection = getattr(original, name, None)
         if projection is None and name != family.output:
-            continue  # it reads what another layer caches, or makes values by the keys' projection
+            continue  # it reads what another layer caches, makes values by the keys' projection, or queries in one step
         if not quantised and not isinstance(projection, (nn.Linear, Conv1D)):
             raise EigenAttnError(
                 f"{where}.{name} is a {type(projection).__name__}, not a linear layer of transformers: compress the "

@@ -15,8 +15,23 @@ import torch
 from torch import Tensor
 
 from ..errors import EigenAttnError
+from .absorbed import Absorbed
 from .family import Family
 from .recognition import recognised
+
+
+def _latent_attention(title: str, attention: str, **others: Any) -> Family:
+    """A row of multi-head latent attention: one KV head, whose values are its keys."""
+    return Family(
+        **{
+            "title": title,
+            "attention": attention,
+            "absorbed": Absorbed(),
+            "kv_heads": lambda config: 1,
+            "head_dim": Absorbed.size,
+            **others,
+        }
+    )
 
 
 def _falcon_positions(config: Any) -> str:
@@ -423,22 +438,34 @@ FAMILIES: dict[str, Family] = {
         cache_argument="layer_past",
         kv_heads=_gpt_bigcode_kv_heads,
     ),
+    "deepseek_v2": _latent_attention(
+        "DeepSeek V2, V2 Lite",
+        "DeepseekV2Attention",
+        absorbed=Absorbed(pairs=lambda config: True),
+        angles="complex_halves",
+    ),
+    "deepseek_v3": _latent_attention("DeepSeek V3, R1", "DeepseekV3Attention"),
+    "axk1": _latent_attention("A.X K1", "AXK1Attention"),
+    "minicpm3": _latent_attention("MiniCPM3", "MiniCPM3Attention", absorbed=Absorbed(pairs=lambda config: False)),
+    "kimi_linear": _latent_attention(
+        "Kimi Linear",
+        "KimiLinearAttention",
+        absorbed=Absorbed(pairs=lambda config: False),
+        positions="none",
+        note="Layers with linear attention stay as they are.",
+    ),
+    "bailing_hybrid": _latent_attention(
+        "Ling 3",
+        "BailingHybridAttention",
+        absorbed=Absorbed(pairs=lambda config: True),
+        gate="g_proj",
+        note="Layers with linear attention stay as they are.",
+    ),
 }
 
 
 # Reasons why model types are refused that are known.
 REASONS: dict[str, tuple[str, ...]] = {
-    "its cache holds latents already, of multi-head latent attention": (
-        "axk1",
-        "bailing_hybrid",
-        "deepseek_v2",
-        "deepseek_v3",
-        "glm4_moe_lite",
-        "kimi_linear",
-        "longcat_flash",
-        "minicpm3",
-        "youtu",
-    ),
     "its attention looks at tokens that an index of its own chooses": (
         "axk2",
         "deepseek_v32",
@@ -450,6 +477,7 @@ REASONS: dict[str, tuple[str, ...]] = {
         "qwen4_exp_text",
     ),
     "convolutions stand between its projections and attention": ("inkling_text", "inkling2_text", "zaya"),
+    "its layers have two attention modules each": ("longcat_flash",),
     "its values have another head size than its keys": ("mimo_v2_flash",),
     "its output gate has a bias of each head": ("beam",),
     "attention weights of two heads are taken from each other": ("diffllama",),

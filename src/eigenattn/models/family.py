@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .absorbed import Absorbed
+
 
 def _kv_heads(config: Any) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -58,6 +60,8 @@ class Family:
         output_norm: name of a norm on the output of all heads, before its projection.
         dropout: attribute of the attention module with the dropout of attention weights (a number or a module).
         output_dropout: name of the dropout (a number or a module) that follows the output projection, if any.
+        absorbed: of multi-head latent attention, how it is projected, in the place of `qkv`; `kv_heads` is 1 then, and
+            values are keys.
         reads: attribute of the attention module that says whether the layer reads the keys and values of an earlier one
             and has none of its own, if a family has such layers. The earlier one hands them on in `shared_kv_states`.
         cache_argument: name under which the decoder layer passes the cache.
@@ -96,6 +100,7 @@ class Family:
     output_norm: str | None = None
     dropout: str = "attention_dropout"
     output_dropout: str | None = None
+    absorbed: Absorbed | None = None
     reads: str | None = None
     cache_argument: str = "past_key_values"
     bias_argument: str | None = None
@@ -113,3 +118,8 @@ class Family:
     def fused_in(self, config: Any) -> str | None:
         """How the rows of a fused projection are ordered, for a model with this configuration; None for three."""
         return self.fused(config) if callable(self.fused) else self.fused
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of all projections but the output's."""
+        return self.qkv if self.absorbed is None else self.absorbed.projections

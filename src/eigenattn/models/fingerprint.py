@@ -29,8 +29,9 @@ def is_quantised(attention: EigenAttention) -> bool:
 
 def _quantised(attention: EigenAttention) -> dict[str, nn.Module]:
     """Those of a layer's projections that are, by name."""
-    projections = {name: getattr(attention, name) for name in (*attention.family.qkv, attention.family.output)}
-    return {name: projection for name, projection in projections.items() if not is_plain(projection)}
+    names = (*attention.family.projections, attention.family.output)
+    projections = {name: getattr(attention, name, None) for name in names}
+    return {name: each for name, each in projections.items() if each is not None and not is_plain(each)}
 
 
 def fingerprint_of(layers: Sequence[EigenAttention]) -> str:
@@ -62,9 +63,9 @@ def _samples(attention: EigenAttention) -> Iterator[tuple[str, Tensor]]:
         if module.partition(".")[0] not in asked:
             yield name, sampled(cast(Tensor, stored(attention.get_submodule(module), own_name)))
     for name, projection in asked.items():
-        inputs = (
-            attention.heads * attention.head_dim if name == attention.family.output else attention.config.hidden_size
-        )
+        is_output = name == attention.family.output
+        inputs = attention.heads * attention.head_dim if is_output else attention.config.hidden_size
+        inputs = getattr(projection, "in_features", inputs)
         device = execution_device(projection)
         outputs = answered(projection, torch.zeros(1, inputs, device=device, dtype=attention.dtype)).shape[-1]
         places = torch.tensor(_places(outputs * inputs))

@@ -36,7 +36,7 @@ class AttentionLayer(LatentMaps):
         self.layer_idx: int = original.layer_idx
         self.fused = family.fused_in(config)
         self.heads, self.kv_heads, self.head_dim = head_counts(original, family, config)
-        self.layout = Layout.full(self.kv_heads, self.head_dim)
+        self.layout = Layout.full(self.kv_heads, self.head_dim, family.absorbed is not None)
         self.part = (0, 1)  # which of how many processes this is, that share the heads
         # Dimensions a head that the query, key and value projections give.
         self.projected: tuple[int, int, int] = (self.head_dim, self.head_dim, self.head_dim)
@@ -55,7 +55,8 @@ class AttentionLayer(LatentMaps):
         # Whether the rotary module has angles for each of the model's layer types.
         self.by_layer_type = rotary is not None and "layer_type" in inspect.signature(type(rotary).forward).parameters
         self.is_read = False  # whether later layers read what this one caches
-        names = (*family.qkv, family.output, *(family.norms or ()), family.value_norm, family.output_norm)
+        names = (*family.projections, family.output, *(family.norms or ()), family.value_norm, family.output_norm)
+        names = (*names, *(() if family.absorbed is None else family.absorbed.norms))
         for name in (*names, family.output_dropout, family.sinks, family.gate):
             if name is not None and getattr(original, name, None) is not None:
                 setattr(self, name, getattr(original, name))
@@ -71,6 +72,11 @@ class AttentionLayer(LatentMaps):
         )
         sizes = f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"
         return f"{sizes}, latents: {latents}, window={self.layout.window}"
+
+    @property
+    def parts(self) -> tuple[int, ...] | None:
+        """How many dimensions of a cached vector are of one unit, next to each other; None if all are."""
+        return None if self.family.absorbed is None else self.family.absorbed.parts(self.config)
 
     @property
     def rotates(self) -> bool:
@@ -175,7 +181,7 @@ class AttentionLayer(LatentMaps):
         """
         self.layout = layout
         d, folds = self.head_dim, self.folds
-        small = {side: not layout.of(side).verbatim for side in SIDES}
+        small = {side: side in layout.sides and not layout.of(side).verbatim for side in SIDES}
         rank_k, rank_v = (layout.of(side).rank for side in SIDES)
         self.projected = (
             rank_k if folds.query else d,
@@ -245,6 +251,8 @@ class AttentionLayer(LatentMaps):
     def project_with_gate(self, hidden_states: Tensor) -> tuple[Heads[Tensor], Tensor | None]:
         """As `project`, and the gate [B, H, T, D or 1] of the heads' output, if there is one."""
         family, lead = self.family, hidden_states.shape[:-1]
+        if family.absorbed is not None:
+            return family.absorbed.project(self, hidden_states), self._gate(hidden_states)
         first, gate = self._flat_query(hidden_states)
         flat = [first, *(getattr(self, name)(hidden_states) for name in family.qkv[1:] if hasattr(self, name))]
         if not self.fused:
@@ -275,17 +283,22 @@ class AttentionLayer(LatentMaps):
 
     def _flat_query(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the first projection gives, but for gates that it gives too, and the gate [B, H, T, D or 1]."""
-        family, lead = self.family, hidden_states.shape[:-1]
-        flat, gate = getattr(self, family.qkv[0])(hidden_states), None
-        if family.gate == "query":
-            queries, gate = flat.view(*lead, -1, 2 * self.head_dim).chunk(2, dim=-1)
-            flat = queries.flatten(-2)
-        elif family.gate is not None and hasattr(self, family.gate):
-            gate = getattr(self, family.gate)(hidden_states)
-            gate = gate.view(*lead, self.heads, -1)
-        if gate is not None:
-            gate = getattr(nn.functional, family.gate_function)(gate.float()).to(gate.dtype).transpose(1, 2)
-        return flat, gate
+        flat = getattr(self, self.family.qkv[0])(hidden_states)
+        if self.family.gate != "query":
+            return flat, self._gate(hidden_states)
+        queries, gate = flat.view(*hidden_states.shape[:-1], -1, 2 * self.head_dim).chunk(2, dim=-1)
+        return queries.flatten(-2), self._opened(gate)
+
+    def _gate(self, hidden_states: Tensor) -> Tensor | None:
+        """The gate [B, H, T, D or 1] that a projection of its own gives, if there is one."""
+        name = self.family.gate
+        if name is None or not hasattr(self, name):
+            return None
+        return self._opened(getattr(self, name)(hidden_states).view(*hidden_states.shape[:-1], self.heads, -1))
+
+    def _opened(self, gate: Tensor) -> Tensor:
+        """A gate [B, H, T, D or 1] of what its projection gives [B, T, H, D or 1]."""
+        return getattr(nn.functional, self.family.gate_function)(gate.float()).to(gate.dtype).transpose(1, 2)
 
     def _norm(self, side: str) -> nn.Module:
         """The norm on queries or on keys."""
@@ -312,6 +325,7 @@ class AttentionLayer(LatentMaps):
         """The layer's output [B, T, C], of what attention gives, [B, H, T, *], and the gate [B, H, T, D or 1]."""
         family = self.family
         out = out if gate is None else out * gate
+        out = out if family.absorbed is None else family.absorbed.expand(self, out)
         out = out.transpose(1, 2).flatten(2)
         if family.output_norm is not None:
             out = getattr(self, family.output_norm)(out)
@@ -351,6 +365,8 @@ def _value(module: nn.Module, name: str | None) -> Any:
 
 def head_counts(original: Any, family: Family, config: Any) -> tuple[int, int, int]:
     """Query heads, KV heads and dimensions a head of an attention module, which may differ by layer."""
+    if family.absorbed is not None:
+        return config.num_attention_heads, family.kv_heads(config), family.head_dim(config)
     head_dim = getattr(original, "head_dim", None) or family.head_dim(config)
     if family.fused_in(config):
         return config.num_attention_heads, family.kv_heads(config), head_dim

@@ -17,7 +17,7 @@ from .memoised import memoised
 
 # A side whose vectors are stored as they are needs none of these. Maps are stored as [G * R, D] and means as [G * D],
 # so that tensor parallelism can split them by head. Where N KV heads share a latent, maps are [G/N * R, N * D]. Where a
-# token's keys and values share one, both sides' maps are to and from it.
+# token's keys and values share one, both sides' maps are to and from it; where values are keys, they have keys' maps.
 MAPS = ("key_encoder", "key_decoder", "key_mean", "value_encoder", "value_decoder", "value_mean")
 # What codes of each channel of a coded latent stand for (`eigenattn.cache.codebook`), [G/N * R, 4], under the name of
 # the first of its sides.
@@ -48,6 +48,10 @@ class LatentMaps(nn.Module):
         """A run-time map as [G/N, R, N * D], or a mean as [G/N, 1, N * D]."""
         stored, latent = local_part(getattr(self, name)), self.layout.of(side_of(name))
         return stored.view(-1, 1 if stored.dim() == 1 else latent.rank, latent.heads * self.head_dim)
+
+    def map_of(self, side: str, kind: str) -> str:
+        """The name of the `encoder`, `decoder` or `mean` of keys, or of values."""
+        return f"{self.layout.side_of(side)}_{kind}"
 
     def by_head(self, name: str) -> Tensor | None:
         """A decoder as [G, R, D], or a mean as [G, 1, D]; None where the side has none."""
@@ -132,11 +136,12 @@ class LatentMaps(nn.Module):
 
         Where they are stored as they are, they are given back.
         """
-        if getattr(self, f"{side}_decoder") is None:
+        decoder, mean = self.map_of(side, "decoder"), self.map_of(side, "mean")
+        if getattr(self, decoder) is None:
             return latent
-        x = latent @ self._by_latent(f"{side}_decoder")
-        if getattr(self, f"{side}_mean") is not None:
-            x = x + self._by_latent(f"{side}_mean")
+        x = latent @ self._by_latent(decoder)
+        if getattr(self, mean) is not None:
+            x = x + self._by_latent(mean)
         return x.unflatten(-1, (self.layout.of(side).heads, -1)).transpose(2, 3).flatten(1, 2)
 
     def decode_output(self, sums: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -146,11 +151,11 @@ class LatentMaps(nn.Module):
             weight: [B, H, T, 1], the attention weight that latents were summed with, which the mean comes in with; None
                 means 1.
         """
-        decoder = self.by_head("value_decoder")
+        decoder = self.by_head(self.map_of("value", "decoder"))
         if decoder is None:
             return sums
         x = by_group(sums, self.kv_heads) @ decoder
-        mean = self.by_head("value_mean")
+        mean = self.by_head(self.map_of("value", "mean"))
         if mean is not None:
             x = x + (mean if weight is None else mean * by_group(weight, self.kv_heads))
         return x.view(*sums.shape[:-1], self.head_dim)
@@ -177,8 +182,8 @@ class LatentMaps(nn.Module):
         names = [f"{side}_{name}" for side in SIDES for name in ("decoder", "mean", "levels")]
 
         def side(name: str) -> Side:
-            latent, mean = self.layout.of(name), self.by_head(f"{name}_mean")
-            decoder = self.by_head(f"{name}_decoder")
+            latent, mean = self.layout.of(name), self.by_head(self.map_of(name, "mean"))
+            decoder = self.by_head(self.map_of(name, "decoder"))
             # Without a decoder a mean is of what was folded, or of what the softmax drops.
             mean = None if mean is None or decoder is None else mean.flatten(1)
             if latent.widths is None:

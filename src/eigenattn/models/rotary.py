@@ -21,12 +21,13 @@ def _by_pair(x: Tensor) -> Tensor:
 
 # How a rotary module lays out what it gives, [B, T, width] twice: cosines and sines of which each dimension has its
 # own. `once`: of halves, the first half only. `of_pairs`: laid out for halves, and meant for pairs. `complex`: one
-# complex number a pair.
+# complex number a pair; `complex_halves`: the same, and meant for halves.
 ANGLES: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
     "twice": lambda angles: (angles[0], angles[1]),
     "once": lambda angles: (torch.cat([angles[0]] * 2, dim=-1), torch.cat([angles[1]] * 2, dim=-1)),
     "of_pairs": lambda angles: (_by_pair(_first_half(angles[0])), _by_pair(_first_half(angles[1]))),
     "complex": lambda angles: (_by_pair(angles.real), _by_pair(angles.imag)),
+    "complex_halves": lambda angles: (torch.cat([angles.real] * 2, dim=-1), torch.cat([angles.imag] * 2, dim=-1)),
 }
 
 

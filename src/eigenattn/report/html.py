@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from ..cache.layout import SIDES, Layout
-from .tables import SIDES_IN_WORDS, TextTable
+from .tables import TextTable, sides_in_words
 
 # A slider chooses one of the steps that stand in its page, and shows the figures of that one.
 SCRIPT = """
@@ -162,7 +162,7 @@ def rank_map(layers: Sequence[Layout]) -> str:
             top = 16 + half - size if side == "key" else 16 + half
             parts.append(
                 f'<rect class="{side}s" x="{x + 2}" y="{top:.1f}" width="{step - 4}" height="{size:.1f}">'
-                f"<title>layer {index}, {SIDES_IN_WORDS[latent.sides]}: rank {latent.rank} of {latent.full_rank}"
+                f"<title>layer {index}, {sides_in_words(layer, latent)}: rank {latent.rank} of {latent.full_rank}"
                 "</title></rect>"
             )
         if index % 5 == 0:

@@ -20,7 +20,7 @@ from ..cache.size import (
 from ..errors import EigenAttnError
 from ..models.bases_file import read_bases_config
 from ..models.checkpoint_format import METHOD, EigenAttnCheckpointConfig
-from ..models.conversion import convert_attention, eigen_layers, sizes_of
+from ..models.conversion import convert_attention, eigen_layers, originals_of
 from ..models.families import family_of
 from ..models.loading import Source, empty_model, load_config
 
@@ -121,8 +121,8 @@ def layouts(config: Any, compression: EigenAttnCheckpointConfig | None) -> list[
     family_of(config)  # raises before anything is built
     model = empty_model(config)
     convert_attention(model)
-    sizes = sizes_of(eigen_layers(model))
-    return [Layout.full(*size) for size in sizes] if compression is None else compression.layouts(config, sizes)
+    originals = originals_of(eigen_layers(model))
+    return originals if compression is None else compression.layouts(config, originals)
 
 
 def _parameters(config: Any) -> int | None:

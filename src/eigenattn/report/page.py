@@ -173,7 +173,7 @@ def _size(found: Inspection) -> list[str]:
 
 
 def _memory(found: Inspection) -> str:
-    original = [Layout.full(layer.kv_heads, layer.head_dim) for layer in found.layers]
+    original = [Layout.full(layer.kv_heads, layer.head_dim, layer.tied) for layer in found.layers]
     steps = []
     for length in CONTEXTS:
         before = cache_bytes(original, found.element_size, length)

@@ -16,6 +16,7 @@ from ..cache.packing import Widths
 from ..cache.size import bytes_per_token, cache_bytes
 from ..calibration.checks import check_length
 from ..compression.quantise import ALLOTTED, GROUP
+from ..compression.recipe import check_tied
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..models.conversion import convert_attention, eigen_layers
@@ -184,7 +185,9 @@ def _supposed(config: EigenAttentionConfig, original: Sequence[Layout]) -> list[
         raise EigenAttnError("a plan needs a kv_ratio: other targets follow from the text.")
     if config.kv_ratio == 1:
         return list(original)
-    kinds = config.sharing.kinds
+    if original[0].tied:
+        check_tied(config)
+    kinds = config.sharing.kinds_of(original[0].sides)
     if any(kv_heads % heads for _, heads in kinds):
         raise EigenAttnError(f"{max(heads for _, heads in kinds)} KV heads cannot share a latent, of {kv_heads}.")
     # The ratio is met over all layers, so elements that remain give the first latents a channel more.

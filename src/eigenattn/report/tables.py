@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..cache.layout import SIDES, Layout
+from ..cache.layout import SIDES, Latent, Layout
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,12 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> Text
 
 
 # What latents are called, by the sides that they are made of.
-SIDES_IN_WORDS = {("key",): "keys", ("value",): "values", SIDES: "keys and values"}
+_IN_WORDS = {("key",): "keys", ("value",): "values", SIDES: "keys and values"}
+
+
+def sides_in_words(layer: Layout, latent: Latent) -> str:
+    """What a latent of a layer is called."""
+    return _IN_WORDS[SIDES if layer.tied else latent.sides]
 
 
 def layout_table(layers: Sequence[Layout], element_size: int) -> TextTable:
@@ -111,10 +116,9 @@ def layout_table(layers: Sequence[Layout], element_size: int) -> TextTable:
     latents = [latent for layer in layers for latent in layer.latents]
     widths = sorted({bits for latent in latents if latent.widths for bits, _ in latent.widths.counts}, reverse=True)
     heading = f"channels of {', '.join(map(str, widths))} bits"
-    kinds = list(dict.fromkeys(latent.sides for latent in latents))
+    kinds = dict.fromkeys((latent.sides, sides_in_words(layer, latent)) for layer in layers for latent in layer.latents)
     headings, columns = ["layer"], []
-    for sides in kinds:
-        name = SIDES_IN_WORDS[sides]
+    for sides, name in kinds:
         found = [next((latent for latent in layer.latents if latent.sides == sides), None) for layer in layers]
         headings.append(f"rank of {name}")
         columns.append(["" if latent is None else f"{latent.rank} of {latent.full_rank}" for latent in found])
@@ -139,9 +143,12 @@ def memory_table(memory: Mapping[str, Mapping[str, int | None]]) -> TextTable:
 def latents_in_words(layers: Sequence[Layout]) -> str:
     """What the latents of a model are made of: `latents of keys of one KV head, values of 3 KV heads`."""
     kinds = dict.fromkeys(
-        (latent.sides, latent.heads) for layer in layers for latent in layer.latents if not latent.verbatim
+        (sides_in_words(layer, latent), latent.heads)
+        for layer in layers
+        for latent in layer.latents
+        if not latent.verbatim
     )
-    words = [f"{SIDES_IN_WORDS[sides]} of {f'{n} KV heads' if n > 1 else 'one KV head'}" for sides, n in kinds]
+    words = [f"{sides} of {f'{n} KV heads' if n > 1 else 'one KV head'}" for sides, n in kinds]
     return f"latents of {', '.join(words)}" if words else "full rank"
 
 

@@ -85,6 +85,8 @@ def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> dict[str, 
         raise EigenAttnError("models whose layers do not all cache keys and values are not served once compressed.")
     if any(layer.sink_logits is not None or layer.normalises_rotated for layer in layers):
         raise EigenAttnError("sinks, and norms behind rotation, are not served by vLLM once compressed.")
+    if any(layer.layout.tied for layer in layers):
+        raise EigenAttnError("multi-head latent attention is not served by vLLM once compressed.")
     allocate(layers, checkpoint)
     return found
 
