@@ -140,19 +140,21 @@ def plot(results: list[dict]) -> None:
 
 
 def speeds(results: dict[str, list[dict]]) -> list[str]:
-    """The README's table: one step of attention on a CPU, of the latents that are named there."""
-    lines = ["| heads | cache | bytes | speed, rotary positions | without |", "| --- | --- | --- | --- | --- |"]
-    for result in results.get("kernel", []):
-        rows, shape = {row["name"]: row for row in result["rows"]}, result["shape"]
-        if _size(result) != (1, USUAL_LENGTH):
-            continue
-        for latents, title in README_LATENTS.items():
-            rotary, none = (rows.get(f"native, {positions}, {latents}") for positions in ("rotary", "none"))
-            if rotary and none:
-                share = rotary["bytes"] / rows["sdpa"]["bytes"]
-                times = " | ".join(f"{row['speed_against_best']:.1f} times" for row in (rotary, none))
-                heads = f"{shape['kv_heads']} x {shape['heads'] // shape['kv_heads']} of {shape['head_dim']}"
-                lines.append(f"| {heads} | {title} | {share:.2f} | {times} |")
+    """The README's table: one step of attention on a CPU, of the latents that are named there, usual and longest."""
+    lines = ["| heads | tokens | cache | bytes | speed, rotary positions | without |", "| --- " * 6 + "|"]
+    for group in of_one_shape(results.get("kernel", [])):
+        longest = max(each["shape"]["length"] for each in group)
+        for result in group:
+            rows, shape = {row["name"]: row for row in result["rows"]}, result["shape"]
+            if _size(result) not in ((1, USUAL_LENGTH), (1, longest)):
+                continue
+            for latents, title in README_LATENTS.items():
+                rotary, none = (rows.get(f"native, {positions}, {latents}") for positions in ("rotary", "none"))
+                if rotary and none:
+                    share = rotary["bytes"] / rows["sdpa"]["bytes"]
+                    times = " | ".join(f"{row['speed_against_best']:.1f} times" for row in (rotary, none))
+                    heads = f"{shape['kv_heads']} x {shape['heads'] // shape['kv_heads']} of {shape['head_dim']}"
+                    lines.append(f"| {heads} | {shape['length']:,} | {title} | {share:.2f} | {times} |")
     return lines
 
 

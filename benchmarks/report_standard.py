@@ -352,7 +352,7 @@ def _sizes(results: Results) -> list[str]:
         "ours, what the cache in transformers allocates. Rivals, here the best ones, are rounded and not packed.",
         "",
     ]
-    lines += _heading("cache", "maps", "paid back after", *(f"{length:,} tokens" for length in every), "made in")
+    lines += _heading("cache", "maps", "paid back after", *(f"{length:,} tokens" for length in every))
     original = {
         length: next(
             cache["sizes"][str(length)]["original_bytes"]
@@ -361,7 +361,7 @@ def _sizes(results: Results) -> list[str]:
         )
         for length in every
     }
-    lines.append(_row("the original", "", "", *(f"{original[length] / 1e6:.2f} MB" for length in every), ""))
+    lines.append(_row("the original", "", "", *(f"{original[length] / 1e6:.2f} MB" for length in every)))
     pairs = [(name, length) for length in every for name in _ours(results, length)]
     best = {each.rival for pair in pairs for each in comparisons(results, *pair)}
     for name, cache in results["caches"].items():
@@ -374,9 +374,9 @@ def _sizes(results: Results) -> list[str]:
             columns.append(f"{needed}, {size['allocated_bytes'] / 1e6:.2f} MB" if size and "ours" in cache else needed)
         if is_ours(results, name):
             ours = f"{cache['maps_bytes'] / 1e6:.2f} MB", f"{cache['pays_back_after']:,.0f} tokens"
-            lines.append(_row(f"**`{name}`**", *ours, *columns, f"{cache['seconds']:.0f} s"))
+            lines.append(_row(f"**`{name}`**", *ours, *columns))
         else:
-            lines.append(_row(f"`{name}`", "none", "at once", *columns, ""))
+            lines.append(_row(f"`{name}`", "none", "at once", *columns))
     return lines
 
 
