@@ -34,6 +34,8 @@ TITLES = {
 # The README's models and caches, and rivals by how their names begin; of each the best variant counts.
 SHOWN = ("smollm2", "qwen")
 SHOWN_CACHES = tuple(f"mixture/fisher/bits/32/{size}" for size in (4.25, 3.25, 2.25))
+# As many bits as the strongest rival takes.
+EQUAL_CACHES = tuple(f"mixture/fisher/bits/32/{size}" for size in (4.55, 3.55, 2.55))
 FAMILIES = {
     "turboquant": "TurboQuant",
     "e8": "lattice E8 (NestQuant)",
@@ -201,7 +203,25 @@ def losses(by_model: dict[str, Results]) -> list[str]:
             row.append(f"{min(found):.1f}" if found else "")
         if any(row):
             lines.append(_row(title, *row))
-    return lines
+    return lines + _at_equal_bits(shown)
+
+
+def _at_equal_bits(shown: list[tuple[str, Results]]) -> list[str]:
+    """A sentence on the ratios to the best rival where it has no more bits, if that was measured."""
+    found = []
+    for model, results in shown:
+        names = [name for name in EQUAL_CACHES if name in results["caches"]]
+        each = [comparisons(results, name, lengths(results)[0]) for name in names]
+        means = [f"{statistics.fmean(one.ratio for one in several):.2f}" for several in each if several]
+        if len(means) == len(EQUAL_CACHES):
+            found.append(f"{' / '.join(means)} of it on {TITLES[model].split('-')[0]}")
+    if not found:
+        return []
+    sizes = ", ".join(name.rsplit("/", 1)[1] for name in EQUAL_CACHES)
+    return [
+        "",
+        f"At the bits that the strongest rival takes ({sizes}), the mean of eight kinds of text: {', '.join(found)}.",
+    ]
 
 
 def _on_main(results: Results, name: str) -> float:
