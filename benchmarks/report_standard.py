@@ -214,13 +214,14 @@ def _at_equal_bits(shown: list[tuple[str, Results]]) -> list[str]:
         each = [comparisons(results, name, lengths(results)[0]) for name in names]
         means = [f"{statistics.fmean(one.ratio for one in several):.2f}" for several in each if several]
         if len(means) == len(EQUAL_CACHES):
-            found.append(f"{' / '.join(means)} of it on {TITLES[model].split('-')[0]}")
+            found.append(f"{' / '.join(means)} on {TITLES[model].split('-')[0]}")
     if not found:
         return []
     sizes = ", ".join(name.rsplit("/", 1)[1] for name in EQUAL_CACHES)
     return [
         "",
-        f"At the bits that the strongest rival takes ({sizes}), the mean of eight kinds of text: {', '.join(found)}.",
+        f"At the bits that the strongest rival takes ({sizes}), divergence over that rival's, a mean over all kinds of "
+        f"text, is {', and '.join(found)}.",
     ]
 
 
