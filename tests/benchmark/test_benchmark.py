@@ -91,7 +91,7 @@ def test_decode_command(tmp_path):
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert [row["cache"] for row in found["rows"]] == ["dynamic"]
-    assert json.loads((tmp_path / "results" / file_name("decode", CPU, "model")).read_text()) == found
+    assert json.loads((tmp_path / "results" / file_name(found, CPU)).read_text()) == found
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_decode_prefill_and_calibration_of_a_shape(tiny_shape, tmp_path):
         done = CliRunner().invoke(app, ["benchmark", verb, *arguments, *shared], catch_exceptions=False)
         assert done.exit_code == 0, done.output
         found[verb] = json.loads(done.stdout)
-        assert (tmp_path / file_name(verb, CPU, found[verb]["model"])).exists()
+        assert (tmp_path / file_name(found[verb], CPU)).exists()
     assert [row["cache"] for row in found["decode"]["rows"]] == ["dynamic", "static"]
     assert [row["length"] for row in found["prefill"]["rows"]] == [9, 20]
     assert found["decode"]["kv_ratio"] == found["prefill"]["kv_ratio"] == 0.5
@@ -153,7 +153,7 @@ def test_packed_latents_are_measured_too():
     rows = {row["name"]: row for row in found["rows"]}
     assert list(rows) == ["sdpa", *(f"{name}, {where}, 2.5 bits" for where in ("none", "rotary") for name in KERNELS)]
     assert rows["torch, none, 2.5 bits"]["bytes"] == 2 * 2 * (32 * 2 * 5 + 8 * 32 * 4)
-    assert file_name("kernel", CPU, found["model"]).endswith("-x.json")
+    assert file_name(found, CPU).endswith("-x.json")
 
 
 def test_the_largest_that_fits():

@@ -49,10 +49,14 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"device": device_name(device), "cores": os.cpu_count(), "versions": versions()}
 
 
-def file_name(kind: str, device: torch.device, model: str | None = None) -> str:
-    """`kernel-nvidia-h100-80gb-hbm3.json`, `decode-nvidia-h100-80gb-hbm3-llama-50.json`."""
-    parts = [device_name(device)] + ([Path(model).name] if model else [])
-    return f"{kind}-{re.sub(r'[^a-z0-9]+', '-', ' '.join(parts).lower()).strip('-')[:200]}.json"
+def file_name(result: dict[str, Any], device: torch.device) -> str:
+    """`kernel-nvidia-h100-80gb-hbm3.json`, `decode-nvidia-h100-80gb-hbm3-llama-50-b16-s8192.json`."""
+    parts = [device_name(device)]
+    if result.get("model"):
+        parts.append(Path(result["model"]).name)
+    if result["kind"] == "decode":
+        parts += [f"b{result['batch']}", f"s{result['length']}"]
+    return f"{result['kind']}-{re.sub(r'[^a-z0-9]+', '-', ' '.join(parts).lower()).strip('-')[:200]}.json"
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:

@@ -80,7 +80,7 @@ def _show(result: dict[str, Any], output: OutputOptions, device: str | None, tab
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise EigenAttnError(f"{folder} could not be made: {error.strerror}.") from error
-        emit(result, str(folder / file_name(result["kind"], device_of(device), result.get("model"))))
+        emit(result, str(folder / file_name(result, device_of(device))))
     console = emit(result, output.json_file)
     console.print(table)
     say(console, f"Measured on {result['device']}.")
