@@ -68,10 +68,7 @@ def of_one_shape(results: list[dict]) -> list[list[dict]]:
     for result in results:
         same = {name: value for name, value in result["shape"].items() if name not in ("batch", "length")}
         found.setdefault((result["device"], *same.values()), []).append(result)
-    return [
-        sorted(group, key=lambda each: [each["shape"][name] for name in ("batch", "length")])
-        for group in found.values()
-    ]
+    return [sorted(group, key=_size) for group in found.values()]
 
 
 def kernels(results: list[dict]) -> list[list[str]]:
@@ -86,6 +83,10 @@ def kernels(results: list[dict]) -> list[list[str]]:
 
 def _size(result: dict) -> tuple[int, int]:
     return result["shape"]["batch"], result["shape"]["length"]
+
+
+def _heads(shape: dict) -> str:
+    return f"{shape['kv_heads']} x {shape['heads'] // shape['kv_heads']}"
 
 
 def _fastest(group: list[dict]) -> list[str]:
@@ -131,8 +132,8 @@ def plot(results: list[dict]) -> None:
         for name in _fastest(group):
             panel.plot(x, [1e3 * of[name] for of in seconds], label=name, marker="o", markersize=4)
         shape = group[0]["shape"]
-        title = f"{shape['kv_heads']} x {shape['heads'] // shape['kv_heads']} heads of {shape['head_dim']}"
-        panel.set(title=f"{title}, {shape['dtype']}", xlabel="tokens", xscale="log", yscale="log")
+        title = f"{_heads(shape)} heads of {shape['head_dim']}, {shape['dtype']}"
+        panel.set(title=title, xlabel="tokens", xscale="log", yscale="log")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     panels[0][0].set_ylabel("milliseconds a step")
@@ -153,7 +154,7 @@ def speeds(results: dict[str, list[dict]]) -> list[str]:
                 if rotary and none:
                     share = rotary["bytes"] / rows["sdpa"]["bytes"]
                     times = " | ".join(f"{row['speed_against_best']:.1f} times" for row in (rotary, none))
-                    heads = f"{shape['kv_heads']} x {shape['heads'] // shape['kv_heads']} of {shape['head_dim']}"
+                    heads = f"{_heads(shape)} of {shape['head_dim']}"
                     lines.append(f"| {heads} | {shape['length']:,} | {title} | {share:.2f} | {times} |")
     return lines
 

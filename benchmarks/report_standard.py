@@ -206,12 +206,18 @@ def losses(by_model: dict[str, Results]) -> list[str]:
     return lines + _at_equal_bits(shown)
 
 
+def _on_foreign(results: Results, name: str, length: int) -> list[Comparison]:
+    """`comparisons` on kinds of text that are not in the calibration text."""
+    found = {each.text: each for each in comparisons(results, name, length)}
+    return [*foreign(results, found).values()]
+
+
 def _at_equal_bits(shown: list[tuple[str, Results]]) -> list[str]:
     """A sentence on the ratios to the best rival where it has no more bits, if that was measured."""
     found = []
     for model, results in shown:
         names = [name for name in EQUAL_CACHES if name in results["caches"]]
-        each = [comparisons(results, name, lengths(results)[0]) for name in names]
+        each = [_on_foreign(results, name, lengths(results)[0]) for name in names]
         means = [f"{statistics.fmean(one.ratio for one in several):.2f}" for several in each if several]
         if len(means) == len(EQUAL_CACHES):
             found.append(f"{' / '.join(means)} on {TITLES[model].split('-')[0]}")
@@ -262,7 +268,7 @@ def _summary(by_model: dict[str, Results]) -> list[str]:
         for length in lengths(results):
             for name in _ours(results, length):
                 by_text = foreign(results, cells(results, length, name))
-                ratios = [each for each in comparisons(results, name, length) if each.text in by_text]
+                ratios = _on_foreign(results, name, length)
                 if not by_text:
                     continue
                 mean = worst = "no such rival"

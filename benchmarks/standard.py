@@ -388,7 +388,6 @@ class Run:
                 "method": ours.cell.method,
                 "asked": ours.cell.asked,
                 "config": ours.cell.config.to_dict(),
-                "seconds": attached.seconds,
                 "maps_bytes": attached.maps_bytes,
                 "pays_back_after": attached.maps_bytes / (original - size["bytes_per_token"]),
             }

@@ -7,6 +7,7 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 from eigenattn.models.families import FAMILIES
 from eigenattn.models.family import Family
@@ -117,44 +118,41 @@ def projections(family: Family) -> str:
     return "; ".join([how, *(name for name, has in others.items() if has)])
 
 
-def folded(
-    rotates: bool,
-    normalises: bool,
-    clips: bool,
-    normalises_values: bool = False,
-    apart: bool = False,
-    tied: bool = False,
-) -> list[str]:
-    """The projections into which encoders and decoders are folded.
+class Traits(NamedTuple):
+    """What stands between projections and attention.
 
     Args:
         apart: whether something stands between attention and the output projection.
         tied: whether values are keys, of multi-head latent attention.
     """
-    if tied:
+
+    rotates: bool
+    normalises: bool
+    clips: bool
+    normalises_values: bool = False
+    apart: bool = False
+    tied: bool = False
+
+
+def folded(traits: Traits) -> list[str]:
+    """The projections into which encoders and decoders are folded."""
+    if traits.tied:
         return []
-    plain = not normalises and not clips
-    values = not clips and not normalises_values
-    found = {"queries": plain and not rotates, "keys": plain, "values": values, "output": not apart}
+    plain = not traits.normalises and not traits.clips
+    values = not traits.clips and not traits.normalises_values
+    found = {"queries": plain and not traits.rotates, "keys": plain, "values": values, "output": not traits.apart}
     return [name for name, folds in found.items() if folds]
 
 
-def at_run_time(
-    rotates: bool,
-    normalises: bool,
-    clips: bool,
-    normalises_values: bool = False,
-    apart: bool = False,
-    tied: bool = False,
-) -> list[str]:
+def at_run_time(traits: Traits) -> list[str]:
     """The maps that are left."""
-    if tied:
+    if traits.tied:
         return ["key encoder", "key decoder"]
     found = {
-        "key encoder": normalises or clips,
-        "key decoder": normalises or clips or rotates,
-        "value encoder": clips or normalises_values,
-        "value decoder": apart,
+        "key encoder": traits.normalises or traits.clips,
+        "key decoder": traits.normalises or traits.clips or traits.rotates,
+        "value encoder": traits.clips or traits.normalises_values,
+        "value decoder": traits.apart,
     }
     return [name for name, runs in found.items() if runs]
 
@@ -162,7 +160,7 @@ def at_run_time(
 def row(model_type: str, family: Family) -> str:
     """A line of the page's table."""
     where = positions(family)
-    traits = (
+    traits = Traits(
         where.startswith(("rotary", "by")),
         family.norms is not None,
         family.clip is not None,
@@ -176,8 +174,8 @@ def row(model_type: str, family: Family) -> str:
         f"`{family.attention}`",
         where,
         projections(family),
-        ", ".join(folded(*traits)) or "nothing",
-        ", ".join(at_run_time(*traits)) or "nothing",
+        ", ".join(folded(traits)) or "nothing",
+        ", ".join(at_run_time(traits)) or "nothing",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -71,15 +71,16 @@ def test_page_says_what_is_folded(generator, name):
     model = tiny(name)
     convert_attention(model)
     for attention in eigen_layers(model):
-        traits = attention.rotates, attention.normalises, bool(attention.clip), False, False, attention.layout.tied
+        found = attention.rotates, attention.normalises, bool(attention.clip), False, False, attention.layout.tied
+        traits = generator.Traits(*found)
         attach(attention, some_bases(attention, sizes=(8, 8), centred=False))
         fold(attention)
         left = [name.replace("_", " ") for name in MAPS if getattr(attention, name) is not None]
-        assert left == generator.at_run_time(*traits)
+        assert left == generator.at_run_time(traits)
         narrow = [
             side for side, size in zip(("queries", "keys", "values"), attention.projected, strict=True) if size == 8
         ]
-        assert [*narrow, *([] if attention.layout.tied else ["output"])] == generator.folded(*traits)
+        assert [*narrow, *([] if attention.layout.tied else ["output"])] == generator.folded(traits)
 
 
 def test_changelog_knows_this_version():

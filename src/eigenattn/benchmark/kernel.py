@@ -221,7 +221,8 @@ def benchmark_kernel(
     functions = baselines(inputs.q.unsqueeze(2), inputs.k, inputs.v)
     full = list(functions)
     bytes_of = dict.fromkeys(full, inputs.k.nbytes + inputs.v.nbytes)
-    operations_of = dict.fromkeys(full, 4 * shape.batch * shape.length * shape.heads * shape.head_dim)
+    exactly = Layout.full(shape.kv_heads, shape.head_dim)
+    operations_of = dict.fromkeys(full, operations(shape, exactly, rotary=False))
     fused = where.type == "cuda" and HAS_TRITON
     # PyTorch decodes all keys at once, which must fit.
     kernels = [

@@ -176,6 +176,11 @@ class Layout:
         return sum(self.count(latent) * latent.bytes(element_size) for latent in self.latents)
 
     @property
+    def original(self) -> Layout:
+        """Of the same layer, uncompressed."""
+        return Layout.full(self.kv_heads, self.head_dim, self.tied)
+
+    @property
     def original_elements(self) -> int:
         """Elements of a token's keys and values in the original."""
         return len(self.sides) * self.kv_heads * self.head_dim

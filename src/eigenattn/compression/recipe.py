@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
+from ..cache.layout import Layout
 from ..calibration.checks import check_tokens
 from ..calibration.fisher_moments import FisherMoments
 from ..calibration.statistics import Batch
@@ -64,8 +65,10 @@ def check_supported(config: EigenAttentionConfig) -> None:
         raise EigenAttnError(f"ranks={config.ranks!r} does not choose bits: for coded latents take {', '.join(able)}.")
 
 
-def check_tied(config: EigenAttentionConfig) -> None:
+def check_tied(config: EigenAttentionConfig, layouts: Iterable[Layout]) -> None:
     """Raise an `EigenAttnError` if a configuration asks for what there is not where values are keys."""
+    if not any(layout.tied for layout in layouts):
+        return
     what = "in multi-head latent attention a token's keys and values are one vector"
     if config.share != "1":
         raise EigenAttnError(f"{what}, and there is nothing to share: leave out share.")
@@ -155,8 +158,7 @@ class Recipe:
                 "layers of this model read what another one caches, which the basis 'attention' does not see: take "
                 "another."
             )
-        if any(attention.layout.tied for attention in layers):
-            check_tied(config)
+        check_tied(config, (attention.layout for attention in layers))
         self.model, self.layers, self.config, self.bars, self.journal = model, layers, config, bars, journal
         self.clock = clock or Clock()
         self.method = _named(BASES, config.basis)

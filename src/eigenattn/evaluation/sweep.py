@@ -47,8 +47,7 @@ class SweepModel:
         self.layers: list[EigenAttention] = eigen_layers(model)
         for cell in grid.cells():
             check_sharing(self.layers[0].kv_heads, cell.config.sharing)
-            if self.layers[0].layout.tied:
-                check_tied(cell.config)
+            check_tied(cell.config, self.layouts)
         self.clock = clock or Clock()
         self.calibrate(batches)
 

@@ -8,7 +8,6 @@ one KV head of `D = rotated + latent` dimensions whose values are its keys. In v
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,14 +24,14 @@ class Absorbed:
     """How a family projects what it caches, and brings what it attends to back to heads. Names are DeepSeek's.
 
     Args:
-        pairs: whether projections give rotary pairs as neighbours (0, 1), (2, 3) ..., and not halves; a function of the
-            configuration.
+        pairs: whether projections give rotary pairs as neighbours (0, 1), (2, 3) ..., and not halves; None if the
+            configuration says.
     """
 
     projections: ClassVar[tuple[str, ...]] = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
     norms: ClassVar[tuple[str, ...]] = ("q_a_layernorm", "kv_a_layernorm")
 
-    pairs: Callable[[Any], bool] = lambda config: config.rope_interleave
+    pairs: bool | None = None
 
     @staticmethod
     def parts(config: Any) -> tuple[int, int]:
@@ -69,7 +68,8 @@ class Absorbed:
 
     def _in_halves(self, x: Tensor, config: Any) -> Tensor:
         """The rotated dimensions as rotation takes them: their order is free, as long as queries and keys share it."""
-        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.pairs(config) else x
+        pairs = config.rope_interleave if self.pairs is None else self.pairs
+        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if pairs else x
 
     def _of_heads(self, layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What makes each head's keys [H, K, C], and its values [H, V, C], of a latent [C].
@@ -84,12 +84,12 @@ class Absorbed:
             device = execution_device(projection)
             return projection(torch.eye(config.kv_lora_rank, device=device, dtype=dtype)[None])[0].T
 
-        source = [*projection.parameters(), *projection.buffers()]
         if is_plain(projection) and not offloaded(projection):
             whole = weight_of(projection)
-        elif offloaded(projection) or (torch.is_grad_enabled() and any(each.requires_grad for each in source)):
-            whole = asked()
         else:
-            whole = memoised(layer, "_expansion", [*source, dtype], asked)
+            source = [*projection.parameters(), *projection.buffers()]
+            trained = torch.is_grad_enabled() and any(each.requires_grad for each in source)
+            anew = trained or offloaded(projection)
+            whole = asked() if anew else memoised(layer, "_expansion", [*source, dtype], asked)
         by_head, size = whole.unflatten(0, (layer.heads, -1)), config.qk_nope_head_dim
         return by_head[:, :size], by_head[:, size:]

@@ -41,7 +41,7 @@ def layouts_of(model: nn.Module) -> list[Layout]:
 
 def originals_of(layers: Sequence[EigenAttention]) -> list[Layout]:
     """What the cache of each layer consists of in the original."""
-    return [Layout.full(each.kv_heads, each.head_dim, each.layout.tied) for each in layers]
+    return [each.layout.original for each in layers]
 
 
 def convert_attention(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -29,9 +29,7 @@ def is_quantised(attention: EigenAttention) -> bool:
 
 def _quantised(attention: EigenAttention) -> dict[str, nn.Module]:
     """Those of a layer's projections that are, by name."""
-    names = (*attention.family.projections, attention.family.output)
-    projections = {name: getattr(attention, name, None) for name in names}
-    return {name: each for name, each in projections.items() if each is not None and not is_plain(each)}
+    return {name: each for name, each in attention.projections.items() if not is_plain(each)}
 
 
 def fingerprint_of(layers: Sequence[EigenAttention]) -> str:

@@ -157,6 +157,12 @@ class AttentionLayer(LatentMaps):
         return bool(self.fused) or hasattr(self, self.family.qkv[2])
 
     @property
+    def projections(self) -> dict[str, nn.Module]:
+        """Those that the layer has, by name; quantised ones may be any modules."""
+        names = (*self.family.projections, self.family.output)
+        return {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
+
+    @property
     def output_projection(self) -> Projection:
         """The projection that follows attention; a quantised one may be any module."""
         return getattr(self, self.family.output)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..cache.layout import Layout
 from ..cache.size import cache_bytes
 from ..config import TARGETS, EigenAttentionConfig
 from ..errors import EigenAttnError
@@ -173,7 +172,7 @@ def _size(found: Inspection) -> list[str]:
 
 
 def _memory(found: Inspection) -> str:
-    original = [Layout.full(layer.kv_heads, layer.head_dim, layer.tied) for layer in found.layers]
+    original = [layer.original for layer in found.layers]
     steps = []
     for length in CONTEXTS:
         before = cache_bytes(original, found.element_size, length)

@@ -185,8 +185,7 @@ def _supposed(config: EigenAttentionConfig, original: Sequence[Layout]) -> list[
         raise EigenAttnError("a plan needs a kv_ratio: other targets follow from the text.")
     if config.kv_ratio == 1:
         return list(original)
-    if original[0].tied:
-        check_tied(config)
+    check_tied(config, original)
     kinds = config.sharing.kinds_of(original[0].sides)
     if any(kv_heads % heads for _, heads in kinds):
         raise EigenAttnError(f"{max(heads for _, heads in kinds)} KV heads cannot share a latent, of {kv_heads}.")

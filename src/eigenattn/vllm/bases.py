@@ -107,7 +107,6 @@ class Loading:
         # Where in a layer its attention is; the same in all of them.
         self._inside = next(iter(originals)).partition(".0.")[2]
         self._samples: dict[tuple[int, str], Tensor] = {}
-        self._quantised = False
         self._missing = {
             (index, name) for index, layer in enumerate(self._layers) for name, _ in layer.named_parameters()
         }
@@ -124,8 +123,8 @@ class Loading:
             if inner in (*MAPS, *QUANTISERS):
                 self._take(*key, tensor)
             else:
-                self._samples[key] = sampled(tensor) if self._bases.folder else tensor.new_empty(0)
-                self._quantised |= tensor.dtype.itemsize == 1
+                if self._bases.folder and tensor.dtype.itemsize > 1:
+                    self._samples[key] = sampled(tensor)
                 yield name, tensor
 
     def finish(self) -> None:
@@ -141,12 +140,12 @@ class Loading:
                 index, name = min(self._missing)
                 raise EigenAttnError(f"the checkpoint lacks {name} of layer {index}: is it truncated?")
             return
-        if self._quantised or self._missing - maps:
-            warnings.warn(f"weights are quantised: see that the bases in {folder} were made for them.", stacklevel=2)
-        else:
-            names = [(index, name) for index, layer in enumerate(self._layers) for name in original_names(layer)]
+        names = [(index, name) for index, layer in enumerate(self._layers) for name in original_names(layer)]
+        if self._samples.keys() >= set(names):
             own = fingerprint_from([self._samples[key] for key in names])
             check_base(folder, self._bases.config, own, quantised=False)
+        else:
+            warnings.warn(f"weights are quantised: see that the bases in {folder} were made for them.", stacklevel=2)
         wanted = {
             f"layers.{index}.{name}": torch.empty(getattr(self._layers[index], name).shape, device="cpu")
             for index, name in maps

@@ -198,9 +198,8 @@ def _check_layer(model: str, stock: Attention, original: EigenAttention, parent:
 
 def _biased_in_transformers(original: EigenAttention) -> set[bool]:
     """Of the projections with a bias, whether they are the output's."""
-    family = original.family
-    projections = {name: getattr(original, name, None) for name in (*family.qkv, family.output)}
-    return {name == family.output for name, each in projections.items() if getattr(each, "bias", None) is not None}
+    biased = [name for name, each in original.projections.items() if getattr(each, "bias", None) is not None]
+    return {name == original.family.output for name in biased}
 
 
 def _biased_in_vllm(attention: nn.Module) -> set[bool]:
