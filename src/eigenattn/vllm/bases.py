@@ -74,8 +74,9 @@ def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> dict[str, 
         EigenAttnError: if bases do not fit the model, or it is not served.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in VARYING_ROPE:
-        raise EigenAttnError(f"rotary positions of type {rope['rope_type']} are not served by vLLM once compressed.")
+    for each in (rope, *(found for found in rope.values() if isinstance(found, dict))):  # of each type of layer
+        if (kind := each.get("rope_type")) in VARYING_ROPE:
+            raise EigenAttnError(f"rotary positions of type {kind} are not served by vLLM once compressed.")
     model = empty_model(config)
     convert_attention(model)
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, EigenAttention)}
@@ -83,8 +84,8 @@ def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> dict[str, 
     layers = list(found.values())
     if [layer.layer_idx for layer in layers] != [*range(config.get_text_config(decoder=True).num_hidden_layers)]:
         raise EigenAttnError("models whose layers do not all cache keys and values are not served once compressed.")
-    if any(layer.sink_logits is not None or layer.normalises_rotated for layer in layers):
-        raise EigenAttnError("sinks, and norms behind rotation, are not served by vLLM once compressed.")
+    if any(layer.normalises_rotated for layer in layers):
+        raise EigenAttnError("norms behind rotation are not served by vLLM once compressed.")
     if any(layer.layout.tied for layer in layers):
         raise EigenAttnError("multi-head latent attention is not served by vLLM once compressed.")
     allocate(layers, checkpoint)

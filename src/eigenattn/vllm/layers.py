@@ -14,10 +14,10 @@ from ..errors import EigenAttnError
 from ..kernels.decoding import Rotary
 from ..models.attention import EigenAttention
 from ..models.maps import MAPS, QUANTISERS, LatentMaps
-from .attend import PagedAttention, rotary_of
+from .attend import PagedAttention, angles_of, rotary_of, sight_of
 from .backend import LatentImpl
 from .bases import Bases, Loading, blueprints
-from .cache import BlockPlan, CachingLayer, Spacer, WindowCache, byte_spec, cache_dtype
+from .cache import BlockPlan, CachingLayer, Spacer, WindowCache, cache_dtype
 from .engine import (
     Attention,
     KVCacheSpec,
@@ -30,6 +30,9 @@ from .engine import (
     get_tensor_model_parallel_world_size,
     run_attention,
 )
+
+# Tokens of a block, where the engine leaves it open.
+BLOCK = 16
 
 
 class Unrotated(nn.Module):
@@ -45,8 +48,9 @@ class LatentAttention(LatentMaps, CachingLayer):
     Args:
         stock: vLLM's attention, whose place it takes.
         original: the layer as transformers has it, without memory.
-        rotary: the model's rotary positions, or None.
-        plan: of the blocks of all layers; None without an exact window.
+        rotary: its rotary positions, or None.
+        plan: of the engine's blocks.
+        sinks: of its heads, if it has any.
     """
 
     def __init__(
@@ -55,26 +59,26 @@ class LatentAttention(LatentMaps, CachingLayer):
         stock: Attention,
         original: EigenAttention,
         rotary: Rotary | None,
-        plan: BlockPlan | None,
+        plan: BlockPlan,
+        sinks: Tensor | None,
     ) -> None:
-        CachingLayer.__init__(self, vllm_config, stock.layer_name)
+        CachingLayer.__init__(self, vllm_config, stock.layer_name, plan)
         self.heads, self.kv_heads, self.head_dim = stock.num_heads, stock.num_kv_heads, original.head_dim
         self.num_heads, self.num_kv_heads = self.heads, self.kv_heads  # as vLLM calls them
         self.whole, self.layout = original.layout, _own_layout(original.layout, self.kv_heads)
-        self.block_size = (vllm_config.cache_config.block_size if plan is None else plan.latents) or 16
         slopes = getattr(stock.impl, "alibi_slopes", None)
         slopes = None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32)
-        self.attention = PagedAttention(
-            self, original.scaling, rotary if original.rotates else None, slopes, original.softcap
-        )
+        sees = sight_of(original)
+        self.attention = PagedAttention(self, original.scaling, rotary, slopes, original.softcap, sees, sinks)
+        self.group = plan.group_of(sees)
         for name in (*MAPS, *QUANTISERS):
             stored = getattr(original, name)
             empty = None if stored is None else torch.empty(self._own(stored).shape)
             self.register_parameter(name, None if empty is None else nn.Parameter(empty, requires_grad=False))
         self.window_name = None
-        if plan is not None:
+        if self.layout.window:
             self.window_name = f"{stock.layer_name}.window"
-            self.window_cache = WindowCache(vllm_config, self.window_name, self.kv_heads, self.head_dim, plan)
+            self.window_cache = WindowCache(vllm_config, self.window_name, plan, self.kv_heads, self.head_dim)
         self.impl = LatentImpl(self.heads, self.head_dim, original.scaling)
 
     def _own(self, stored: Tensor) -> Tensor:
@@ -106,8 +110,7 @@ class LatentAttention(LatentMaps, CachingLayer):
         return f"{self.layer_name.rpartition('.')[0]}.{name}"
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        element = self.dtype.itemsize
-        return byte_spec(self.block_size, self.layout.bytes_per_token(element), element)
+        return self.page_spec(self.group, 1, self.layout.bytes_per_token(self.dtype.itemsize), torch.uint8)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """As vLLM's: [tokens, H * D] of queries [tokens, H * D], keys and values [tokens, G * D] before rotation."""
@@ -137,23 +140,34 @@ class Compression:
         _check_engine(vllm_config)
         self._bases, self._originals = bases, blueprints(vllm_config.model_config.hf_config, bases.config)
         originals, cache = list(self._originals.values()), vllm_config.cache_config
-        block = cache.block_size if cache.user_specified_block_size else None
-        element = cache_dtype(vllm_config).itemsize
-        plan = BlockPlan.of([original.layout for original in originals], element, block)
-        rotary = next((rotary_of(original) for original in originals if original.rotates), None)
+        plan = BlockPlan.of(
+            [original.layout for original in originals],
+            [sight_of(original) for original in originals],
+            cache_dtype(vllm_config).itemsize,
+            vllm_config.model_config.max_model_len,
+            cache.block_size or BLOCK,
+            cache.user_specified_block_size,
+        )
+        rotary: dict[Any, Rotary | None] = {}
         self._layers: dict[int, tuple[str, LatentAttention]] = {}
         for name, stock in [each for each in model.named_modules() if isinstance(each[1], Attention)]:
             index, parent = extract_layer_index(name), model.get_submodule(name.rpartition(".")[0])
-            _check_layer(type(model).__name__, stock, originals[index], parent)
+            original = originals[index]
+            _check_layer(type(model).__name__, stock, original, parent)
+            if index == 0 and len(plan.groups) > 1:  # before what they are to precede
+                for kind, group in plan.groups.items():
+                    for spacer in range(group.spacers):
+                        Spacer(vllm_config, f"{name}.{kind}_spacer_{spacer}", plan, group)
             del vllm_config.compilation_config.static_forward_context[stock.layer_name]
-            layer = LatentAttention(vllm_config, stock, originals[index], rotary, plan)
+            angles = angles_of(original)
+            if angles not in rotary:  # one for all layers of its kind, for it keeps tables
+                rotary[angles] = rotary_of(original)
+            sinks = None if original.family.sinks is None else getattr(parent, original.family.sinks)
+            layer = LatentAttention(vllm_config, stock, original, rotary[angles], plan, sinks)
             self._layers[index] = name, layer
             model.set_submodule(name, layer)
-            if originals[index].rotates:
+            if original.rotates:
                 parent.rotary_emb = Unrotated()
-            if index == 0 and plan is not None:
-                for spacer in range(plan.spacers):
-                    Spacer(vllm_config, f"{name}.spacer_{spacer}", plan.latents)
 
     def load(self, weights: Iterable[tuple[str, Tensor]], load: Callable[..., set[str]]) -> set[str]:
         """Load a checkpoint, and the bases.
@@ -188,8 +202,8 @@ def _check_layer(model: str, stock: Attention, original: EigenAttention, parent:
         )
     if type(stock) is not Attention:
         raise EigenAttnError(f"{type(stock).__name__} is not served by vLLM once compressed.")
-    if stock.sliding_window is not None or original.sliding_window is not None:
-        raise EigenAttnError("models with a sliding window of their own are not served by vLLM once compressed.")
+    if original.family.sinks is not None and not hasattr(parent, original.family.sinks):
+        raise EigenAttnError(f"compressed {model} is not served by vLLM: it has sinks in a way of its own.")
     if original.rotates and not hasattr(parent, "rotary_emb"):
         raise EigenAttnError(f"compressed {model} is not served by vLLM: it rotates keys in a way of its own.")
     if _biased_in_transformers(original) - _biased_in_vllm(parent):

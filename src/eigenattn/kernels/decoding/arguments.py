@@ -253,20 +253,39 @@ class Step:
         return max(*decoders, *(row.shape[1] for row in self.rows))
 
     def gathered(self) -> Step:
-        """The same step, with what is in sight copied out of its pages."""
+        """The same step, with what is in sight copied out of its pages.
+
+        Columns are counted from the first that is seen, unless there is a mask of them.
+        """
         if self.table is None:
             return self
-        b, device, window, length = len(self.q), self.q.device, self.window, self.length
-        lengths = length if isinstance(length, Tensor) else torch.full((b,), length, device=device)
-        columns = torch.arange(int(lengths.max()), device=device).expand(b, -1)
+        b, device, window, first, positions = len(self.q), self.q.device, self.window, self.first, self.positions
+
+        def of_each(count: Count) -> Tensor:
+            return count if isinstance(count, Tensor) else torch.full((b,), count, device=device)
+
+        lengths = of_each(self.length)
+        away = torch.zeros_like(lengths) if first is None or self.mask is not None else first.minimum(lengths)
+        columns = torch.arange(int((lengths - away).max()), device=device) + away.unsqueeze(1)
+        columns = columns.minimum((lengths - 1).clamp_min(0).unsqueeze(1))
         rows = tuple(out_of_pages(row, self.table, columns) for row in self.rows)
-        if window is not None and window.table is not None:
-            stop = window.stop if isinstance(window.stop, Tensor) else torch.full((b,), window.stop, device=device)
-            slots = torch.arange(int((stop - lengths).max()), device=device) + lengths.unsqueeze(1)
-            slots = slots.minimum(stop.unsqueeze(1) - 1).clamp_min(0)
-            keys, values = (out_of_pages(x, window.table, slots) for x in (window.keys, window.values))
-            window = Window(keys, values, lengths, stop)
-        return dataclasses.replace(self, rows=rows, table=None, window=window)
+        last = lengths
+        if window is not None:
+            keys, values, column, last = window.keys, window.values, of_each(window.column), of_each(window.stop)
+            if window.table is not None:
+                slots = torch.arange(int((last - lengths).max()), device=device) + lengths.unsqueeze(1)
+                slots = slots.minimum(last.unsqueeze(1) - 1).clamp_min(0)
+                keys, values = (out_of_pages(x, window.table, slots) for x in (keys, values))
+                column = lengths
+            window = Window(keys, values, column - away, last - away)
+        if positions is not None and first is not None:
+            seen = torch.arange(int((last - away).max()), device=device) + away.unsqueeze(1)
+            positions = positions.expand(b, -1).gather(1, seen.clamp_max(positions.shape[1] - 1).long())
+        first = None if first is None else first - away
+        length = lengths - away
+        return dataclasses.replace(
+            self, rows=rows, table=None, window=window, length=length, first=first, positions=positions
+        )
 
     @property
     def size_out(self) -> int:
