@@ -27,19 +27,19 @@ from ..models.maps import LatentMaps
 from ..models.rotary import rotate
 from .pages import Pages
 
-# Types of layers, where a model has several: they see everything, or they slide.
-FULL, SLIDING = "full_attention", "sliding_attention"
+# Types of layers, where a model has several: others see everything.
+SLIDING, CHUNKED = "sliding_attention", "chunked_attention"
 
 
 def sight_of(layer: EigenAttention) -> int | None:
     """Tokens that each of a layer's queries sees, itself included; None for all before it.
 
     Raises:
-        EigenAttnError: if it is something else that it sees.
+        EigenAttnError: if it sees chunks.
     """
-    if layer.layer_type not in (None, FULL, SLIDING):
-        raise EigenAttnError(f"layers of type {layer.layer_type} are not served by vLLM once compressed.")
-    return None if layer.layer_type == FULL else layer.sliding_window
+    if layer.layer_type == CHUNKED:
+        raise EigenAttnError("attention in chunks is not served by vLLM once compressed.")
+    return layer.sliding_window if layer.layer_type in (None, SLIDING) else None
 
 
 def angles_of(layer: EigenAttention) -> Hashable:

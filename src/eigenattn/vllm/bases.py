@@ -83,7 +83,9 @@ def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> dict[str, 
     found = dict(sorted(found.items(), key=lambda each: each[1].layer_idx))
     layers = list(found.values())
     if [layer.layer_idx for layer in layers] != [*range(config.get_text_config(decoder=True).num_hidden_layers)]:
-        raise EigenAttnError("models whose layers do not all cache keys and values are not served once compressed.")
+        raise EigenAttnError(
+            "attention in some layers only, or over what other layers cache, is not served by vLLM once compressed."
+        )
     if any(layer.normalises_rotated for layer in layers):
         raise EigenAttnError("norms behind rotation are not served by vLLM once compressed.")
     if any(layer.layout.tied for layer in layers):

@@ -55,20 +55,20 @@ class Group:
     sees: int | None = None
     block: int = 1
 
-    @property
-    def spacers(self) -> int:
+    def spacers(self, stages: int) -> int:
         """How many `Spacer`s keep it in one piece.
 
         Where each size of page occurs equally often vLLM sees a pattern that repeats, and cuts every group by it. It
-        also cuts groups that slide, where as many pages like the first as there are do not fit into a block.
+        also cuts groups that slide, where as many pages like the first as there are do not fit into a block. And each
+        stage of a pipeline, which are so many, has to have a page of the group.
         """
-        counts = Counter(self.sizes)
-        slides = self.sees is not None
-        if len(counts) < 2 and not (slides and len(self.sizes) > 1):
+        counts = {*Counter(self.sizes).values()}
+        if stages > 1:
+            return stages + (counts == {stages})
+        slides = self.sees is not None and len(self.sizes) > 1
+        if not slides and (len({*self.sizes}) < 2 or len(counts) > 1):
             return 0
-        if not slides and len(set(counts.values())) > 1:
-            return 0
-        return 2 if max(counts.values()) == 1 else 1
+        return 2 if counts == {1} else 1
 
     def blocks(self, computed: int, longest: int) -> int:
         """That a sequence of `longest` tokens takes at most while so many are computed."""
@@ -283,7 +283,7 @@ class WindowCache(CachingLayer):
 
 
 class Spacer(CachingLayer):
-    """Caches one element a token, which nobody reads, and keeps a group in one piece by its size (`Group.spacers`).
+    """Caches one element a token, which nobody reads, and keeps a group in one piece (`Group.spacers`).
 
     Of a group that slides it has to be the first.
     """

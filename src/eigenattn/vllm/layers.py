@@ -154,9 +154,10 @@ class Compression:
             index, parent = extract_layer_index(name), model.get_submodule(name.rpartition(".")[0])
             original = originals[index]
             _check_layer(type(model).__name__, stock, original, parent)
-            if index == 0 and len(plan.groups) > 1:  # before what they are to precede
+            if not self._layers and len(plan.groups) > 1:  # before what they are to precede
+                stages = vllm_config.parallel_config.pipeline_parallel_size
                 for kind, group in plan.groups.items():
-                    for spacer in range(group.spacers):
+                    for spacer in range(group.spacers(stages) - stages + 1 if index == 0 else 1):
                         Spacer(vllm_config, f"{name}.{kind}_spacer_{spacer}", plan, group)
             del vllm_config.compilation_config.static_forward_context[stock.layer_name]
             angles = angles_of(original)
