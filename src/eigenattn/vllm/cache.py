@@ -30,6 +30,7 @@ from .engine import (
     SlidingWindowSpec,
     VllmConfig,
     kv_cache_dtype_str_to_dtype,
+    prepare_states,
 )
 
 # Tokens that a block of the first group may have, unless the user says otherwise (chosen). Smaller ones make longer
@@ -95,7 +96,8 @@ class BlockPlan:
         element_size: int,
         longest: int,
         block: int,
-        chosen: bool,
+        fixed: bool,
+        states: bool = False,
     ) -> BlockPlan:
         """For the layers of a model, which have one window.
 
@@ -104,7 +106,9 @@ class BlockPlan:
             element_size: bytes of an element that is not coded.
             longest: tokens of a sequence.
             block: tokens of a block, as the engine has it; where there are several groups, of the first one's.
-            chosen: whether the user has said so; otherwise several groups have blocks that waste least.
+            fixed: whether the user has said so; otherwise several groups have blocks that waste least.
+            states: whether other layers have states. In each block there is room for one: the engine gives it as many
+                bytes as keys and values of a block's tokens take in a layer of the original.
 
         Raises:
             EigenAttnError: if layers slide by different windows.
@@ -127,6 +131,7 @@ class BlockPlan:
             exact = tuple(layout.original_elements * element_size for layout in layouts)
             groups["exact"] = Group(exact, window)
         groups = {name: group for name, group in groups.items() if group.sizes}
+        state = block * layouts[0].original_elements * element_size if states else 0
 
         def with_blocks(first: int) -> BlockPlan:
             """Blocks divide each other: prefixes end with the first group's, and are hashed by the last one's."""
@@ -138,7 +143,7 @@ class BlockPlan:
                     fitting = [n for n in range(step, block + 1, step) if block % n == 0 and n * size <= room]
                     block = max(fitting, default=step)
                 else:
-                    room = first * size
+                    room = max(first * size, state)
                 made[name] = dataclasses.replace(group, block=block)
             return cls(made)
 
@@ -149,11 +154,9 @@ class BlockPlan:
             held = sum(group.blocks(STEPS_AHEAD, longest) for group in plan.groups.values() if group.sees is not None)
             return pages[0] * (held + 0.5) if max(pages) == pages[0] else math.inf
 
-        return with_blocks(block if chosen or len(groups) == 1 else min(BLOCKS, key=cost))
-
-    def group_of(self, sees: int | None) -> Group:
-        """That of the latents of a layer which sees so many tokens."""
-        return self.groups["full" if sees is None else "sliding"]
+        if states:
+            block *= max(state // (block * sum(next(iter(groups.values())).sizes)), 1)
+        return with_blocks(block if fixed or states or len(groups) == 1 else min(BLOCKS, key=cost))
 
     @property
     def kept(self) -> int:
@@ -163,6 +166,33 @@ class BlockPlan:
     def needed(self, in_flight: int, longest: int) -> int:
         """Blocks that a sequence of `longest` tokens takes while so many are computed, and one that vLLM reserves."""
         return 1 + sum(group.blocks(in_flight, longest) for group in self.groups.values())
+
+
+class Planning:
+    """Plans blocks when they are asked for: beside states of other kinds the engine chooses their size, so that a state
+    fits into a block, once the model is built.
+
+    Args:
+        layouts, sees: of all layers that hold latents, see `BlockPlan.of`.
+        states: whether there are layers with states of other kinds.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, layouts: Sequence[Layout], sees: Sequence[int | None], states: bool
+    ) -> None:
+        self._config, self._layers, self.states = vllm_config, (layouts, sees), states
+        self._made: dict[int, BlockPlan] = {}
+
+    @property
+    def plan(self) -> BlockPlan:
+        """Of the engine's blocks."""
+        cache, longest = self._config.cache_config, self._config.model_config.max_model_len
+        block = cache.block_size or BLOCKS[0]
+        if block not in self._made:
+            element = cache_dtype(self._config).itemsize
+            fixed = cache.user_specified_block_size
+            self._made[block] = BlockPlan.of(*self._layers, element, longest, block, fixed, self.states)
+        return self._made[block]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,12 +247,13 @@ class CachingLayer(nn.Module, AttentionLayerBase):
     """A layer that vLLM gives a cache, under a name of its own.
 
     Args:
-        plan: of the engine's blocks.
+        planning: of the engine's blocks.
+        kind: its group's name, see `BlockPlan`.
     """
 
-    def __init__(self, vllm_config: VllmConfig, name: str, plan: BlockPlan) -> None:
+    def __init__(self, vllm_config: VllmConfig, name: str, planning: Planning, kind: str) -> None:
         super().__init__()
-        self.layer_name, self.plan, self._config = name, plan, vllm_config
+        self.layer_name, self.planning, self.kind, self._config = name, planning, kind, vllm_config
         self.kv_cache = torch.tensor([])
         self.dtype = cache_dtype(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
@@ -240,19 +271,23 @@ class CachingLayer(nn.Module, AttentionLayerBase):
             EigenAttnError: if not.
         """
         super().bind_kv_cache(kv_cache)
+        if self.planning.states:
+            prepare_states(self._config)
         blocks = self._config.cache_config.num_gpu_blocks
         if blocks is None:  # a small cache to profile memory with
             return
         longest = self._config.model_config.max_model_len
-        needed = self.plan.needed(self._config.max_in_flight_tokens, longest)
+        needed = self.planning.plan.needed(self._config.max_in_flight_tokens, longest)
         if blocks < needed:
             raise EigenAttnError(
                 f"a sequence of {longest} tokens takes {needed} blocks of the cache while it is read, and there are "
                 f"{blocks}: give it more memory, or lower --max-model-len or --max-num-batched-tokens."
             )
 
-    def page_spec(self, group: Group, heads: int, size: int, dtype: torch.dtype) -> KVCacheSpec:
-        """Pages of a group, with so many elements a head and token."""
+    def page_spec(self, heads: int, size: int, dtype: torch.dtype) -> KVCacheSpec:
+        """Pages with so many elements a head and token."""
+        plan = self.planning.plan
+        group = plan.groups[self.kind]
         common: dict[str, Any] = {
             "block_size": group.block,
             "num_kv_heads": heads,
@@ -263,7 +298,7 @@ class CachingLayer(nn.Module, AttentionLayerBase):
         }
         if group.sees is None:
             return FullAttentionSpec(**common)
-        return WindowSpec(**common, sliding_window=group.sees, kept=self.plan.kept)
+        return WindowSpec(**common, sliding_window=group.sees, kept=plan.kept)
 
 
 def cache_dtype(vllm_config: VllmConfig) -> torch.dtype:
@@ -274,12 +309,12 @@ def cache_dtype(vllm_config: VllmConfig) -> torch.dtype:
 class WindowCache(CachingLayer):
     """Exact keys, before rotation, and values of the last tokens, side by side."""
 
-    def __init__(self, vllm_config: VllmConfig, name: str, plan: BlockPlan, kv_heads: int, head_dim: int) -> None:
-        super().__init__(vllm_config, name, plan)
+    def __init__(self, vllm_config: VllmConfig, name: str, planning: Planning, kv_heads: int, head_dim: int) -> None:
+        super().__init__(vllm_config, name, planning, "exact")
         self.kv_heads, self.head_dim = kv_heads, head_dim
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        return self.page_spec(self.plan.groups["exact"], self.kv_heads, 2 * self.head_dim, self.dtype)
+        return self.page_spec(self.kv_heads, 2 * self.head_dim, self.dtype)
 
 
 class Spacer(CachingLayer):
@@ -288,9 +323,5 @@ class Spacer(CachingLayer):
     Of a group that slides it has to be the first.
     """
 
-    def __init__(self, vllm_config: VllmConfig, name: str, plan: BlockPlan, group: Group) -> None:
-        super().__init__(vllm_config, name, plan)
-        self.group = group
-
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        return self.page_spec(self.group, 1, self.dtype.itemsize, torch.uint8)
+        return self.page_spec(1, self.dtype.itemsize, torch.uint8)

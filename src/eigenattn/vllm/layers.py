@@ -17,11 +17,12 @@ from ..models.maps import MAPS, QUANTISERS, LatentMaps
 from .attend import PagedAttention, angles_of, rotary_of, sight_of
 from .backend import LatentImpl
 from .bases import Bases, Loading, blueprints
-from .cache import BlockPlan, CachingLayer, Spacer, WindowCache, cache_dtype
+from .cache import CachingLayer, Planning, Spacer, WindowCache
 from .engine import (
     Attention,
     KVCacheSpec,
     LinearBase,
+    MambaBase,
     RowParallelLinear,
     VllmConfig,
     encode_layer_name,
@@ -30,9 +31,6 @@ from .engine import (
     get_tensor_model_parallel_world_size,
     run_attention,
 )
-
-# Tokens of a block, where the engine leaves it open.
-BLOCK = 16
 
 
 class Unrotated(nn.Module):
@@ -49,7 +47,7 @@ class LatentAttention(LatentMaps, CachingLayer):
         stock: vLLM's attention, whose place it takes.
         original: the layer as transformers has it, without memory.
         rotary: its rotary positions, or None.
-        plan: of the engine's blocks.
+        planning: of the engine's blocks.
         sinks: of its heads, if it has any.
     """
 
@@ -59,18 +57,17 @@ class LatentAttention(LatentMaps, CachingLayer):
         stock: Attention,
         original: EigenAttention,
         rotary: Rotary | None,
-        plan: BlockPlan,
+        planning: Planning,
         sinks: Tensor | None,
     ) -> None:
-        CachingLayer.__init__(self, vllm_config, stock.layer_name, plan)
+        sees = sight_of(original)
+        CachingLayer.__init__(self, vllm_config, stock.layer_name, planning, "full" if sees is None else "sliding")
         self.heads, self.kv_heads, self.head_dim = stock.num_heads, stock.num_kv_heads, original.head_dim
         self.num_heads, self.num_kv_heads = self.heads, self.kv_heads  # as vLLM calls them
         self.whole, self.layout = original.layout, _own_layout(original.layout, self.kv_heads)
         slopes = getattr(stock.impl, "alibi_slopes", None)
         slopes = None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32)
-        sees = sight_of(original)
         self.attention = PagedAttention(self, original.scaling, rotary, slopes, original.softcap, sees, sinks)
-        self.group = plan.group_of(sees)
         for name in (*MAPS, *QUANTISERS):
             stored = getattr(original, name)
             empty = None if stored is None else torch.empty(self._own(stored).shape)
@@ -78,7 +75,7 @@ class LatentAttention(LatentMaps, CachingLayer):
         self.window_name = None
         if self.layout.window:
             self.window_name = f"{stock.layer_name}.window"
-            self.window_cache = WindowCache(vllm_config, self.window_name, plan, self.kv_heads, self.head_dim)
+            self.window_cache = WindowCache(vllm_config, self.window_name, planning, self.kv_heads, self.head_dim)
         self.impl = LatentImpl(self.heads, self.head_dim, original.scaling)
 
     def _own(self, stored: Tensor) -> Tensor:
@@ -110,7 +107,7 @@ class LatentAttention(LatentMaps, CachingLayer):
         return f"{self.layer_name.rpartition('.')[0]}.{name}"
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        return self.page_spec(self.group, 1, self.layout.bytes_per_token(self.dtype.itemsize), torch.uint8)
+        return self.page_spec(1, self.layout.bytes_per_token(self.dtype.itemsize), torch.uint8)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """As vLLM's: [tokens, H * D] of queries [tokens, H * D], keys and values [tokens, G * D] before rotation."""
@@ -139,32 +136,35 @@ class Compression:
     def __init__(self, model: nn.Module, vllm_config: VllmConfig, bases: Bases) -> None:
         _check_engine(vllm_config)
         self._bases, self._originals = bases, blueprints(vllm_config.model_config.hf_config, bases.config)
-        originals, cache = list(self._originals.values()), vllm_config.cache_config
-        plan = BlockPlan.of(
-            [original.layout for original in originals],
-            [sight_of(original) for original in originals],
-            cache_dtype(vllm_config).itemsize,
-            vllm_config.model_config.max_model_len,
-            cache.block_size or BLOCK,
-            cache.user_specified_block_size,
+        originals = {original.layer_idx: original for original in self._originals.values()}
+        layers, stages = _layers_of(vllm_config), vllm_config.parallel_config.pipeline_parallel_size
+        planning = Planning(
+            vllm_config,
+            [original.layout for original in originals.values()],
+            [sight_of(original) for original in originals.values()],
+            states=len(originals) < layers or any(isinstance(each, MambaBase) for each in model.modules()),
         )
+        if len(originals) < layers and stages > 1:
+            raise EigenAttnError("with attention in some layers only, pipeline parallel is not supported for latents.")
         rotary: dict[Any, Rotary | None] = {}
         self._layers: dict[int, tuple[str, LatentAttention]] = {}
         for name, stock in [each for each in model.named_modules() if isinstance(each[1], Attention)]:
             index, parent = extract_layer_index(name), model.get_submodule(name.rpartition(".")[0])
-            original = originals[index]
+            original = originals.get(index)
+            if original is None:
+                raise EigenAttnError(f"vLLM's {type(model).__name__} has attention in layer {index}, and no latents.")
             _check_layer(type(model).__name__, stock, original, parent)
-            if not self._layers and len(plan.groups) > 1:  # before what they are to precede
-                stages = vllm_config.parallel_config.pipeline_parallel_size
-                for kind, group in plan.groups.items():
-                    for spacer in range(group.spacers(stages) - stages + 1 if index == 0 else 1):
-                        Spacer(vllm_config, f"{name}.{kind}_spacer_{spacer}", plan, group)
+            groups = planning.plan.groups
+            if not self._layers and len(groups) > 1:  # before what they are to precede
+                for kind, group in groups.items():
+                    for spacer in range(group.spacers(stages) - stages + 1 if index == min(originals) else 1):
+                        Spacer(vllm_config, f"{name}.{kind}_spacer_{spacer}", planning, kind)
             del vllm_config.compilation_config.static_forward_context[stock.layer_name]
             angles = angles_of(original)
             if angles not in rotary:  # one for all layers of its kind, for it keeps tables
                 rotary[angles] = rotary_of(original)
             sinks = None if original.family.sinks is None else getattr(parent, original.family.sinks)
-            layer = LatentAttention(vllm_config, stock, original, rotary[angles], plan, sinks)
+            layer = LatentAttention(vllm_config, stock, original, rotary[angles], planning, sinks)
             self._layers[index] = name, layer
             model.set_submodule(name, layer)
             if original.rotates:
@@ -194,6 +194,10 @@ class Compression:
         loaded = load(loading.passing(weights))
         loading.finish()
         return loaded | taken
+
+
+def _layers_of(vllm_config: VllmConfig) -> int:
+    return vllm_config.model_config.hf_config.get_text_config(decoder=True).num_hidden_layers
 
 
 def _check_layer(model: str, stock: Attention, original: EigenAttention, parent: nn.Module) -> None:
