@@ -174,6 +174,7 @@ TINY: dict[str, tuple[str, dict]] = {
     ),
 }
 SLIDES = {**LLAMA, "head_dim": HEAD_DIM, "sliding_window": 40}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8}
 BY_TURNS = ["sliding_attention", "full_attention", "sliding_attention"]
 # As `TINY`, of models that the tests of vLLM alone build: they slide, and queries see more than exact windows have.
 SERVED: dict[str, tuple[str, dict]] = {
@@ -213,6 +214,21 @@ SERVED: dict[str, tuple[str, dict]] = {
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "rope_parameters": {**YARN_ROPE, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        },
+    ),
+    "falcon_h1-served": (
+        "falcon_h1",
+        {**LLAMA, **MAMBA, "mamba_d_ssm": 128},
+    ),
+    "granitemoehybrid-served": (
+        "granitemoehybrid",
+        {
+            **LLAMA,
+            **MAMBA,
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "shared_intermediate_size": 32,
+            "num_local_experts": 0,
         },
     ),
     "granite_swa-served": ("granite_swa", {**SLIDES, "layer_types": BY_TURNS}),

@@ -144,6 +144,8 @@ class Compression:
             [sight_of(original) for original in originals.values()],
             states=len(originals) < layers or any(isinstance(each, MambaBase) for each in model.modules()),
         )
+        if planning.states and vllm_config.speculative_config is not None:
+            raise EigenAttnError("speculative decoding is not supported for latents beside layers with states.")
         if len(originals) < layers and stages > 1:
             raise EigenAttnError("with attention in some layers only, pipeline parallel is not supported for latents.")
         rotary: dict[Any, Rotary | None] = {}
