@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import WIDTHS, character_tokenizer, compressed, tiny, tokens, write_eight_bits
+from tiny import PROJECTIONS, WIDTHS, character_tokenizer, compressed, tiny, tokens, write_eight_bits
 from transformers import AutoModelForCausalLM
 
 from eigenattn import EigenAttentionConfig
@@ -131,11 +131,17 @@ def save(folder: Path, name: str, window: int, coded: bool, share: str = "1", ap
 
 def generated(folder: Path, new_tokens: int) -> list[list[int]]:
     """Greedy tokens of our own `generate`, one prompt at a time."""
+    return continued(with_bases(folder), new_tokens)
+
+
+def with_bases(folder: Path) -> torch.nn.Module:
     from eigenattn.models.bases_file import attach
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if (folder / "bases").exists():
-        attach(model, folder / "bases")
+    return attach(model, folder / "bases") if (folder / "bases").exists() else model
+
+
+def continued(model: torch.nn.Module, new_tokens: int) -> list[list[int]]:
     found = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
@@ -220,6 +226,41 @@ def test_parallel(tmp_path, kind):
     assert result["tokens"] == result["expected"]
 
 
+@pytest.mark.vllm
+@pytest.mark.skipif(SPEC is None or SPEC.origin is None, reason="vLLM is not installed")
+@pytest.mark.parametrize("name", ["llama", "gemma3-served"])
+def test_adapters(tmp_path, name):
+    """Two of them at once, against the same bases on models that they were merged into."""
+    save(tmp_path, name, 8, True, apart=True)
+    merged = {}
+    for adapter in ("one", "other"):
+        model = with_bases(tmp_path)
+        add_adapter(model, tmp_path / adapter)
+        merged[adapter] = continued(model, NEW_TOKENS)
+    names = [("one", "other")[i % 2] for i in range(len(PROMPTS))]
+    served = job(tmp_path, PROMPTS, **SMALL, enable_lora=True, max_lora_rank=8, max_loras=2)
+    (result,) = run_engines(tmp_path, [served | {"adapters": [str(tmp_path / adapter) for adapter in names]}])
+    assert "error" not in result, result
+    assert result["tokens"] == result["again"] == [merged[adapter][i] for i, adapter in enumerate(names)]
+    assert all(one != other for one, other in zip(*merged.values(), strict=True))
+
+
+def add_adapter(model: torch.nn.Module, folder: Path) -> None:
+    """Write an arbitrary LoRA adapter of attention, as PEFT has it, and merge it into the model."""
+    tensors, rank = {}, 4
+    generator = torch.Generator().manual_seed(len(folder.name))
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in PROJECTIONS and "self_attn" in name:
+            out, into = module.weight.shape
+            a, b = 0.1 * torch.randn(rank, into, generator=generator), 0.3 * torch.randn(out, rank, generator=generator)
+            tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+            module.weight.data += 2 * b @ a
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(PROJECTIONS[:4])}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "none", "task_type": "CAUSAL_LM"}))
+
+
 SHARED_PREFIX = [tokens(1, 200, seed=0)[0].tolist() + tokens(1, 30, seed=end)[0].tolist() for end in (1, 2)]
 
 
@@ -248,7 +289,6 @@ def engines(tmp_path_factory) -> dict[str, dict]:
     jobs["no-room"] = job(root / "wide", **long | {"kv_cache_memory_bytes": 1_200_000})
     jobs["fp8"] = job(small, **SMALL, kv_cache_dtype="fp8")
     jobs["drafts"] = job(small, **SMALL, speculative_config={"model": str(small), "num_speculative_tokens": 2})
-    jobs["lora"] = job(small, **SMALL, enable_lora=True)
     save(root / "reading", "gemma3n-served", 8, True)
     jobs["reading"] = job(root / "reading", **SMALL)
     save(root / "states", "granitemoehybrid-served", 8, True)
@@ -314,8 +354,7 @@ class TestEngines:
             ("no-room", "give it more memory"),
             ("fp8", "leave --kv-cache-dtype at auto"),
             ("drafts", "speculative decoding by draft_model is not supported"),
-            ("lora", "LoRA adapters are not served"),
-            ("reading", "over what other layers cache"),
+            ("reading", "over what others cache"),
             ("states-drafts", "speculative decoding is not supported"),
             ("unbiased", "leaves out biases"),
             ("folded", "compress with a window"),

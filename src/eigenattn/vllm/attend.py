@@ -128,7 +128,12 @@ class Queries:
 
 def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, far: Pages, near: Pages | None) -> Tensor:
     """Queries [b, H, D] before rotation, over latents and the exact window, if there is one: [b, H, D]."""
-    lengths, window, sees = batch.lengths, layer.window, layer.sees
+    lengths, sees = batch.lengths, layer.sees
+
+    def behind(tokens: int) -> Tensor:
+        """How many each row has but for so many."""
+        return batch.context.memoised(("behind", tokens), lambda: (lengths - tokens).clamp_min(0))
+
     keys, values = layer.maps.decoding_sides()
     exact = None
     if near is not None:
@@ -142,8 +147,8 @@ def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, far: Pages,
         keys=keys,
         values=values,
         scale=layer.scale,
-        length=batch.context.memoised(("behind", window), lambda: (lengths - window).clamp_min(0)),
-        first=sees and batch.context.memoised(("behind", sees), lambda: (lengths - sees).clamp_min(0)),
+        length=behind(layer.window),
+        first=None if sees is None else behind(sees),
         positions=None if layer.rotary is None else batch.positions,
         rotary=layer.rotary,
         slopes=layer.slopes,

@@ -234,8 +234,6 @@ SPECULATION = "ngram"
 
 def _check_engine(vllm_config: VllmConfig) -> None:
     cache, speculation = vllm_config.cache_config, vllm_config.speculative_config
-    if vllm_config.lora_config is not None:
-        raise EigenAttnError("LoRA adapters are not served on compressed models: merge them before compressing.")
     if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
         raise EigenAttnError(f"latents are not cached in {cache.cache_dtype}: leave --kv-cache-dtype at auto.")
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
