@@ -157,7 +157,7 @@ class Compression:
                 raise EigenAttnError(f"vLLM's {type(model).__name__} has attention in layer {index}, and no latents.")
             _check_layer(type(model).__name__, stock, original, parent)
             groups = planning.plan.groups
-            if not self._layers and len(groups) > 1:  # before what they are to precede
+            if not self._layers and (len(groups) > 1 or planning.states):  # before what they are to precede
                 for kind, group in groups.items():
                     for spacer in range(group.spacers(stages) - stages + 1 if index == min(originals) else 1):
                         Spacer(vllm_config, f"{name}.{kind}_spacer_{spacer}", planning, kind)
