@@ -6,7 +6,7 @@ import torch
 from eigenattn import kernels
 from eigenattn.cache.codebook import Codebook
 from eigenattn.cache.packing import Widths
-from eigenattn.kernels.coding import codes_of, levels_of
+from eigenattn.kernels.coding import Encoder, codes_of, codes_of_vectors, levels_of
 from eigenattn.kernels.native_library import unavailable
 from eigenattn.models.rotary import rotate
 
@@ -40,6 +40,30 @@ def test_codes_and_levels(counts, tokens, scaled):
     rows = room[:, :, 4 : 4 + tokens]
     expected = by_torch(levels_of, rows, codebook)
     torch.testing.assert_close(levels_of(rows, codebook), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 13, 70])
+@pytest.mark.parametrize(("shared", "sides"), [(1, 1), (3, 1), (2, 2)])
+def test_codes_of_vectors(dtype, tokens, shared, sides):
+    """Of whole numbers, with which arithmetic is exact in any order."""
+    torch.manual_seed(0)
+    widths, size = Widths.of({8: 3, 5: 9, 3: 7}, scaled=sides == 1), 10
+    codebook = Codebook.of(torch.rand(G, widths.channels, 1) * torch.tensor([0.1, 0.4, 0, 1e-5]), widths)
+
+    def whole(*shape):
+        return torch.randint(-3, 4, shape).to(dtype)
+
+    vectors = [whole(2, tokens + 2, G * shared, size).transpose(1, 2)[:, :, 1:-1] for _ in range(sides)]
+    matrices = [whole(G, widths.channels, shared * size) for _ in range(sides)]
+    means = [whole(G, 1, shared * size) for _ in range(sides)]
+    encoders = [Encoder.of(matrix, mean) for matrix, mean in zip(matrices, means, strict=True)]
+    encoders[0] = encoders[0]._replace(mean=None)
+    means[0].zero_()
+    joined = [x.float().unflatten(1, (G, shared)).transpose(2, 3).flatten(3) for x in vectors]
+    z = sum((x - mean) @ matrix.float().mT for x, matrix, mean in zip(joined, matrices, means, strict=True))
+    assert torch.equal(codes_of_vectors(vectors, encoders, codebook), codebook.encode(z))
+    assert by_torch(codes_of_vectors, vectors, encoders, codebook) is None
 
 
 @torch.no_grad()
