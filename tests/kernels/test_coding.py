@@ -7,6 +7,7 @@ from eigenattn import kernels
 from eigenattn.cache.codebook import Codebook
 from eigenattn.cache.packing import Widths
 from eigenattn.kernels.coding import Encoder, codes_of, codes_of_vectors, levels_of
+from eigenattn.kernels.decoding import Rotary
 from eigenattn.kernels.native_library import unavailable
 from eigenattn.models.rotary import rotate
 
@@ -77,3 +78,16 @@ def test_rotations(batch, heads, tokens, size, width, rows):
     cos, sin = torch.randn(2, rows, tokens + 1, width)
     for given in ((x, cos, sin), (x[:, :, 1:].contiguous(), cos[:, 1:], sin[:, 1:])):
         torch.testing.assert_close(rotate(*given), by_torch(rotate, *given), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotations_to_positions_in_a_row(dtype, interleaved):
+    torch.manual_seed(0)
+    rotary = Rotary(100.0 ** -(torch.arange(0, 12, 2) / 12), 1.3, interleaved)
+    x = torch.randn(1, 70, 3, 20).to(dtype).transpose(1, 2)
+    expected = rotary.rotate(x.float(), torch.arange(1000, 1070)).to(dtype)
+    close = {"rtol": 1e-2 if dtype == torch.bfloat16 else 0, "atol": 1e-5}
+    for found in (rotary.rotate_between(x, 1000, 1070), by_torch(rotary.rotate_between, x, 1000, 1070)):
+        torch.testing.assert_close(found, expected, **close)

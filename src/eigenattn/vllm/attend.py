@@ -67,9 +67,9 @@ class PagedAttention:
     slopes: Tensor | None = None
     softcap: float | None = None
 
-    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Vectors [..., n, D] at positions [n]; untouched without rotary positions."""
-        return x if self.rotary is None else self.rotary.rotate(x.float(), positions).to(x.dtype)
+    def rotated(self, x: Tensor, start: int) -> Tensor:
+        """Vectors [1, heads, n, D] at positions `start` and on; untouched without rotary positions."""
+        return x if self.rotary is None else self.rotary.rotate_between(x, start, start + x.shape[-2])
 
 
 @dataclass(frozen=True)
@@ -131,20 +131,20 @@ def attend_prompt(layer: PagedAttention, q: Tensor, length: int, far: Pages, nea
     maps, t, window = layer.maps, q.shape[0], layer.maps.layout.window
     query = length - t
     columns = torch.arange(length, device=q.device)
-    q = layer.rotated(q.transpose(0, 1), columns[query:]).unsqueeze(0)  # [1, H, T, D]
+    q = layer.rotated(q.transpose(0, 1).unsqueeze(0), query)  # [1, H, T, D]
 
     def decode_chunk(start: int, stop: int) -> tuple[Tensor, Tensor]:
         chunk = columns[start:stop]
         latents = maps.restored(far.at(chunk), q.dtype)
         keys, values = (maps.latent(latents, side) for side in SIDES)
         values = maps.for_each_head(values) if near is None else maps.decode(values, "value")
-        return layer.rotated(maps.decode(keys, "key"), chunk), values
+        return layer.rotated(maps.decode(keys, "key"), start), values
 
     exact = None
     if near is not None:
         first = max(query - window + 1, 0)
         keys, values = near.at(columns[first:])
-        exact = Near(layer.rotated(keys, columns[first:]), values, first)
+        exact = Near(layer.rotated(keys, first), values, first)
     mask = None if layer.slopes is None else bias_of(layer.slopes, columns)
     parts = chunked.attend(
         q,

@@ -133,6 +133,22 @@ void unpack(const uint8_t *codes, int64_t step, int64_t bytes, int64_t tokens, c
     }
 }
 
+inline float number(float x) { return x; }
+inline void put(float x, float *out) { *out = x; }
+inline void put(float x, uint16_t *out) { *out = rounded(x); }
+
+// Turn one vector, of which dimensions from `width` on stay.
+template <class T>
+void turn(const T *from, const float *c, const float *s, int64_t width, int64_t size, T *to) {
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float one = number(from[i]), other = number(from[half + i]);
+        put(one * c[i] - other * s[i], to + i);
+        put(other * c[half + i] + one * s[half + i], to + half + i);
+    }
+    std::copy(from + width, from + size, to + width);
+}
+
 // Call with a list of a batch's heads, and with which tokens of it.
 template <class Function>
 void by_blocks(int64_t lists, int64_t tokens, int64_t threads, Function function) {
@@ -190,24 +206,20 @@ void eigenattn_unpack(const uint8_t *codes, int64_t batch, int64_t heads, int64_
     });
 }
 
-// Vectors [batch, heads, tokens, size] with these strides, in fp32, to where cosines and sines [batch, tokens, width] turn
-// them, pairs being halves: [batch, tokens, heads, size].
-void eigenattn_rotate(const float *x, int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t batch_step,
-                      int64_t head_step, int64_t step, const float *cosines, const float *sines, int64_t width,
-                      int64_t turn_batch_step, int64_t turn_step, int64_t threads, float *out) {
-    const int64_t half = width / 2;
+// Vectors [batch, heads, tokens, size] with these strides, in fp32 or bf16, to where cosines and sines [batch, tokens,
+// width] in fp32 turn them, pairs being halves: [batch, tokens, heads, size].
+void eigenattn_rotate(const void *x, int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t batch_step,
+                      int64_t head_step, int64_t step, int64_t bf16, const float *cosines, const float *sines,
+                      int64_t width, int64_t turn_batch_step, int64_t turn_step, int64_t threads, void *out) {
     by_blocks(batch, tokens, threads, [&](int64_t b, int64_t first, int64_t some) {
         for (int64_t t = first; t < first + some; t++) {
             const float *c = cosines + b * turn_batch_step + t * turn_step, *s = sines + b * turn_batch_step + t * turn_step;
             for (int64_t h = 0; h < heads; h++) {
-                const float *from = x + b * batch_step + h * head_step + t * step;
-                float *to = out + ((b * tokens + t) * heads + h) * size;
-                for (int64_t i = 0; i < half; i++) {
-                    const float one = from[i], other = from[half + i];
-                    to[i] = one * c[i] - other * s[i];
-                    to[half + i] = other * c[half + i] + one * s[half + i];
-                }
-                std::copy(from + width, from + size, to + width);
+                const int64_t from = b * batch_step + h * head_step + t * step, to = ((b * tokens + t) * heads + h) * size;
+                if (bf16)
+                    turn(static_cast<const uint16_t *>(x) + from, c, s, width, size, static_cast<uint16_t *>(out) + to);
+                else
+                    turn(static_cast<const float *>(x) + from, c, s, width, size, static_cast<float *>(out) + to);
             }
         }
     });
