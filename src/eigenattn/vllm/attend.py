@@ -102,9 +102,9 @@ class PagedAttention:
         window = self.maps.layout.window
         return window if self.sees is None else min(window, self.sees)
 
-    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Vectors [..., n, D] at positions [n]; untouched without rotary positions."""
-        return x if self.rotary is None else self.rotary.rotate(x.float(), positions).to(x.dtype)
+    def rotated(self, x: Tensor, start: int) -> Tensor:
+        """Vectors [1, heads, n, D] at positions `start` and on; untouched without rotary positions."""
+        return x if self.rotary is None else self.rotary.rotate_between(x, start, start + x.shape[-2])
 
 
 @dataclass(frozen=True)
@@ -183,20 +183,20 @@ def _attend_part(layer: PagedAttention, q: Tensor, length: int, far: Pages, near
     query = length - t
     first = 0 if layer.sees is None else max(query - layer.sees + 1, 0)  # that is seen
     columns = torch.arange(first, length, device=q.device)
-    q = layer.rotated(q.transpose(0, 1), columns[query - first :]).unsqueeze(0)  # [1, H, T, D]
+    q = layer.rotated(q.transpose(0, 1).unsqueeze(0), query)  # [1, H, T, D]
 
     def decode_chunk(start: int, stop: int) -> tuple[Tensor, Tensor]:
         chunk = columns[start:stop]
         latents = maps.restored(far.at(chunk), q.dtype)
         keys, values = (maps.latent(latents, side) for side in SIDES)
         values = maps.for_each_head(values) if near is None else maps.decode(values, "value")
-        return layer.rotated(maps.decode(keys, "key"), chunk), values
+        return layer.rotated(maps.decode(keys, "key"), first + start), values
 
     exact = None
     if near is not None:
         start = max(query - window + 1 - first, 0)
         keys, values = near.at(columns[start:])
-        exact = Near(layer.rotated(keys, columns[start:]), values, start)
+        exact = Near(layer.rotated(keys, first + start), values, start)
     parts = chunked.attend(
         q,
         q,

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...cache.codebook import Codebook, middles
 from ...cache.packing import Widths
 from ...errors import EigenAttnError
+from ..rotation import rotate_natively, rotates_natively
 
 
 def pairs(x: Tensor, width: int, interleaved: bool) -> Tensor:
@@ -134,7 +135,22 @@ class Rotary:
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate vectors [..., n, D] in fp32 to their positions [..., n]."""
         angles = positions.unsqueeze(-1) * self.inverse_frequencies.float()
-        cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
+        return self._rotated(x, angles.cos() * self.scaling, angles.sin() * self.scaling)
+
+    def rotate_between(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Rotate vectors [B, heads, n, D] to the positions start .. stop - 1, in fp32 arithmetic."""
+        rows = 1 << (stop - 1).bit_length()
+        name = ("both halves", rows)
+        if name not in self._tables:
+            found = (self.scaling * turn for turn in self.table(rows))
+            self._tables[name] = [torch.cat([turn, turn], dim=-1).unsqueeze(0) for turn in found]
+        cos, sin = (turn[:, start:stop] for turn in self._tables[name])
+        if not self.interleaved and rotates_natively(x, cos, sin):
+            return rotate_natively(x, cos, sin)
+        half = self.width // 2
+        return self._rotated(x.float(), cos[..., :half], sin[..., :half]).to(x.dtype)
+
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = (x[..., dims] for dims in self.pairs())
         rotated = [first * cos - second * sin, second * cos + first * sin]
         together = torch.stack(rotated, dim=-1).flatten(-2) if self.interleaved else torch.cat(rotated, dim=-1)
