@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cache.sight import Near
+from .band import band_natively, bands_natively
 from .reference import both_masks, cap_and_mask, score_dtype
 from .sdpa import as_taken, widen
 from .selection import HALF
@@ -243,6 +244,10 @@ def attend_near(q: Tensor, near: Near, scoring: Scoring, window: int, query_firs
     """
     keys, values, key_first, mask = near.keys, near.values, int(near.first), scoring.mask
     parts, t = Parts(q, values.shape[-1]), q.shape[-2]
+    if mask is None and scoring.softcap is None and bands_natively(q, keys, values):
+        sizes = {"window": window, "first": query_first - key_first, "empty": max(-key_first, 0)}
+        band_natively(q, keys, values, parts.out, parts.lse, scale=scoring.scale, **sizes)
+        return parts
     size = -(-window // BAND) * BAND  # the second block's queries see no key in front of the first query's
     whole = t // size - 1 if mask is None else 0
     if whole > 0:

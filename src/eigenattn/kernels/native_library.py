@@ -48,7 +48,8 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         if not path.exists():
             _build(command, path)
         found = ctypes.CDLL(str(path))
-        found.eigenattn_decode.restype, found.eigenattn_decode.argtypes = None, [ctypes.c_char_p]
+        for function in (found.eigenattn_decode, found.eigenattn_band):
+            function.restype, function.argtypes = None, [ctypes.c_char_p]
         sizes, at = [ctypes.c_int64] * 4, ctypes.c_void_p
         for function in (found.eigenattn_pack, found.eigenattn_unpack, found.eigenattn_rotate, found.eigenattn_encode):
             function.restype = None
@@ -68,6 +69,13 @@ def unavailable() -> str | None:
     """Why the native step does not run on this machine; None if it does. Compiles it if that is to be found out."""
     found, about = library()
     return None if found is not None else about
+
+
+@torch.compiler.assume_constant_result
+def multiplies() -> bool:
+    """Whether this machine multiplies matrices of bf16."""
+    found, _ = library()
+    return found is not None and bool(found.eigenattn_matrices())
 
 
 def _compiler() -> list[str]:

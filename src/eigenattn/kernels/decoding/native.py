@@ -16,7 +16,7 @@ from torch import Tensor
 from ...cache.codebook import Codebook, level_table
 from ...cache.packing import PARTS, Widths
 from ...errors import EigenAttnError
-from ..native_library import library, unavailable
+from ..native_library import library, multiplies, unavailable
 from .arguments import Rotary, Side, Step
 
 # What rows may hold; bytes are codes.
@@ -99,7 +99,7 @@ def decode(step: Step) -> Tensor:
     """See `eigenattn.kernels.decoding.Step`; of a step that `why_not` has nothing to say of."""
     rotary, window, mask = step.rotary, step.window, step.mask
     exact = () if window is None else (window.keys, window.values)
-    matrices = _multiplies() and all(x.dtype in MATRICES for x in (step.q, *step.rows, *exact))
+    matrices = multiplies() and all(x.dtype in MATRICES for x in (step.q, *step.rows, *exact))
     counts = [
         step.first,
         step.length,
@@ -262,13 +262,6 @@ def _lanes() -> int:
     return 1 if found is None else found.eigenattn_lanes()
 
 
-@torch.compiler.assume_constant_result
-def _multiplies() -> bool:
-    """Whether this machine multiplies matrices of bf16."""
-    found, _ = library()
-    return found is not None and bool(found.eigenattn_matrices())
-
-
 def _prepared(
     side: Side, rotary: Rotary | None, of: Literal["keys", "values"], matrices: bool
 ) -> tuple[Tensor | None, ...]:
@@ -290,7 +283,7 @@ def _prepare(
         decoder, mean = (None if x is None else _as_pairs(x, rotary) for x in (decoder, mean))
         if decoder is not None and matrices:
             decoder = _as_columns(decoder)
-        elif decoder is not None and decoder.shape[-1] >= MULTIPLIED and _multiplies():
+        elif decoder is not None and decoder.shape[-1] >= MULTIPLIED and multiplies():
             decoder = _as_rows(decoder, exact=side.decoder is not None and side.decoder.dtype == torch.bfloat16)
     elif of == "keys" and decoder is not None:
         decoder = _filled(decoder.transpose(1, 2))
