@@ -20,7 +20,7 @@ from ..errors import EigenAttnError
 from .attention import EigenAttention
 from .checked_files import read_into, read_object
 from .checkpoint_format import EigenAttnCheckpointConfig, allocate, checkpoint_of, mark_compressed
-from .conversion import METHOD, convert_attention, eigen_layers, layouts_of, restore_attention
+from .conversion import METHOD, convert_attention, eigen_layers, layouts_of, originals_of, restore_attention
 from .fingerprint import alike, fingerprint_of, is_quantised
 from .maps import MAPS, QUANTISERS
 from .parallel import check_whole
@@ -108,7 +108,7 @@ def attach(model: PreTrainedModel, bases: str | Path, **hub: Any) -> PreTrainedM
     originals = convert_attention(model)
     try:
         layers = eigen_layers(model)
-        if not are_beside(config.layouts(layers[0].config)):
+        if not are_beside(config.layouts(layers[0].config, originals_of(layers))):
             raise EigenAttnError(f"{bases} is of a model without a window, whose bases are folded into its weights.")
         allocate(layers, config)
         check_base(bases, config, fingerprint_of(layers), any(map(is_quantised, layers)))
