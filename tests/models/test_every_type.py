@@ -20,7 +20,7 @@ from eigenattn.models.families import family_of
 from eigenattn.models.recognition import recognised
 
 TYPES = json.loads(TABLE.read_text(encoding="utf-8"))["types"]
-WORKING = [name for name, each in TYPES.items() if each["verdict"] == "works" and "(" not in name]
+WORKING = sorted({name.partition(" (")[0] for name, each in TYPES.items() if each["verdict"] == "works"})
 # One of each kind that `tests/tiny.py` has none of.
 SOME = ["gemma4_text", "gpt_oss", "qwen3_next", "llama4_text", "hunyuan_v1_dense", "granitemoehybrid", "falcon_h1"]
 SOME += ["deepseek_v2", "bailing_hybrid"]
@@ -54,6 +54,9 @@ def test_the_table_is_of_all_types():
 def test_a_copy_is_recognised_by_its_code():
     known = {"qwen3": "Qwen3Attention", "cohere": "CohereAttention", "llama": "LlamaAttention"}
     assert recognised(type(AutoConfig.for_model("granite")), known) == ("llama", "GraniteAttention")
+    inside = {"qwen3_vl_text": "Qwen3VLTextAttention"}  # of a wrapper, and no model of its own
+    experts = type(AutoConfig.for_model("qwen3_vl_moe").get_text_config())
+    assert recognised(experts, inside) == ("qwen3_vl_text", "Qwen3VLMoeTextAttention")
     assert recognised(type(AutoConfig.for_model("qwen2")), known) is None  # it passes a sliding window
     assert recognised(type(AutoConfig.for_model("glm")), known) is None  # it rotates otherwise
 

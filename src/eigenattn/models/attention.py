@@ -40,7 +40,6 @@ class EigenAttention(AttentionLayer):
     (`eigenattn.cache.layers`), `eigenattn.models.attend`, and in decoding `eigenattn.kernels.decoding`.
     """
 
-    is_causal = True
     # Looks on in the middle of a pass: statistics are collected so.
     observer: Callable[[EigenAttention, Heads[Tensor], ForwardPass], None] | None = None
 
@@ -108,7 +107,6 @@ class ReadingAttention(AttentionLayer):
     same angles.
     """
 
-    is_causal = True
     # As for `EigenAttention`, and given the layer that is read besides.
     observer: Callable[[ReadingAttention, EigenAttention, Tensor, ForwardPass], None] | None = None
 

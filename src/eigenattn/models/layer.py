@@ -54,6 +54,8 @@ class AttentionLayer(LatentMaps):
         self._rotary: tuple[nn.Module, ...] = (rotary,) if rotary is not None else ()
         # Whether the rotary module has angles for each of the model's layer types.
         self.by_layer_type = rotary is not None and "layer_type" in inspect.signature(type(rotary).forward).parameters
+        # Where there is no mask. transformers' attention functions read this name, too.
+        self.is_causal: bool = getattr(original, "is_causal", True)
         self.is_read = False  # whether later layers read what this one caches
         names = (*family.projections, family.output, *(family.norms or ()), family.value_norm, family.output_norm)
         names = (*names, *(() if family.absorbed is None else family.absorbed.norms))
