@@ -51,55 +51,78 @@ def some_step(s=1100, rank=20, widths=None, dtype=torch.float32, **changes):
 
 @pytest.fixture(params=["vectors", "matrices"])
 def by(request, monkeypatch):
-    """Keys are decoded by either, where the machine multiplies matrices."""
-    monkeypatch.setattr(decoding_natively, "MULTIPLIED", {"vectors": 10**9, "matrices": 0}[request.param])
+    """Either way, where the machine multiplies matrices."""
+    dtypes, dimensions = {"vectors": ((), 10**9), "matrices": ((torch.bfloat16, torch.uint8), 0)}[request.param]
+    monkeypatch.setattr(decoding_natively, "MATRICES", dtypes)
+    monkeypatch.setattr(decoding_natively, "MULTIPLIED", dimensions)
 
 
-def assert_same(step, tolerance=1e-5):
+def assert_same(step):
+    tolerance = 1e-2 if step.q.dtype == torch.bfloat16 else 1e-5
     expected = decode(step, "reference")
     found = decode(step, "native")
     assert (found.float() - expected.float()).norm() < tolerance * expected.float().norm()
 
 
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
 @native
 @pytest.mark.parametrize("threads", [1, 3, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@dtypes
 def test_many_blocks_and_threads(by, threads, dtype):
     torch.set_num_threads(threads)
     step = some_step(dtype=dtype)
-    assert_same(step, {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype])
+    assert_same(step)
     assert torch.equal(decode(step, "native"), decode(step, "native"))
     torch.set_num_threads(1)
 
 
 @native
-def test_positions_jump_between_blocks_and_within(by):
+@dtypes
+def test_positions_jump_between_blocks_and_within(by, dtype):
     positions = torch.arange(1109) + 500 * (torch.arange(1109) >= 64) + 3 * (torch.arange(1109) >= 81)
     positions[700:705] = 12  # and back
-    assert_same(some_step(positions=positions.expand(2, -1), query=torch.tensor([2000, 1900])))
+    assert_same(some_step(positions=positions.expand(2, -1), query=torch.tensor([2000, 1900]), dtype=dtype))
 
 
 @native
 @pytest.mark.parametrize("widths", [{8: 70, 3: 90}, {6: 17, 4: 150, 1: 3}, {8: 16}, {2: 64}], ids=str)
-def test_wide_rows_of_codes(by, widths):
+@dtypes
+def test_wide_rows_of_codes(by, widths, dtype):
     """A vector's codes may lie too far apart for one load."""
-    assert_same(some_step(s=70, widths=Widths.of(widths, scaled=True)))
+    for s in (70, 600):
+        assert_same(some_step(s=s, widths=Widths.of(widths, scaled=True), dtype=dtype))
 
 
 @native
-def test_dimensions_that_are_odd(by):
-    step = some_step(s=70, rotary=Rotary(torch.tensor([1.0, 0.3]), 1.1, interleaved=True))
+@dtypes
+@pytest.mark.parametrize("rotates", [True, False], ids=["rotary", "none"])
+def test_many_heads_share_keys_that_are_values(by, dtype, rotates):
+    """More than a matrix takes at once; and the rows may be the same."""
+    torch.manual_seed(0)
+    changes = {"q": torch.randn(2, 40, 24).to(dtype)} | ({} if rotates else {"rotary": None, "positions": None})
+    for widths in (None, Widths.of({8: 3, 5: 20, 2: 30})):
+        step = some_step(s=300, widths=widths, dtype=dtype, **changes)
+        assert_same(step)
+        assert_same(dataclasses.replace(step, rows=step.rows[:1], values=dataclasses.replace(step.values, row=0)))
+
+
+@native
+@dtypes
+def test_dimensions_that_are_odd(by, dtype):
+    step = some_step(s=70, rotary=Rotary(torch.tensor([1.0, 0.3]), 1.1, interleaved=True), dtype=dtype)
     assert_same(step)
     d = 23
     odd = [Side(side.row, side.decoder[..., :d], side.mean[..., :d]) for side in (step.keys, step.values)]
     window = Window(step.window.keys[..., :d], step.window.values[..., :d], step.window.column, step.window.stop)
     changes = {"q": step.q[..., :d], "keys": odd[0], "values": odd[1], "window": window}
-    assert_same(some_step(s=70, **changes, rotary=Rotary(torch.tensor([1.0, 0.3]))))
+    assert_same(some_step(s=70, **changes, rotary=Rotary(torch.tensor([1.0, 0.3])), dtype=dtype))
 
 
 @native
 @pytest.mark.parametrize("rank", [1, 31, 33, 96])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@dtypes
 def test_matrices_are_made_of_any_ranks(by, monkeypatch, rank, dtype):
     """Nothing behind a row, and nothing left of the block before, is in what is decoded."""
     torch.set_num_threads(1)
@@ -108,10 +131,7 @@ def test_matrices_are_made_of_any_ranks(by, monkeypatch, rank, dtype):
         room = [torch.full_like(row, torch.nan).repeat(1, 1, 1, 2) for row in step.rows]
         for row, own in zip(room, step.rows, strict=True):
             row[..., :rank] = own
-        assert_same(
-            dataclasses.replace(step, rows=tuple(row[..., :rank] for row in room)),
-            1e-2 if dtype.itemsize == 2 else 1e-5,
-        )
+        assert_same(dataclasses.replace(step, rows=tuple(row[..., :rank] for row in room)))
 
 
 def in_pages(x, size, seed=0):

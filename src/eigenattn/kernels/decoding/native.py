@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...cache.codebook import Codebook, level_table
 from ...cache.packing import PARTS, Widths
 from ...errors import EigenAttnError
 from ..native_library import library, unavailable
@@ -20,9 +21,12 @@ from .arguments import Rotary, Side, Step
 
 # What rows may hold; bytes are codes.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
-# Dimensions of a head from which on matrices of bf16 decode keys, where the machine has such (chosen: of 64 they are no
-# faster than vectors, see docs/decisions.md).
+# Where the machine multiplies matrices of bf16: dtypes of queries and rows for which all of a step is such products;
+# and dimensions of a head from which on they decode the keys of others (chosen: of 64 they are no faster than vectors,
+# see docs/decisions.md).
+MATRICES = (torch.bfloat16, torch.uint8)
 MULTIPLIED = 128
+ROWS, DEPTH = 16, 32  # of a matrix
 LARGEST_BYTES = 2**15  # of a row of codes, the places in which the kernel counts in 16 bits
 
 
@@ -51,6 +55,7 @@ class _Tensors(NamedTuple):
     order: Tensor | None
     table: Tensor | None
     frequencies: Tensor | None
+    identity: Tensor | None
     slopes: Tensor | None
     sinks: Tensor | None
     mask: Tensor | None
@@ -93,6 +98,8 @@ def _why_not_codes(widths: Widths | None) -> str | None:
 def decode(step: Step) -> Tensor:
     """See `eigenattn.kernels.decoding.Step`; of a step that `why_not` has nothing to say of."""
     rotary, window, mask = step.rotary, step.window, step.mask
+    exact = () if window is None else (window.keys, window.values)
+    matrices = _multiplies() and all(x.dtype in MATRICES for x in (step.q, *step.rows, *exact))
     counts = [
         step.first,
         step.length,
@@ -104,13 +111,13 @@ def decode(step: Step) -> Tensor:
         step.q,
         step.far_keys,
         step.far_values,
-        *_prepared(step.keys, rotary, of_keys=True),
-        *_prepared(step.values, None, of_keys=False),
+        *_prepared(step.keys, rotary, "keys", matrices),
+        *_prepared(step.values, None, "values", matrices),
         None if window is None else window.keys,
         None if window is None else window.values,
         *(count if isinstance(count, Tensor) else None for count in counts),
         None if rotary is None else step.positions,
-        *((None, None, None) if rotary is None else _turning(rotary, step.q.shape[-1])),
+        *((None,) * 4 if rotary is None else _turning(rotary, step.q.shape[-1], matrices)),
         *(None if x is None else x.float().contiguous() for x in (step.slopes, step.sinks)),
         mask if mask is None or mask.dtype == torch.bool else mask.float(),
         step.table,
@@ -125,6 +132,7 @@ def decode(step: Step) -> Tensor:
             *(-1 if s.widths is None or not s.widths.scaled else s.widths.of_codes for s in (step.keys, step.values)),
             step.kv_heads,
             step.size_out,
+            int(matrices),
         ],
         [1.0 if rotary is None else rotary.scaling, step.scale, step.softcap or 0.0],
     )
@@ -138,7 +146,7 @@ def _launch(
     found, about = library()
     if found is None:
         raise EigenAttnError(about)
-    rank_k, rank_v, *places, g, size_out = sizes
+    rank_k, rank_v, *places, g, size_out, matrices = sizes
     q, mask, positions = x.q, x.mask, x.positions
     if q.stride(-1) != 1:
         q = q.contiguous()
@@ -158,10 +166,11 @@ def _launch(
         *_layout(near_keys, g),
         *_layout(near_values, g),
         *_layout(far_keys, g),
-        rank_k, _at(x.key_decoder), _at(x.key_mean), _at(x.key_levels), _matrices(x.key_decoder),
+        rank_k, _at(x.key_decoder), _at(x.key_mean), _at(x.key_levels),
+        _matrices(x.key_decoder), _of_levels(x.key_levels),
         x.far_keys.shape[-1], _at(x.key_plan), places[0],
         *_layout(far_values, g),
-        rank_v, _at(x.value_decoder), _at(x.value_mean), _at(x.value_levels), 0,
+        rank_v, _at(x.value_decoder), _at(x.value_mean), _at(x.value_levels), 0, _of_levels(x.value_levels),
         x.far_values.shape[-1], _at(x.value_plan), places[1],
         0 if near_keys is None else _tokens(near_keys, x.near_pages),
         *_count(x.first, counts[0]),
@@ -172,7 +181,7 @@ def _launch(
         *((0, 0, 0, 0) if positions is None else (positions.data_ptr(), positions.stride(1), positions.itemsize, 0)),
         0 if positions is None or len(positions) == 1 else positions.stride(0),
         0 if x.order is None else len(x.order) // 2,
-        _at(x.order), _at(x.table), _at(x.frequencies),
+        _at(x.order), _at(x.table), _at(x.frequencies), matrices, _at(x.identity),
         *scales,
         _at(x.slopes), _at(x.sinks), _at(mask), *((0, 0, 0) if mask is None else _mask_layout(mask)),
         out.data_ptr(), KINDS[out.dtype],
@@ -183,7 +192,7 @@ def _launch(
     return out
 
 
-_ARGUMENTS = struct.Struct("=7q6q12q28q1q24q2q3q3d6q2q6q")
+_ARGUMENTS = struct.Struct("=7q6q12q30q1q24q2q5q3d6q2q6q")
 
 
 # One node in a graph, which does not break there.
@@ -193,7 +202,7 @@ _operator = torch.library.custom_op("eigenattn::decode_natively", _launch, mutat
 @_operator.register_fake
 def _shape_of_output(tensors: Sequence[Tensor | None], counts: Any, sizes: Sequence[int], scales: Any) -> Tensor:
     q = _Tensors._make(tensors).q
-    return q.new_empty(*q.shape[:2], sizes[-1])
+    return q.new_empty(*q.shape[:2], sizes[-2])
 
 
 def _at(x: Tensor | None) -> int:
@@ -201,8 +210,13 @@ def _at(x: Tensor | None) -> int:
 
 
 def _matrices(decoder: Tensor | None) -> int:
-    """How many matrices of bf16 a decoder is; 0 if it is none."""
-    return decoder.shape[1] if decoder is not None and decoder.dtype == torch.bfloat16 else 0
+    """How many matrices of bf16 decode keys by `_as_rows`; 0 if none."""
+    return decoder.shape[1] if decoder is not None and decoder.dim() == 7 else 0
+
+
+def _of_levels(levels: Tensor | None) -> int:
+    """Numbers of each head's."""
+    return 0 if levels is None else levels[0].numel()
 
 
 def _layout(x: Tensor | None, g: int) -> tuple[int, ...]:
@@ -255,26 +269,35 @@ def _multiplies() -> bool:
     return found is not None and bool(found.eigenattn_matrices())
 
 
-def _prepared(side: Side, rotary: Rotary | None, of_keys: bool) -> tuple[Tensor | None, ...]:
-    """Decoder, mean, levels and plan of codes as the kernel reads them, in fp32; kept.
+def _prepared(
+    side: Side, rotary: Rotary | None, of: Literal["keys", "values"], matrices: bool
+) -> tuple[Tensor | None, ...]:
+    """Decoder, mean, levels and plan of codes as the kernel reads them; kept.
 
-    Decoders are [G, R, size], of keys that rotate with their dimensions as pairs lie, and `_as_matrices` where the
-    machine multiplies such; of other keys, which the query is brought to, [G, D, R] with R filled up to whole vectors.
+    Decoders are [G, R, size] in fp32, of keys that rotate with their dimensions as pairs lie, and in matrices where
+    these are multiplied; of other keys, which the query is brought to, [G, D, R] with R filled up to whole vectors.
     """
     turned = (0, False) if rotary is None else (rotary.width, rotary.interleaved)
-    return side._once(("native", of_keys, *turned), lambda: _prepare(side, rotary, of_keys))
+    name = ("native", of, matrices, MULTIPLIED, *turned)
+    return side._once(name, lambda: _prepare(side, rotary, of, matrices))
 
 
-def _prepare(side: Side, rotary: Rotary | None, of_keys: bool) -> tuple[Tensor | None, ...]:
+def _prepare(
+    side: Side, rotary: Rotary | None, of: Literal["keys", "values"], matrices: bool
+) -> tuple[Tensor | None, ...]:
     decoder, mean = (None if x is None else x.detach().float() for x in (side.decoder, side.mean))
     if rotary is not None:
         decoder, mean = (None if x is None else _as_pairs(x, rotary) for x in (decoder, mean))
-        if decoder is not None and decoder.shape[-1] >= MULTIPLIED and _multiplies():
-            decoder = _as_matrices(decoder, exact=side.decoder is not None and side.decoder.dtype == torch.bfloat16)
-    elif of_keys and decoder is not None:
+        if decoder is not None and matrices:
+            decoder = _as_columns(decoder)
+        elif decoder is not None and decoder.shape[-1] >= MULTIPLIED and _multiplies():
+            decoder = _as_rows(decoder, exact=side.decoder is not None and side.decoder.dtype == torch.bfloat16)
+    elif of == "keys" and decoder is not None:
         decoder = _filled(decoder.transpose(1, 2))
     levels, plan = None, None
-    if side.widths is not None:
+    if side.widths is not None and matrices:
+        levels, plan = _tables(side.codebook), channels_of(side.widths)
+    elif side.widths is not None:
         levels = _filled(side.codebook.of_codes[:, :, 0].transpose(0, 1))  # [G, 4, R]
         plan = plan_of(side.widths, _lanes())
     return tuple(None if x is None else x.contiguous() for x in (decoder, mean, levels, plan))
@@ -305,34 +328,75 @@ def _as_pairs(x: Tensor, rotary: Rotary) -> Tensor:
     return F.pad(x, (0, 1))[..., torch.tensor(order)]
 
 
-def _as_matrices(decoder: Tensor, exact: bool) -> Tensor:
-    """Decoders [G, R, size] in fp32 as `Matrices` in matrices.h takes them: [G, parts, chunks, size / 16, 16, 16, 2].
+def _as_columns(decoder: Tensor) -> Tensor:
+    """Decoders [G, R, size] in fp32 as matrices_task.h takes them, in bf16: [G, size / 16, chunks, 16, 32].
+
+    Channels come in chunks of 32.
+    """
+    filled = F.pad(decoder.bfloat16(), (0, 0, 0, -decoder.shape[1] % DEPTH)).transpose(1, 2)
+    return filled.unflatten(2, (-1, DEPTH)).unflatten(1, (-1, ROWS)).transpose(2, 3)
+
+
+def _as_rows(decoder: Tensor, exact: bool) -> Tensor:
+    """Decoders [G, R, size] in fp32 as `multiply` in matrices.h takes them: [G, parts, chunks, size / 16, 16, 16, 2].
 
     The parts are their roundings to bf16 and, if these are not exact, what they leave. Channels come in chunks of 32,
     and rows of a matrix are pairs of them.
     """
     high = decoder.bfloat16()
     parts = torch.stack([high] if exact else [high, (decoder - high.float()).bfloat16()], dim=1)
-    parts = F.pad(parts, (0, 0, 0, -parts.shape[2] % 32))
-    return parts.unflatten(2, (-1, 16, 2)).unflatten(-1, (-1, 16)).permute(0, 1, 2, 5, 3, 6, 4)
+    parts = F.pad(parts, (0, 0, 0, -parts.shape[2] % DEPTH))
+    return parts.unflatten(2, (-1, ROWS, 2)).unflatten(-1, (-1, ROWS)).permute(0, 1, 2, 5, 3, 6, 4)
 
 
-def _turning(rotary: Rotary, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The order of pairs, the table of a block's rotations, and radians with those of a whole block; kept."""
-    key = ("native", size)
+def _tables(codebook: Codebook) -> Tensor:
+    """What codes stand for in bf16: of each head and channel its levels, filled up to whole tables of 32, [G, sum]."""
+    found = []
+    for bits, levels in codebook.widths.split(codebook.levels.float(), dim=1):
+        tables = level_table(levels, bits).bfloat16()
+        found.append(F.pad(tables, (0, -tables.shape[-1] % DEPTH)).flatten(1))
+    return torch.cat(found, dim=1)
+
+
+def channels_of(widths: Widths) -> Tensor:
+    """Where each channel's codes lie in a row and in tables of levels: `Channel` in matrices_task.h, [R, 9]."""
+    rows, table = [], 0
+    for bits, count, planes in widths.planes():
+        tables = -(-(2**bits) // DEPTH)
+        for i in range(count):
+            parts = []
+            for plane in planes:
+                place, shift = plane.at(i)
+                mask = 2**plane.bits - 1 << plane.below
+                turn = (8 * (place % 2) + shift - plane.below) % 16
+                parts += [place // 2, turn | turn << 16, mask | mask << 16]
+            rows.append([*parts, *[0] * (6 - len(parts)), table, tables, count - i])
+            table += tables
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def _turning(rotary: Rotary, size: int, matrices: bool) -> tuple[Tensor | None, ...]:
+    """The order of pairs, the table of a block's rotations, radians with those of a whole block, and of matrices the
+    decoder of keys that have none; kept."""
+    key = ("native", size, matrices)
     if key not in rotary._tables:
         order, lanes = order_of(rotary, size, _lanes()), _lanes()
         frequencies = torch.zeros(len(order) // 2, dtype=torch.float64)
         frequencies[: rotary.width // 2] = rotary.inverse_frequencies.double()
         angles = torch.arange(_block() + 1, dtype=torch.float64).unsqueeze(-1) * frequencies
-        together = torch.stack([part.unflatten(-1, (-1, lanes)) for part in (angles.cos(), angles.sin())], dim=2)
+        turns = angles[:-1].cos(), angles[:-1].sin()
+        if matrices:
+            table, identity = torch.stack([turn.T for turn in turns], dim=1), _as_pairs(torch.eye(size), rotary)
+            identity = _as_columns(identity.unsqueeze(0)).contiguous()
+        else:
+            table, identity = torch.stack([turn.unflatten(-1, (-1, lanes)) for turn in turns], dim=2), None
         of_block = torch.stack([frequencies, angles[-1].cos(), angles[-1].sin()])
-        rotary._tables[key] = torch.tensor(order, dtype=torch.int32), together[:-1].float().contiguous(), of_block
+        rotary._tables[key] = torch.tensor(order, dtype=torch.int32), table.float().contiguous(), of_block, identity
     return rotary._tables[key]
 
 
 def plan_of(widths: Widths, lanes: int) -> Tensor:
-    """Where each channel's code lies in a row, and how it comes out: `Codes` in decoding.cpp, [vectors, 6, lanes]."""
+    """Where each channel's code lies in a row, and how it comes out: `Codes` in vectors_task.h, [vectors, 6, lanes]."""
     channels: list[tuple[int, int, int, int, int, int]] = []  # bytes, shifts and masks of both parts
     for _, count, planes in widths.planes():
         for i in range(count):

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int BLOCK = 32;  // tokens; the table of rotations, and a block's scores, stay in the first cache
+constexpr int BLOCK = 32;  // tokens; the table of rotations stays in the first cache
 
 enum Kind : int64_t { FP32, BF16, CODES };
 
@@ -21,11 +21,13 @@ struct Rows {
 struct Side {
     Rows rows;
     int64_t rank;
-    const float *decoder, *mean, *levels;  // levels: [G, 4, padded rank], coefficients of a polynomial in the code
-    int64_t matrices;                      // if not 0, so many of bf16 are the decoder: see `Matrices`
-    int64_t bytes;                         // of a row of codes
-    const int32_t *plan;                   // [vectors, 6, LANES]; see `Codes`
-    int64_t scale;                         // where a row of codes has the byte of its scale, or -1
+    // Levels are coefficients of a polynomial in the code, [G, 4, padded rank]; of matrices tables of bf16, [G, of_levels].
+    const float *decoder, *mean, *levels;
+    int64_t matrices;     // so many of bf16 are the decoder, or 0
+    int64_t of_levels;    // numbers of a head's
+    int64_t bytes;        // of a row of codes
+    const int32_t *plan;  // [vectors, 6, LANES]; see `Codes`. Of matrices a `Channel` each
+    int64_t scale;        // where a row of codes has the byte of its scale, or -1
 };
 
 // Of a paged cache: row b has the pages `table[b * stride]` and on, of so many tokens each; a list's `batch` is then
@@ -50,8 +52,10 @@ struct Arguments {
     // Rotary positions: `pairs` with padding, 0 without any; the place in D of each dimension as pairs lie, or -1.
     int64_t pairs;
     const int32_t *order;
-    const float *table;         // [BLOCK, pairs / LANES, 2, LANES]: cosines and sines
+    const float *table;         // [BLOCK, pairs / LANES, 2, LANES]: cosines and sines; of matrices [pairs, 2, BLOCK]
     const double *frequencies;  // [3, pairs]: radians a token, and cosines and sines of a block's length
+    int64_t by_matrices;
+    const uint16_t *identity;   // a decoder, in matrices, of keys that have none
     double scaling, scale, softcap;
     const float *slopes, *sinks;  // of each head; sinks are logits that the softmax is taken with
     const char *mask;
