@@ -154,7 +154,7 @@ def speeds(results: dict[str, list[dict]]) -> list[str]:
                 if rotary and none:
                     share = rotary["bytes"] / rows["sdpa"]["bytes"]
                     times = " | ".join(f"{row['speed_against_best']:.1f} times" for row in (rotary, none))
-                    heads = f"{_heads(shape)} of {shape['head_dim']}"
+                    heads = f"{_heads(shape)} of {shape['head_dim']}, {shape['dtype']}"
                     lines.append(f"| {heads} | {shape['length']:,} | {title} | {share:.2f} | {times} |")
     return lines
 

@@ -173,11 +173,71 @@ TINY: dict[str, tuple[str, dict]] = {
         {**LATENT, "q_lora_rank": None, "rope_interleave": False, "rope_parameters": YARN_ROPE, "attention_bias": True},
     ),
 }
+SLIDES = {**LLAMA, "head_dim": HEAD_DIM, "sliding_window": 40}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8}
+BY_TURNS = ["sliding_attention", "full_attention", "sliding_attention"]
+# As `TINY`, of models that the tests of vLLM alone build: they slide, and queries see more than exact windows have.
+SERVED: dict[str, tuple[str, dict]] = {
+    "gemma2-served": ("gemma2", {**TINY["gemma2"][1], "sliding_window": 40}),
+    "gemma3-served": (
+        "gemma3_text",
+        {
+            **SLIDES,
+            "query_pre_attn_scalar": 20,
+            "layer_types": BY_TURNS,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+            },
+        },
+    ),
+    "gemma3n-served": (
+        "gemma3n_text",
+        {
+            **SLIDES,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": None,
+        },
+    ),
+    "mistral-served": ("mistral", SLIDES),
+    "cohere2-served": ("cohere2", {**SLIDES, "layer_types": BY_TURNS, "logit_scale": 1.0}),
+    "gpt_oss-served": (
+        "gpt_oss",
+        {
+            **SLIDES,
+            "layer_types": BY_TURNS,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {**YARN_ROPE, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        },
+    ),
+    "falcon_h1-served": (
+        "falcon_h1",
+        {**LLAMA, **MAMBA, "mamba_d_ssm": 128},
+    ),
+    "granitemoehybrid-served": (
+        "granitemoehybrid",
+        {
+            **LLAMA,
+            **MAMBA,
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "shared_intermediate_size": 32,
+            "num_local_experts": 0,
+        },
+    ),
+    "granite_swa-served": ("granite_swa", {**SLIDES, "layer_types": BY_TURNS}),
+}
 
 
 def tiny(name: str, attn_implementation: str | None = None, **overrides) -> torch.nn.Module:
     """A tiny random model in evaluation mode; the same one for the same name."""
-    model_type, settings = TINY[name]
+    model_type, settings = (TINY | SERVED)[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**settings, **overrides})
     backend = attn_implementation or config._attn_implementation

@@ -6,7 +6,8 @@ import torch
 from eigenattn import kernels
 from eigenattn.cache.codebook import Codebook
 from eigenattn.cache.packing import Widths
-from eigenattn.kernels.coding import codes_of, levels_of
+from eigenattn.kernels.coding import Encoder, codes_of, codes_of_vectors, levels_of
+from eigenattn.kernels.decoding import Rotary
 from eigenattn.kernels.native_library import unavailable
 from eigenattn.models.rotary import rotate
 
@@ -42,6 +43,30 @@ def test_codes_and_levels(counts, tokens, scaled):
     torch.testing.assert_close(levels_of(rows, codebook), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 13, 70])
+@pytest.mark.parametrize(("shared", "sides"), [(1, 1), (3, 1), (2, 2)])
+def test_codes_of_vectors(dtype, tokens, shared, sides):
+    """Of whole numbers, with which arithmetic is exact in any order."""
+    torch.manual_seed(0)
+    widths, size = Widths.of({8: 3, 5: 9, 3: 7}, scaled=sides == 1), 10
+    codebook = Codebook.of(torch.rand(G, widths.channels, 1) * torch.tensor([0.1, 0.4, 0, 1e-5]), widths)
+
+    def whole(*shape):
+        return torch.randint(-3, 4, shape).to(dtype)
+
+    vectors = [whole(2, tokens + 2, G * shared, size).transpose(1, 2)[:, :, 1:-1] for _ in range(sides)]
+    matrices = [whole(G, widths.channels, shared * size) for _ in range(sides)]
+    means = [whole(G, 1, shared * size) for _ in range(sides)]
+    encoders = [Encoder.of(matrix, mean) for matrix, mean in zip(matrices, means, strict=True)]
+    encoders[0] = encoders[0]._replace(mean=None)
+    means[0].zero_()
+    joined = [x.float().unflatten(1, (G, shared)).transpose(2, 3).flatten(3) for x in vectors]
+    z = sum((x - mean) @ matrix.float().mT for x, matrix, mean in zip(joined, matrices, means, strict=True))
+    assert torch.equal(codes_of_vectors(vectors, encoders, codebook), codebook.encode(z))
+    assert by_torch(codes_of_vectors, vectors, encoders, codebook) is None
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("batch", "heads", "tokens", "size", "width", "rows"),
@@ -53,3 +78,16 @@ def test_rotations(batch, heads, tokens, size, width, rows):
     cos, sin = torch.randn(2, rows, tokens + 1, width)
     for given in ((x, cos, sin), (x[:, :, 1:].contiguous(), cos[:, 1:], sin[:, 1:])):
         torch.testing.assert_close(rotate(*given), by_torch(rotate, *given), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotations_to_positions_in_a_row(dtype, interleaved):
+    torch.manual_seed(0)
+    rotary = Rotary(100.0 ** -(torch.arange(0, 12, 2) / 12), 1.3, interleaved)
+    x = torch.randn(1, 70, 3, 20).to(dtype).transpose(1, 2)
+    expected = rotary.rotate(x.float(), torch.arange(1000, 1070)).to(dtype)
+    close = {"rtol": 1e-2 if dtype == torch.bfloat16 else 0, "atol": 1e-5}
+    for found in (rotary.rotate_between(x, 1000, 1070), by_torch(rotary.rotate_between, x, 1000, 1070)):
+        torch.testing.assert_close(found, expected, **close)

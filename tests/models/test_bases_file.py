@@ -6,13 +6,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from tiny import compressed as arbitrary
 from tiny import save_tiny, tiny, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import eigenattn
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.models.bases_file import save_bases
-from eigenattn.models.checkpoint_format import EigenAttnCheckpointConfig, checkpoint_of
+from eigenattn.models.checkpoint_format import EigenAttnCheckpointConfig, checkpoint_of, mark_compressed
 from eigenattn.models.conversion import eigen_layers, layouts_of
 from eigenattn.models.loading import Source, load_model
 from eigenattn.report.card import model_card
@@ -56,6 +57,21 @@ def test_attached_bases_can_be_saved_as_a_whole(bases, tmp_path):
     model.save_pretrained(tmp_path / "whole")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype="auto")
     assert torch.equal(whole(IDS).logits, model(IDS).logits)
+
+
+def test_attached_where_only_some_layers_have_attention(tmp_path):
+    """Whose decoder layers, besides, hand no positions to attention."""
+    name, rope = "granitemoehybrid-served", {"position_embedding_type": "rope"}
+    model = arbitrary(name, window=4, **rope)
+    method = EigenAttentionConfig(coded=False, window=4).to_dict()
+    mark_compressed(model, EigenAttnCheckpointConfig([layout.to_dict() for layout in layouts_of(model)], True, method))
+    save_bases(model, tmp_path)
+    again = eigenattn.attach(tiny(name, **rope), tmp_path)
+    logits = again(IDS, use_cache=False).logits
+    assert torch.equal(logits, model(IDS, use_cache=False).logits)
+    cache = again(IDS[:, :-1], use_cache=True).past_key_values
+    last = again(IDS[:, -1:], past_key_values=cache).logits
+    torch.testing.assert_close(last, logits[:, -1:], rtol=1e-4, atol=1e-4)
 
 
 def test_attached_in_half_precision(bases):

@@ -2,7 +2,8 @@
 
     python engine.py JOBS RESULTS
 
-JOBS is a JSON list of `{"options": ..., "prompts": [[ids], ...], "new_tokens": n}`, options being those of `vllm.LLM`.
+JOBS is a JSON list of `{"options": ..., "prompts": [[ids], ...], "new_tokens": n}`, options being those of `vllm.LLM`,
+and `"adapters"`, if there are any, the LoRA adapter's folder of each prompt.
 Each result has the tokens of two runs of the same prompts, what of each run came out of the prefix cache, how many
 drafts were taken, and the engine's own count of cache tokens; or the error.
 """
@@ -20,6 +21,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0")
 
 def run(job: dict) -> dict:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     parallel = any(job["options"].get(f"{kind}_parallel_size", 1) > 1 for kind in ("tensor", "pipeline"))
     if parallel:
@@ -31,9 +33,12 @@ def run(job: dict) -> dict:
     if job["prompts"]:
         prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
         sampling = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True)
+        folders = job.get("adapters")
+        numbers = {folder: number for number, folder in enumerate(dict.fromkeys(folders or ()), 1)}
+        adapters = folders and [LoRARequest(folder, numbers[folder], folder) for folder in folders]
         result["reused"] = []
         for name in ("tokens", "again"):
-            outputs = llm.generate(prompts, sampling, use_tqdm=False)
+            outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapters)
             result[name] = [list(output.outputs[0].token_ids) for output in outputs]
             result["reused"].append([output.num_cached_tokens for output in outputs])
         if not parallel:

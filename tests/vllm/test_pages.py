@@ -12,10 +12,22 @@ from eigenattn.kernels import decoding
 from eigenattn.kernels.decoding import Step, Window
 from eigenattn.models.conversion import eigen_layers
 from eigenattn.models.rotary import rotate
-from eigenattn.vllm.attend import PagedAttention, Queries, attend_prompt, decode_queries, rotary_of
+from eigenattn.vllm.attend import (
+    PagedAttention,
+    Queries,
+    angles_of,
+    attend_prompt,
+    decode_queries,
+    rotary_of,
+    sight_of,
+)
 from eigenattn.vllm.pages import Pages, latents_in, window_in, write
 
 LENGTHS = (19, 3, 10)
+BY_LAYER = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+}
 SCALED = Widths.of({8: 3, 5: 2, 3: 3, 1: 2}, scaled=True), Widths.of({8: 2, 4: 1, 2: 6}, scaled=True)
 # name -> (tiny model, whether latents are coded, what is shared)
 KINDS = {
@@ -27,8 +39,15 @@ KINDS = {
     "joint": ("qwen3", True, "2kv"),
     "learned": ("opt", True, "1"),
 }
-# Without a window bases are folded, unless latents are shared.
-CASES = [*((kind, 4) for kind in KINDS), ("shared", 0), ("joint", 0)]
+# Kinds, exact windows, and what queries see at all. Without a window bases are folded, unless latents are shared.
+CASES = [
+    *((kind, 4, None) for kind in KINDS),
+    ("shared", 0, None),
+    ("joint", 0, None),
+    *((kind, 4, 7) for kind in ("coded", "plain", "interleaved")),
+    ("coded", 4, 3),
+    ("shared", 0, 7),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -37,15 +56,21 @@ def without_gradients():
         yield
 
 
-def layer_of(kind: str, window: int, slopes: bool = False) -> PagedAttention:
+def layer_of(kind: str, window: int, sees: int | None = None, slopes: bool = False) -> PagedAttention:
+    """Those that slide have sinks, too."""
     name, coded, share = KINDS[kind]
     layer = eigen_layers(compressed(name, window, coded, share, SCALED if kind == "scaled" else None))[1]
     alibi = torch.tensor([0.5, 0.25, 0.1, 0.0]) if slopes else None
-    return PagedAttention(layer, layer.scaling, rotary_of(layer), alibi)
+    sinks = None if sees is None else torch.tensor([0.5, -1.0, 2.0, 0.0])
+    return PagedAttention(layer, layer.scaling, rotary_of(layer), alibi, sees=sees, sinks=sinks)
 
 
-def filled(layer: PagedAttention) -> tuple[Pages, Pages | None]:
-    """Pages in no order, 4 tokens of latents or 2 of the window each; the window's other tokens are NaN."""
+def filled(layer: PagedAttention, forgets: bool = False) -> tuple[Pages, Pages | None]:
+    """Pages in no order, 4 tokens of latents or 2 of the window each; other tokens are NaN.
+
+    Args:
+        forgets: whether tokens that a row's last query does not see are others'.
+    """
     maps, generator = layer.maps, torch.Generator().manual_seed(3)
     k, v = torch.randn(2, len(LENGTHS), maps.kv_heads, max(LENGTHS), maps.head_dim, generator=generator)
 
@@ -53,15 +78,18 @@ def filled(layer: PagedAttention) -> tuple[Pages, Pages | None]:
         table = torch.randperm(len(cache), generator=generator)[: len(LENGTHS) * (20 // size)]
         table = table.view(len(LENGTHS), -1).to(torch.int32)
         for row, length in enumerate(LENGTHS):
-            columns = torch.arange(length)
+            columns = seen_of(length)
             write(view, table[row, columns // size].long() * size + columns % size, of_row(row, length))
         return Pages(view, table)
 
+    def seen_of(length):
+        return torch.arange(max(length - layer.sees, 0) if forgets and layer.sees else 0, length)
+
     def vectors(row, length):
-        return k[row : row + 1, :, :length], v[row : row + 1, :, :length]
+        return tuple(x[row : row + 1, :, seen_of(length)] for x in (k, v))
 
     size = maps.layout.bytes_per_token(4)
-    cache = torch.randint(0, 255, (17, 1, 4, size), dtype=torch.uint8, generator=generator)
+    cache = torch.full((17, 1, 4, size), 255, dtype=torch.uint8)
     far = pages(cache, latents_in(cache, maps.layout, k.dtype), lambda *row: maps.stored(*vectors(*row)), 4)
     if not maps.layout.window:
         return far, None
@@ -84,9 +112,10 @@ def some_queries(layer: PagedAttention) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize(("kind", "window"), CASES)
-def test_prompts_attend_as_decoding_does(kind, window):
-    layer = layer_of(kind, window, slopes=kind == "learned")
+@pytest.mark.parametrize(("kind", "window", "sees"), CASES)
+def test_prompts_attend_as_decoding_does(kind, window, sees, monkeypatch):
+    monkeypatch.setattr("eigenattn.kernels.chunked.QUERY_BLOCK", 4)
+    layer = layer_of(kind, window, sees, slopes=kind == "learned")
     far, near = filled(layer)
     q = some_queries(layer)
     for chunk in (1, 7, 19):
@@ -98,12 +127,12 @@ def test_prompts_attend_as_decoding_does(kind, window):
                 torch.testing.assert_close(out[-1:], alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "window"), CASES)
+@pytest.mark.parametrize(("kind", "window", "sees"), CASES)
 @pytest.mark.parametrize("backend", ["reference", "torch", "default"])
-def test_rows_of_pages_decode_as_rows_in_one_piece(kind, window, backend, monkeypatch):
+def test_rows_of_pages_decode_as_rows_in_one_piece(kind, window, sees, backend, monkeypatch):
     """In every layer of a pass, for all of which some things are computed once."""
-    layer = layer_of(kind, window)
-    far, near = filled(layer)
+    layer = layer_of(kind, window, sees)
+    far, near = filled(layer, forgets=True)
     rows, q = [2, 0, 1], some_queries(layer)[:, 0]
     far, near = of_rows(far, rows), of_rows(near, rows)
     batch = batch_of([LENGTHS[row] for row in rows])
@@ -112,7 +141,8 @@ def test_rows_of_pages_decode_as_rows_in_one_piece(kind, window, backend, monkey
     found = [decode_queries(layer, q, batch, far, near) for _ in range(2)]
     assert torch.equal(*found)
     for place, length in enumerate(batch.lengths.tolist()):
-        columns, border = torch.arange(length), max(length - window, 0)
+        columns = torch.arange(max(length - (sees or length), 0), length)
+        border = max(len(columns) - window, 0)
         keys, values = layer.maps.decoding_sides()
         exact = None if near is None else Pages(near.rows, near.table[place : place + 1]).at(columns[border:])
         step = Step(
@@ -125,7 +155,8 @@ def test_rows_of_pages_decode_as_rows_in_one_piece(kind, window, backend, monkey
             positions=columns.unsqueeze(0),
             query=torch.tensor([length - 1]),
             rotary=layer.rotary,
-            window=None if exact is None else Window(*exact, border, length),
+            window=None if exact is None else Window(*exact, border, len(columns)),
+            sinks=layer.sinks,
         )
         torch.testing.assert_close(
             found[0][place : place + 1], decoding.decode(step, "reference"), rtol=1e-4, atol=1e-5
@@ -149,11 +180,28 @@ def test_what_the_native_step_does_not_take_is_decoded_all_the_same():
 def test_rotary_positions_are_the_models(name):
     """Scaling, pairs that are neighbours, dimensions that stay: nothing that a family has may be left out."""
     _, (layer, *_) = converted(name)
+    check_angles(layer)
+    assert rotary_of(converted("opt")[1][0]) is None
+
+
+def test_rotary_positions_may_differ_by_layer():
+    sliding, full, _ = converted("gemma3", rope_parameters=BY_LAYER)[1]
+    check_angles(sliding)
+    check_angles(full)
+    assert angles_of(sliding) != angles_of(full)
+    assert (sight_of(sliding), sight_of(full)) == (12, None)
+
+
+def test_rotation_that_frequencies_do_not_give_is_refused():
+    _, (layer, *_) = converted("llama")
+    layer.family = dataclasses.replace(layer.family, backwards=True)
+    with pytest.raises(EigenAttnError, match="of this kind"):
+        rotary_of(layer)
+
+
+def check_angles(layer):
     x = torch.randn(1, 2, 5, layer.head_dim)
     positions = torch.tensor([[0, 1, 7, 40, 300]])
     cos, sin = layer.angles(x, positions)
     expected = rotate(x, cos, sin, layer.family.interleaved)
     torch.testing.assert_close(rotary_of(layer).rotate(x, positions[0]), expected, rtol=1e-4, atol=1e-4)
-    assert rotary_of(converted("opt")[1][0]) is None
-    with pytest.raises(EigenAttnError, match="of this kind"):
-        rotary_of(converted("gemma3")[1][0])  # each layer type has angles of its own

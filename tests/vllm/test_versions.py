@@ -29,13 +29,12 @@ SIGNATURES = {
     "model_executor.layers.attention.attention unified_attention_with_output": "query key value output layer_name",
     "model_executor.layers.attention_layer_base AttentionLayerBase.bind_kv_cache": "self kv_cache",
     "model_executor.layers.attention_layer_base AttentionLayerBase.get_kv_cache_spec": "self vllm_config",
+    "model_executor.layers.mamba.ops.ssu_dispatch initialize_mamba_ssu_backend": "mamba_config kv_cache_config",
     "model_executor.layers.quantization.base_config QuantizationConfig.from_config": "cls config",
     "model_executor.layers.quantization.base_config QuantizationConfig.get_quant_method": "self layer prefix",
     "model_executor.models.registry _ModelRegistry.register_model": "self model_arch model_cls",
     "model_executor.models.registry _ModelRegistry.get_supported_archs": "self",
     "utils.torch_utils kv_cache_dtype_str_to_dtype": "kv_cache_dtype model_config",
-    "v1.core.single_type_kv_cache_manager SlidingWindowManager._contiguous_blocks_for_hit": "cls window_size "
-    "block_size use_eagle",
     "v1.core.single_type_kv_cache_manager SlidingWindowManager.reachable_block_mask": "cls start_block end_block "
     "alignment_tokens kv_cache_spec use_eagle retention_interval",
     "v1.kv_cache_interface SlidingWindowSpec.max_admission_blocks_per_request": "self max_in_flight_tokens "
@@ -46,9 +45,10 @@ SIGNATURES = {
 }
 # Fields and properties that are read or set.
 FIELDS = {
-    "config.cache CacheConfig": "block_size user_specified_block_size cache_dtype num_gpu_blocks",
+    "config.cache CacheConfig": "block_size user_specified_block_size cache_dtype num_gpu_blocks use_replayssm",
     "config.compilation CompilationConfig": "static_forward_context",
-    "config.vllm VllmConfig": "additional_config max_in_flight_tokens num_speculative_tokens kv_transfer_config",
+    "config.vllm VllmConfig": "additional_config max_in_flight_tokens num_speculative_tokens kv_transfer_config "
+    "mamba_config",
     "v1.attention.backend AttentionBackend": "supported_dtypes supported_kv_cache_dtypes "
     "forward_includes_kv_cache_update supported_kv_cache_layouts supports_sliding_window",
     "v1.attention.backend CommonAttentionMetadata": "query_start_loc_cpu seq_lens num_reqs num_actual_tokens "

@@ -50,12 +50,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def file_name(result: dict[str, Any], device: torch.device) -> str:
-    """`kernel-nvidia-h100-80gb-hbm3.json`, `decode-nvidia-h100-80gb-hbm3-llama-50-b16-s8192.json`."""
+    """`kernel-nvidia-h100-80gb-hbm3.json`, `decode-nvidia-h100-80gb-hbm3-llama-50-b16-s8192-bfloat16.json`."""
     parts = [device_name(device)]
     if result.get("model"):
         parts.append(Path(result["model"]).name)
     if result["kind"] == "decode":
-        parts += [f"b{result['batch']}", f"s{result['length']}"]
+        parts += [f"b{result['batch']}", f"s{result['length']}", result["dtype"]]
     return f"{result['kind']}-{re.sub(r'[^a-z0-9]+', '-', ' '.join(parts).lower()).strip('-')[:200]}.json"
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache.codebook import Codebook
 from ..cache.packing import Widths
 from .native_library import library
 from .selection import decoding_backend
+
+FILLED = 16  # channels that an encoder is filled up to whole times of: as many as any machine has in a vector
 
 
 def codes_of(z: Tensor, codebook: Codebook) -> Tensor:
@@ -19,6 +25,53 @@ def codes_of(z: Tensor, codebook: Codebook) -> Tensor:
     if channels is None:
         return codebook.encode(z)
     return codebook.encode(z.detach(), lambda z: _packed(z, codebook, channels))
+
+
+class Encoder(NamedTuple):
+    """How one side's vectors come into a latent.
+
+    Args:
+        matrix: of G/N latents of N heads each, [G/N, N * D, R] in fp32, R filled up with zeros.
+        mean: what is taken from vectors first, [G/N, N * D] in fp32, or None.
+    """
+
+    matrix: Tensor
+    mean: Tensor | None
+
+    @classmethod
+    def of(cls, matrix: Tensor, mean: Tensor | None) -> Encoder:
+        """From an encoder [G/N, R, N * D], and a mean [G/N, 1, N * D]."""
+        matrix = F.pad(matrix.detach().float().transpose(1, 2), (0, -matrix.shape[1] % FILLED)).contiguous()
+        return cls(matrix, None if mean is None else mean.detach().float().flatten(1).contiguous())
+
+
+def codes_of_vectors(vectors: Sequence[Tensor], encoders: Sequence[Encoder], codebook: Codebook) -> Tensor | None:
+    """The bytes [B, G/N, T, bytes] of latents that vectors [B, G, T, D] of one or two sides come to, in fp32.
+
+    None where the library does not do it: latents and then `codes_of` do.
+    """
+    channels = _chosen(vectors[0], codebook.widths, levels=False)
+    if channels is None or any(x.dtype not in (torch.float32, torch.bfloat16) for x in vectors):
+        return None
+    found, _ = library()
+    assert found is not None  # it was chosen
+    vectors = [x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in vectors]  # which live until then
+    (batch, heads, tokens, size), latents = vectors[0].shape, len(encoders[0].matrix)
+    sources = [
+        struct.pack(
+            "=7q", x.data_ptr(), *x.stride()[:3], x.dtype == torch.bfloat16,
+            0 if encoder.mean is None else encoder.mean.data_ptr(), encoder.matrix.data_ptr(),
+        )
+        for x, encoder in zip(vectors, encoders, strict=True)
+    ]  # fmt: skip
+    widths, thresholds = codebook.widths, codebook.all_thresholds
+    out = torch.empty(batch, latents, tokens, widths.bytes, dtype=torch.uint8)
+    found.eigenattn_encode(
+        b"".join(sources), len(sources), batch, latents, tokens, heads // latents, size, widths.channels,
+        channels.data_ptr(), thresholds.data_ptr(), thresholds.shape[1], widths.of_codes, widths.scaled,
+        torch.get_num_threads(), out.data_ptr(),
+    )  # fmt: skip
+    return out
 
 
 def _packed(z: Tensor, codebook: Codebook, channels: Tensor) -> Tensor:

@@ -50,9 +50,10 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         found = ctypes.CDLL(str(path))
         found.eigenattn_decode.restype, found.eigenattn_decode.argtypes = None, [ctypes.c_char_p]
         sizes, at = [ctypes.c_int64] * 4, ctypes.c_void_p
-        for function in (found.eigenattn_pack, found.eigenattn_unpack, found.eigenattn_rotate):
+        for function in (found.eigenattn_pack, found.eigenattn_unpack, found.eigenattn_rotate, found.eigenattn_encode):
             function.restype = None
-        found.eigenattn_rotate.argtypes = [at, *sizes, *sizes[:3], at, at, *sizes, at]
+        found.eigenattn_encode.argtypes = [ctypes.c_char_p, *sizes, *sizes[:3], at, at, *sizes, at]
+        found.eigenattn_rotate.argtypes = [at, *sizes, *sizes, at, at, *sizes, at]
         found.eigenattn_pack.argtypes = [at, *sizes, at, at, *sizes[:3], at]
         found.eigenattn_unpack.argtypes = [at, *sizes, *sizes[:3], at, sizes[0], at, *sizes[:2], at]
         return found, str(path)

@@ -344,6 +344,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoehybrid": Family(
         title="Granite 4",
         attention="GraniteMoeHybridAttention",
+        notes_positions=True,
         positions=_granitemoehybrid_positions,
         note="Mamba layers stay as they are.",
     ),

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from ..cache.codebook import DEGREE, Codebook
 from ..cache.layout import SIDES, Latent, Layout
-from ..kernels.coding import codes_of, levels_of
+from ..kernels.coding import Encoder, codes_of, codes_of_vectors, levels_of
 from ..kernels.decoding import Side
 from .memoised import memoised
 
@@ -68,10 +68,10 @@ class LatentMaps(nn.Module):
     def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """Keys and values [B, G, T, D] to latents [B, G/N, T, R]; what is latent, or stored as it is, passes."""
         vectors = {"key": keys, "value": values}
-        return tuple(
-            functools.reduce(operator.add, (self._encode(vectors[side], side) for side in latent.sides))
-            for latent in self.layout.latents
-        )
+        return tuple(self._latent_of(latent, vectors) for latent in self.layout.latents)
+
+    def _latent_of(self, latent: Latent, vectors: dict[str, Tensor]) -> Tensor:
+        return functools.reduce(operator.add, (self._encode(vectors[side], side) for side in latent.sides))
 
     def _encode(self, x: Tensor, side: str) -> Tensor:
         if getattr(self, f"{side}_encoder") is None:
@@ -98,10 +98,32 @@ class LatentMaps(nn.Module):
 
         Bytes carry no gradients: coded models are trained without a cache.
         """
+        vectors = {"key": keys, "value": values}
         return tuple(
-            z if latent.widths is None else codes_of(z, self.codebook(latent))
-            for latent, z in zip(self.layout.latents, self.encode(keys, values), strict=True)
+            self._latent_of(latent, vectors) if latent.widths is None else self._codes(latent, vectors)
+            for latent in self.layout.latents
         )
+
+    def _codes(self, latent: Latent, vectors: dict[str, Tensor]) -> Tensor:
+        codebook, encoders, found = self.codebook(latent), self._encoders(latent), None
+        if encoders is not None:
+            found = codes_of_vectors([vectors[side] for side in latent.sides], encoders, codebook)
+        return codes_of(self._latent_of(latent, vectors), codebook) if found is None else found
+
+    def _encoders(self, latent: Latent) -> list[Encoder] | None:
+        """What makes a latent of vectors; None where projections have done so."""
+        names = [(f"{side}_encoder", f"{side}_mean") for side in latent.sides]
+        source = [getattr(self, name) for pair in names for name in pair]
+        if any(encoder is None for encoder in source[::2]):
+            return None
+
+        def made() -> list[Encoder]:
+            parts = [
+                [None if getattr(self, name) is None else self._by_latent(name) for name in pair] for pair in names
+            ]
+            return [Encoder.of(encoder, mean) for encoder, mean in parts if encoder is not None]
+
+        return memoised(self, f"_{latent.sides[0]}_encoders", [*source, latent], made)
 
     def restored(self, rows: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The latents [B, G/N, S, R] of what the cache holds; packed ones in `dtype`, and others as they are."""
@@ -117,13 +139,17 @@ class LatentMaps(nn.Module):
 
         Gradients pass the quantisers as if they were not there (the straight-through estimator, arXiv 1308.3432).
         """
+        vectors = {"key": keys, "value": values}
         return tuple(
-            z if latent.widths is None else self._rounded(z, latent)
-            for latent, z in zip(self.layout.latents, self.encode(keys, values), strict=True)
+            self._latent_of(latent, vectors) if latent.widths is None else self._rounded(latent, vectors)
+            for latent in self.layout.latents
         )
 
-    def _rounded(self, z: Tensor, latent: Latent) -> Tensor:
+    def _rounded(self, latent: Latent, vectors: dict[str, Tensor]) -> Tensor:
         codebook = self.codebook(latent)
+        if not torch.is_grad_enabled():
+            return levels_of(self._codes(latent, vectors), codebook).to(vectors[latent.sides[0]].dtype)
+        z = self._latent_of(latent, vectors)
         found = levels_of(codes_of(z.detach(), codebook), codebook).to(z.dtype)
         return z + (found - z).detach() if z.requires_grad else found
 

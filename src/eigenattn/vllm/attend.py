@@ -7,6 +7,7 @@ prompts attend row by row, and meet the keys in chunks (`eigenattn.kernels.chunk
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,33 +20,57 @@ from ..cache.sight import Near
 from ..errors import EigenAttnError
 from ..kernels import chunked
 from ..kernels.decoding import Rotary, Step, Window, accepted, decode_accepted
+from ..kernels.reference import both_masks
 from ..kernels.selection import decoding_backend
 from ..models.attention import EigenAttention
 from ..models.maps import LatentMaps
 from ..models.rotary import rotate
 from .pages import Pages
 
+# Types of layers, where a model has several: others see everything.
+SLIDING, CHUNKED = "sliding_attention", "chunked_attention"
+
+
+def sight_of(layer: EigenAttention) -> int | None:
+    """Tokens that each of a layer's queries sees, itself included; None for all before it.
+
+    Raises:
+        EigenAttnError: if it sees chunks.
+    """
+    if layer.layer_type == CHUNKED:
+        raise EigenAttnError("attention in chunks is not served by vLLM once compressed.")
+    return layer.sliding_window if layer.layer_type in (None, SLIDING) else None
+
+
+def angles_of(layer: EigenAttention) -> Hashable:
+    """What layers that rotate by the same angles have in common."""
+    if not layer.rotates:
+        return None
+    return id(layer.rotary_module), layer.layer_type if layer.by_layer_type else None
+
 
 def rotary_of(layer: EigenAttention) -> Rotary | None:
     """Rotary positions of a layer, which may be without memory; None if it does not rotate.
 
     Raises:
-        EigenAttnError: if it rotates otherwise than by frequencies that all layers have.
+        EigenAttnError: if it rotates otherwise than by frequencies.
     """
     if not layer.rotates:
         return None
-    device = torch.get_default_device()
+    device, stored = torch.get_default_device(), layer.rotary_module
+    prefix, arguments = (f"{layer.layer_type}_", (layer.layer_type,)) if layer.by_layer_type else ("", ())
     with torch.device("cpu"):
-        module: Any = type(layer.rotary_module)(layer.config)
-        if not layer.by_layer_type:
-            found = Rotary(module.inv_freq.float(), float(module.attention_scaling), layer.family.interleaved)
+        module: Any = type(stored)(getattr(stored, "config", layer.config))
+        frequencies = getattr(module, f"{prefix}inv_freq", None)
+        if frequencies is not None:
+            scaling = float(getattr(module, f"{prefix}attention_scaling", 1.0))
+            found = Rotary(frequencies.float(), scaling, layer.family.interleaved)
             # The engine's default dtype is the model's.
             x = torch.linspace(1, 2, 4 * layer.head_dim, dtype=torch.float32).view(1, 1, 4, -1)
             positions = torch.tensor([[0, 1, 7, 300]])
-            expected = rotate(x, *layer.laid_out(module(x, positions)), layer.family.interleaved)
+            expected = rotate(x, *layer.laid_out(module(x, positions, *arguments)), layer.family.interleaved)
             if torch.allclose(found.rotate(x, positions), expected, rtol=1e-3, atol=1e-3):
-                frequencies = found.inverse_frequencies.to(device)
-                return dataclasses.replace(found, inverse_frequencies=frequencies)
+                return dataclasses.replace(found, inverse_frequencies=frequencies.float().to(device))
     raise EigenAttnError("rotary positions of this kind are not served by vLLM once compressed.")
 
 
@@ -59,6 +84,8 @@ class PagedAttention:
         rotary: rotates queries and keys, or None.
         slopes: ALiBi's slope of each query head [H] in fp32, or None.
         softcap: see `Step`.
+        sees: tokens that a query sees, itself included; None for all before it.
+        sinks: see `Step`.
     """
 
     maps: LatentMaps
@@ -66,10 +93,18 @@ class PagedAttention:
     rotary: Rotary | None = None
     slopes: Tensor | None = None
     softcap: float | None = None
+    sees: int | None = None
+    sinks: Tensor | None = None
 
-    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Vectors [..., n, D] at positions [n]; untouched without rotary positions."""
-        return x if self.rotary is None else self.rotary.rotate(x.float(), positions).to(x.dtype)
+    @property
+    def window(self) -> int:
+        """Tokens that a query sees exactly."""
+        window = self.maps.layout.window
+        return window if self.sees is None else min(window, self.sees)
+
+    def rotated(self, x: Tensor, start: int) -> Tensor:
+        """Vectors [1, heads, n, D] at positions `start` and on; untouched without rotary positions."""
+        return x if self.rotary is None else self.rotary.rotate_between(x, start, start + x.shape[-2])
 
 
 @dataclass(frozen=True)
@@ -93,7 +128,12 @@ class Queries:
 
 def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, far: Pages, near: Pages | None) -> Tensor:
     """Queries [b, H, D] before rotation, over latents and the exact window, if there is one: [b, H, D]."""
-    lengths, window = batch.lengths, layer.maps.layout.window
+    lengths, sees = batch.lengths, layer.sees
+
+    def behind(tokens: int) -> Tensor:
+        """How many each row has but for so many."""
+        return batch.context.memoised(("behind", tokens), lambda: (lengths - tokens).clamp_min(0))
+
     keys, values = layer.maps.decoding_sides()
     exact = None
     if near is not None:
@@ -107,19 +147,21 @@ def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, far: Pages,
         keys=keys,
         values=values,
         scale=layer.scale,
-        length=batch.context.memoised(("border", window), lambda: (lengths - window).clamp_min(0)),
+        length=behind(layer.window),
+        first=None if sees is None else behind(sees),
         positions=None if layer.rotary is None else batch.positions,
         rotary=layer.rotary,
         slopes=layer.slopes,
         window=exact,
         softcap=layer.softcap,
+        sinks=layer.sinks,
         memoised=batch.context.memoised,
     )
     return decode_accepted(step, accepted(step, decoding_backend(q)))
 
 
 def attend_prompt(layer: PagedAttention, q: Tensor, length: int, far: Pages, near: Pages | None) -> Tensor:
-    """The last T of a row's tokens.
+    """The last T of a row's tokens; of layers that slide some at a time, since each sees but a few others.
 
     Args:
         q: their queries before rotation [T, H, D].
@@ -128,49 +170,74 @@ def attend_prompt(layer: PagedAttention, q: Tensor, length: int, far: Pages, nea
     Returns:
         [T, H, D].
     """
-    maps, t, window = layer.maps, q.shape[0], layer.maps.layout.window
+    most = len(q) if layer.sees is None else max(layer.sees, chunked.QUERY_BLOCK)
+    parts, stop = [], length - len(q)
+    for some in q.split(most):
+        stop += len(some)
+        parts.append(_attend_part(layer, some, stop, far, near))
+    return torch.cat(parts)
+
+
+def _attend_part(layer: PagedAttention, q: Tensor, length: int, far: Pages, near: Pages | None) -> Tensor:
+    maps, t, window = layer.maps, q.shape[0], layer.window
     query = length - t
-    columns = torch.arange(length, device=q.device)
-    q = layer.rotated(q.transpose(0, 1), columns[query:]).unsqueeze(0)  # [1, H, T, D]
+    first = 0 if layer.sees is None else max(query - layer.sees + 1, 0)  # that is seen
+    columns = torch.arange(first, length, device=q.device)
+    q = layer.rotated(q.transpose(0, 1).unsqueeze(0), query)  # [1, H, T, D]
 
     def decode_chunk(start: int, stop: int) -> tuple[Tensor, Tensor]:
         chunk = columns[start:stop]
         latents = maps.restored(far.at(chunk), q.dtype)
         keys, values = (maps.latent(latents, side) for side in SIDES)
         values = maps.for_each_head(values) if near is None else maps.decode(values, "value")
-        return layer.rotated(maps.decode(keys, "key"), chunk), values
+        return layer.rotated(maps.decode(keys, "key"), first + start), values
 
     exact = None
     if near is not None:
-        first = max(query - window + 1, 0)
-        keys, values = near.at(columns[first:])
-        exact = Near(layer.rotated(keys, columns[first:]), values, first)
-    mask = None if layer.slopes is None else bias_of(layer.slopes, columns)
+        start = max(query - window + 1 - first, 0)
+        keys, values = near.at(columns[start:])
+        exact = Near(layer.rotated(keys, first + start), values, start)
     parts = chunked.attend(
         q,
         q,
         decode_chunk,
         exact,
-        chunked.Scoring(mask, layer.scale, layer.softcap),
+        chunked.Scoring(mask_of(layer, columns, query - first), layer.scale, layer.softcap),
         size=maps.layout.of("value").rank,
-        tokens=length,
+        tokens=len(columns),
         window=window,
-        query_first=query,
+        query_first=query - first,
     )
     out = parts.out.to(q.dtype)
-    return (maps.decode_output(out) if near is None else out)[0].transpose(0, 1)
+    out = maps.decode_output(out) if near is None else out
+    if layer.sinks is not None:
+        out = out * (parts.lse - layer.sinks.to(parts.lse.dtype).view(-1, 1, 1)).sigmoid().to(q.dtype)
+    return out[0].transpose(0, 1)
 
 
-def bias_of(slopes: Tensor, columns: Tensor) -> chunked.Mask:
-    """ALiBi as tiles of an additive mask, in fp32: half precision does not tell far columns apart.
+def mask_of(layer: PagedAttention, columns: Tensor, query: int) -> chunked.Mask | None:
+    """What slides out of sight and ALiBi, as tiles of a mask; None if there is neither.
+
+    ALiBi is in fp32: half precision does not tell far columns apart.
 
     Args:
-        slopes: of each query head [H].
         columns: of all keys, [S].
+        query: the place of the first query among them.
     """
+    slopes, sees = layer.slopes, layer.sees
+    if sees is not None and len(columns) <= sees:
+        sees = None
+    if slopes is None and sees is None:
+        return None
 
-    def tile(start: int, stop: int, low: int, high: int) -> Tensor:
-        found = slopes.view(1, -1, 1, 1) * (columns[low:high] - len(columns))  # [1, H, 1, keys]
-        return found.float().expand(-1, -1, stop - start, -1)
+    def tile(start: int, stop: int, low: int, high: int) -> Tensor | None:
+        found = None
+        if slopes is not None:
+            found = slopes.view(1, -1, 1, 1) * (columns[low:high] - columns[-1])  # [1, H, 1, keys]
+            found = found.float().expand(-1, -1, stop - start, -1)
+        if sees is None or low + sees > query + stop - 1:
+            return found
+        seen = columns[low:high] > columns[query + start : query + stop].unsqueeze(-1) - sees
+        return seen[None, None] if found is None else both_masks(found, seen)
 
     return tile

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EigenAttnError
-from ..models.attention import EigenAttention
+from ..models.attention import EigenAttention, ReadingAttention
 from ..models.bases_file import check_base, read_config, read_tensors
 from ..models.checkpoint_format import EigenAttnCheckpointConfig, allocate
 from ..models.conversion import METHOD, convert_attention
@@ -74,17 +74,18 @@ def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> dict[str, 
         EigenAttnError: if bases do not fit the model, or it is not served.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in VARYING_ROPE:
-        raise EigenAttnError(f"rotary positions of type {rope['rope_type']} are not served by vLLM once compressed.")
+    for each in (rope, *(found for found in rope.values() if isinstance(found, dict))):  # of each type of layer
+        if (kind := each.get("rope_type")) in VARYING_ROPE:
+            raise EigenAttnError(f"rotary positions of type {kind} are not served by vLLM once compressed.")
     model = empty_model(config)
     convert_attention(model)
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, EigenAttention)}
     found = dict(sorted(found.items(), key=lambda each: each[1].layer_idx))
     layers = list(found.values())
-    if [layer.layer_idx for layer in layers] != [*range(config.get_text_config(decoder=True).num_hidden_layers)]:
-        raise EigenAttnError("models whose layers do not all cache keys and values are not served once compressed.")
-    if any(layer.sink_logits is not None or layer.normalises_rotated for layer in layers):
-        raise EigenAttnError("sinks, and norms behind rotation, are not served by vLLM once compressed.")
+    if any(isinstance(module, ReadingAttention) for module in model.modules()):
+        raise EigenAttnError("layers that attend over what others cache are not served by vLLM once compressed.")
+    if any(layer.normalises_rotated for layer in layers):
+        raise EigenAttnError("norms behind rotation are not served by vLLM once compressed.")
     if any(layer.layout.tied for layer in layers):
         raise EigenAttnError("multi-head latent attention is not served by vLLM once compressed.")
     allocate(layers, checkpoint)
@@ -103,13 +104,12 @@ class Loading:
         self, bases: Bases, originals: Mapping[str, EigenAttention], take: Callable[[int, str, Tensor], None]
     ) -> None:
         self._bases, self._take = bases, take
-        self._layers = list(originals.values())
+        self._layers = {layer.layer_idx: layer for layer in originals.values()}
         # Where in a layer its attention is; the same in all of them.
-        self._inside = next(iter(originals)).partition(".0.")[2]
+        place = PLACE.search(next(iter(originals)))
+        self._inside = place[2] if place else ""
         self._samples: dict[tuple[int, str], Tensor] = {}
-        self._missing = {
-            (index, name) for index, layer in enumerate(self._layers) for name, _ in layer.named_parameters()
-        }
+        self._missing = {(index, name) for index, layer in self._layers.items() for name, _ in layer.named_parameters()}
 
     def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The tensors that are the model's own."""
@@ -140,7 +140,7 @@ class Loading:
                 index, name = min(self._missing)
                 raise EigenAttnError(f"the checkpoint lacks {name} of layer {index}: is it truncated?")
             return
-        names = [(index, name) for index, layer in enumerate(self._layers) for name in original_names(layer)]
+        names = [(index, name) for index, layer in self._layers.items() for name in original_names(layer)]
         if self._samples.keys() >= set(names):
             own = fingerprint_from([self._samples[key] for key in names])
             check_base(folder, self._bases.config, own, quantised=False)

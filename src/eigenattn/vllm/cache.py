@@ -1,12 +1,13 @@
 """What a layer caches, as vLLM is told of it: pages of latents, and pages of the exact window.
 
-Latents of all tokens form one full-attention group, whatever their bytes, and the window's tokens a sliding-window
-group. A block of the engine's pool holds all layers' pages of either group, so the window's has as many tokens as fit
-into the other's bytes.
+Latents form one full-attention group, whatever their bytes, those of layers that slide one sliding-window group, and
+the exact tokens of all layers another. A block of the engine's pool holds all layers' pages of one group, so each
+group's has as many tokens as fit into the bytes of the first one's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.layout import Layout
-from ..cache.size import baseline_bytes_per_token
 from ..errors import EigenAttnError
 from .backend import LatentBackend
 from .engine import (
@@ -30,68 +30,169 @@ from .engine import (
     SlidingWindowSpec,
     VllmConfig,
     kv_cache_dtype_str_to_dtype,
+    prepare_states,
 )
 
-# Tokens that a block of latents may have beside a window, unless the user says otherwise (chosen). Smaller ones make
-# longer tables. By fours, pages begin where elements of four bytes may.
-BLOCKS_WITH_WINDOW = range(16, 129, 4)
+# Tokens that a block of the first group may have, unless the user says otherwise (chosen). Smaller ones make longer
+# tables.
+BLOCKS = range(16, 257, 4)
+# Of latents: pages begin where elements of four bytes may.
+ALIGNED = 4
 # Where the engine schedules ahead, tokens of two steps are not settled.
 STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True)
-class BlockPlan:
-    """Of how many tokens the engine's blocks are, beside an exact window; without one that is the engine's own choice.
+class Group:
+    """Layers whose tokens lie in blocks of the same number.
 
     Args:
-        window: exact tokens, W.
-        latents: tokens of a block of latents.
-        exact: tokens of a block of the window.
-        spacers: layers that cache next to nothing, see `Spacer`.
+        sizes: bytes of a token in each of them; other groups may have other layers.
+        sees: tokens of a sequence that it holds while it decodes; None for all.
+        block: tokens of a block.
     """
 
-    window: int
-    latents: int
-    exact: int
-    spacers: int
+    sizes: tuple[int, ...]
+    sees: int | None = None
+    block: int = 1
+
+    def spacers(self, stages: int) -> int:
+        """How many `Spacer`s keep it in one piece.
+
+        Where each size of page occurs equally often vLLM sees a pattern that repeats, and cuts every group by it. It
+        also cuts groups that slide, where as many pages like the first as there are do not fit into a block. And each
+        stage of a pipeline, which are so many, has to have a page of the group.
+        """
+        counts = {*Counter(self.sizes).values()}
+        if stages > 1:
+            return stages + (counts == {stages})
+        slides = self.sees is not None and len(self.sizes) > 1
+        if not slides and (len({*self.sizes}) < 2 or len(counts) > 1):
+            return 0
+        return 2 if counts == {1} else 1
+
+    def blocks(self, computed: int, longest: int) -> int:
+        """That a sequence of `longest` tokens takes at most while so many are computed."""
+        if self.sees is None:
+            return -(-longest // self.block)
+        return -(-min(self.sees - 1 + computed, longest) // self.block) + 1
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Of how many tokens the engine's blocks are, where there are several groups.
+
+    Args:
+        groups: `full`, `sliding` and `exact`, those that there are in this order.
+    """
+
+    groups: dict[str, Group]
 
     @classmethod
-    def of(cls, layouts: Sequence[Layout], element_size: int, block: int | None) -> BlockPlan | None:
-        """For the layers of a model, which have one window; None without.
+    def of(
+        cls,
+        layouts: Sequence[Layout],
+        sees: Sequence[int | None],
+        element_size: int,
+        longest: int,
+        block: int,
+        fixed: bool,
+        states: bool = False,
+    ) -> BlockPlan:
+        """For the layers of a model, which have one window.
 
         Args:
+            sees: tokens that each layer sees; None for all.
             element_size: bytes of an element that is not coded.
-            block: tokens of a block of latents, if the user has chosen.
+            longest: tokens of a sequence.
+            block: tokens of a block, as the engine has it; where there are several groups, of the first one's.
+            fixed: whether the user has said so; otherwise several groups have blocks that waste least.
+            states: whether other layers have states. In each block there is room for one: the engine gives it as many
+                bytes as keys and values of a block's tokens take in a layer of the original.
+
+        Raises:
+            EigenAttnError: if layers slide by different windows.
         """
-        window = layouts[0].window
-        if not window:
-            return None
-        sizes = [layout.bytes_per_token(element_size) for layout in layouts]
-        ratio = baseline_bytes_per_token(layouts, element_size) / sum(sizes)
+        window, slide = layouts[0].window, sorted({seen for seen in sees if seen is not None})
+        if len(slide) > 1:
+            raise EigenAttnError(
+                f"layers that see {' and '.join(map(str, slide))} tokens are not served together by vLLM once "
+                "compressed: one sliding window a model is."
+            )
 
-        def exact(latents: int) -> int:
-            return max((n for n in range(1, latents + 1) if latents % n == 0 and n * ratio <= latents), default=0)
+        def sizes(seen: int | None) -> tuple[int, ...]:
+            pairs = zip(layouts, sees, strict=True)
+            return tuple(layout.bytes_per_token(element_size) for layout, own in pairs if own == seen)
 
-        def cost(latents: int) -> float:
-            """Tokens whose latents would take the room of a sequence's window, and of what its last block wastes."""
-            held = exact(latents)
-            return latents * (-(-(window + 1) // held) + 1.5) if held else math.inf
+        groups = {"full": Group(sizes(None))}
+        if slide:
+            groups["sliding"] = Group(sizes(slide[0]), slide[0])
+        if window:
+            exact = tuple(layout.original_elements * element_size for layout in layouts)
+            groups["exact"] = Group(exact, window)
+        groups = {name: group for name, group in groups.items() if group.sizes}
+        state = block * layouts[0].original_elements * element_size if states else 0
 
-        latents = block or min(BLOCKS_WITH_WINDOW, key=cost)
-        return cls(window, latents, exact(latents) or 1, spacers_for(sizes))
+        def with_blocks(first: int) -> BlockPlan:
+            """Blocks divide each other: prefixes end with the first group's, and are hashed by the last one's."""
+            made, room, block = {}, 0, first
+            for name, group in groups.items():
+                size = sum(group.sizes)
+                if made:
+                    step = 1 if name == "exact" else ALIGNED
+                    fitting = [n for n in range(step, block + 1, step) if block % n == 0 and n * size <= room]
+                    block = max(fitting, default=step)
+                else:
+                    room = max(first * size, state)
+                made[name] = dataclasses.replace(group, block=block)
+            return cls(made)
+
+        def cost(first: int) -> float:
+            """Bytes of the pool that a sequence takes for what slides, and for what its last block wastes."""
+            plan = with_blocks(first)
+            pages = [group.block * sum(group.sizes) for group in plan.groups.values()]
+            held = sum(group.blocks(STEPS_AHEAD, longest) for group in plan.groups.values() if group.sees is not None)
+            return pages[0] * (held + 0.5) if max(pages) == pages[0] else math.inf
+
+        if states:
+            block *= max(state // (block * sum(next(iter(groups.values())).sizes)), 1)
+        return with_blocks(block if fixed or states or len(groups) == 1 else min(BLOCKS, key=cost))
+
+    @property
+    def kept(self) -> int:
+        """Blocks that what slides takes of a prefix for later prompts."""
+        return sum(-(-(group.sees - 1) // group.block) for group in self.groups.values() if group.sees is not None)
 
     def needed(self, in_flight: int, longest: int) -> int:
         """Blocks that a sequence of `longest` tokens takes while so many are computed, and one that vLLM reserves."""
-        exact = -(-min(self.window - 1 + in_flight, longest) // self.exact) + 1
-        return 1 + -(-longest // self.latents) + exact
+        return 1 + sum(group.blocks(in_flight, longest) for group in self.groups.values())
 
 
-def spacers_for(sizes: list[int]) -> int:
-    """How many spacers keep the window's layers in one group: none, unless each size of page occurs equally often."""
-    counts = Counter(sizes)
-    if len(counts) < 2 or len(set(counts.values())) > 1:
-        return 0
-    return 2 if max(counts.values()) == 1 else 1
+class Planning:
+    """Plans blocks when they are asked for: beside states of other kinds the engine chooses their size, so that a state
+    fits into a block, once the model is built.
+
+    Args:
+        layouts, sees: of all layers that hold latents, see `BlockPlan.of`.
+        states: whether there are layers with states of other kinds.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, layouts: Sequence[Layout], sees: Sequence[int | None], states: bool
+    ) -> None:
+        self._config, self._layers, self.states = vllm_config, (layouts, sees), states
+        self._made: dict[int, BlockPlan] = {}
+
+    @property
+    def plan(self) -> BlockPlan:
+        """Of the engine's blocks."""
+        cache, longest = self._config.cache_config, self._config.model_config.max_model_len
+        block = cache.block_size or BLOCKS[0]
+        if block not in self._made:
+            element = cache_dtype(self._config).itemsize
+            fixed = cache.user_specified_block_size
+            self._made[block] = BlockPlan.of(*self._layers, element, longest, block, fixed, self.states)
+        return self._made[block]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +200,13 @@ class WindowSpec(SlidingWindowSpec):
     """A sliding window whose size while decoding counts for the engine's capacity.
 
     vLLM counts a whole batch of prompt tokens for every sequence, which only those hold that are being read. Admission
-    still reserves them, and `WindowCache.bind_kv_cache` checks that one sequence has room.
+    still reserves them, and `CachingLayer.bind_kv_cache` checks that one sequence has room.
+
+    Args:
+        kept: see `BlockPlan`.
     """
+
+    kept: int
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         longest, queries = vllm_config.model_config.max_model_len, 1 + vllm_config.num_speculative_tokens
@@ -110,8 +216,9 @@ class WindowSpec(SlidingWindowSpec):
 class WindowManager(SlidingWindowManager):
     """Keeps windows for later prompts at intervals, not at the ends of prompts alone, unless the user says otherwise.
 
-    vLLM's own default has a prefix that two prompts share hit by the third. Here a window is kept wherever as many
-    blocks of latents were filled as it takes itself, so that windows are half of what a cached prefix takes at most.
+    vLLM's own default has a prefix that two prompts share hit by the third. Here windows are kept wherever as many
+    blocks of the first group were filled as they take themselves, so that they are half of what a cached prefix takes
+    at most.
     """
 
     @classmethod
@@ -126,8 +233,7 @@ class WindowManager(SlidingWindowManager):
         **options: Any,
     ) -> list[bool] | None:
         if retention_interval == 0 and alignment_tokens is not None:
-            window, block = kv_cache_spec.sliding_window, kv_cache_spec.block_size
-            retention_interval = cls._contiguous_blocks_for_hit(window, block, use_eagle) * alignment_tokens
+            retention_interval = kv_cache_spec.kept * alignment_tokens
         return super().reachable_block_mask(
             start_block, end_block, alignment_tokens, kv_cache_spec, use_eagle, retention_interval, **options
         )
@@ -138,11 +244,16 @@ KVCacheSpecRegistry.register(WindowSpec, WindowManager, uniform_type_base_spec=S
 
 
 class CachingLayer(nn.Module, AttentionLayerBase):
-    """A layer that vLLM gives a cache, under a name of its own."""
+    """A layer that vLLM gives a cache, under a name of its own.
 
-    def __init__(self, vllm_config: VllmConfig, name: str) -> None:
+    Args:
+        planning: of the engine's blocks.
+        kind: its group's name, see `BlockPlan`.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, name: str, planning: Planning, kind: str) -> None:
         super().__init__()
-        self.layer_name = name
+        self.layer_name, self.planning, self.kind, self._config = name, planning, kind, vllm_config
         self.kv_cache = torch.tensor([])
         self.dtype = cache_dtype(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
@@ -153,29 +264,6 @@ class CachingLayer(nn.Module, AttentionLayerBase):
     def get_attn_backend(self) -> type[AttentionBackend]:
         return LatentBackend
 
-
-def cache_dtype(vllm_config: VllmConfig) -> torch.dtype:
-    """Of what is cached and not coded."""
-    return kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config)
-
-
-class WindowCache(CachingLayer):
-    """Exact keys, before rotation, and values of the last tokens."""
-
-    def __init__(self, vllm_config: VllmConfig, name: str, kv_heads: int, head_dim: int, plan: BlockPlan) -> None:
-        super().__init__(vllm_config, name)
-        self.kv_heads, self.head_dim, self.plan, self._config = kv_heads, head_dim, plan, vllm_config
-
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        return WindowSpec(
-            block_size=self.plan.exact,
-            num_kv_heads=self.kv_heads,
-            head_size=self.head_dim,
-            dtype=self.dtype,
-            sliding_window=self.plan.window,
-            block_stride_alignment=self.dtype.itemsize,
-        )
-
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Take the cache, if one sequence of the longest kind can be read into it.
 
@@ -183,44 +271,57 @@ class WindowCache(CachingLayer):
             EigenAttnError: if not.
         """
         super().bind_kv_cache(kv_cache)
+        if self.planning.states:
+            prepare_states(self._config)
         blocks = self._config.cache_config.num_gpu_blocks
         if blocks is None:  # a small cache to profile memory with
             return
         longest = self._config.model_config.max_model_len
-        needed = self.plan.needed(self._config.max_in_flight_tokens, longest)
+        needed = self.planning.plan.needed(self._config.max_in_flight_tokens, longest)
         if blocks < needed:
             raise EigenAttnError(
                 f"a sequence of {longest} tokens takes {needed} blocks of the cache while it is read, and there are "
                 f"{blocks}: give it more memory, or lower --max-model-len or --max-num-batched-tokens."
             )
 
+    def page_spec(self, heads: int, size: int, dtype: torch.dtype) -> KVCacheSpec:
+        """Pages with so many elements a head and token."""
+        plan = self.planning.plan
+        group = plan.groups[self.kind]
+        common: dict[str, Any] = {
+            "block_size": group.block,
+            "num_kv_heads": heads,
+            "head_size": size,
+            "head_size_v": 0,
+            "dtype": dtype,
+            "block_stride_alignment": self.dtype.itemsize,
+        }
+        if group.sees is None:
+            return FullAttentionSpec(**common)
+        return WindowSpec(**common, sliding_window=group.sees, kept=plan.kept)
 
-def byte_spec(block_size: int, size: int, alignment: int = 1) -> KVCacheSpec:
-    """Pages of `size` bytes a token in one piece.
 
-    Args:
-        alignment: of a page's first byte.
-    """
-    return FullAttentionSpec(
-        block_size=block_size,
-        num_kv_heads=1,
-        head_size=size,
-        head_size_v=0,
-        dtype=torch.uint8,
-        block_stride_alignment=alignment,
-    )
+def cache_dtype(vllm_config: VllmConfig) -> torch.dtype:
+    """Of what is cached and not coded."""
+    return kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config)
+
+
+class WindowCache(CachingLayer):
+    """Exact keys, before rotation, and values of the last tokens, side by side."""
+
+    def __init__(self, vllm_config: VllmConfig, name: str, planning: Planning, kv_heads: int, head_dim: int) -> None:
+        super().__init__(vllm_config, name, planning, "exact")
+        self.kv_heads, self.head_dim = kv_heads, head_dim
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return self.page_spec(self.kv_heads, 2 * self.head_dim, self.dtype)
 
 
 class Spacer(CachingLayer):
-    """Caches one byte a token, which nobody reads.
+    """Caches one element a token, which nobody reads, and keeps a group in one piece (`Group.spacers`).
 
-    Where each size of page occurs equally often, vLLM takes the layers for a repeating pattern and splits the window's
-    group by it, so that each part holds blocks of its own. One more page, of a size unlike the others, is no pattern.
+    Of a group that slides it has to be the first.
     """
 
-    def __init__(self, vllm_config: VllmConfig, name: str, block_size: int) -> None:
-        super().__init__(vllm_config, name)
-        self.block_size = block_size
-
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        return byte_spec(self.block_size, self.dtype.itemsize, self.dtype.itemsize)
+        return self.page_spec(1, self.dtype.itemsize, torch.uint8)

@@ -6,6 +6,9 @@ stands here, as `tests/vllm/test_versions.py` reads them, and once it was served
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
@@ -14,6 +17,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.mamba.ops.ssu_dispatch import initialize_mamba_ssu_backend
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import _encode_layer_name as encode_layer_name
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
@@ -41,6 +46,7 @@ __all__ = [
     "KVCacheSpec",
     "KVCacheSpecRegistry",
     "LinearBase",
+    "MambaBase",
     "RowParallelLinear",
     "SlidingWindowManager",
     "SlidingWindowSpec",
@@ -51,6 +57,7 @@ __all__ = [
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "kv_cache_dtype_str_to_dtype",
+    "prepare_states",
     "run_attention",
 ]
 
@@ -62,3 +69,11 @@ def run_attention(query: Tensor, key: Tensor, value: Tensor, output: Tensor, lay
         layer: its name, as `encode_layer_name` gives it.
     """
     torch.ops.vllm.unified_attention_with_output(query, key, value, output, layer)
+
+
+def prepare_states(vllm_config: VllmConfig) -> None:
+    """Have vLLM choose its kernels for Mamba layers, which it does by itself where a group has one spec for all."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    specs = [layer.get_kv_cache_spec(vllm_config) for layer in layers if isinstance(layer, MambaBase)]
+    told: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
+    initialize_mamba_ssu_backend(vllm_config.mamba_config, told, use_replayssm=vllm_config.cache_config.use_replayssm)

@@ -14,14 +14,15 @@ from ..errors import EigenAttnError
 from ..kernels.decoding import Rotary
 from ..models.attention import EigenAttention
 from ..models.maps import MAPS, QUANTISERS, LatentMaps
-from .attend import PagedAttention, rotary_of
+from .attend import PagedAttention, angles_of, rotary_of, sight_of
 from .backend import LatentImpl
 from .bases import Bases, Loading, blueprints
-from .cache import BlockPlan, CachingLayer, Spacer, WindowCache, byte_spec, cache_dtype
+from .cache import CachingLayer, Planning, Spacer, WindowCache
 from .engine import (
     Attention,
     KVCacheSpec,
     LinearBase,
+    MambaBase,
     RowParallelLinear,
     VllmConfig,
     encode_layer_name,
@@ -45,8 +46,9 @@ class LatentAttention(LatentMaps, CachingLayer):
     Args:
         stock: vLLM's attention, whose place it takes.
         original: the layer as transformers has it, without memory.
-        rotary: the model's rotary positions, or None.
-        plan: of the blocks of all layers; None without an exact window.
+        rotary: its rotary positions, or None.
+        planning: of the engine's blocks.
+        sinks: of its heads, if it has any.
     """
 
     def __init__(
@@ -55,26 +57,25 @@ class LatentAttention(LatentMaps, CachingLayer):
         stock: Attention,
         original: EigenAttention,
         rotary: Rotary | None,
-        plan: BlockPlan | None,
+        planning: Planning,
+        sinks: Tensor | None,
     ) -> None:
-        CachingLayer.__init__(self, vllm_config, stock.layer_name)
+        sees = sight_of(original)
+        CachingLayer.__init__(self, vllm_config, stock.layer_name, planning, "full" if sees is None else "sliding")
         self.heads, self.kv_heads, self.head_dim = stock.num_heads, stock.num_kv_heads, original.head_dim
         self.num_heads, self.num_kv_heads = self.heads, self.kv_heads  # as vLLM calls them
         self.whole, self.layout = original.layout, _own_layout(original.layout, self.kv_heads)
-        self.block_size = (vllm_config.cache_config.block_size if plan is None else plan.latents) or 16
         slopes = getattr(stock.impl, "alibi_slopes", None)
         slopes = None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32)
-        self.attention = PagedAttention(
-            self, original.scaling, rotary if original.rotates else None, slopes, original.softcap
-        )
+        self.attention = PagedAttention(self, original.scaling, rotary, slopes, original.softcap, sees, sinks)
         for name in (*MAPS, *QUANTISERS):
             stored = getattr(original, name)
             empty = None if stored is None else torch.empty(self._own(stored).shape)
             self.register_parameter(name, None if empty is None else nn.Parameter(empty, requires_grad=False))
         self.window_name = None
-        if plan is not None:
+        if self.layout.window:
             self.window_name = f"{stock.layer_name}.window"
-            self.window_cache = WindowCache(vllm_config, self.window_name, self.kv_heads, self.head_dim, plan)
+            self.window_cache = WindowCache(vllm_config, self.window_name, planning, self.kv_heads, self.head_dim)
         self.impl = LatentImpl(self.heads, self.head_dim, original.scaling)
 
     def _own(self, stored: Tensor) -> Tensor:
@@ -106,8 +107,7 @@ class LatentAttention(LatentMaps, CachingLayer):
         return f"{self.layer_name.rpartition('.')[0]}.{name}"
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        element = self.dtype.itemsize
-        return byte_spec(self.block_size, self.layout.bytes_per_token(element), element)
+        return self.page_spec(1, self.layout.bytes_per_token(self.dtype.itemsize), torch.uint8)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """As vLLM's: [tokens, H * D] of queries [tokens, H * D], keys and values [tokens, G * D] before rotation."""
@@ -136,24 +136,41 @@ class Compression:
     def __init__(self, model: nn.Module, vllm_config: VllmConfig, bases: Bases) -> None:
         _check_engine(vllm_config)
         self._bases, self._originals = bases, blueprints(vllm_config.model_config.hf_config, bases.config)
-        originals, cache = list(self._originals.values()), vllm_config.cache_config
-        block = cache.block_size if cache.user_specified_block_size else None
-        element = cache_dtype(vllm_config).itemsize
-        plan = BlockPlan.of([original.layout for original in originals], element, block)
-        rotary = next((rotary_of(original) for original in originals if original.rotates), None)
+        originals = {original.layer_idx: original for original in self._originals.values()}
+        layers, stages = _layers_of(vllm_config), vllm_config.parallel_config.pipeline_parallel_size
+        planning = Planning(
+            vllm_config,
+            [original.layout for original in originals.values()],
+            [sight_of(original) for original in originals.values()],
+            states=len(originals) < layers or any(isinstance(each, MambaBase) for each in model.modules()),
+        )
+        if planning.states and vllm_config.speculative_config is not None:
+            raise EigenAttnError("speculative decoding is not supported for latents beside layers with states.")
+        if len(originals) < layers and stages > 1:
+            raise EigenAttnError("with attention in some layers only, pipeline parallel is not supported for latents.")
+        rotary: dict[Any, Rotary | None] = {}
         self._layers: dict[int, tuple[str, LatentAttention]] = {}
         for name, stock in [each for each in model.named_modules() if isinstance(each[1], Attention)]:
             index, parent = extract_layer_index(name), model.get_submodule(name.rpartition(".")[0])
-            _check_layer(type(model).__name__, stock, originals[index], parent)
+            original = originals.get(index)
+            if original is None:
+                raise EigenAttnError(f"vLLM's {type(model).__name__} has attention in layer {index}, and no latents.")
+            _check_layer(type(model).__name__, stock, original, parent)
+            groups = planning.plan.groups
+            if not self._layers and (len(groups) > 1 or planning.states):  # before what they are to precede
+                for kind, group in groups.items():
+                    for spacer in range(group.spacers(stages) - stages + 1 if index == min(originals) else 1):
+                        Spacer(vllm_config, f"{name}.{kind}_spacer_{spacer}", planning, kind)
             del vllm_config.compilation_config.static_forward_context[stock.layer_name]
-            layer = LatentAttention(vllm_config, stock, originals[index], rotary, plan)
+            angles = angles_of(original)
+            if angles not in rotary:  # one for all layers of its kind, for it keeps tables
+                rotary[angles] = rotary_of(original)
+            sinks = None if original.family.sinks is None else getattr(parent, original.family.sinks)
+            layer = LatentAttention(vllm_config, stock, original, rotary[angles], planning, sinks)
             self._layers[index] = name, layer
             model.set_submodule(name, layer)
-            if originals[index].rotates:
+            if original.rotates:
                 parent.rotary_emb = Unrotated()
-            if index == 0 and plan is not None:
-                for spacer in range(plan.spacers):
-                    Spacer(vllm_config, f"{name}.spacer_{spacer}", plan.latents)
 
     def load(self, weights: Iterable[tuple[str, Tensor]], load: Callable[..., set[str]]) -> set[str]:
         """Load a checkpoint, and the bases.
@@ -181,6 +198,10 @@ class Compression:
         return loaded | taken
 
 
+def _layers_of(vllm_config: VllmConfig) -> int:
+    return vllm_config.model_config.hf_config.get_text_config(decoder=True).num_hidden_layers
+
+
 def _check_layer(model: str, stock: Attention, original: EigenAttention, parent: nn.Module) -> None:
     if not original.layout.at_run_time:
         raise EigenAttnError(
@@ -188,8 +209,8 @@ def _check_layer(model: str, stock: Attention, original: EigenAttention, parent:
         )
     if type(stock) is not Attention:
         raise EigenAttnError(f"{type(stock).__name__} is not served by vLLM once compressed.")
-    if stock.sliding_window is not None or original.sliding_window is not None:
-        raise EigenAttnError("models with a sliding window of their own are not served by vLLM once compressed.")
+    if original.family.sinks is not None and not hasattr(parent, original.family.sinks):
+        raise EigenAttnError(f"compressed {model} is not served by vLLM: it has sinks in a way of its own.")
     if original.rotates and not hasattr(parent, "rotary_emb"):
         raise EigenAttnError(f"compressed {model} is not served by vLLM: it rotates keys in a way of its own.")
     if _biased_in_transformers(original) - _biased_in_vllm(parent):
@@ -213,8 +234,6 @@ SPECULATION = "ngram"
 
 def _check_engine(vllm_config: VllmConfig) -> None:
     cache, speculation = vllm_config.cache_config, vllm_config.speculative_config
-    if vllm_config.lora_config is not None:
-        raise EigenAttnError("LoRA adapters are not served on compressed models: merge them before compressing.")
     if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
         raise EigenAttnError(f"latents are not cached in {cache.cache_dtype}: leave --kv-cache-dtype at auto.")
     if vllm_config.parallel_config.decode_context_parallel_size > 1:

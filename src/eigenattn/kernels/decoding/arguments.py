@@ -13,6 +13,7 @@ from torch import Tensor
 from ...cache.codebook import Codebook, middles
 from ...cache.packing import Widths
 from ...errors import EigenAttnError
+from ..rotation import rotate_natively, rotates_natively
 
 
 def pairs(x: Tensor, width: int, interleaved: bool) -> Tensor:
@@ -134,7 +135,22 @@ class Rotary:
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate vectors [..., n, D] in fp32 to their positions [..., n]."""
         angles = positions.unsqueeze(-1) * self.inverse_frequencies.float()
-        cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
+        return self._rotated(x, angles.cos() * self.scaling, angles.sin() * self.scaling)
+
+    def rotate_between(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Rotate vectors [B, heads, n, D] to the positions start .. stop - 1, in fp32 arithmetic."""
+        rows = 1 << (stop - 1).bit_length()
+        name = ("both halves", rows)
+        if name not in self._tables:
+            found = (self.scaling * turn for turn in self.table(rows))
+            self._tables[name] = [torch.cat([turn, turn], dim=-1).unsqueeze(0) for turn in found]
+        cos, sin = (turn[:, start:stop] for turn in self._tables[name])
+        if not self.interleaved and rotates_natively(x, cos, sin):
+            return rotate_natively(x, cos, sin)
+        half = self.width // 2
+        return self._rotated(x.float(), cos[..., :half], sin[..., :half]).to(x.dtype)
+
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = (x[..., dims] for dims in self.pairs())
         rotated = [first * cos - second * sin, second * cos + first * sin]
         together = torch.stack(rotated, dim=-1).flatten(-2) if self.interleaved else torch.cat(rotated, dim=-1)
@@ -253,20 +269,39 @@ class Step:
         return max(*decoders, *(row.shape[1] for row in self.rows))
 
     def gathered(self) -> Step:
-        """The same step, with what is in sight copied out of its pages."""
+        """The same step, with what is in sight copied out of its pages.
+
+        Columns are counted from the first that is seen, unless there is a mask of them.
+        """
         if self.table is None:
             return self
-        b, device, window, length = len(self.q), self.q.device, self.window, self.length
-        lengths = length if isinstance(length, Tensor) else torch.full((b,), length, device=device)
-        columns = torch.arange(int(lengths.max()), device=device).expand(b, -1)
+        b, device, window, first, positions = len(self.q), self.q.device, self.window, self.first, self.positions
+
+        def of_each(count: Count) -> Tensor:
+            return count if isinstance(count, Tensor) else torch.full((b,), count, device=device)
+
+        lengths = of_each(self.length)
+        away = torch.zeros_like(lengths) if first is None or self.mask is not None else first.minimum(lengths)
+        columns = torch.arange(int((lengths - away).max()), device=device) + away.unsqueeze(1)
+        columns = columns.minimum((lengths - 1).clamp_min(0).unsqueeze(1))
         rows = tuple(out_of_pages(row, self.table, columns) for row in self.rows)
-        if window is not None and window.table is not None:
-            stop = window.stop if isinstance(window.stop, Tensor) else torch.full((b,), window.stop, device=device)
-            slots = torch.arange(int((stop - lengths).max()), device=device) + lengths.unsqueeze(1)
-            slots = slots.minimum(stop.unsqueeze(1) - 1).clamp_min(0)
-            keys, values = (out_of_pages(x, window.table, slots) for x in (window.keys, window.values))
-            window = Window(keys, values, lengths, stop)
-        return dataclasses.replace(self, rows=rows, table=None, window=window)
+        last = lengths
+        if window is not None:
+            keys, values, column, last = window.keys, window.values, of_each(window.column), of_each(window.stop)
+            if window.table is not None:
+                slots = torch.arange(int((last - lengths).max()), device=device) + lengths.unsqueeze(1)
+                slots = slots.minimum(last.unsqueeze(1) - 1).clamp_min(0)
+                keys, values = (out_of_pages(x, window.table, slots) for x in (keys, values))
+                column = lengths
+            window = Window(keys, values, column - away, last - away)
+        if positions is not None and first is not None:
+            seen = torch.arange(int((last - away).max()), device=device) + away.unsqueeze(1)
+            positions = positions.expand(b, -1).gather(1, seen.clamp_max(positions.shape[1] - 1).long())
+        first = None if first is None else first - away
+        length = lengths - away
+        return dataclasses.replace(
+            self, rows=rows, table=None, window=window, length=length, first=first, positions=positions
+        )
 
     @property
     def size_out(self) -> int:

@@ -1,4 +1,6 @@
-// Latents to packed codes and back, and the rotation of vectors, for texts that are read.
+// Vectors to latents, latents to packed codes and back, and the rotation of vectors.
+
+#include <cmath>
 
 #include "threads.h"
 #include "vectors.h"
@@ -6,6 +8,7 @@
 namespace {
 
 constexpr int PACKED = 64;  // tokens whose codes are found together
+constexpr int FILLED = 16;  // channels that an encoder is filled up to whole times of
 
 // What is known of a channel's codes: their thresholds, or levels, begin at `table`, and up to two parts of them, of
 // which one is `code >> down & mask`, lie `shift` bits up in a byte each.
@@ -16,34 +19,99 @@ struct Channel {
     } part[2];
 };
 
-// Latents [tokens, channels] to the codes of their nearest levels, as many as there are thresholds below them.
-void pack(const float *z, int64_t tokens, const Channel *channels, int64_t count, const float *thresholds, int64_t bytes,
-          uint8_t *out) {
+// Up to V vectors of latents [tokens, row] to the codes of their nearest levels, as many as there are thresholds below
+// them, in rows of `step` bytes.
+template <int V>
+void pack_some(const float *z, int64_t row, int64_t tokens, const Channel *channels, int64_t count,
+               const float *thresholds, int64_t bytes, uint8_t *out, int64_t step) {
+    constexpr int MOST = V * LANES;
     thread_local Room<uint8_t> room;
-    uint8_t *packed = room.of(bytes * PACKED);
-    std::fill(packed, packed + bytes * PACKED, 0);
+    uint8_t *packed = room.of(bytes * MOST);
+    std::fill(packed, packed + bytes * MOST, 0);
     for (int64_t c = 0; c < count; c++) {
         const Channel &channel = channels[c];
         const float *at = thresholds + channel.table;
         const int32_t last = (1 << channel.bits) - 1;
-        float column[PACKED] = {};
-        for (int64_t t = 0; t < tokens; t++) column[t] = z[t * count + c];
-        constexpr int V = PACKED / LANES;
+        float column[MOST] = {};
+        for (int64_t t = 0; t < tokens; t++) column[t] = z[t * row + c];
         Vector x[V];
         Integers found[V];
         UNROLLED for (int j = 0; j < V; j++) x[j] = load(column + j * LANES), found[j] = Integers{} + last;
         // A comparison that holds is -1. What is no number has the last code, as it has in PyTorch.
         for (int i = 0; i < last; i++)
             UNROLLED for (int j = 0; j < V; j++) found[j] += x[j] <= at[i];
-        int32_t code[PACKED];
+        int32_t code[MOST];
         std::memcpy(code, found, sizeof(code));
         for (const auto &part : channel.part)
             if (part.mask)
-                for (int t = 0; t < PACKED; t++)
-                    packed[part.byte * PACKED + t] |= uint8_t((code[t] >> part.down & part.mask) << part.shift);
+                for (int t = 0; t < MOST; t++)
+                    packed[part.byte * MOST + t] |= uint8_t((code[t] >> part.down & part.mask) << part.shift);
     }
     for (int64_t t = 0; t < tokens; t++)
-        for (int64_t i = 0; i < bytes; i++) out[t * bytes + i] = packed[i * PACKED + t];
+        for (int64_t i = 0; i < bytes; i++) out[t * step + i] = packed[i * MOST + t];
+}
+
+// Few tokens, of a step of decoding, or as many as are packed together.
+void pack(const float *z, int64_t row, int64_t tokens, const Channel *channels, int64_t count, const float *thresholds,
+          int64_t bytes, uint8_t *out, int64_t step) {
+    const auto some = tokens <= LANES ? pack_some<1> : pack_some<PACKED / LANES>;
+    some(z, row, tokens, channels, count, thresholds, bytes, out, step);
+}
+
+// Vectors of some heads [batch, heads, tokens, size] with these strides, bf16 or fp32, and their part in a latent.
+struct Source {
+    const char *data;
+    int64_t batch, head, token, bf16;
+    const float *mean;     // [latents, heads of a latent * size], or null
+    const float *encoder;  // [latents, heads of a latent * size, channels filled up]
+};
+
+// Add P vectors [size] times an encoder [size, row] to latents, P rows of theirs.
+template <int P> void add_encoded(const float *x, int64_t size, const float *encoder, int64_t row, float *z) {
+    for (int64_t r = 0; r < row; r += LANES) {
+        Vector total[P];
+        UNROLLED for (int p = 0; p < P; p++) total[p] = load(z + p * row + r);
+        for (int64_t d = 0; d < size; d++) {
+            const Vector of_dimension = load(encoder + d * row + r);
+            UNROLLED for (int p = 0; p < P; p++) total[p] += x[p * size + d] * of_dimension;
+        }
+        UNROLLED for (int p = 0; p < P; p++) store(z + p * row + r, total[p]);
+    }
+}
+
+// Some tokens' part in latents [tokens, row] of the l-th kind, each of `shared` heads.
+void encode(const Source &source, int64_t b, int64_t l, int64_t first, int64_t tokens, int64_t shared, int64_t size,
+            int64_t row, float *z) {
+    thread_local Room<> room;
+    const int64_t width = shared * size;
+    float *x = room.of(tokens * width);
+    const float *mean = source.mean ? source.mean + l * width : nullptr;
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < shared; h++) {
+            const int64_t at = b * source.batch + (l * shared + h) * source.head + (first + t) * source.token;
+            float *own = x + t * width + h * size;
+            if (source.bf16)
+                for (int64_t d = 0; d < size; d++) own[d] = number(reinterpret_cast<const uint16_t *>(source.data)[at + d]);
+            else
+                std::copy_n(reinterpret_cast<const float *>(source.data) + at, size, own);
+            if (mean)
+                for (int64_t d = 0; d < size; d++) own[d] -= mean[h * size + d];
+        }
+    const float *encoder = source.encoder + l * width * row;
+    int64_t t = 0;
+    for (; t + 8 <= tokens; t += 8) add_encoded<8>(x + t * width, width, encoder, row, z + t * row);
+    for (; t < tokens; t++) add_encoded<1>(x + t * width, width, encoder, row, z + t * row);
+}
+
+// Take a latent [channels] over its scale, of which the byte is given: see codebook.py.
+uint8_t over_scale(float *z, int64_t count) {
+    float squares = 0;
+    for (int64_t i = 0; i < count; i++) squares += z[i] * z[i];
+    const float code = std::nearbyint(std::log2(std::sqrt(squares)) * 4 + 128);
+    const uint8_t scale = code > 255 ? 255 : code > 0 ? uint8_t(code) : 0;
+    const float by = std::exp2(float(scale - 128) / 4);
+    for (int64_t i = 0; i < count; i++) z[i] /= by;
+    return scale;
 }
 
 // Codes [tokens, bytes], a row each so many bytes, to the levels that they stand for, [tokens, channels].
@@ -65,6 +133,22 @@ void unpack(const uint8_t *codes, int64_t step, int64_t bytes, int64_t tokens, c
     }
 }
 
+inline float number(float x) { return x; }
+inline void put(float x, float *out) { *out = x; }
+inline void put(float x, uint16_t *out) { *out = rounded(x); }
+
+// Turn one vector, of which dimensions from `width` on stay.
+template <class T>
+void turn(const T *from, const float *c, const float *s, int64_t width, int64_t size, T *to) {
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float one = number(from[i]), other = number(from[half + i]);
+        put(one * c[i] - other * s[i], to + i);
+        put(other * c[half + i] + one * s[half + i], to + half + i);
+    }
+    std::copy(from + width, from + size, to + width);
+}
+
 // Call with a list of a batch's heads, and with which tokens of it.
 template <class Function>
 void by_blocks(int64_t lists, int64_t tokens, int64_t threads, Function function) {
@@ -84,8 +168,30 @@ void eigenattn_pack(const float *z, int64_t batch, int64_t heads, int64_t tokens
                     const float *thresholds, int64_t size, int64_t bytes, int64_t threads, uint8_t *out) {
     by_blocks(batch * heads, tokens, threads, [&](int64_t list, int64_t first, int64_t some) {
         const int64_t row = list * tokens + first;
-        pack(z + row * count, some, reinterpret_cast<const Channel *>(channels), count, thresholds + list % heads * size,
-             bytes, out + row * bytes);
+        pack(z + row * count, count, some, reinterpret_cast<const Channel *>(channels), count,
+             thresholds + list % heads * size, bytes, out + row * bytes, bytes);
+    });
+}
+
+// Vectors, of so many sources, `heads` latents of `shared` heads of theirs with `count` channels, to codes [batch, heads,
+// tokens, bytes], and if they are over scales the byte of one behind each.
+void eigenattn_encode(const char *sources, int64_t parts, int64_t batch, int64_t heads, int64_t tokens, int64_t shared,
+                      int64_t length, int64_t count, const int32_t *channels, const float *thresholds, int64_t size,
+                      int64_t bytes, int64_t scaled, int64_t threads, uint8_t *out) {
+    const int64_t row = (count + FILLED - 1) / FILLED * FILLED, step = bytes + scaled;
+    by_blocks(batch * heads, tokens, threads, [&](int64_t list, int64_t first, int64_t some) {
+        thread_local Room<> room;
+        float *z = room.of(PACKED * row);
+        std::fill(z, z + some * row, 0.0f);
+        for (int64_t i = 0; i < parts; i++) {
+            const Source &source = reinterpret_cast<const Source *>(sources)[i];
+            encode(source, list / heads, list % heads, first, some, shared, length, row, z);
+        }
+        uint8_t *own = out + (list * tokens + first) * step;
+        if (scaled)
+            for (int64_t t = 0; t < some; t++) own[t * step + bytes] = over_scale(z + t * row, count);
+        pack(z, row, some, reinterpret_cast<const Channel *>(channels), count, thresholds + list % heads * size, bytes, own,
+             step);
     });
 }
 
@@ -100,24 +206,20 @@ void eigenattn_unpack(const uint8_t *codes, int64_t batch, int64_t heads, int64_
     });
 }
 
-// Vectors [batch, heads, tokens, size] with these strides, in fp32, to where cosines and sines [batch, tokens, width] turn
-// them, pairs being halves: [batch, tokens, heads, size].
-void eigenattn_rotate(const float *x, int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t batch_step,
-                      int64_t head_step, int64_t step, const float *cosines, const float *sines, int64_t width,
-                      int64_t turn_batch_step, int64_t turn_step, int64_t threads, float *out) {
-    const int64_t half = width / 2;
+// Vectors [batch, heads, tokens, size] with these strides, in fp32 or bf16, to where cosines and sines [batch, tokens,
+// width] in fp32 turn them, pairs being halves: [batch, tokens, heads, size].
+void eigenattn_rotate(const void *x, int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t batch_step,
+                      int64_t head_step, int64_t step, int64_t bf16, const float *cosines, const float *sines,
+                      int64_t width, int64_t turn_batch_step, int64_t turn_step, int64_t threads, void *out) {
     by_blocks(batch, tokens, threads, [&](int64_t b, int64_t first, int64_t some) {
         for (int64_t t = first; t < first + some; t++) {
             const float *c = cosines + b * turn_batch_step + t * turn_step, *s = sines + b * turn_batch_step + t * turn_step;
             for (int64_t h = 0; h < heads; h++) {
-                const float *from = x + b * batch_step + h * head_step + t * step;
-                float *to = out + ((b * tokens + t) * heads + h) * size;
-                for (int64_t i = 0; i < half; i++) {
-                    const float one = from[i], other = from[half + i];
-                    to[i] = one * c[i] - other * s[i];
-                    to[half + i] = other * c[half + i] + one * s[half + i];
-                }
-                std::copy(from + width, from + size, to + width);
+                const int64_t from = b * batch_step + h * head_step + t * step, to = ((b * tokens + t) * heads + h) * size;
+                if (bf16)
+                    turn(static_cast<const uint16_t *>(x) + from, c, s, width, size, static_cast<uint16_t *>(out) + to);
+                else
+                    turn(static_cast<const float *>(x) + from, c, s, width, size, static_cast<float *>(out) + to);
             }
         }
     });

@@ -123,6 +123,9 @@ class ByMatrices final : public Task {
     void multiply(const uint16_t *keys, const uint16_t *queries, int64_t chunks, int block);
     void weights_to_columns(const float *scales, int block);
     void sum_up(int block, int64_t fold, int64_t c);
+    uint16_t *couples_of(int64_t block, int64_t c) const {
+        return couples + (block * chunks + c / DEPTH) * 2 * MATRIX + c % DEPTH * ROWS;
+    }
     static int64_t chunks_of(int64_t channels) { return (channels + DEPTH - 1) / DEPTH; }
 
     const Registers registers{true};
@@ -167,8 +170,13 @@ ByMatrices::ByMatrices(const Arguments &arguments, int64_t b, int64_t g) : Task(
 void ByMatrices::begin(const List &list) {
     chunks = chunks_of(list.keys->rank);
     deep = (list.values->rank + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
-    std::fill(couples, couples + BLOCKS * chunks * 2 * MATRIX, 0);
-    std::fill(words, words + 2 * deep * BLOCK, 0);
+    // Channels behind the last one; keys of odd ranks end in a couple.
+    for (int64_t block = 0; block < BLOCKS; block++)
+        for (int64_t c = list.keys->rank + list.keys->rank % 2; c < chunks * DEPTH; c += 2)
+            for (int half = 0; half < 2; half++)
+                store(couples_of(block, c) + half * MATRIX, Couples{});
+    for (int of = 0; of < 2; of++)
+        std::fill(words + (of * deep + list.values->rank) * BLOCK, words + (of + 1) * deep * BLOCK, 0);
     std::fill(sums, sums + folds * deep * HEADS, 0.0f);
     std::fill(fading, fading + folds * HEADS, 1.0f);
     faded = false;
@@ -230,7 +238,7 @@ void ByMatrices::unpack_keys(const List &list, int block) {
     const int64_t rank = list.keys->rank;
     for (int64_t c = 0; c < rank; c += 2, latents += 2 * BLOCK) {
         const Couples even = load(latents), odd = c + 1 < rank ? load(latents + BLOCK) : Couples{};
-        uint16_t *to = couples + (block * chunks + c / DEPTH) * 2 * MATRIX + c % DEPTH * ROWS;
+        uint16_t *to = couples_of(block, c);
         store(to, lowers(even, odd));
         store(to + MATRIX, uppers(even, odd));
     }
