@@ -13,6 +13,7 @@ from eigenattn.models.families import FAMILIES
 from eigenattn.models.family import Family
 
 PAGE = Path(__file__).with_name("families.md")
+WRAPPER = " (wrapper)"
 VERDICTS = json.loads(Path(__file__).with_name("every_type.json").read_text(encoding="utf-8"))
 
 INTRODUCTION = """\
@@ -194,13 +195,22 @@ def verdicts() -> str:
             why = f"works as {why.removeprefix('as ').rpartition(', as ')[2]}"
         by_reason[why].append(model_type)
     working = sum(found["verdict"] == "works" for found in VERDICTS["types"].values())
+    seeing = sum(found["verdict"] == "works" for name, found in VERDICTS["types"].items() if WRAPPER in name)
     lines = [
         "## Every causal type",
         "",
         f"Found by `python tests/every_type.py --write` with transformers {VERDICTS['transformers']}: of "
         f"{len(VERDICTS['types'])} types, wrappers of vision and speech included, {working} work. On tiny random "
         "models they compute the same at full rank, and with a cache what they compute without one, truncated and "
-        "coded; they are compressed, saved and loaded.",
+        "coded; they are compressed, saved and loaded, whole and as bases beside the original.",
+        "",
+        f"{seeing} of them are wrappers, vision models around a language model, and are given an image besides (random "
+        "pixels, through the model's own vision tower): in the prompt, alone and in a batch beside a text that is "
+        "padded in front. At full rank their predictions and generated tokens are the original's; coded, they generate "
+        "the same with a cache, dynamic or static, as without one. Positions of images in rows, masks in which an "
+        "image's tokens see each other, and prompts that are read in both directions are among them. Calibration is on "
+        "text. Behind an image with positions in rows (Qwen VL, GLM-4V), steps of decoding go by PyTorch's operations, "
+        "and not by the native or the fused kernel.",
         "",
         "| types | verdict |",
         "| --- | --- |",

@@ -5,7 +5,8 @@
 
 Each type is built from its default configuration, with small numbers in the place of large ones, and held to the
 original: at full rank it computes the same, also with padding in front; truncated and coded, with a cache and without
-one, it computes the same; it is compressed by gradients, saved and loaded. `--write` keeps the verdicts in
+one, it computes the same; it is compressed by gradients, saved and loaded. Vision models are also given a prompt with
+an image, alone and beside one without. `--write` keeps the verdicts in
 `docs/every_type.json`, from which `docs/generate_families.py` makes a table.
 """
 
@@ -18,7 +19,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+import vision
 from helpers import in_pieces, padded
 from tiny import VOCABULARY, some_bases, tokens
 from torch import Tensor, nn
@@ -35,9 +37,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+import eigenattn
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.packing import Widths
 from eigenattn.compression.folding import attach, fold
+from eigenattn.models.bases_file import save_bases
 from eigenattn.models.conversion import convert_attention, eigen_layers
 from eigenattn.models.families import family_of
 
@@ -46,7 +50,7 @@ LAYERS, LENGTH, WINDOW = 4, 20, 5
 TOLERANCE = 1e-4  # relative to the largest logit
 LARGEST = 40_000_000  # parameters, beyond which a model is not tiny
 # Vision and speech models around a causal one, which another mapping of transformers has.
-WRAPPERS = ("qwen2_5_vl", "qwen3_vl", "mistral3", "llama4", "qwen3_5", "qwen3_5_moe", "gemma3", "gemma3n", "gemma4")
+WRAPPERS = (*vision.WRAPPERS, "gemma3n")
 
 # Small numbers in the place of whatever a configuration has.
 SIZES: dict[str, Any] = {
@@ -101,7 +105,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "rope_parameters": {"sliding_attention": PLAIN_ROPE, "full_attention": None},
     },
-    "qwen2_5_vl": {"text_config": {"rope_parameters": {**PLAIN_ROPE, "mrope_section": [2, 3, 3]}}},
 }
 
 
@@ -145,7 +148,8 @@ def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 def built(model_type: str, wrapped: bool = False) -> nn.Module:
     """A tiny random model in evaluation mode and double precision; the same one for the same type."""
     default = AutoConfig.for_model(model_type)
-    config = type(default)(**merged(small(default), SPECIAL.get(model_type, {})))
+    special = vision.WRAPPERS[model_type].settings if wrapped and model_type in vision.WRAPPERS else {}
+    config = type(default)(**merged(small(default), special or SPECIAL.get(model_type, {})))
     kind = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in kind.from_config(config).parameters())
@@ -157,7 +161,19 @@ def built(model_type: str, wrapped: bool = False) -> nn.Module:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 or "norm" in name:
             nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3)
+        elif wrapped and not parameter.any():  # some projections of images are zeros until they are trained
+            nn.init.normal_(parameter, 0.0, 0.2)
     return model.eval()
+
+
+@torch.no_grad()
+def doubled(model: nn.Module, run: Callable[[nn.Module], Any]) -> nn.Module:
+    """A copy of a model in double precision, far from the edges between codes; itself where it does not run there."""
+    with contextlib.suppress(Exception):
+        copied = copy.deepcopy(model).double()
+        run(copied)
+        return copied
+    return model
 
 
 def with_bases(model: nn.Module, ranks: Any, window: int = 0, folded: bool = True) -> nn.Module:
@@ -223,8 +239,61 @@ def failure(model: nn.Module) -> str | None:
     return saved_failure(model, ids)
 
 
+def predicted(model: nn.Module, prompt: vision.Prompt) -> Tensor:
+    """Logits of a prompt without a cache [B, T, V]."""
+    return model(prompt.ids, **prompt.arguments, use_cache=False).logits
+
+
+def generated(model: nn.Module, prompt: vision.Prompt, length: int = 5, **options: Any) -> Tensor:
+    """Logits of tokens behind a prompt [B, length, V], each by those before: the most likely ones, and no image's."""
+    settings = {"do_sample": False, "max_new_tokens": length, "min_new_tokens": length, "pad_token_id": 0}
+    settings |= {"output_logits": True, "return_dict_in_generate": True, "suppress_tokens": vision.IDS, **options}
+    return torch.stack(model.generate(prompt.ids, **prompt.arguments, **settings).logits, dim=1)
+
+
+@torch.no_grad()
+def image_failure(model: nn.Module, name: str) -> str | None:
+    """What does not hold of a vision model that reads an image; None if all does."""
+    one, text = vision.prompt(name), vision.text_prompt(name, 9)
+    both, rows = vision.together(one, text), (slice(-one.ids.shape[1], None), slice(-text.ids.shape[1], None))
+    exact, answer, answers = predicted(model, one), generated(model, one), generated(model, both)
+    shown, pixels = predicted(model, both), one.of_images["pixel_values"]
+    if error(predicted(model, one._replace(of_images=one.of_images | {"pixel_values": pixels.flip(-1)})), exact) < 1e-3:
+        return "the image does not count"
+    for folded, window in ((True, 0), (False, WINDOW)):
+        full, how = with_bases(model, None, window, folded), f"at full rank with window {window}"
+        if error(predicted(full, one), exact) > TOLERANCE:
+            return f"differs {how}"
+        batch = predicted(full, both)
+        if any(error(batch[i, seen], shown[i, seen]) > TOLERANCE for i, seen in enumerate(rows)):
+            return f"differs {how} in a batch"
+        if error(generated(full, one), answer) > TOLERANCE or error(generated(full, both), answers) > TOLERANCE:
+            return f"generates something else {how}"
+    # Of some types the original itself differs without a cache, or in a batch.
+    without = max(TOLERANCE, 5 * error(generated(model, one, use_cache=False), answer))
+    beside = max(TOLERANCE, 5 * error(answers[:1], answer))
+    model = doubled(model, lambda model: predicted(model, one))
+    coded = with_bases(model, (Widths.of({8: 4, 4: 4}), Widths.of({8: 3, 2: 4})), WINDOW)
+    answer, answers = generated(coded, one), generated(coded, both)
+    if error(predicted(coded, one), exact) < 1e-3:
+        return "coded changes nothing"
+    if error(answer[:, 0], predicted(coded, one)[:, -1]) > TOLERANCE:
+        return "coded differs with a cache"
+    if error(generated(coded, one, use_cache=False), answer) > without:
+        return "coded differs in steps of decoding"
+    if error(answers[:1], answer) > beside or error(answers[1:], generated(coded, text)) > beside:
+        return "coded differs in a batch"
+    static = {"cache_implementation": "static", "disable_compile": True}
+    with contextlib.suppress(Exception):
+        own = error(generated(model, both, **static), generated(model, both))
+        if own < TOLERANCE and error(generated(coded, both, **static), answers) > TOLERANCE:
+            return "coded differs with a static cache"
+    return None
+
+
 def saved_failure(model: nn.Module, ids: Tensor) -> str | None:
-    """What goes wrong when a model is compressed by gradients, saved and loaded; None if nothing does."""
+    """What goes wrong when a model is compressed by gradients, saved and loaded, whole or as bases; None if nothing."""
+    original = copy.deepcopy(model)
     with torch.enable_grad():
         compress(
             model,
@@ -236,8 +305,12 @@ def saved_failure(model: nn.Module, ids: Tensor) -> str | None:
         backend = model.config._attn_implementation
         loaded = type(model).from_pretrained(folder, dtype="auto", attn_implementation=backend).eval()
         loaded.set_experts_implementation("eager")
-    found, expected = (each(ids, use_cache=False).logits for each in (loaded, model))
-    return None if error(found, expected) < 1e-6 else "differs once saved and loaded"
+        save_bases(model, f"{folder}/bases")
+        eigenattn.attach(original, f"{folder}/bases")
+    found, attached, expected = (each(ids, use_cache=False).logits for each in (loaded, original, model))
+    if error(found, expected) > 1e-6:
+        return "differs once saved and loaded"
+    return None if error(attached, expected) < 1e-6 else "differs with bases attached"
 
 
 def verdict(model_type: str, wrapped: bool = False) -> dict[str, str]:
@@ -260,12 +333,10 @@ def verdict(model_type: str, wrapped: bool = False) -> dict[str, str]:
         convert_attention(copy.deepcopy(model))
     except EigenAttnError as refused:
         return {"verdict": "refused", "why": str(refused)}
-    with contextlib.suppress(Exception), torch.no_grad():
-        doubled = copy.deepcopy(model).double()
-        doubled(ids, use_cache=False)
-        model = doubled
     try:
-        found = failure(model)
+        found = failure(doubled(model, lambda model: model(ids, use_cache=False)))
+        if found is None and wrapped:
+            found = image_failure(model, model_type)
     except Exception as reason:
         if os.environ.get("EVERY_TYPE_RAISES"):
             raise

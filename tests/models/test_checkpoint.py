@@ -20,7 +20,7 @@ from eigenattn.models.checkpoint_format import EigenAttnCheckpointConfig
 from eigenattn.models.conversion import eigen_layers
 
 # Of a model with one layer of two KV heads.
-ONE_LAYER = LlamaConfig(num_hidden_layers=1, num_key_value_heads=2, head_dim=16)
+ONE_LAYER, ORIGINALS = LlamaConfig(num_hidden_layers=1), [Layout.full(2, 16)]
 IDS = tokens(2, 20)
 
 
@@ -229,7 +229,7 @@ def test_configuration_round_trip():
     config = EigenAttnCheckpointConfig([layer], provenance={"seed": 1})
     again = EigenAttnCheckpointConfig.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()
-    assert again.layouts(ONE_LAYER) == [Layout(2, (Latent(SIDES, 2, 4, 16, Widths.of({6: 1, 3: 3})),), 32)]
+    assert again.layouts(ONE_LAYER, ORIGINALS) == [Layout(2, (Latent(SIDES, 2, 4, 16, Widths.of({6: 1, 3: 3})),), 32)]
 
 
 @pytest.mark.parametrize(
@@ -267,10 +267,10 @@ def test_format_1_is_read(layer, method, expected):
     method = {"kv_ratio": 0.5, "window": 8, **method, "version": 1}
     config = EigenAttnCheckpointConfig([layer], method=method, format_version=1)
     shares = bool(method.keys() & {"shared_heads", "shared_values"})
-    assert config.layouts(ONE_LAYER) == [Layout(2, expected, 8, beside=shares)]
+    assert config.layouts(ONE_LAYER, ORIGINALS) == [Layout(2, expected, 8, beside=shares)]
     again = EigenAttnCheckpointConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.format_version == 2
-    assert again.layouts(ONE_LAYER) == config.layouts(ONE_LAYER)
+    assert again.layouts(ONE_LAYER, ORIGINALS) == config.layouts(ONE_LAYER, ORIGINALS)
 
 
 @pytest.mark.parametrize(
@@ -289,5 +289,5 @@ def test_format_1_is_read(layer, method, expected):
 def test_malformed_layers_of_format_1_are_one_line(layer):
     config = EigenAttnCheckpointConfig([layer], format_version=1)
     with pytest.raises(EigenAttnError, match="layer 0 of the checkpoint") as error:
-        config.layouts(ONE_LAYER)
+        config.layouts(ONE_LAYER, ORIGINALS)
     assert "\n" not in str(error.value)

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 import transformers
-from every_type import TABLE, built, failure, names
-from helpers import in_pieces
+from every_type import TABLE, built, error, failure, names, with_bases
+from helpers import generate, in_pieces, padded
 from tiny import tokens
-from transformers import AutoConfig, DynamicCache
+from transformers import AutoConfig, DynamicCache, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from eigenattn.compression.folding import attach
@@ -20,7 +20,7 @@ from eigenattn.models.families import family_of
 from eigenattn.models.recognition import recognised
 
 TYPES = json.loads(TABLE.read_text(encoding="utf-8"))["types"]
-WORKING = [name for name, each in TYPES.items() if each["verdict"] == "works" and "(" not in name]
+WORKING = sorted({name.partition(" (")[0] for name, each in TYPES.items() if each["verdict"] == "works"})
 # One of each kind that `tests/tiny.py` has none of.
 SOME = ["gemma4_text", "gpt_oss", "qwen3_next", "llama4_text", "hunyuan_v1_dense", "granitemoehybrid", "falcon_h1"]
 SOME += ["deepseek_v2", "bailing_hybrid"]
@@ -54,6 +54,9 @@ def test_the_table_is_of_all_types():
 def test_a_copy_is_recognised_by_its_code():
     known = {"qwen3": "Qwen3Attention", "cohere": "CohereAttention", "llama": "LlamaAttention"}
     assert recognised(type(AutoConfig.for_model("granite")), known) == ("llama", "GraniteAttention")
+    inside = {"qwen3_vl_text": "Qwen3VLTextAttention"}  # of a wrapper, and no model of its own
+    experts = type(AutoConfig.for_model("qwen3_vl_moe").get_text_config())
+    assert recognised(experts, inside) == ("qwen3_vl_text", "Qwen3VLMoeTextAttention")
     assert recognised(type(AutoConfig.for_model("qwen2")), known) is None  # it passes a sliding window
     assert recognised(type(AutoConfig.for_model("glm")), known) is None  # it rotates otherwise
 
@@ -91,3 +94,22 @@ def test_rows_of_positions_that_differ_are_kept_with_the_tokens():
     assert (torch.cat(found, 1) - expected).abs().max() < 1e-6 * expected.abs().max()
     text = in_pieces(model, ids, DynamicCache(config=model.config), [7, 1, 4])
     assert (text - model(ids, use_cache=False).logits).abs().max() < 1e-6 * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("keep", [1, 3])
+def test_where_the_last_predictions_alone_are_asked_for(keep, window):
+    """As `generate` does: layers that read an earlier one's cache are then given the queries of these alone."""
+    skip_without("gemma4_text")
+    model = with_bases(built("gemma4_text").double(), (12, 8), window)
+    ids = tokens(2, 20) % 100
+    left, mask = padded(ids, 3)
+    exact = model(ids, use_cache=False).logits[:, -keep:]
+    for cache in (None, DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
+        options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": keep}
+        assert error(model(left, attention_mask=mask, **options).logits, exact) < 1e-5
+        if cache is not None:
+            cache.reset()
+            assert error(model(ids, **options).logits, exact) < 1e-5
+    assert torch.equal(generate(model, left, mask)[:, 3:], generate(model, left, mask, use_cache=False)[:, 3:])

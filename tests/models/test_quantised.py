@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 import eigenattn
 from eigenattn import EigenAttnError
 from eigenattn.cache.codebook import Codebook
+from eigenattn.cache.layout import Layout
 from eigenattn.cache.packing import Widths, unpack
 from eigenattn.cache.size import allocated_bytes, bytes_per_token, cache_bytes
 from eigenattn.compression.folding import compress_layer, detach
@@ -25,7 +26,7 @@ from eigenattn.models.conversion import eigen_layers, layouts_of
 from eigenattn.models.maps import QUANTISERS
 
 # Of a model with one layer of two KV heads.
-ONE_LAYER = LlamaConfig(num_hidden_layers=1, num_key_value_heads=2, head_dim=16)
+ONE_LAYER, ORIGINALS = LlamaConfig(num_hidden_layers=1), [Layout.full(2, 16)]
 NAMES = [name for name in TINY if name not in ("mixtral", "qwen3_moe")]  # their experts know no float64
 close, write = partial(helpers.close, tolerance=1e-5), partial(generate, length=16)
 
@@ -217,7 +218,7 @@ def test_bases_alone(tmp_path):
 )
 def test_malformed_widths_are_refused(layer):
     with pytest.raises(EigenAttnError, match="widths"):
-        EigenAttnCheckpointConfig([layer], format_version=1).layouts(ONE_LAYER)
+        EigenAttnCheckpointConfig([layer], format_version=1).layouts(ONE_LAYER, ORIGINALS)
 
 
 @torch.no_grad()

@@ -1,14 +1,19 @@
 """Models whose weights are quantised: each kind that installs, and modules that keep to the same contract."""
 
+import json
+
 import helpers
 import pytest
 import torch
+from every_type import built
+from safetensors.torch import load_file, save_file
 from tiny import PROJECTIONS, character_tokenizer, tiny, tokens, write_eight_bits
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import eigenattn
 from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.calibration.quantised import differentiable
+from eigenattn.models.bases_file import save_bases
 from eigenattn.models.conversion import eigen_layers
 from eigenattn.models.projections import matrix_of
 
@@ -28,7 +33,9 @@ def base(tmp_path_factory):
 
 
 def loaded(base, settings=None):
-    return AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.bfloat16)
+    # None would stand in the place of what the checkpoint says.
+    options = {} if settings is None else {"quantization_config": settings}
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, **options)
 
 
 def bitsandbytes(base, bits):
@@ -211,3 +218,61 @@ def test_experts_that_give_no_gradients(base):
     assert not eigen_layers(model)
     compress(model, [IDS], EigenAttentionConfig(**PLAIN))
     assert eigenattn.models.conversion.layouts_of(model)[0].beside
+
+
+def mxfp4(weight):
+    """Codes, two a byte, and powers of two of 32 each, of experts [E, in, out], as checkpoints of gpt-oss have them."""
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    blocks = weight.mT.unflatten(-1, (-1, 32))
+    exponents = blocks.abs().amax(-1, keepdim=True).log2().floor() - 2
+    scaled = blocks / 2**exponents
+    codes = (scaled.abs().unsqueeze(-1) - values).abs().argmin(-1) + 8 * (scaled < 0)
+    packed = codes[..., 0::2] + 16 * codes[..., 1::2]
+    return packed.to(torch.uint8), (exponents.squeeze(-1) + 127).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory):
+    """A folder with a tiny gpt-oss whose experts are in MXFP4."""
+    folder = tmp_path_factory.mktemp("gpt-oss")
+    built("gpt_oss").save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = mxfp4(tensors.pop(name))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_mxfp4_is_dequantised_on_a_cpu(gpt_oss, tmp_path):
+    """By transformers, on loading: gradients pass, and bases go beside the checkpoint as it is."""
+    model = loaded(gpt_oss)
+    experts = model.model.layers[0].mlp.experts.gate_up_proj
+    expected = built("gpt_oss").model.layers[0].mlp.experts.gate_up_proj
+    assert experts.dtype == torch.bfloat16
+    assert (experts - expected).norm() < 0.2 * expected.norm()
+    check(model, CODED)
+    save_bases(model, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert eigen_layers(again)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_mxfp4_in_kernels_gives_no_gradients(gpt_oss):
+    """On GPUs: what transformers then holds the codes in is no tensor, and does not say that it is quantised."""
+    integration = pytest.importorskip("transformers.integrations.mxfp4")
+    model = loaded(gpt_oss)
+    for layer in model.model.layers:
+        plain, experts = layer.mlp.experts, integration.Mxfp4GptOssExperts(model.config)
+        for name in ("gate_up_proj", "down_proj"):
+            delattr(experts, name)
+            setattr(experts, name, object())
+        experts.forward = torch.no_grad()(plain.forward)
+        layer.mlp.experts = experts
+    with pytest.raises(EigenAttnError, match=r"pass mlp.experts, a Mxfp4GptOssExperts .*: take basis=.attention"):
+        compress(model, [IDS], EigenAttentionConfig(**CODED))
+    assert not eigen_layers(model)
+    check(model, PLAIN)

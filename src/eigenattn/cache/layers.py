@@ -178,7 +178,7 @@ class LatentLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens (a negative number, as transformers passes it)."""
-        removed = -tokens_to_remove
+        removed = -int(tokens_to_remove)  # some versions of transformers pass a tensor
         if removed < 0:
             raise EigenAttnError(f"crop takes a negative number of tokens to remove, not {tokens_to_remove}.")
         if not self.is_initialized:

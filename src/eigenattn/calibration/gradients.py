@@ -105,7 +105,8 @@ def _run(
     outputs, gradients = [output], [gradient.to(output.device)]
     if reading is not None:
         shared = kwargs["shared_kv_states"].values()
-        rows = next(sight.far.rows for source, sight in shared if any(row.requires_grad for row in sight.far.rows))
+        held = (each.sight.far.rows for each in shared)
+        rows = next(rows for rows in held if any(row.requires_grad for row in rows))
         outputs, gradients = [*outputs, *rows], [*gradients, *reading.whole]
     torch.autograd.backward(outputs, gradients)
 
@@ -239,9 +240,10 @@ def _watched_reader(
         of_readers: by the layer that is read.
     """
     shared = kwargs["shared_kv_states"] = copy.copy(kwargs["shared_kv_states"])
-    source, sight = shared[reader.layer_type]
+    shown = shared[reader.layer_type]
+    source, sight = shown.source, shown.sight
     rows = tuple(row.detach().requires_grad_() for row in sight.far.rows)
-    shared[reader.layer_type] = source, sight._replace(far=sight.far._replace(rows=rows))
+    shared[reader.layer_type] = shown._replace(sight=sight._replace(far=sight.far._replace(rows=rows)))
     k, v = (row.detach() for row in rows)  # at full rank
     far: list[tuple[Tensor, Tensor]] = []
 

@@ -14,6 +14,9 @@ from ..errors import EigenAttnError
 from ..models.projections import holds_codes, matrix_of
 from .passes import replaced
 
+# Where transformers has layers of its own for quantised weights, and no others that stand inside of models.
+INTEGRATIONS = "transformers.integrations."
+
 
 class Linear(torch.autograd.Function):
     """A linear layer whose own arithmetic gives no gradients: they are taken by its matrix, which it is asked for."""
@@ -56,6 +59,8 @@ def differentiable(module: nn.Module, like: Tensor) -> AbstractContextManager[No
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether a module itself holds quantised weights."""
+    if type(module).__module__.startswith(INTEGRATIONS):
+        return True  # MXFP4 is held in objects that are no tensors
     own = chain(module.parameters(recurse=False), (b for b in module.buffers(recurse=False) if _may_be_codes(b)))
     return any(holds_codes(tensor) for tensor in own)
 

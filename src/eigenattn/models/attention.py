@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -40,7 +40,6 @@ class EigenAttention(AttentionLayer):
     (`eigenattn.cache.layers`), `eigenattn.models.attend`, and in decoding `eigenattn.kernels.decoding`.
     """
 
-    is_causal = True
     # Looks on in the middle of a pass: statistics are collected so.
     observer: Callable[[EigenAttention, Heads[Tensor], ForwardPass], None] | None = None
 
@@ -58,7 +57,7 @@ class EigenAttention(AttentionLayer):
         q, k, v = heads
         sight = self._remember(this, k if self.rotates_far else this.rotated(k), v)
         if self.is_read:
-            kwargs["shared_kv_states"][self.layer_type] = (self, sight)
+            kwargs["shared_kv_states"][self.layer_type] = Shown(self, sight, q.shape[-2])
         out, weights = attend(self, this, q, sight)  # [B, H, T, *]
         evict(self, this, q, sight)
         this.end()
@@ -93,6 +92,14 @@ class EigenAttention(AttentionLayer):
         return sight
 
 
+class Shown(NamedTuple):
+    """What a layer hands on to later ones that read what it caches."""
+
+    source: EigenAttention
+    sight: Sight
+    queries: int  # a head, of the pass
+
+
 class ReadingAttention(AttentionLayer):
     """Attention over what an earlier layer caches, as in the last layers of some families: without latents of its own.
 
@@ -100,7 +107,6 @@ class ReadingAttention(AttentionLayer):
     same angles.
     """
 
-    is_causal = True
     # As for `EigenAttention`, and given the layer that is read besides.
     observer: Callable[[ReadingAttention, EigenAttention, Tensor, ForwardPass], None] | None = None
 
@@ -110,9 +116,11 @@ class ReadingAttention(AttentionLayer):
 
     def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the original's: the output [B, T, C] and the attention weights, where the backend gives them."""
-        source, sight = kwargs["shared_kv_states"][self.layer_type]
+        source, sight, queries = kwargs["shared_kv_states"][self.layer_type]
         this = ForwardPass(source, {"hidden_states": hidden_states, **kwargs})
         q, gate = self.project_query(hidden_states)
+        # Of a prompt, where only the last predictions are asked for, none but their queries come as far as this.
+        sight = sight._replace(query=sight.query + queries - q.shape[-2])
         q, this.gate = this.ready(q), gate
         if self.observer is not None:
             self.observer(self, source, q, this)

@@ -18,7 +18,6 @@ from ..config import EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
 from .attention import EigenAttention
 from .conversion import METHOD, convert_attention, eigen_layers, originals_of, quantiser_of
-from .families import family_of
 from .maps import MAPS, QUANTISERS, local_part
 from .parallel import plan, take_part
 from .placement import offloaded, stored
@@ -85,30 +84,25 @@ class EigenAttnCheckpointConfig(QuantizationConfigMixin):
         self.base = base
         self.format_version = FORMAT_VERSION
 
-    def layouts(self, config: Any, originals: Sequence[Layout] | None = None) -> list[Layout]:
+    def layouts(self, config: Any, originals: Sequence[Layout]) -> list[Layout]:
         """The layout of each layer that has keys and values, of a model with this configuration.
 
         Args:
-            originals: those of the layers uncompressed; by default the same for all of the model's.
+            originals: those of the layers uncompressed.
 
         Raises:
             EigenAttnError: if a layer is malformed, or they do not fit such a model.
         """
         text, window = config.get_text_config(decoder=True), self.method["window"]
-        of_each: list[Layout] = list(originals or ())
-        if originals is None:
-            family = family_of(config)
-            full = Layout.full(family.kv_heads(text), family.head_dim(text), family.absorbed is not None)
-            of_each = [full] * text.num_hidden_layers
-        if len(self.layers) != len(of_each):
+        if len(self.layers) != len(originals):
             raise EigenAttnError(
-                f"the checkpoint has ranks for {len(self.layers)} layers, and its model has {len(of_each)}."
+                f"the checkpoint has ranks for {len(self.layers)} layers, and its model has {len(originals)}."
             )
         longest = getattr(text, "max_position_embeddings", None) or MOST_WINDOW
         if window > longest:
             raise EigenAttnError(f"the checkpoint has a window of {window} tokens, and its model reads {longest}.")
         found = []
-        for index, (entry, original) in enumerate(zip(self.layers, of_each, strict=True)):
+        for index, (entry, original) in enumerate(zip(self.layers, originals, strict=True)):
             try:
                 layout = Layout.from_dict(entry, original, window)
             except ValueError as error:

@@ -92,7 +92,7 @@ def convert_attention(model: PreTrainedModel) -> dict[str, nn.Module]:
         rotary = _rotary_of(model, name, family) if rotates and _switched_on(original, family) else None
         reads = family.reads is not None and getattr(original, family.reads)
         replacement = eigen_class(type(original), reads)(original, family, getattr(original, "config", config), rotary)
-        if replacement.rotates and (family.notes_positions or replacement.takes_rows()):
+        if replacement.rotates and (family.notes_positions or replacement.takes_rows):
             note_rows(replacement.rotary_module)
         if isinstance(replacement, EigenAttention):
             replacement.layout = dataclasses.replace(replacement.layout, beside=quantised)

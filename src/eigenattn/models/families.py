@@ -285,6 +285,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "glm": Family(title="GLM-4 9B", attention="GlmAttention", interleaved=True, angles="of_pairs"),
     "glm4": Family(title="GLM-4 0414", attention="Glm4Attention", interleaved=True, angles="of_pairs"),
+    "glm4v_text": Family(title="GLM-4.1V, 4.6V Flash (text)", attention="Glm4vTextAttention", interleaved=True),
+    "glm4v_moe_text": Family(title="GLM-4.5V, 4.6V (text)", attention="Glm4vMoeTextAttention"),
     "glm4_moe": Family(
         title="GLM-4.5, 4.6, 4.7", attention="Glm4MoeAttention", norms=("q_norm", "k_norm"), norm_on="heads"
     ),

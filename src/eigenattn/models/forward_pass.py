@@ -195,6 +195,10 @@ class ForwardPass:
     def mask_and_bias(self, keys: int) -> tuple[Any, Tensor | None]:
         """The mask over columns, True visible if it is boolean, and the family's bias [B or 1, H, 1, keys]."""
         mask, bias, layer = self._mask, self._bias, self.layer
+        if mask is None and not layer.is_causal:  # the first tokens, of which each sees each, or a single one
+            hidden = self._arguments["hidden_states"]
+            t = hidden.shape[1]
+            mask = (torch.arange(keys, device=hidden.device) < t).expand(1, 1, t, keys) if t > 1 else None
         if isinstance(mask, Tensor) and mask.dim() == 4:
             mask = mask[..., :keys]
         elif mask is not None:

@@ -54,6 +54,10 @@ class AttentionLayer(LatentMaps):
         self._rotary: tuple[nn.Module, ...] = (rotary,) if rotary is not None else ()
         # Whether the rotary module has angles for each of the model's layer types.
         self.by_layer_type = rotary is not None and "layer_type" in inspect.signature(type(rotary).forward).parameters
+        # Whether it takes three rows of positions and gives angles of one.
+        self.takes_rows = rotary is not None and self._takes_rows()
+        # Where there is no mask. transformers' attention functions read this name, too.
+        self.is_causal: bool = getattr(original, "is_causal", True)
         self.is_read = False  # whether later layers read what this one caches
         names = (*family.projections, family.output, *(family.norms or ()), family.value_norm, family.output_norm)
         names = (*names, *(() if family.absorbed is None else family.absorbed.norms))
@@ -349,13 +353,15 @@ class AttentionLayer(LatentMaps):
 
     def angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions [B or 1, S], or [B or 1, S, rows], from the model's own rotary module."""
-        positions = positions if positions.dim() == 2 else positions.movedim(-1, 0)
+        if positions.dim() == 3:
+            positions = positions.movedim(-1, 0)
+        elif self.takes_rows:  # and in transformers 5.17 nothing else
+            positions = positions.expand(3, -1, -1)
         arguments = (self.layer_type,) if self.by_layer_type else ()
         cos, sin = self.laid_out(self.rotary_module(x, positions, *arguments))
         return cos.to(x.device), sin.to(x.device)  # the module may be on another device
 
-    def takes_rows(self) -> bool:
-        """Whether the rotary module takes three rows of positions [3, B, T] and gives angles of one."""
+    def _takes_rows(self) -> bool:
         x = torch.empty(0, device=next(self.rotary_module.buffers()).device)
         try:
             cos, _ = self.angles(x, torch.zeros(1, 2, 3, dtype=torch.int64, device=x.device))

@@ -7,6 +7,7 @@ a type is held to the original's predictions when it is converted (`eigenattn.mo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -17,6 +18,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 # How deep functions that functions call are followed (chosen: rotation is two deep).
@@ -51,11 +53,11 @@ def _module(model_type: str) -> ModuleType | None:
     """The module in which transformers defines the models of a type; None if there is none, or it does not import."""
     for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES):
         name: Any = names.get(model_type)
-        try:
-            return sys.modules[getattr(transformers, name).__module__] if isinstance(name, str) else None
-        except (AttributeError, ImportError, KeyError):
-            continue
-    return None
+        if isinstance(name, str):
+            with contextlib.suppress(AttributeError, ImportError, KeyError):
+                return sys.modules[getattr(transformers, name).__module__]
+    # Some language models inside of others have a configuration alone.
+    return _module_of(CONFIG_MAPPING[model_type]) if model_type in CONFIG_MAPPING else None
 
 
 def _module_of(config: Any) -> ModuleType | None:

@@ -1,0 +1,64 @@
+"""Vision models around a language model, with an image in the prompt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import vision
+from every_type import LENGTH, TOLERANCE, built, error, image_failure, predicted, with_bases
+from tiny import tokens
+from transformers import AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+import eigenattn
+from eigenattn import EigenAttentionConfig, compress
+from eigenattn.models.bases_file import save_bases
+from eigenattn.models.conversion import eigen_layers
+
+# One of each kind; `python tests/every_type.py` tries all.
+SOME = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "gemma3", "gemma4", "mistral3", "llama4"]
+SOME += ["glm4v", "kimi_k25", "paligemma"]
+CONFIG = EigenAttentionConfig(kv_ratio=0.6, basis="fisher", ranks="uniform", rank_multiple=2, window=4)
+
+
+def wrapper(name: str) -> torch.nn.Module:
+    """A tiny one; the test is skipped where this transformers has none."""
+    if name not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        pytest.skip(f"this transformers has no {name}")
+    return built(name, wrapped=True)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_an_image_in_the_prompt(name):
+    """As the original at full rank, and coded the same with a cache as without, in batches as alone."""
+    assert image_failure(wrapper(name), name) is None
+
+
+@torch.no_grad()
+def test_a_text_that_is_read_in_both_directions():
+    """PaliGemma makes no mask of a text alone, and its attention is not causal then."""
+    model, ids = wrapper("paligemma"), tokens(2, LENGTH) % 100
+    expected = model(ids, use_cache=False).logits
+    for window in (0, 5):
+        full = with_bases(model, None, window, folded=not window)
+        for use_cache in (False, True):
+            assert error(full(ids, use_cache=use_cache).logits, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5", "gemma4"])
+def test_bases_beside_a_vision_model(name, tmp_path):
+    """Calibrated on text, saved, and found again by the wrapper's own class."""
+    base, bases = tmp_path / "base", tmp_path / "bases"
+    wrapper(name).save_pretrained(base)
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    compress(model, [tokens(2, LENGTH) % 100], CONFIG, provenance={"base_model": str(base)})
+    bases.mkdir()
+    save_bases(model, bases)
+    prompt = vision.prompt(name)
+    with torch.no_grad():
+        expected = predicted(model, prompt)
+        attached = eigenattn.attach(AutoModelForImageTextToText.from_pretrained(base), bases)
+        assert torch.equal(predicted(attached, prompt), expected)
+        loaded = AutoModelForImageTextToText.from_pretrained(bases)
+        assert eigen_layers(loaded)
+        assert torch.equal(predicted(loaded, prompt), expected)
