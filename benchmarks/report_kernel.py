@@ -23,7 +23,7 @@ AIMS = {
 # Tokens of the step that is shown in full, and in the README.
 USUAL_LENGTH = 4096
 # Latents of one step that the README shows.
-README_LATENTS = {"(40, 40)": "latents of rank 40", "(80, 80)": "latents of rank 80", "2.5 bits": "codes of 2.5 bits"}
+README_LATENTS = {"(80, 80)": "latents of rank 80", "2.5 bits": "codes of 2.5 bits"}
 STEP_AIM = 0.85  # of the time of a whole step of Llama 3 8B, at a KV ratio of 0.6
 AIMS_INTRODUCTION = """\
 ## What the fused kernel is built for
@@ -141,10 +141,11 @@ def plot(results: list[dict]) -> None:
 
 
 def speeds(results: dict[str, list[dict]]) -> list[str]:
-    """The README's table: one step of attention on a CPU, of the latents that are named there, usual and longest."""
+    """The README's table: one step of attention on a CPU, at the usual number of tokens and at the most measured."""
     lines = ["| heads | tokens | cache | bytes | speed, rotary positions | without |", "| --- " * 6 + "|"]
-    for group in of_one_shape(results.get("kernel", [])):
-        longest = max(each["shape"]["length"] for each in group)
+    found = results.get("kernel", [])
+    longest = max((each["shape"]["length"] for each in found), default=0)
+    for group in of_one_shape(found):
         for result in group:
             rows, shape = {row["name"]: row for row in result["rows"]}, result["shape"]
             if _size(result) not in ((1, USUAL_LENGTH), (1, longest)):
