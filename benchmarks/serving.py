@@ -168,4 +168,5 @@ if __name__ == "__main__":
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # engine and load share one clock
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would take the place of `--cache-memory` without a word
     main()
