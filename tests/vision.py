@@ -80,6 +80,16 @@ class Wrapper(NamedTuple):
     marks: str | None = None
 
 
+GLM_4V = Wrapper(
+    {
+        "image_token_id": IMAGE,
+        "video_token_id": IMAGE + 1,
+        "text_config": {"rope_parameters": {**MROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
+        "vision_config": {**QWEN, "image_size": 16},
+    },
+    patches,
+    "mm_token_type_ids",
+)
 WRAPPERS: dict[str, Wrapper] = {
     "qwen2_vl": Wrapper(
         {
@@ -113,26 +123,8 @@ WRAPPERS: dict[str, Wrapper] = {
     ),
     "qwen3_5": Wrapper({**QWEN_IDS, "vision_config": QWEN_3}, patches, "mm_token_type_ids"),
     "qwen3_5_moe": Wrapper({**QWEN_IDS, "vision_config": QWEN_3}, patches, "mm_token_type_ids"),
-    "glm4v": Wrapper(
-        {
-            "image_token_id": IMAGE,
-            "video_token_id": IMAGE + 1,
-            "text_config": {"rope_parameters": {**MROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
-            "vision_config": {**QWEN, "image_size": 16},
-        },
-        patches,
-        "mm_token_type_ids",
-    ),
-    "glm4v_moe": Wrapper(
-        {
-            "image_token_id": IMAGE,
-            "video_token_id": IMAGE + 1,
-            "text_config": {"rope_parameters": {**MROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
-            "vision_config": {**QWEN, "image_size": 16},
-        },
-        patches,
-        "mm_token_type_ids",
-    ),
+    "glm4v": GLM_4V,
+    "glm4v_moe": GLM_4V,
     "gemma3": Wrapper(
         {"image_token_index": IMAGE, "mm_tokens_per_image": 4, "vision_config": SIGLIP}, square(4), "token_type_ids"
     ),

@@ -13,8 +13,8 @@ def rotates_natively(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether `rotate_natively` takes these: several tokens, turned in fp32, of which no gradients are asked for."""
     if x.shape[-2] == 1 or cos.dim() != 3 or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    plain = all(each.dtype == torch.float32 and each.stride(-1) == 1 for each in (cos, sin)) and x.stride(-1) == 1
-    known = x.dtype in (torch.float32, torch.bfloat16) and cos.stride() == sin.stride()
+    plain = all(each.stride(-1) == 1 for each in (x, cos, sin)) and cos.stride() == sin.stride()
+    known = x.dtype in (torch.float32, torch.bfloat16) and cos.dtype == sin.dtype == torch.float32
     return plain and known and decoding_backend(x) == "native"
 
 

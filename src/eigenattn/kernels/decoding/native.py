@@ -167,7 +167,7 @@ def _launch(
         *_layout(near_values, g),
         *_layout(far_keys, g),
         rank_k, _at(x.key_decoder), _at(x.key_mean), _at(x.key_levels),
-        _matrices(x.key_decoder), _of_levels(x.key_levels),
+        0 if matrices else _matrices(x.key_decoder), _of_levels(x.key_levels),
         x.far_keys.shape[-1], _at(x.key_plan), places[0],
         *_layout(far_values, g),
         rank_v, _at(x.value_decoder), _at(x.value_mean), _at(x.value_levels), 0, _of_levels(x.value_levels),
@@ -210,8 +210,8 @@ def _at(x: Tensor | None) -> int:
 
 
 def _matrices(decoder: Tensor | None) -> int:
-    """How many matrices of bf16 decode keys by `_as_rows`; 0 if none."""
-    return decoder.shape[1] if decoder is not None and decoder.dim() == 7 else 0
+    """How many matrices of bf16 a decoder of keys is by `_as_rows`; 0 if it is none."""
+    return decoder.shape[1] if decoder is not None and decoder.dtype == torch.bfloat16 else 0
 
 
 def _of_levels(levels: Tensor | None) -> int:
@@ -271,8 +271,7 @@ def _prepared(
     these are multiplied; of other keys, which the query is brought to, [G, D, R] with R filled up to whole vectors.
     """
     turned = (0, False) if rotary is None else (rotary.width, rotary.interleaved)
-    name = ("native", of, matrices, MULTIPLIED, *turned)
-    return side._once(name, lambda: _prepare(side, rotary, of, matrices))
+    return side._once(("native", of, matrices, *turned), lambda: _prepare(side, rotary, of, matrices))
 
 
 def _prepare(

@@ -111,8 +111,7 @@ void Band::attend(const uint16_t *queries, int64_t step, int64_t count, int64_t 
         for (int64_t n = 0; n < row; n += DEPTH) {
             const Vector a = exponential(load(own + n) - top), b = exponential(load(own + n + ROWS) - top);
             sum_of += a + b;
-            uint16_t nothing_left[DEPTH];
-            split(a, b, weights + (n / DEPTH * ROWS + m) * DEPTH, nothing_left);
+            store(weights + (n / DEPTH * ROWS + m) * DEPTH, side_by_side(to_cut(a), to_cut(b)));
         }
         const float total = sum(sum_of);
         part[m] = 1 / total;

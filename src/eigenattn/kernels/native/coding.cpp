@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "scales.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -103,14 +104,13 @@ void encode(const Source &source, int64_t b, int64_t l, int64_t first, int64_t t
     for (; t < tokens; t++) add_encoded<1>(x + t * width, width, encoder, row, z + t * row);
 }
 
-// Take a latent [channels] over its scale, of which the byte is given: see codebook.py.
+// Take a latent [channels] over its scale, of which the byte is given.
 uint8_t over_scale(float *z, int64_t count) {
     float squares = 0;
     for (int64_t i = 0; i < count; i++) squares += z[i] * z[i];
-    const float code = std::nearbyint(std::log2(std::sqrt(squares)) * 4 + 128);
+    const float code = std::nearbyint(std::log2(std::sqrt(squares)) * OCTAVE + UNIT_SCALE);
     const uint8_t scale = code > 255 ? 255 : code > 0 ? uint8_t(code) : 0;
-    const float by = std::exp2(float(scale - 128) / 4);
-    for (int64_t i = 0; i < count; i++) z[i] /= by;
+    for (int64_t i = 0; i < count; i++) z[i] /= SCALES.of[scale];
     return scale;
 }
 

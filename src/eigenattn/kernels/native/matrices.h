@@ -16,7 +16,7 @@ constexpr int MATRIX = ROWS * DEPTH;  // its numbers
 static_assert(LANES == ROWS && BLOCK == 2 * ROWS, "a block is two matrices of tokens");
 
 // Programs have to ask for the registers, of 8 kB a thread.
-bool granted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+inline bool granted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 // What was written is in memory: compilers do not know that registers of matrices are loaded from there.
 inline void settle() { asm volatile("" ::: "memory"); }
@@ -31,21 +31,25 @@ inline void store(uint16_t *p, Couples x) { _mm512_storeu_si512(p, (__m512i)x); 
 inline Couples lowers(Couples a, Couples b) { return (a & 0xffffu) | b << 16; }
 inline Couples uppers(Couples a, Couples b) { return a >> 16 | (b & 0xffff0000u); }
 
-// To bf16; halves are rounded up, which costs nothing that counts.
-inline Couples rounded(Vector lower, Vector upper) {
-    const uint32_t half = 0x8000;
-    return uppers(Couples(lower) + half, Couples(upper) + half);
+// What is to be cut off behind the upper 16 bits; halves are rounded up, which costs nothing that counts.
+inline Couples to_cut(Vector x) { return Couples(x) + 0x8000u; }
+
+// Two vectors to bf16: in a lane what both have there.
+inline Couples rounded(Vector lower, Vector upper) { return uppers(to_cut(lower), to_cut(upper)); }
+
+// The upper 16 bits of two vectors, side by side.
+inline Couples side_by_side(Couples a, Couples b) {
+    Integers odd;
+    for (int i = 0; i < LANES; i++) odd[i] = (4 * i + 1) | (4 * i + 3) << 16;
+    return (Couples)_mm512_permutex2var_epi16((__m512i)a, (__m512i)odd, (__m512i)b);
 }
 
-// Two vectors to bf16, side by side, and what that leaves of them to bf16 too; halves are rounded up, which costs nothing that counts.
+// Two vectors to bf16, side by side, and what that leaves of them to bf16 too.
 inline void split(Vector a, Vector b, uint16_t *high, uint16_t *low) {
-    const Integers half = Integers{} + 0x8000, kept = Integers{} + int32_t(0xffff0000);
-    Integers odd;  // which 16 bits count: the upper ones of all of both
-    for (int i = 0; i < LANES; i++) odd[i] = (4 * i + 1) | (4 * i + 3) << 16;
-    const Integers a_high = (Integers(a) + half) & kept, b_high = (Integers(b) + half) & kept;
-    const Integers a_low = Integers(a - Vector(a_high)) + half, b_low = Integers(b - Vector(b_high)) + half;
-    _mm512_storeu_si512(high, _mm512_permutex2var_epi16((__m512i)a_high, (__m512i)odd, (__m512i)b_high));
-    _mm512_storeu_si512(low, _mm512_permutex2var_epi16((__m512i)a_low, (__m512i)odd, (__m512i)b_low));
+    const uint32_t kept = 0xffff0000;
+    const Couples a_high = to_cut(a), b_high = to_cut(b);
+    store(high, side_by_side(a_high, b_high));
+    store(low, side_by_side(to_cut(a - Vector(a_high & kept)), to_cut(b - Vector(b_high & kept))));
 }
 
 // A thread's registers of matrices, all of 16 rows of 64 bytes, as long as this lives.
@@ -83,9 +87,9 @@ inline void multiply(const uint16_t *z, int parts, const uint16_t *u, int64_t de
         _tile_zero(3);
         for (int64_t i = 0; i < decoders; i++)
             for (int64_t k = 0; k < chunks; k++) {
-                const uint16_t *some = u + ((i * chunks + k) * columns + n) * ROWS * DEPTH;
+                const uint16_t *some = u + ((i * chunks + k) * columns + n) * MATRIX;
                 _tile_loadd(6, some, 2 * DEPTH);
-                _tile_loadd(7, some + ROWS * DEPTH, 2 * DEPTH);
+                _tile_loadd(7, some + MATRIX, 2 * DEPTH);
                 for (int64_t j = 0; i + j < std::max<int64_t>(parts, decoders) && j < parts; j++) {
                     const uint16_t *rows = z + j * BLOCK * depth + k * DEPTH;
                     _tile_loadd(4, rows, stride);

@@ -113,7 +113,7 @@ class ByMatrices final : public Task {
     void fade(int64_t p, float by) override;
     void finish(const List &list) override;
 
-    void unpack(const Side &side, const Strip &strip, int block, uint16_t *words, float *scales);
+    void unpack(const Side &side, const Strip &strip, int64_t high, int block, uint16_t *words, float *scales);
     void bring(const float *query, int64_t step, int64_t chunks, uint16_t *queries);
     void unpack_keys(const List &list, int block);
     void unpack_values(const List &list, int block);
@@ -183,8 +183,10 @@ void ByMatrices::begin(const List &list) {
     if (!a.pairs) bring(list.queries, padded(list.keys->rank), chunks, queries);
 }
 
-// Latents of a block, BLOCK of each channel, and tokens' scales.
-void ByMatrices::unpack(const Side &side, const Strip &strip, int block, uint16_t *words, float *scales) {
+// Latents of a block of tokens, of which the last is `high - 1`: BLOCK of each channel; and tokens' scales.
+void ByMatrices::unpack(const Side &side, const Strip &strip, int64_t high, int block, uint16_t *words, float *scales) {
+    const int64_t later = n0 + (block + 1) * BLOCK;
+    fetch(strip, later, std::min(later + BLOCK, high));
     const char *rows[BLOCK];
     const int count = tokens_of(block);
     strip.find(n0 + block * BLOCK, count, rows);
@@ -231,10 +233,8 @@ void ByMatrices::bring(const float *query, int64_t step, int64_t chunks, uint16_
 }
 
 void ByMatrices::unpack_keys(const List &list, int block) {
-    const int64_t later = n0 + (block + 1) * BLOCK;
-    fetch(keys_at, later, std::min(later + BLOCK, list.high));
     uint16_t *latents = list.same() ? words : keys;  // which hold nothing yet
-    unpack(*list.keys, keys_at, block, latents, key_scales);
+    unpack(*list.keys, keys_at, list.high, block, latents, key_scales);
     const int64_t rank = list.keys->rank;
     for (int64_t c = 0; c < rank; c += 2, latents += 2 * BLOCK) {
         const Couples even = load(latents), odd = c + 1 < rank ? load(latents + BLOCK) : Couples{};
@@ -245,9 +245,7 @@ void ByMatrices::unpack_keys(const List &list, int block) {
 }
 
 void ByMatrices::unpack_values(const List &list, int block) {
-    const int64_t later = n0 + (block + 1) * BLOCK;
-    fetch(values_at, later, std::min(later + BLOCK, list.high));
-    unpack(*list.values, values_at, block, words + block % 2 * deep * BLOCK, value_scales);
+    unpack(*list.values, values_at, list.high, block, words + block % 2 * deep * BLOCK, value_scales);
 }
 
 void ByMatrices::score(const List &list) {

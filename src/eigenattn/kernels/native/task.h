@@ -14,6 +14,7 @@
 #include <numeric>
 
 #include "arguments.h"
+#include "scales.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -22,15 +23,6 @@ namespace {
 constexpr int HEADS = 16;   // that matrices take at once
 constexpr int SPAN = 256;  // tokens whose weights are held at most
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
-
-// What the bytes of scales stand for: see codebook.py.
-struct Scales {
-    Scales() {
-        for (int i = 0; i < 256; i++) of[i] = std::exp2(float(i - 128) / 4);
-    }
-    float of[256];
-};
-const Scales SCALES;
 
 // A list of tokens: those that are latents, or the exact window.
 struct List {
