@@ -204,13 +204,14 @@ def verdicts() -> str:
         "models they compute the same at full rank, and with a cache what they compute without one, truncated and "
         "coded; they are compressed, saved and loaded, whole and as bases beside the original.",
         "",
-        f"{seeing} of them are wrappers, vision models around a language model, and are given an image besides (random "
-        "pixels, through the model's own vision tower): in the prompt, alone and in a batch beside a text that is "
-        "padded in front. At full rank their predictions and generated tokens are the original's; coded, they generate "
-        "the same with a cache, dynamic or static, as without one. Positions of images in rows, masks in which an "
-        "image's tokens see each other, and prompts that are read in both directions are among them. Calibration is on "
-        "text. Behind an image with positions in rows (Qwen VL, GLM-4V), steps of decoding go by PyTorch's operations, "
-        "and not by the native or the fused kernel.",
+        f"{seeing} of them are wrappers, vision models around a language model, and are given an image besides "
+        "(random pixels, through the model's own vision tower; Gemma 3n's, which is timm's and large, has a "
+        "stand-in): in the prompt, alone and in a batch beside a text that is padded in front. At full rank their "
+        "predictions and generated tokens are the original's; coded, they generate the same with a cache, dynamic or "
+        "static, as without one. Positions of images in rows, masks in which an image's tokens see each other, and "
+        "prompts that are read in both directions are among them. Qwen 2.5 VL and Qwen 3 VL are given a video too, "
+        "and Gemma 3n a sound. Calibration is on text. Behind an image with positions in rows (Qwen VL, GLM-4V), "
+        "steps of decoding go by PyTorch's operations, and not by the native or the fused kernel.",
         "",
         "| types | verdict |",
         "| --- | --- |",

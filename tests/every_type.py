@@ -49,8 +49,6 @@ TABLE = Path(__file__).parents[1] / "docs" / "every_type.json"
 LAYERS, LENGTH, WINDOW = 4, 20, 5
 TOLERANCE = 1e-4  # relative to the largest logit
 LARGEST = 40_000_000  # parameters, beyond which a model is not tiny
-# Vision and speech models around a causal one, which another mapping of transformers has.
-WRAPPERS = (*vision.WRAPPERS, "gemma3n")
 
 # Small numbers in the place of whatever a configuration has.
 SIZES: dict[str, Any] = {
@@ -101,11 +99,29 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 10000.0},
     },
+    "gemma3n": vision.WRAPPERS["gemma3n"].settings,
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "rope_parameters": {"sliding_attention": PLAIN_ROPE, "full_attention": None},
     },
 }
+
+
+# Without which a configuration is none.
+NEEDED: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+    },
+}
+
+
+def default_of(model_type: str) -> Any:
+    """The default configuration of a type."""
+    return AutoConfig.for_model(model_type, **NEEDED.get(model_type, {}))
 
 
 def small(config: Any) -> dict[str, Any]:
@@ -147,9 +163,9 @@ def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 def built(model_type: str, wrapped: bool = False) -> nn.Module:
     """A tiny random model in evaluation mode and double precision; the same one for the same type."""
-    default = AutoConfig.for_model(model_type)
-    special = vision.WRAPPERS[model_type].settings if wrapped and model_type in vision.WRAPPERS else {}
-    config = type(default)(**merged(small(default), special or SPECIAL.get(model_type, {})))
+    default = default_of(model_type)
+    special = vision.WRAPPERS[model_type].settings if wrapped else SPECIAL.get(model_type, {})
+    config = type(default)(**merged(small(default), special))
     kind = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in kind.from_config(config).parameters())
@@ -252,14 +268,15 @@ def generated(model: nn.Module, prompt: vision.Prompt, length: int = 5, **option
 
 
 @torch.no_grad()
-def image_failure(model: nn.Module, name: str) -> str | None:
-    """What does not hold of a vision model that reads an image; None if all does."""
-    one, text = vision.prompt(name), vision.text_prompt(name, 9)
+def image_failure(model: nn.Module, name: str, what: str = "image") -> str | None:
+    """What does not hold of a vision model that reads an image, or what else it may be shown; None if all does."""
+    one, text = vision.prompt(name, what), vision.text_prompt(name, 9)
     both, rows = vision.together(one, text), (slice(-one.ids.shape[1], None), slice(-text.ids.shape[1], None))
     exact, answer, answers = predicted(model, one), generated(model, one), generated(model, both)
-    shown, pixels = predicted(model, both), one.of_images["pixel_values"]
-    if error(predicted(model, one._replace(of_images=one.of_images | {"pixel_values": pixels.flip(-1)})), exact) < 1e-3:
-        return "the image does not count"
+    shown = predicted(model, both)
+    mirrored = {key: x.flip(-1) if x.is_floating_point() else x for key, x in one.of_images.items()}
+    if error(predicted(model, one._replace(of_images=mirrored)), exact) < 1e-3:
+        return f"the {what} does not count"
     for folded, window in ((True, 0), (False, WINDOW)):
         full, how = with_bases(model, None, window, folded), f"at full rank with window {window}"
         if error(predicted(full, one), exact) > TOLERANCE:
@@ -322,7 +339,7 @@ def verdict(model_type: str, wrapped: bool = False) -> dict[str, str]:
             model(ids, use_cache=False)
     except Exception as reason:
         try:
-            family_of(AutoConfig.for_model(model_type))
+            family_of(default_of(model_type))
         except EigenAttnError as refused:
             return {"verdict": "refused", "why": str(refused)}
         except Exception:
@@ -335,8 +352,8 @@ def verdict(model_type: str, wrapped: bool = False) -> dict[str, str]:
         return {"verdict": "refused", "why": str(refused)}
     try:
         found = failure(doubled(model, lambda model: model(ids, use_cache=False)))
-        if found is None and wrapped:
-            found = image_failure(model, model_type)
+        for what in ("image", *vision.WRAPPERS[model_type].others) if wrapped else ():
+            found = found or image_failure(model, model_type, what)
     except Exception as reason:
         if os.environ.get("EVERY_TYPE_RAISES"):
             raise
@@ -349,7 +366,7 @@ def verdict(model_type: str, wrapped: bool = False) -> dict[str, str]:
 def names() -> Iterator[tuple[str, bool]]:
     """Every type, and whether it is asked for in its wrapper."""
     yield from ((name, False) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    yield from ((name, True) for name in WRAPPERS if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    yield from ((name, True) for name in vision.WRAPPERS if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 if __name__ == "__main__":

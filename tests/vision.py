@@ -1,14 +1,20 @@
-"""Tiny random vision models around a language model, built in code, and prompts for them that hold an image."""
+"""Tiny random vision models around a language model, built in code, and prompts for them that hold an image.
+
+Some are given a video or a sound in its place, too.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from tiny import tokens
+from tiny import VOCABULARY, tokens
 from torch import Tensor, nn
+from transformers import AutoModel, Gemma3nVisionConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 IMAGE = 100  # the id in whose place an image's tokens stand; of a text's own none is as large
 IDS = [IMAGE, IMAGE + 1, IMAGE + 2, IMAGE + 3]  # of images and videos, and what stands around them
@@ -28,15 +34,17 @@ QWEN_IDS = dict(
 
 
 class Image(NamedTuple):
-    """What a processor makes of an image.
+    """What a processor makes of an image, a video or a sound.
 
     Args:
-        tokens: that it takes the place of in the prompt.
+        ids: that stand for it in the prompt.
         arguments: what the model is given of it.
+        kind: by which its tokens are told from others.
     """
 
-    tokens: int
+    ids: list[int]
     arguments: dict[str, Tensor]
+    kind: int = 1
 
 
 def noise(*shape: int) -> Tensor:
@@ -45,25 +53,57 @@ def noise(*shape: int) -> Tensor:
 
 def square(tokens: int, size: int = 32, *lead: int, **others: Any) -> Callable[[], Image]:
     """One image [1, 3, size, size], or of more leading dimensions."""
-    return lambda: Image(tokens, {"pixel_values": noise(*(lead or (1,)), 3, size, size)} | others)
+    return lambda: Image([IMAGE] * tokens, {"pixel_values": noise(*(lead or (1,)), 3, size, size)} | others)
 
 
 def patches(*shape: int) -> Image:
     """4 by 6 patches in a row, of this shape, of which four neighbours make a token."""
     pixels = noise(24, *(shape or (3 * 2 * 4 * 4,)))
-    return Image(6, {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 6]])})
+    return Image([IMAGE] * 6, {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 6]])})
 
 
 def shaped_patches() -> Image:
     """4 by 4 patches in a row, of which four neighbours make a token."""
     arguments = {"pixel_values": noise(1, 16, 3 * 8 * 8), "spatial_shapes": torch.tensor([[4, 4]])}
-    return Image(4, {**arguments, "pixel_attention_mask": torch.ones(1, 16, dtype=torch.int64)})
+    return Image([IMAGE] * 4, {**arguments, "pixel_attention_mask": torch.ones(1, 16, dtype=torch.int64)})
 
 
 def placed_patches() -> Image:
     """4 by 4 patches with places, of which four neighbours make a token."""
     places = torch.cartesian_prod(torch.arange(4), torch.arange(4))
-    return Image(4, {"pixel_values": noise(1, 16, 3 * 8 * 8), "image_position_ids": places[None]})
+    return Image([IMAGE] * 4, {"pixel_values": noise(1, 16, 3 * 8 * 8), "image_position_ids": places[None]})
+
+
+def frames(apart: bool, *shape: int) -> Image:
+    """Two frames of a video, each as `patches`; `apart`: a token of the text, which is their time, stands between."""
+    pixels, frame = noise(48, *(shape or (3 * 2 * 4 * 4,))), [IMAGE + 1] * 6
+    arguments = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[2, 4, 6]])}
+    return Image([*frame, *([7] if apart else []), *frame], arguments, kind=2)
+
+
+def sound() -> Image:
+    """32 frames of 16 channels, of which four make a token, and one that stands for silence behind them."""
+    arguments = {"input_features": noise(1, 32, 16), "input_features_mask": torch.ones(1, 32, dtype=torch.bool)}
+    return Image([IMAGE + 1] * 9, arguments)
+
+
+class PooledPixels(PreTrainedModel):
+    """In the place of Gemma 3n's vision tower, which another package has and no small one: patches, projected."""
+
+    config_class = Gemma3nVisionConfig
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+
+    def __init__(self, config: Gemma3nVisionConfig) -> None:
+        super().__init__(config)
+        self.patches = nn.Conv2d(3, config.hidden_size, 16, 16)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, **others: Any) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(last_hidden_state=self.patches(pixel_values))
+
+
+AutoModel.register(Gemma3nVisionConfig, PooledPixels, exist_ok=True)
 
 
 class Wrapper(NamedTuple):
@@ -73,11 +113,13 @@ class Wrapper(NamedTuple):
         settings: of its configuration, beside small numbers.
         image: what its processor makes of an image.
         marks: name under which it is told which tokens are an image's, if it is.
+        others: what else it may be shown, by name.
     """
 
     settings: dict[str, Any]
     image: Callable[[], Image]
     marks: str | None = None
+    others: Mapping[str, Callable[[], Image]] = MappingProxyType({})
 
 
 GLM_4V = Wrapper(
@@ -101,7 +143,10 @@ WRAPPERS: dict[str, Wrapper] = {
         "mm_token_type_ids",
     ),
     "qwen2_5_vl": Wrapper(
-        {**QWEN_IDS, "text_config": {"rope_parameters": MROPE}, "vision_config": QWEN_2_5}, patches, "mm_token_type_ids"
+        {**QWEN_IDS, "text_config": {"rope_parameters": MROPE}, "vision_config": QWEN_2_5},
+        patches,
+        "mm_token_type_ids",
+        {"video": functools.partial(frames, False)},
     ),
     "qwen3_vl": Wrapper(
         {
@@ -111,6 +156,7 @@ WRAPPERS: dict[str, Wrapper] = {
         },
         patches,
         "mm_token_type_ids",
+        {"video": functools.partial(frames, True)},
     ),
     "qwen3_vl_moe": Wrapper(
         {
@@ -127,6 +173,27 @@ WRAPPERS: dict[str, Wrapper] = {
     "glm4v_moe": GLM_4V,
     "gemma3": Wrapper(
         {"image_token_index": IMAGE, "mm_tokens_per_image": 4, "vision_config": SIGLIP}, square(4), "token_type_ids"
+    ),
+    "gemma3n": Wrapper(
+        {
+            "image_token_id": IMAGE,
+            "audio_token_id": IMAGE + 1,
+            "vision_soft_tokens_per_image": 4,
+            "audio_soft_tokens_per_image": 9,
+            "vision_config": {"hidden_size": 32, "vocab_offset": IMAGE, "vocab_size": 1},
+            "audio_config": {
+                "hidden_size": 32,
+                "vocab_offset": IMAGE + 1,
+                "vocab_size": VOCABULARY - IMAGE - 1,
+                "input_feat_size": 16,
+                "conf_num_attention_heads": 2,
+                "conf_num_hidden_layers": 2,
+                "conf_reduction_factor": 1,
+                "sscp_conv_channel_size": [8, 4],
+            },
+        },
+        square(4),
+        others={"sound": sound},
     ),
     "gemma4": Wrapper(
         {
@@ -223,15 +290,15 @@ class Prompt(NamedTuple):
         return {**self.by_token, **self.of_images}
 
 
-def prompt(name: str) -> Prompt:
-    """One prompt with an image in the middle."""
-    image, marks = WRAPPERS[name].image(), WRAPPERS[name].marks
+def prompt(name: str, what: str = "image") -> Prompt:
+    """One prompt with an image, or with what else the model may be shown, in the middle."""
+    wrapper = WRAPPERS[name]
+    image, marks = (wrapper.image if what == "image" else wrapper.others[what])(), wrapper.marks
     text = tokens(1, BEFORE + BEHIND) % IMAGE
-    placeholders = torch.full((1, image.tokens), IMAGE)
-    ids = torch.cat([text[:, :BEFORE], placeholders, text[:, BEFORE:]], dim=1)
+    ids = torch.cat([text[:, :BEFORE], torch.tensor([image.ids]), text[:, BEFORE:]], dim=1)
     by_token = {"attention_mask": torch.ones_like(ids)}
     if marks is not None:
-        by_token[marks] = (ids == IMAGE).long()
+        by_token[marks] = (ids >= IMAGE).long() * image.kind
     return Prompt(ids, by_token, image.arguments)
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from every_type import TABLE, built, error, failure, names, with_bases
+from every_type import TABLE, built, default_of, error, failure, names, with_bases
 from helpers import generate, in_pieces, padded
 from tiny import tokens
 from transformers import AutoConfig, DynamicCache, StaticCache
@@ -49,6 +49,13 @@ def test_the_table_is_of_all_types():
         pytest.skip("the table is of another transformers: run python tests/every_type.py --write")
     assert list(TYPES) == [f"{name} (wrapper)" if wrapped else name for name, wrapped in names()]
     assert {each["verdict"] for each in TYPES.values()} <= {"works", "refused", "not built"}
+
+
+def test_a_drafter_is_refused_by_what_it_is():
+    """Its text model alone would pass for one that works."""
+    skip_without("gemma4_assistant")
+    with pytest.raises(EigenAttnError, match="it reads the cache of another model"):
+        family_of(default_of("gemma4_assistant"))
 
 
 def test_a_copy_is_recognised_by_its_code():

@@ -16,8 +16,9 @@ from eigenattn.models.bases_file import save_bases
 from eigenattn.models.conversion import eigen_layers
 
 # One of each kind; `python tests/every_type.py` tries all.
-SOME = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "gemma3", "gemma4", "mistral3", "llama4"]
+SOME = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "gemma3", "gemma3n", "gemma4", "mistral3", "llama4"]
 SOME += ["glm4v", "kimi_k25", "paligemma"]
+SHOWN = [(name, "image") for name in SOME] + [("qwen2_5_vl", "video"), ("qwen3_vl", "video"), ("gemma3n", "sound")]
 CONFIG = EigenAttentionConfig(kv_ratio=0.6, basis="fisher", ranks="uniform", rank_multiple=2, window=4)
 
 
@@ -28,10 +29,10 @@ def wrapper(name: str) -> torch.nn.Module:
     return built(name, wrapped=True)
 
 
-@pytest.mark.parametrize("name", SOME)
-def test_an_image_in_the_prompt(name):
+@pytest.mark.parametrize(("name", "what"), SHOWN)
+def test_an_image_in_the_prompt(name, what):
     """As the original at full rank, and coded the same with a cache as without, in batches as alone."""
-    assert image_failure(wrapper(name), name) is None
+    assert image_failure(wrapper(name), name, what) is None
 
 
 @torch.no_grad()

@@ -494,6 +494,10 @@ REASONS: dict[str, tuple[str, ...]] = {
     "its projections differ by codebook": ("moshi",),
     "its attention leaves a bias to be added later": ("gpt_neox_japanese",),
     "what it makes of padding, which differs, reaches later tokens": ("recurrent_gemma",),
+    "it reads the cache of another model, for which it drafts, and has none": (
+        "gemma4_assistant",
+        "gemma4_unified_assistant",
+    ),
     "it has no attention": ("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"),
 }
 REFUSED = {model_type: reason for reason, types in REASONS.items() for model_type in types}
@@ -505,7 +509,7 @@ def family_of(config: Any) -> Family:
     Raises:
         EigenAttnError: if the model type is not in the table, nor recognised as one that is.
     """
-    text = config.get_text_config(decoder=True)
+    text = config if config.model_type in REFUSED else config.get_text_config(decoder=True)
     model_type = text.model_type
     family = FAMILIES.get(model_type) or _recognised(type(text))
     if family is None:
