@@ -244,6 +244,49 @@ def test_positions_with_gaps(name, backend):
     assert_same(decode(backend, **same_for_all), same_for_all)
 
 
+def in_rows(arguments: dict) -> dict:
+    """The same with positions in three rows, which differ in an image and not in the text around it."""
+    b, columns = arguments["positions"].shape
+    column = torch.arange(columns, device=DEVICE)
+    place, inside = (column - 5).clamp(0, 20), (column >= 5) & (column < 25)
+    of_image = torch.stack([torch.zeros_like(place), place // 4, 9 * (place % 4)], dim=-1)
+    text = column - 20 * (column >= 25) + 9 * (column >= 25)
+    positions = torch.where(inside[:, None], 5 + of_image, text[:, None])
+    rotary = arguments["rotary"]
+    row = torch.tensor([2, 0, 1] * columns, device=DEVICE)[: rotary.width // 2]
+    query = (arguments["query"] + 2)[:, None].expand(b, 3)
+    positions = positions.expand(b, -1, -1) + torch.arange(b, device=DEVICE)[:, None, None]
+    return arguments | {"positions": positions, "query": query, "rotary": replace(rotary, rows=row)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["rotary", "rotary-window", "rotary-interleaved", "rotary-partial", "bf16"])
+def test_positions_in_rows(name, backend):
+    """Those of an image's tokens are of the time, the height and the width, and each pair turns by one of them."""
+    arguments = in_rows(problem(name))
+    if backend == "triton":
+        with pytest.raises(EigenAttnError, match="no positions in rows"):
+            decode(backend, **arguments)
+        return
+    assert_same(decode(backend, **arguments), arguments)
+    same_for_all = arguments | {"positions": arguments["positions"][:1], "query": arguments["query"][:1]}
+    assert_same(decode(backend, **same_for_all), same_for_all)
+    expected = decode("reference", **same_for_all)
+    other = same_for_all | {"rotary": replace(arguments["rotary"], rows=1 - arguments["rotary"].rows % 2)}
+    assert (decode("reference", **other) - expected).norm() > 1e-2 * expected.norm()  # rows count
+
+
+@pytest.mark.parametrize("name", ["rotary", "rotary-window"])
+def test_rows_of_one_position_are_one_row(name):
+    """A text's tokens have the same position in all rows."""
+    arguments = problem(name)
+    rows = {name: arguments[name].unsqueeze(-1).expand(*arguments[name].shape, 3) for name in ("positions", "query")}
+    row = torch.arange(arguments["rotary"].width // 2, device=DEVICE) % 3
+    rows["rotary"] = replace(arguments["rotary"], rows=row)
+    for backend in ("reference", "torch"):
+        assert_same(decode(backend, **arguments | rows), arguments)
+
+
 @pytest.mark.parametrize("name", ["small-space-window", "alibi", "rotary", "rotary-window"])
 def test_evicted_tokens(name):
     """Each head has rows of its own tokens; a mask, slopes and positions are of columns."""

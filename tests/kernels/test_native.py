@@ -87,6 +87,24 @@ def test_positions_jump_between_blocks_and_within(by, dtype):
 
 
 @native
+@pytest.mark.parametrize("across", [7, 50, 90])
+@dtypes
+def test_positions_of_images(by, across, dtype):
+    """In rows, of images narrower and wider than what is turned by a table."""
+    s, d = 609, 24
+    column = torch.arange(s)
+    place = (column - 70).clamp_min(0)
+    rows = torch.stack([column * 0 + 70, 70 + place // across, 70 + place % across], dim=-1)
+    rows = torch.where(((column >= 70) & (column < 505))[:, None], rows, column[:, None])
+    rotary = Rotary(100.0 ** -(torch.arange(0, d, 2) / d), 1.1, rows=torch.arange(d // 2) % 3)
+    query = torch.tensor([[620, 620, 620], [540, 600, 580]])
+    for widths in (None, Widths.of({8: 3, 5: 20, 2: 30}, scaled=True)):
+        positions = {"positions": rows.expand(2, -1, -1), "query": query, "rotary": rotary}
+        assert_same(some_step(s=600, widths=widths, dtype=dtype, **positions))
+        assert_same(some_step(s=600, widths=widths, dtype=dtype, **positions | {"query": query[:1].int()}))
+
+
+@native
 @pytest.mark.parametrize("widths", [{8: 70, 3: 90}, {6: 17, 4: 150, 1: 3}, {8: 16}, {2: 64}], ids=str)
 @dtypes
 def test_wide_rows_of_codes(by, widths, dtype):

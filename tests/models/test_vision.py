@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import vision
-from every_type import LENGTH, TOLERANCE, built, error, image_failure, predicted, with_bases
+from every_type import LENGTH, TOLERANCE, built, error, generated, image_failure, predicted, with_bases
 from tiny import tokens
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import eigenattn
-from eigenattn import EigenAttentionConfig, compress
+from eigenattn import EigenAttentionConfig, compress, kernels
+from eigenattn.cache.packing import Widths
+from eigenattn.kernels import decoding
+from eigenattn.kernels.native_library import unavailable
 from eigenattn.models.bases_file import save_bases
 from eigenattn.models.conversion import eigen_layers
 
@@ -33,6 +36,23 @@ def wrapper(name: str) -> torch.nn.Module:
 def test_an_image_in_the_prompt(name, what):
     """As the original at full rank, and coded the same with a cache as without, in batches as alone."""
     assert image_failure(wrapper(name), name, what) is None
+
+
+@pytest.mark.skipif(unavailable() is not None, reason=f"no native kernels: {unavailable()}")
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"])
+@torch.no_grad()
+def test_behind_an_image_steps_are_native(name, monkeypatch):
+    """Positions are in rows there, which each kind of model shares out over pairs of dimensions in its own way."""
+    calls, plain = [], decoding.DECODE_BACKENDS["native"]
+    monkeypatch.setitem(decoding.DECODE_BACKENDS, "native", lambda step: calls.append(step.rotary.rows) or plain(step))
+    coded = with_bases(wrapper(name), (Widths.of({8: 4, 4: 4}), Widths.of({8: 3, 2: 4})), window=5)
+    both = vision.together(vision.prompt(name), vision.text_prompt(name, 9))
+    found = generated(coded, both)
+    assert len(calls) == 4 * len(eigen_layers(coded)) and all(rows is not None for rows in calls)
+    before = kernels.use("torch")
+    expected = generated(coded, both)
+    kernels.use(before)
+    assert error(found, expected) < TOLERANCE
 
 
 @torch.no_grad()

@@ -166,10 +166,13 @@ class ForwardPass:
             raise EigenAttnError("this model calls its attention without position_ids, which cached keys rotate by.")
         return sight.positions
 
-    @property
-    def query_position(self) -> Tensor | None:
-        """The position of each row's one query, [B or 1]."""
-        return None if self.position_ids is None else self.position_ids[:, -1]
+    def query_position(self, sight: Sight) -> Tensor:
+        """The position of each row's one query, [B or 1] or [B or 1, rows], as those of the columns in sight."""
+        positions, columns = self.position_ids, self.positions(sight)
+        assert positions is not None  # those of the columns came of it
+        found = positions[:, -1]
+        # Tokens of a text have the same position in all rows.
+        return found if found.dim() == columns.dim() - 1 else found.unsqueeze(-1).expand(-1, columns.shape[-1])
 
     def mask(self, q: Tensor, keys: int) -> Any:
         """The mask over columns 0 .. keys - 1 as backends take it, with the family's bias on the scores added.
@@ -225,12 +228,15 @@ class ForwardPass:
         return last.int().argmax(-1)
 
     def is_step(self, q: Tensor, sight: Sight) -> bool:
-        """Whether the pass is a step of decoding: one query a row, over a cache, at positions of one row."""
+        """Whether the pass is a step of decoding: one query a row, over a cache."""
         if q.shape[-2] > 1 or self.cache is None or torch.is_grad_enabled() or not self._any_way:
             return False
         if not self.layer.rotates_far:
             return True
-        return self.frequencies is not None and (sight.positions is None or sight.positions.dim() == 2)
+        if self.frequencies is None:
+            return False
+        # Which row of positions each pair turns by is asked of the model, which is not for a graph.
+        return sight.positions is None or sight.positions.dim() == 2 or not torch.compiler.is_compiling()
 
     def is_in_parts(self, q: Tensor, sight: Sight) -> bool:
         """Whether queries [B, H, T, *] are to meet exact keys and chunks of far ones in parts."""
@@ -264,17 +270,23 @@ class ForwardPass:
     def _prefix(self) -> str:
         return f"{self.layer.layer_type}_" if self.layer.by_layer_type else ""
 
-    def rotary(self, device: torch.device) -> Rotary:
+    def rotary(self, sight: Sight, device: torch.device) -> Rotary:
         """Rotary positions for a step of decoding."""
-        layer, frequencies = self.layer, self.frequencies
+        layer, module, positions = self.layer, self.layer.rotary_module, self.positions(sight)
+        rows = None
+        if positions.dim() == 3:
+            name = f"_eigenattn_row_of_pair_{self._prefix}{device}"
+            rows = memoised(module, name, [], lambda: layer.row_of_pair(positions).to(device))
+        frequencies, scaling = self.frequencies, float(getattr(module, f"{self._prefix}attention_scaling", 1.0))
         backwards, interleaved = layer.family.backwards, layer.family.interleaved
         assert frequencies is not None  # `is_step`
-        scaling = float(getattr(layer.rotary_module, f"{self._prefix}attention_scaling", 1.0))
         return memoised(
-            layer.rotary_module,
-            f"_eigenattn_rotary_{self._prefix}{device}",
+            module,
+            f"_eigenattn_rotary_{self._prefix}{device}{'' if rows is None else '_in_rows'}",
             [frequencies, scaling],
-            lambda: Rotary(-frequencies.to(device) if backwards else frequencies.to(device), scaling, interleaved),
+            lambda: Rotary(
+                -frequencies.to(device) if backwards else frequencies.to(device), scaling, interleaved, rows
+            ),
         )
 
     def attend_at_full_rank(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:

@@ -361,6 +361,18 @@ class AttentionLayer(LatentMaps):
         cos, sin = self.laid_out(self.rotary_module(x, positions, *arguments))
         return cos.to(x.device), sin.to(x.device)  # the module may be on another device
 
+    def row_of_pair(self, positions: Tensor) -> Tensor:
+        """Which row of positions [B or 1, S, rows] each pair of dimensions turns by, [width / 2]: in which it turns."""
+        rows = positions.shape[-1]
+        # Some kinds of scaling go by the last position of what they are asked for, and are to stay as they are.
+        asked = torch.cat(
+            [torch.eye(rows, dtype=positions.dtype, device=positions.device), positions.amax((0, 1))[None]]
+        )
+        _, sin = self.angles(torch.empty(0, device=positions.device), asked.unsqueeze(0))
+        turns = sin[0, :rows] != 0
+        pairs = turns[:, 0::2] if self.family.interleaved else turns[:, : turns.shape[1] // 2]
+        return pairs.to(torch.uint8).argmax(0)
+
     def _takes_rows(self) -> bool:
         x = torch.empty(0, device=next(self.rotary_module.buffers()).device)
         try:

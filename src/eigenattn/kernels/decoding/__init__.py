@@ -37,8 +37,6 @@ __all__ = [
 def _triton_decode(step: Step) -> Tensor:
     if not HAS_TRITON:
         raise EigenAttnError("the triton backend needs triton: pip install 'eigenattn[triton]'.")
-    if step.columns is not None:
-        raise EigenAttnError("the triton backend does not decode where tokens were evicted: use torch.")
     from .fused import decode as fused_decode
 
     return fused_decode(step)
@@ -52,16 +50,28 @@ DECODE_BACKENDS: dict[str, Callable[[Step], Tensor]] = {
 }
 
 
+def _why_not_triton(step: Step) -> str | None:
+    if step.columns is not None:
+        return "it does not decode where tokens were evicted"
+    if step.rotary is not None and step.rotary.rows is not None:
+        return "it knows no positions in rows"
+    return None
+
+
+# Why a backend does not take a step; None if it does. Others take all.
+DECLINES: dict[str, Callable[[Step], str | None]] = {"triton": _why_not_triton, "native": why_not}
+
+
 def default_backend(step: Step) -> str:
-    """`triton` on a GPU that has it, `native` on a CPU where it takes the step, else `torch`."""
+    """`triton` on a GPU that has it, `native` on a CPU, where they take the step, else `torch`."""
     if step.q.is_cuda:
-        return "triton" if HAS_TRITON else "torch"
+        return accepted(step, "triton") if HAS_TRITON else "torch"
     return accepted(step, "native")
 
 
 def accepted(step: Step, backend: str) -> str:
-    """The backend asked for, or `torch` where that is `native` and does not take the step."""
-    return "torch" if backend == "native" and why_not(step) else backend
+    """The backend asked for, or `torch` where it does not take the step."""
+    return "torch" if backend in DECLINES and DECLINES[backend](step) else backend
 
 
 def decode(step: Step, backend: str | None = None) -> Tensor:
@@ -80,8 +90,8 @@ def decode(step: Step, backend: str | None = None) -> Tensor:
     if name not in DECODE_BACKENDS:
         raise EigenAttnError(f"unknown decoding backend {name!r}: choose one of {', '.join(DECODE_BACKENDS)}.")
     step.check()
-    if name == "native" and (reason := why_not(step)) is not None:
-        raise EigenAttnError(f"the native backend does not take this step: {reason}. Use torch.")
+    if name in DECLINES and (reason := DECLINES[name](step)) is not None:
+        raise EigenAttnError(f"the {name} backend does not take this step: {reason}. Use torch.")
     return DECODE_BACKENDS[name](step)
 
 

@@ -101,11 +101,14 @@ class Rotary:
             it stay.
         scaling: multiplies rotated dimensions, of queries and keys alike (YaRN's attention factor).
         interleaved: pairs are neighbours, not halves.
+        rows: which row of positions each pair turns by [width / 2], where tokens have several (those in images: of the
+            time, the height and the width). Positions have a last dimension of rows then.
     """
 
     inverse_frequencies: Tensor
     scaling: float = 1.0
     interleaved: bool = False
+    rows: Tensor | None = None
     _tables: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -129,12 +132,12 @@ class Rotary:
 
     def turns(self, positions: Tensor) -> Tensor:
         """Rotations to positions [...], as complex numbers, one a pair: [..., width / 2]."""
-        angles = positions.unsqueeze(-1) * self.inverse_frequencies.float()
+        angles = self._angles(positions)
         return torch.polar(torch.full_like(angles, self.scaling), angles)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate vectors [..., n, D] in fp32 to their positions [..., n]."""
-        angles = positions.unsqueeze(-1) * self.inverse_frequencies.float()
+        angles = self._angles(positions)
         return self._rotated(x, angles.cos() * self.scaling, angles.sin() * self.scaling)
 
     def rotate_between(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -149,6 +152,10 @@ class Rotary:
             return rotate_natively(x, cos, sin)
         half = self.width // 2
         return self._rotated(x.float(), cos[..., :half], sin[..., :half]).to(x.dtype)
+
+    def _angles(self, positions: Tensor) -> Tensor:
+        by_pair = positions.unsqueeze(-1) if self.rows is None else positions[..., self.rows]
+        return by_pair * self.inverse_frequencies.float()
 
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = (x[..., dims] for dims in self.pairs())
@@ -215,6 +222,7 @@ class Step:
         length: columns before it are seen through latents.
         first: the first that is seen, int32 [B]; None is 0.
         positions, query: position of each column, [B or 1, columns], and of the query, [B or 1]; needed with `rotary`.
+            In several rows, [B or 1, columns, rows] and [B or 1, rows].
         columns: where tokens were evicted, the column of each row of each head that keeps its own, [B, heads, S]; all
             lie before `length`. None: row n is column n.
         rotary: rotates queries, each decoded key, and each of the window, to its own position.
@@ -296,7 +304,9 @@ class Step:
             window = Window(keys, values, column - away, last - away)
         if positions is not None and first is not None:
             seen = torch.arange(int((last - away).max()), device=device) + away.unsqueeze(1)
-            positions = positions.expand(b, -1).gather(1, seen.clamp_max(positions.shape[1] - 1).long())
+            row = torch.arange(b, device=device).unsqueeze(1)
+            seen = seen.clamp_max(positions.shape[1] - 1).long()
+            positions = positions.expand(b, *positions.shape[1:])[row, seen]
         first = None if first is None else first - away
         length = lengths - away
         return dataclasses.replace(
@@ -340,3 +350,7 @@ class Step:
             raise EigenAttnError("with an exact window, far values need a decoder or full rank.")
         if self.rotary is not None and (self.positions is None or self.query is None):
             raise EigenAttnError("queries and keys that rotate need positions.")
+        if self.rotary is not None and self.rotary.rows is not None:
+            positions, query = self.rotary_positions
+            if (positions.dim(), query.dim()) != (3, 2):
+                raise EigenAttnError("positions in rows are [B or 1, columns, rows], and the query's [B or 1, rows].")

@@ -182,7 +182,7 @@ def _turns(step: Step, rotary: Rotary, keys: _Keys, g: int) -> Tensor:
     columns, (positions, query) = keys.columns, step.rotary_positions
 
     def with_queries(found: Tensor) -> Tensor:
-        own = rotary.turns(query.view(-1, 1, 1))  # [B or 1, 1, 1, width / 2]
+        own = rotary.turns(query[:, None, None])  # [B or 1, 1, 1, width / 2]
         b = max(len(found), len(own))
         own = own.expand(b, found.shape[1], step.q.shape[1] // g, -1)
         return torch.cat([found.expand(b, -1, -1, -1), own], dim=2)
@@ -190,11 +190,11 @@ def _turns(step: Step, rotary: Rotary, keys: _Keys, g: int) -> Tensor:
     if columns is None:
         name = ("turns", rotary, keys.count, g)
         return step.memoised(name, lambda: with_queries(rotary.turns(positions[:, : keys.count]).unsqueeze(1)))
-    positions = positions.expand(len(columns), -1)
+    positions = positions.expand(len(columns), *positions.shape[1:])
     table = step.memoised(("turns", rotary, positions.shape), lambda: rotary.turns(positions))  # [B, columns, w/2]
 
     def at_columns() -> Tensor:
-        places = columns.clamp(0, positions.shape[-1] - 1).long()
+        places = columns.clamp(0, positions.shape[1] - 1).long()
         rows = torch.arange(len(places), device=places.device).view(-1, 1, 1)
         return with_queries(_by_head(table[rows, places], g))
 

@@ -28,6 +28,7 @@ MATRICES = (torch.bfloat16, torch.uint8)
 MULTIPLIED = 128
 ROWS, DEPTH = 16, 32  # of a matrix
 LARGEST_BYTES = 2**15  # of a row of codes, the places in which the kernel counts in 16 bits
+MOST_ROWS = 4  # of positions, as in arguments.h
 
 
 class _Tensors(NamedTuple):
@@ -56,6 +57,7 @@ class _Tensors(NamedTuple):
     table: Tensor | None
     frequencies: Tensor | None
     identity: Tensor | None
+    row_of_pair: Tensor | None
     slopes: Tensor | None
     sinks: Tensor | None
     mask: Tensor | None
@@ -78,6 +80,8 @@ def why_not(step: Step) -> str | None:
         return "it does not decode where tokens were evicted"
     if step.mask is not None and step.mask.dtype != torch.bool and not step.mask.is_floating_point():
         return "masks are boolean or floating-point"
+    if step.rotary is not None and step.rotary.rows is not None and step.rotary_positions[0].shape[-1] > MOST_ROWS:
+        return f"positions have {MOST_ROWS} rows at most"
     for side in (step.keys, step.values):
         reason = side._once("native declines", lambda side=side: _why_not_codes(side.widths))
         if reason is not None:
@@ -117,7 +121,7 @@ def decode(step: Step) -> Tensor:
         None if window is None else window.values,
         *(count if isinstance(count, Tensor) else None for count in counts),
         None if rotary is None else step.positions,
-        *((None,) * 4 if rotary is None else _turning(rotary, step.q.shape[-1], matrices)),
+        *((None,) * 5 if rotary is None else _turning(rotary, step.q.shape[-1], matrices)),
         *(None if x is None else x.float().contiguous() for x in (step.slopes, step.sinks)),
         mask if mask is None or mask.dtype == torch.bool else mask.float(),
         step.table,
@@ -187,12 +191,13 @@ def _launch(
         out.data_ptr(), KINDS[out.dtype],
         *_pages(x.far_pages, x.far_keys),
         *_pages(x.near_pages, x.near_keys),
+        _at(x.row_of_pair), *_rows_of_positions(positions, x.query),
     )  # fmt: skip
     found.eigenattn_decode(arguments)
     return out
 
 
-_ARGUMENTS = struct.Struct("=7q6q12q30q1q24q2q5q3d6q2q6q")
+_ARGUMENTS = struct.Struct("=7q6q12q30q1q24q2q5q3d6q2q6q4q")
 
 
 # One node in a graph, which does not break there.
@@ -242,10 +247,17 @@ def _mask_layout(mask: Tensor) -> tuple[int, int, int]:
     return strides[0], strides[1], 1 if mask.dtype == torch.bool else 2
 
 
+def _rows_of_positions(positions: Tensor | None, query: Tensor | None) -> tuple[int, int, int]:
+    """How many, and the ways from one to the next of columns, and of the query."""
+    if positions is None or query is None or positions.dim() == 2:
+        return 1, 0, 0
+    return positions.shape[2], positions.stride(2), query.stride(1)
+
+
 def _count(tensor: Tensor | None, number: int) -> tuple[int, int, int, int]:
     if tensor is None:
         return 0, 0, 0, number
-    return tensor.data_ptr(), tensor.stride(-1) if tensor.numel() > 1 else 0, tensor.itemsize, 0
+    return tensor.data_ptr(), tensor.stride(0) if tensor.dim() and len(tensor) > 1 else 0, tensor.itemsize, 0
 
 
 @torch.compiler.assume_constant_result
@@ -368,8 +380,8 @@ def channels_of(widths: Widths) -> Tensor:
 
 
 def _turning(rotary: Rotary, size: int, matrices: bool) -> tuple[Tensor | None, ...]:
-    """The order of pairs, the table of a block's rotations, radians with those of a whole block, and of matrices the
-    decoder of keys that have none; kept."""
+    """The order of pairs, the table of a block's rotations, radians with those of a whole block, of matrices the
+    decoder of keys that have none, and of positions in rows which one each pair turns by; kept."""
     key = ("native", size, matrices)
     if key not in rotary._tables:
         order, lanes = order_of(rotary, size, _lanes()), _lanes()
@@ -383,7 +395,12 @@ def _turning(rotary: Rotary, size: int, matrices: bool) -> tuple[Tensor | None, 
         else:
             table, identity = torch.stack([turn.unflatten(-1, (-1, lanes)) for turn in turns], dim=2), None
         of_block = torch.stack([frequencies, angles[-1].cos(), angles[-1].sin()])
-        rotary._tables[key] = torch.tensor(order, dtype=torch.int32), table.float().contiguous(), of_block, identity
+        rows = None
+        if rotary.rows is not None:
+            rows = torch.zeros(len(frequencies), dtype=torch.int32)
+            rows[: rotary.width // 2] = rotary.rows
+        order = torch.tensor(order, dtype=torch.int32)
+        rotary._tables[key] = order, table.float().contiguous(), of_block, identity, rows
     return rotary._tables[key]
 
 

@@ -49,7 +49,7 @@ def decode(step: Step) -> Tensor:
     q = step.q.float()
     if step.rotary is not None:
         positions, query = (x.expand(b, *x.shape[1:]) for x in step.rotary_positions)
-        q = step.rotary.rotate(q, query.unsqueeze(-1))
+        q = step.rotary.rotate(q, query.unsqueeze(1))
     out = torch.zeros(b, h, step.size_out, device=step.q.device)
     for row in range(b):
         first, length = _at(step.first, row), _at(step.length, row)

@@ -12,6 +12,8 @@ constexpr int BLOCK = 32;  // tokens; the table of rotations stays in the first 
 
 enum Kind : int64_t { FP32, BF16, CODES };
 
+constexpr int MOST_ROWS = 4;  // of positions
+
 // `native.py` packs what follows, in this order, and all of it in 8 bytes. Strides count elements.
 struct Rows {
     const char *data;
@@ -63,12 +65,17 @@ struct Arguments {
     char *out;
     int64_t out_kind;
     Pages far_pages, near_pages;
+    // Of positions in rows: which one each pair turns by, or null; how many there are, and the ways from one to the next.
+    const int32_t *row_of_pair;
+    int64_t rows, positions_row, position_row;
 };
 
-inline int64_t number_of(const Count &count, int64_t row) {
-    if (!count.data) return count.value;
-    const int64_t at = row * count.stride;
+inline int64_t number_at(const Count &count, int64_t at) {
     return count.bytes == 8 ? static_cast<const int64_t *>(count.data)[at] : static_cast<const int32_t *>(count.data)[at];
+}
+
+inline int64_t number_of(const Count &count, int64_t row) {
+    return count.data ? number_at(count, row * count.stride) : count.value;
 }
 
 inline int64_t bytes_of(const Rows &rows) { return rows.kind == FP32 ? 4 : rows.kind == BF16 ? 2 : 1; }

@@ -279,18 +279,12 @@ void ByMatrices::score(const List &list) {
 // Cosines and sines of a block's tokens by pair: the table's, or their own.
 const float *ByMatrices::rotations(int block) {
     if (!gaps[block]) return a.table;
-    const int64_t *own_positions = position + block * BLOCK;
     const int count = tokens_of(block);
-    for (int t = 0; t < BLOCK; t++) {
-        const int64_t distance = own_positions[std::min(t, count - 1)] - own_positions[0];
-        for (int64_t i = 0; i < a.pairs; i++) {
+    for (int64_t i = 0; i < a.pairs; i++)
+        for (int t = 0; t < BLOCK; t++) {
             float *own = turn_room + 2 * i * BLOCK + t;
-            const float *same = a.table + 2 * i * BLOCK + distance;
-            const bool there = distance >= 0 && distance < BLOCK;
-            own[0] = there ? same[0] : float(std::cos(double(distance) * a.frequencies[i]));
-            own[BLOCK] = there ? same[BLOCK] : float(std::sin(double(distance) * a.frequencies[i]));
+            turn_of(i, block * BLOCK + std::min(t, count - 1), a.table + 2 * i * BLOCK, 1, BLOCK, own, own + BLOCK);
         }
-    }
     return turn_room;
 }
 

@@ -3,9 +3,10 @@
 // A task is one row's KV head with all query heads that share it, over one stretch of the sequence. It goes through
 // blocks of tokens: keys to scores, scores to weights, and values summed as latents, so that of a block nothing leaves
 // the first cache. `R_(n0 + i) = R_n0 R_i`: one small table of `R_i` turns the keys of every block, and the query is
-// turned back by the position at which the block begins, where positions have no gap in it. Each pair of dimensions is
-// padded to lie in two vectors side by side, whatever pairs are (`order`), and dimensions that do not rotate are pairs
-// that turn by 0. Values are taken to the output's dimensions once a query, not once a token.
+// turned back by the position at which the block begins; where positions have gaps in it, each key is turned by its own
+// way from the middle of them. Each pair of dimensions is padded to lie in two vectors side by side, whatever pairs are
+// (`order`), and dimensions that do not rotate are pairs that turn by 0. Values are taken to the output's dimensions once
+// a query, not once a token.
 
 #pragma once
 
@@ -90,6 +91,18 @@ class Task {
     virtual void finish(const List &) {}
 
     void turn_to(const List &list, int block);
+    // How a pair of a token is turned from the middle. `table` points at the pair's cosines by distance, `step` apart, and
+    // sines lie so far behind.
+    void turn_of(int64_t pair, int t, const float *table, int64_t step, int64_t behind, float *cosine, float *sine) const {
+        const int64_t distance = away[a.row_of_pair ? a.row_of_pair[pair] : 0][t], size = std::abs(distance);
+        if (size < BLOCK) {
+            *cosine = table[size * step];
+            *sine = distance < 0 ? -table[size * step + behind] : table[size * step + behind];
+        } else {
+            *cosine = float(std::cos(double(distance) * a.frequencies[pair]));
+            *sine = float(std::sin(double(distance) * a.frequencies[pair]));
+        }
+    }
     int tokens_of(int block) const { return std::min(BLOCK, held - block * BLOCK); }
     void fetch(const Strip &strip, int64_t low, int64_t high);
 
@@ -99,12 +112,12 @@ class Task {
     const int span;               // tokens whose scores are found before their weights
     int64_t n0 = 0;               // the span's first token
     int held = 0, blocks = 0;     // its tokens, and their blocks
-    int64_t position[SPAN];       // of its tokens
+    int64_t away[MOST_ROWS][SPAN];  // of its tokens, in each row: positions, or where these have gaps the way from the middle
     bool gaps[SPAN / BLOCK];      // whether positions in a block do not follow each other
     Strip keys_at, values_at;
     float *results = nullptr;     // [heads, partial.size]
     float *weights = nullptr;     // [heads, SPAN]: scores, and then weights
-    float *turned = nullptr;      // [heads, width]: queries as pairs lie, turned to where the block begins
+    float *turned = nullptr;      // [heads, width]: queries as pairs lie, turned to where a block begins, or its middle
     float *small = nullptr;       // [heads, padded rank]: in the keys' space
 
   private:
@@ -116,9 +129,9 @@ class Task {
     float *query = nullptr;       // [heads, size] in fp32, scaled
     float *in_pairs = nullptr;    // [heads, width]: the same as pairs lie
     float *offsets = nullptr;     // [heads]
-    double *cosines = nullptr, *sines = nullptr;  // [pairs]: of the way from the block's begin to the query
-    bool standing = false;        // whether these are of a block, which began at `begin`
-    int64_t begun = 0;
+    double *cosines = nullptr, *sines = nullptr;  // [pairs]: of the way from there to the query
+    bool standing = false;        // whether these are of a block, and where it began
+    int64_t begun[MOST_ROWS] = {};
 };
 
 void Task::prepare() {
@@ -165,36 +178,51 @@ void Task::prepare() {
     }
 }
 
-// Turn the query to where a block of the span begins.
+// Turn the query to where a block of the span begins; where positions have gaps, to the middle of them.
 void Task::turn_to(const List &list, int block) {
     const int count = tokens_of(block);
-    int64_t *own = position + block * BLOCK;
-    const int64_t at = b * a.positions_batch + (list.column + n0 + block * BLOCK) * a.positions.stride;
-    if (a.positions.bytes == 8)
-        for (int t = 0; t < count; t++)
-            own[t] = static_cast<const int64_t *>(a.positions.data)[at + t * a.positions.stride];
-    else
-        for (int t = 0; t < count; t++)
-            own[t] = static_cast<const int32_t *>(a.positions.data)[at + t * a.positions.stride];
-    const int64_t now = own[0];
+    int64_t now[MOST_ROWS];
+    bool follows = standing, stays = standing;
     gaps[block] = false;
-    for (int t = 0; t < count; t++) gaps[block] |= own[t] != now + t;
-    if (standing && now == begun + BLOCK) {
+    for (int64_t r = 0; r < a.rows; r++) {
+        int64_t *own = away[r] + block * BLOCK;
+        const int64_t first = b * a.positions_batch + r * a.positions_row;
+        const int64_t at = first + (list.column + n0 + block * BLOCK) * a.positions.stride;
+        for (int t = 0; t < count; t++) {
+            own[t] = number_at(a.positions, at + t * a.positions.stride);
+            gaps[block] |= own[t] != own[0] + t;
+        }
+    }
+    for (int64_t r = 0; r < a.rows; r++) {
+        int64_t *own = away[r] + block * BLOCK;
+        now[r] = own[0];
+        if (gaps[block]) {
+            const auto [low, high] = std::minmax_element(own, own + count);
+            now[r] = *low + (*high - *low) / 2;
+            for (int t = 0; t < count; t++) own[t] -= now[r];
+        }
+        follows &= now[r] == begun[r] + BLOCK;
+        stays &= now[r] == begun[r];
+    }
+    if (follows) {
         const double *x = a.frequencies + a.pairs, *y = x + a.pairs;
         for (int64_t i = 0; i < a.pairs; i++) {
             const double c = cosines[i], s = sines[i];
             cosines[i] = c * x[i] + s * y[i];
             sines[i] = s * x[i] - c * y[i];
         }
-    } else if (!standing || now != begun) {
-        const double distance = double(number_of(a.position, b) - now);
+    } else if (!stays) {
+        double distance[MOST_ROWS];
+        for (int64_t r = 0; r < a.rows; r++)
+            distance[r] = double(number_at(a.position, b * a.position.stride + r * a.position_row) - now[r]);
         for (int64_t i = 0; i < a.pairs; i++) {
-            cosines[i] = std::cos(distance * a.frequencies[i]);
-            sines[i] = std::sin(distance * a.frequencies[i]);
+            const double angle = distance[a.row_of_pair ? a.row_of_pair[i] : 0] * a.frequencies[i];
+            cosines[i] = std::cos(angle);
+            sines[i] = std::sin(angle);
         }
     }
     standing = true;
-    begun = now;
+    std::copy(now, now + a.rows, begun);
     for (int64_t i = 0; i < a.pairs; i += LANES) {
         float narrow[2 * LANES];
         for (int j = 0; j < LANES; j++) narrow[j] = float(cosines[i + j]), narrow[LANES + j] = float(sines[i + j]);

@@ -72,7 +72,7 @@ class ByVectors final : public Task {
   private:
     void score(const List &list) override;
     void add_values(const List &list) override;
-    const float *turn_by(int64_t distance, float *own);
+    const float *turns_of(int t, float *own) const;
     template <int V> void score_tile(const List &list, int t0, int64_t pair);
     template <int P> void score_small(const List &list, int t0, int64_t p0);
     template <int P> void add_some(const List &list, int64_t p0);
@@ -91,13 +91,11 @@ class ByVectors final : public Task {
     const float *keys[BLOCK], *values[BLOCK], *turns[BLOCK];
 };
 
-// The rotation by a distance: the table's, or one of its own.
-const float *ByVectors::turn_by(int64_t distance, float *own) {
-    if (distance >= 0 && distance < BLOCK) return a.table + distance * width;
+// The rotations of a token where positions have gaps.
+const float *ByVectors::turns_of(int t, float *own) const {
     for (int64_t i = 0; i < a.pairs; i++) {
-        float *pair = own + i / LANES * 2 * LANES + i % LANES;
-        pair[0] = float(std::cos(double(distance) * a.frequencies[i]));
-        pair[LANES] = float(std::sin(double(distance) * a.frequencies[i]));
+        const int64_t at = i / LANES * 2 * LANES + i % LANES;
+        turn_of(i, t, a.table + at, width, LANES, own + at, own + at + LANES);
     }
     return own;
 }
@@ -248,7 +246,7 @@ void ByVectors::score(const List &list) {
         turn_to(list, 0);
         for (int t = 0; t < held; t++) turns[t] = a.table + t * width;
         if (gaps[0])
-            for (int t = 0; t < held; t++) turns[t] = turn_by(position[t] - position[0], turn_room + t * width);
+            for (int t = 0; t < held; t++) turns[t] = turns_of(t, turn_room + t * width);
         if (!decodes)
             to_pairs();
         else if (multiplies)
