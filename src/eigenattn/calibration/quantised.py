@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EigenAttnError
-from ..models.projections import holds_codes, matrix_of
+from ..models.projections import NOT_LINEAR, holds_codes, matrix_of, probes
 from .passes import replaced
 
 # Where transformers has layers of its own for quantised weights, and no others that stand inside of models.
@@ -43,7 +43,7 @@ def differentiable(module: nn.Module, like: Tensor) -> AbstractContextManager[No
     """
     forwards = []
     for name, each in module.named_modules():
-        size = getattr(each, "in_features", None)
+        size = getattr(each, "in_features", getattr(each, "infeatures", None))
         # What rounds activations has a `forward` of its own, and its weight may be plain.
         suspect = is_quantised(each) or (size is not None and "forward" in vars(each))
         if not suspect or (size is not None and _gives_gradients(each, size, like)):
@@ -71,13 +71,19 @@ def _may_be_codes(buffer: Tensor) -> bool:
 
 
 def _gives_gradients(module: nn.Module, size: int, like: Tensor) -> bool:
-    x = like.new_ones((1, 1, size)).requires_grad_()
+    """Whether gradients say what becomes of other inputs: through what is rounded in it, few or none pass."""
+    x, other = probes(2 * 8, size, device=like.device, dtype=like.dtype).unflatten(0, (2, 1, 8))
     with torch.enable_grad():
         try:
-            module(x).sum().backward()
+            y = module(x.requires_grad_())
+            weights = probes(8, y.shape[-1], device=y.device, dtype=y.dtype)[None]
+            (gradient,) = torch.autograd.grad(y, x, weights)
         except (RuntimeError, NotImplementedError):  # also where what it gives needs no gradients
             return False
-    return x.grad is not None
+    with torch.no_grad():
+        found = (gradient.float() * other.float()).sum(-1)
+        expected = ((module(x + other) - y).float() * weights.float()).sum(-1)
+    return bool((found - expected).norm() <= NOT_LINEAR * expected.norm())
 
 
 def _by_matrix(module: nn.Module, size: int, like: Tensor) -> Callable[[Tensor], Any]:
