@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny import save_tiny, tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eigenattn import EigenAttentionConfig, compress, save_bases
 
@@ -42,12 +44,14 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder: Path, code: str, before: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, code: str, *arguments: str, before: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a program beside the bases, where the package is installed; `before` is found ahead of it."""
-    path = [str(each) for each in (before, folder / "site", ROOT / "src") if each is not None]
+    path = [str(each) for each in (before, folder / "site", ROOT / "src", os.environ.get("PYTHONPATH")) if each]
     known = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
+        [sys.executable, "-W", "ignore", "-c", code, *arguments],
         cwd=folder,
         env=known | environment,
         capture_output=True,
@@ -86,6 +90,25 @@ except ImportError:
     print("no lm-eval")
 else:
     check(HFLM(pretrained="bases", device="cpu", batch_size=1).model)
+try:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+except ImportError:
+    print("no TRL")
+else:
+    text = Dataset.from_dict({"input_ids": expected.tolist()})
+    options = {"use_cpu": True, "bf16": False, "max_steps": 1, "report_to": "none", "save_strategy": "no"}
+    trainer = SFTTrainer("bases", args=SFTConfig("tuned", **options), train_dataset=text)
+    check(trainer.model)
+    trainer.train()
+try:
+    from transformers.cli.serving.model_manager import ModelManager
+except ImportError:
+    print("no transformers serve")
+else:
+    manager = ModelManager(device="cpu", dtype="float32")
+    check(manager.load_model_and_processor("bases@main")[0])
+    manager.shutdown()  # or it waits for others
 """
 
 
@@ -94,11 +117,48 @@ def test_hosts_that_know_nothing_of_it(folder):
     assert found.returncode == 0, found.stderr[-3000:]
 
 
+SERVE = """
+import json, os, sys, time, torch, urllib.error, urllib.request
+from transformers.cli.serve import Serve
+port, prompt = int(sys.argv[1]), sys.argv[2]
+Serve("bases", device="cpu", dtype="float32", port=port, non_blocking=True)
+body = json.dumps({"model": "bases", "prompt": prompt, "max_tokens": 12, "temperature": 0.0}).encode()
+request = urllib.request.Request(f"http://localhost:{port}/v1/completions", body, {"Content-Type": "application/json"})
+for _ in range(600):
+    try:
+        print(urllib.request.urlopen(request).read().decode(), flush=True)
+        break
+    except urllib.error.HTTPError as error:
+        raise SystemExit(error.read())
+    except urllib.error.URLError:  # it does not listen yet
+        time.sleep(0.1)
+os._exit(0)  # it would go on
+"""
+
+
 LOAD = """
 from transformers import AutoModelForCausalLM
 print(AutoModelForCausalLM.from_pretrained("base").device)
 AutoModelForCausalLM.from_pretrained("bases")
 """
+
+
+def test_transformers_serve(folder):
+    """A server of transformers' own, in a process that knows nothing of the package, completes as the model does."""
+    pytest.importorskip("transformers.cli.serving.completion", reason="this transformers serves otherwise")
+    if not transformers.utils.import_utils.is_serve_available():
+        pytest.skip("needs transformers[serving]")
+    model = AutoModelForCausalLM.from_pretrained(folder / "bases")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "bases")
+    prompt = tokenizer("The cache", return_tensors="pt")
+    with_answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]
+    answer = tokenizer.decode(with_answer[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    found = run(folder, SERVE, str(port), "The cache")
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert answer and json.loads(found.stdout.splitlines()[-1])["choices"][0]["text"] == answer
 
 
 def test_it_can_be_switched_off(folder):
