@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cache.sight import Near
-from .band import band_natively, bands_natively
+from .prompt import join_natively, joins_natively
 from .reference import both_masks, cap_and_mask, score_dtype
 from .sdpa import as_taken, widen
 from .selection import HALF
@@ -142,6 +142,11 @@ class Scoring(NamedTuple):
     scale: float
     softcap: float | None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but causality and the window hides keys, and nothing bounds scores."""
+        return self.mask is None and self.softcap is None
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -225,7 +230,10 @@ def attend_far(
         border = seen_by_all if low < seen_by_all else keys
         high = min(low + CHUNK, border, keys)
         k, v = decode(low, high)
-        if low < seen_by_all:
+        if scoring.is_plain and joins_natively(q, k, v):
+            sees = {"first": first - low, "seen_by_all": seen_by_all - low}
+            join_natively(q, k, v, parts.out, parts.lse, scale=scoring.scale, **sees)
+        elif low < seen_by_all:
             meet(0, t, low, high, k, v, triangle=False)
         else:
             inner = high - first  # the first query that sees the whole chunk is `inner - 1`, the end of the triangle
@@ -244,9 +252,11 @@ def attend_near(q: Tensor, near: Near, scoring: Scoring, window: int, query_firs
     """
     keys, values, key_first, mask = near.keys, near.values, int(near.first), scoring.mask
     parts, t = Parts(q, values.shape[-1]), q.shape[-2]
-    if mask is None and scoring.softcap is None and bands_natively(q, keys, values):
-        sizes = {"window": window, "first": query_first - key_first, "empty": max(-key_first, 0)}
-        band_natively(q, keys, values, parts.out, parts.lse, scale=scoring.scale, **sizes)
+    if scoring.is_plain and joins_natively(q, keys, values):
+        empty = max(-key_first, 0)
+        keys, values = keys[:, :, empty:], values[:, :, empty:]
+        sees = {"first": query_first - key_first - empty, "window": window}
+        join_natively(q, keys, values, parts.out, parts.lse, scale=scoring.scale, **sees)
         return parts
     size = -(-window // BAND) * BAND  # the second block's queries see no key in front of the first query's
     whole = t // size - 1 if mask is None else 0

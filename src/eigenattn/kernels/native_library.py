@@ -48,7 +48,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         if not path.exists():
             _build(command, path)
         found = ctypes.CDLL(str(path))
-        for function in (found.eigenattn_decode, found.eigenattn_band):
+        for function in (found.eigenattn_decode, found.eigenattn_join):
             function.restype, function.argtypes = None, [ctypes.c_char_p]
         sizes, at = [ctypes.c_int64] * 4, ctypes.c_void_p
         for function in (found.eigenattn_pack, found.eigenattn_unpack, found.eigenattn_rotate, found.eigenattn_encode):

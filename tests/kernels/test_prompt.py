@@ -5,7 +5,7 @@ import torch
 
 from eigenattn import kernels
 from eigenattn.cache.sight import Near
-from eigenattn.kernels.band import bands_natively
+from eigenattn.kernels.prompt import joins_natively
 from eigenattn.kernels.chunked import Scoring, attend_near
 from eigenattn.kernels.native_library import multiplies
 
@@ -34,7 +34,7 @@ def test_window_of_a_prompt(heads, queries, keys, sizes, window, columns, thread
     unseen = max(first_query - window + 1, 0) - first_key
     for x in (k, v):
         x[:, :, :unseen] = torch.nan
-    assert bands_natively(q, k, v)
+    assert joins_natively(q, k, v)
     scoring = Scoring(None, size**-0.5, None)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

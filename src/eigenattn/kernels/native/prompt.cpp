@@ -1,0 +1,336 @@
+// Attention of many queries over a stretch of keys, by products of matrices of bf16, joined to what they found elsewhere.
+//
+// 32 queries meet 128 keys at a time, whose scores stay in the first cache. Queries are lanes all along, so that nothing
+// is added up across a vector: scores are keys times queries, and sums are values times weights. Weights are powers of
+// two against a score that is exceeded by little, and sums fade where another one is.
+
+#include <cmath>
+#include <limits>
+
+#include "matrices.h"
+#include "threads.h"
+
+#if defined(EIGENATTN_MATRICES)
+
+namespace {
+
+constexpr int64_t QUERIES = 256;                  // of a task
+constexpr int FOLDS = 2, TILE = FOLDS * ROWS;     // queries at once
+constexpr int BLOCKS = 4, KEYS = BLOCKS * DEPTH;  // keys whose scores are held
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+constexpr float OCTAVES = 1.44269504f;  // of e
+constexpr float ROOM = 8;               // octaves by which a score may exceed what weights are against
+
+// What queries see of keys: query i the last `window` of those up to `first + i`, and all below `by_all`.
+struct Sight {
+    int64_t first, window, by_all, keys;
+    int64_t low(int64_t i) const { return std::max<int64_t>(first + i - window + 1, 0); }
+    int64_t high(int64_t i) const { return std::min(std::max(first + i + 1, by_all), keys); }
+};
+
+// 2^x to more digits than bf16 has (7.5e-5, a fit to the least relative error); 0 of minus infinity.
+inline Vector power_of_two(Vector x) {
+    const Vector f = (Vector)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+    const Vector y = ((f * 0.0780245f + 0.22606719f) * f + 0.69583353f) * f + 0.99992522f;
+    return (Vector)_mm512_scalef_ps((__m512)y, (__m512)x);
+}
+
+// The first numbers of bf16 of a row, and zeros.
+inline Couples load_part_of(const uint16_t *row, int64_t count) {
+    return (Couples)_mm512_maskz_loadu_epi16(count >= DEPTH ? ~__mmask32(0) : (__mmask32(1) << count) - 1, row);
+}
+
+// Keys and values of a head as matrices, and TILE queries of one of its query heads.
+class Stretch {
+  public:
+    Stretch(int64_t keys, int64_t size, int64_t size_out)
+        : size(size), size_out(size_out), chunks((size + DEPTH - 1) / DEPTH), blocks((keys + DEPTH - 1) / DEPTH),
+          wide((size_out + DEPTH - 1) / DEPTH * DEPTH) {
+        thread_local Room<uint16_t> rooms[4];
+        thread_local Room<> others[2];
+        key_matrices = rooms[0].of(blocks * 2 * chunks * MATRIX);
+        value_matrices = rooms[1].of(blocks * DEPTH * wide);
+        query_matrices = rooms[2].of(FOLDS * chunks * MATRIX);
+        weights = rooms[3].of(FOLDS * BLOCKS * MATRIX);
+        scores = others[0].of(FOLDS * KEYS * ROWS);
+        sums = others[1].of(FOLDS * wide * ROWS);
+    }
+
+    void take(const uint16_t *keys, int64_t key_step, const uint16_t *values, int64_t value_step, int64_t count);
+    void attend(const uint16_t *queries, int64_t step, int64_t count, const Sight &sight, int64_t first, float scale,
+                float *out, int64_t out_step, float *lse, int64_t lse_step);
+
+  private:
+    void begin(const uint16_t *queries, int64_t step, int64_t count, const float *lse, int64_t lse_step);
+    void score(int64_t start, int64_t count);
+    void hide(const Sight &sight, int64_t first, int64_t start, int64_t count);
+    void weigh(int fold, int64_t keys, float scale);
+    bool raise(int fold, Vector most);
+    void add_values(int64_t start, int64_t count);
+    void finish(int64_t count, float *out, int64_t out_step, float *lse, int64_t lse_step) const;
+
+    const Registers registers{true};
+    const int64_t size, size_out, chunks, blocks, wide;  // `wide`: of values, filled up
+    uint16_t *key_matrices;    // [blocks, 2, chunks, ROWS, DEPTH]: keys by dimensions
+    uint16_t *value_matrices;  // [blocks, wide, DEPTH]: dimensions by keys
+    uint16_t *query_matrices;  // [FOLDS, chunks, ROWS, DEPTH]: couples of dimensions by queries
+    uint16_t *weights;         // [FOLDS, BLOCKS, ROWS, DEPTH]: couples of keys by queries
+    float *scores;             // [FOLDS, KEYS, ROWS]
+    float *sums;               // [FOLDS, wide, ROWS]
+    // Of each query: what weights are against, in octaves, what they add up to, and what was found elsewhere counts.
+    Vector tops[FOLDS], totals[FOLDS], held[FOLDS];
+};
+
+// Keys and values of a head as matrices, with zeros behind.
+void Stretch::take(const uint16_t *keys, int64_t key_step, const uint16_t *values, int64_t value_step, int64_t count) {
+    for (int64_t n = 0; n < blocks * DEPTH; n++)
+        for (int64_t k = 0; k < chunks; k++)
+            store(key_matrices + ((n / ROWS * chunks + k) * ROWS + n % ROWS) * DEPTH,
+                  n < count ? load_part_of(keys + n * key_step + k * DEPTH, size - k * DEPTH) : Couples{});
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t d = 0; d < wide; d += DEPTH) {
+            Couples lower[ROWS], upper[ROWS];  // the first 16 dimensions, couples of keys, and the others
+            UNROLLED for (int i = 0; i < ROWS; i++) {
+                const int64_t n = block * DEPTH + 2 * i;
+                const auto of = [&](int64_t key) {
+                    return key < count ? load_part_of(values + key * value_step + d, size_out - d) : Couples{};
+                };
+                const __m512i a = (__m512i)of(n), b = (__m512i)of(n + 1);
+                const auto wide_of = [](__m512i x, int half) {
+                    return (Couples)_mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(x, 1)
+                                                               : _mm512_castsi512_si256(x));
+                };
+                lower[i] = wide_of(a, 0) | wide_of(b, 0) << 16;
+                upper[i] = wide_of(a, 1) | wide_of(b, 1) << 16;
+            }
+            transpose(lower);
+            transpose(upper);
+            uint16_t *to = value_matrices + (block * wide + d) * DEPTH;
+            UNROLLED for (int i = 0; i < ROWS; i++) {
+                store(to + i * DEPTH, lower[i]);
+                store(to + MATRIX + i * DEPTH, upper[i]);
+            }
+        }
+}
+
+// Up to TILE queries, of which the first sees what `sight` says of the `first`-th.
+void Stretch::attend(const uint16_t *queries, int64_t step, int64_t count, const Sight &sight, int64_t first, float scale,
+                     float *out, int64_t out_step, float *lse, int64_t lse_step) {
+    const int64_t high = sight.high(first + count - 1);
+    int64_t start = sight.low(first) / DEPTH * DEPTH;
+    if (start >= high) return;
+    begin(queries, step, count, lse, lse_step);
+    const auto blocks_from = [&](int64_t key) { return std::min<int64_t>((high - key + DEPTH - 1) / DEPTH, BLOCKS); };
+    score(start / DEPTH, blocks_from(start));
+    for (; start < high; start += KEYS) {
+        const int64_t some = blocks_from(start);
+        hide(sight, first, start, some);
+        for (int fold = 0; fold < FOLDS; fold++) weigh(fold, some * DEPTH, scale * OCTAVES);
+        // In between weights arrive in memory, where matrices are loaded from.
+        if (start + KEYS < high) score((start + KEYS) / DEPTH, blocks_from(start + KEYS));
+        add_values(start / DEPTH, some);
+    }
+    finish(count, out, out_step, lse, lse_step);
+}
+
+void Stretch::begin(const uint16_t *queries, int64_t step, int64_t count, const float *lse, int64_t lse_step) {
+    for (int fold = 0; fold < FOLDS; fold++) {
+        for (int64_t k = 0; k < chunks; k++) {
+            Couples x[ROWS];
+            UNROLLED for (int i = 0; i < ROWS; i++) {
+                const int64_t m = fold * ROWS + i;
+                x[i] = m < count ? load_part_of(queries + m * step + k * DEPTH, size - k * DEPTH) : Couples{};
+            }
+            transpose(x);
+            UNROLLED for (int i = 0; i < ROWS; i++) store(query_matrices + ((fold * chunks + k) * ROWS + i) * DEPTH, x[i]);
+        }
+        float found[ROWS];
+        for (int i = 0; i < ROWS; i++) found[i] = fold * ROWS + i < count ? lse[(fold * ROWS + i) * lse_step] : NOTHING;
+        tops[fold] = load(found) * OCTAVES;
+        held[fold] = tops[fold] > NOTHING ? Vector{} + 1.0f : Vector{};
+        totals[fold] = Vector{};
+    }
+    std::fill(sums, sums + FOLDS * wide * ROWS, 0.0f);
+}
+
+// Scores of the queries and of so many blocks of keys.
+void Stretch::score(int64_t start, int64_t count) {
+    settle();
+    for (int64_t block = 0; block < count; block++) {
+        const uint16_t *own = key_matrices + (start + block) * 2 * chunks * MATRIX;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t k = 0; k < chunks; k++) {
+            _tile_loadd(4, own + k * MATRIX, 2 * DEPTH);
+            _tile_loadd(6, query_matrices + k * MATRIX, 2 * DEPTH);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, query_matrices + (chunks + k) * MATRIX, 2 * DEPTH);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, own + (chunks + k) * MATRIX, 2 * DEPTH);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        float *to = scores + block * DEPTH * ROWS;
+        _tile_stored(0, to, 4 * ROWS);
+        _tile_stored(1, to + KEYS * ROWS, 4 * ROWS);
+        _tile_stored(2, to + ROWS * ROWS, 4 * ROWS);
+        _tile_stored(3, to + (KEYS + ROWS) * ROWS, 4 * ROWS);
+    }
+    settle();
+}
+
+// Take from queries what they do not see of blocks that others see more of.
+void Stretch::hide(const Sight &sight, int64_t first, int64_t start, int64_t count) {
+    for (int fold = 0; fold < FOLDS; fold++) {
+        const int64_t from = first + fold * ROWS, all_from = sight.low(from + ROWS - 1), all_to = sight.high(from);
+        Integers low, high;
+        for (int i = 0; i < ROWS; i++) low[i] = int32_t(sight.low(from + i) - start), high[i] = int32_t(sight.high(from + i) - start);
+        for (int64_t n = 0; n < count * DEPTH; n += ROWS) {
+            if (start + n >= all_from && start + n + ROWS <= all_to) continue;
+            float *own = scores + (fold * KEYS + n) * ROWS;
+            for (int i = 0; i < ROWS; i++) {
+                const Integers at = Integers{} + int32_t(n + i);
+                store(own + i * ROWS, (at >= low) & (at < high) ? load(own + i * ROWS) : Vector{} + NOTHING);
+            }
+        }
+    }
+}
+
+// Weights of so many keys.
+void Stretch::weigh(int fold, int64_t keys, float scale) {
+    const float *own = scores + fold * KEYS * ROWS;
+    if (_mm512_cmpeq_epi32_mask((__m512i)tops[fold], (__m512i)(Vector{} + NOTHING))) {
+        Vector most = load(own);
+        for (int64_t n = 1; n < keys; n++) most = larger(most, load(own + n * ROWS));
+        raise(fold, most * scale);
+    }
+    for (;;) {
+        const Vector against = tops[fold] > NOTHING ? tops[fold] : Vector{};
+        uint16_t *to = weights + fold * BLOCKS * MATRIX;
+        Vector most = Vector{} + NOTHING, total = {}, other = {};
+        for (int64_t n = 0; n < keys; n += 2, to += DEPTH) {
+            const Vector x = load(own + n * ROWS), y = load(own + (n + 1) * ROWS);
+            const Vector a = power_of_two(x * scale - against), b = power_of_two(y * scale - against);
+            most = larger(most, larger(x, y));
+            total += a;
+            other += b;
+            store(to, rounded(a, b));
+        }
+        if (raise(fold, most * scale)) continue;
+        totals[fold] += total + other;
+        return;
+    }
+}
+
+// Have weights be against higher scores where the highest so far are too high for them; whether there were any.
+bool Stretch::raise(int fold, Vector most) {
+    const auto above = most > tops[fold] + ROOM;
+    if (!_mm512_movepi32_mask((__m512i)above)) return false;
+    const Vector top = above ? most : tops[fold], by = above ? power_of_two(tops[fold] - top) : Vector{} + 1.0f;
+    tops[fold] = top;
+    totals[fold] *= by;
+    held[fold] *= by;
+    for (int64_t d = 0; d < wide; d++) {
+        float *own = sums + (fold * wide + d) * ROWS;
+        store(own, load(own) * by);
+    }
+    return true;
+}
+
+// Add values of so many blocks of keys, weighted.
+void Stretch::add_values(int64_t start, int64_t count) {
+    settle();
+    for (int64_t d = 0; d < wide; d += DEPTH) {
+        float *to = sums + d * ROWS, *behind = to + wide * ROWS;
+        _tile_loadd(0, to, 4 * ROWS);
+        _tile_loadd(1, behind, 4 * ROWS);
+        _tile_loadd(2, to + ROWS * ROWS, 4 * ROWS);
+        _tile_loadd(3, behind + ROWS * ROWS, 4 * ROWS);
+        for (int64_t block = 0; block < count; block++) {
+            const uint16_t *own = value_matrices + ((start + block) * wide + d) * DEPTH;
+            _tile_loadd(4, own, 2 * DEPTH);
+            _tile_loadd(6, weights + block * MATRIX, 2 * DEPTH);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, weights + (BLOCKS + block) * MATRIX, 2 * DEPTH);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, own + MATRIX, 2 * DEPTH);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, to, 4 * ROWS);
+        _tile_stored(1, behind, 4 * ROWS);
+        _tile_stored(2, to + ROWS * ROWS, 4 * ROWS);
+        _tile_stored(3, behind + ROWS * ROWS, 4 * ROWS);
+    }
+    settle();
+}
+
+// Join to what was found elsewhere.
+void Stretch::finish(int64_t count, float *out, int64_t out_step, float *lse, int64_t lse_step) const {
+    for (int fold = 0; fold < FOLDS; fold++) {
+        const int64_t some = std::min<int64_t>(count - fold * ROWS, ROWS);
+        const Vector all = totals[fold] + held[fold], part = all > 0 ? 1 / all : Vector{}, before = held[fold] * part;
+        for (int64_t d = 0; d < size_out; d += ROWS) {
+            Couples x[ROWS];
+            UNROLLED for (int i = 0; i < ROWS; i++) x[i] = (Couples)(load(sums + (fold * wide + d + i) * ROWS) * part);
+            transpose(x);
+            const __mmask16 there = mask_of(size_out - d);
+            for (int64_t m = 0; m < some; m++) {
+                float *to = out + (fold * ROWS + m) * out_step + d;
+                const Vector found = (Vector)_mm512_maskz_loadu_ps(there, to) * before[m] + (Vector)x[m];
+                _mm512_mask_storeu_ps(to, there, (__m512)found);
+            }
+        }
+        for (int64_t m = 0; m < some; m++)
+            if (all[m] > 0) lse[(fold * ROWS + m) * lse_step] = (tops[fold][m] + std::log2(all[m])) / OCTAVES;
+    }
+}
+
+}  // namespace
+#endif
+
+// What it is given; `prompt.py` packs it, all in 8 bytes. Strides count elements.
+struct PromptArguments {
+    struct {
+        char *data;
+        int64_t batch, head, token;
+    } queries, keys, values, out, lse;  // the first three in bf16, the others in fp32
+    int64_t batch, heads, kv_heads, tokens, length, size, size_out;
+    int64_t first, window, by_all;  // as `Sight` has them, of the first query
+    double scale;
+    int64_t threads;
+};
+
+extern "C" {
+
+// Outputs [batch, heads, tokens, size_out] and log-sum-exps of scores, to which attention over keys [batch, kv_heads,
+// length, size] is joined. Needs matrices.
+void eigenattn_join([[maybe_unused]] const PromptArguments *arguments) {
+#if defined(EIGENATTN_MATRICES)
+    const PromptArguments &a = *arguments;
+    const int64_t parts = (a.tokens + QUERIES - 1) / QUERIES, group = a.heads / a.kv_heads;
+    const Sight sight{a.first, a.window, a.by_all, a.length};
+    in_parallel(a.batch * a.kv_heads * parts, a.threads, [&](int64_t i) {
+        const int64_t b = i / (a.kv_heads * parts), g = i / parts % a.kv_heads, start = i % parts * QUERIES;
+        const int64_t stop = std::min(start + QUERIES, a.tokens);
+        const int64_t low = sight.low(start), count = std::max<int64_t>(sight.high(stop - 1) - low, 0);
+        if (!count) return;
+        const Sight seen{a.first + start - low, a.window, a.by_all - low, count};
+        const auto of = [&](const auto &x, int64_t head, int64_t token) {
+            return b * x.batch + head * x.head + token * x.token;
+        };
+        Stretch stretch(count, a.size, a.size_out);
+        stretch.take(reinterpret_cast<const uint16_t *>(a.keys.data) + of(a.keys, g, low), a.keys.token,
+                     reinterpret_cast<const uint16_t *>(a.values.data) + of(a.values, g, low), a.values.token, count);
+        for (int64_t h = g * group; h < (g + 1) * group; h++)
+            for (int64_t m = start; m < stop; m += TILE)
+                stretch.attend(reinterpret_cast<const uint16_t *>(a.queries.data) + of(a.queries, h, m), a.queries.token,
+                               std::min<int64_t>(TILE, stop - m), seen, m - start, float(a.scale),
+                               reinterpret_cast<float *>(a.out.data) + of(a.out, h, m), a.out.token,
+                               reinterpret_cast<float *>(a.lse.data) + of(a.lse, h, m), a.lse.token);
+    });
+#endif
+}
+}
