@@ -1,13 +1,15 @@
-"""The exact window of a prompt by products of matrices, against PyTorch's operations in fp32."""
+"""Attention of a prompt by products of matrices, against PyTorch's operations in fp32."""
+
+import math
 
 import pytest
 import torch
 
 from eigenattn import kernels
 from eigenattn.cache.sight import Near
-from eigenattn.kernels.prompt import joins_natively
-from eigenattn.kernels.chunked import Scoring, attend_near
+from eigenattn.kernels.chunked import CHUNK, Parts, Scoring, attend_far, attend_near
 from eigenattn.kernels.native_library import multiplies
+from eigenattn.kernels.prompt import joins_natively
 
 pytestmark = pytest.mark.skipif(not multiplies(), reason="this machine multiplies no matrices of bf16")
 
@@ -36,14 +38,60 @@ def test_window_of_a_prompt(heads, queries, keys, sizes, window, columns, thread
         x[:, :, :unseen] = torch.nan
     assert joins_natively(q, k, v)
     scoring = Scoring(None, size**-0.5, None)
+
+    def attended(q, k, v):
+        return attend_near(q, Near(k, v, first_key), scoring, window, first_query)
+
+    compare(attended, q, k, v, threads)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("heads", "queries", "keys", "sizes", "first", "by_all", "spread"),
+    [
+        ((9, 3), 300, 300, (64, 64), -32, 0, 1),
+        ((4, 2), 70, 131, (24, 20), 60, 61, 30),
+        ((4, 1), 33, 97, (80, 96), -5, 40, 1),
+        ((2, 2), 50, CHUNK + 100, (40, 33), CHUNK + 20, CHUNK + 21, 5),
+        ((3, 3), 1, 32, (33, 1), 31, 32, 1),
+        ((6, 2), 520, 600, (128, 128), 80, 81, 100),
+    ],
+)
+def test_far_keys_of_a_prompt(heads, queries, keys, sizes, first, by_all, spread, threads):
+    """Joined to what the first of two passes found; scores of a wide spread, of which later ones are the higher."""
+    torch.manual_seed(0)
+    (h, g), (size, size_out) = heads, sizes
+    q = torch.randn(2, queries, h, size, dtype=torch.bfloat16).transpose(1, 2)
+    k, v = torch.randn(2, g, keys, size, dtype=torch.bfloat16), torch.randn(2, g, keys, size_out, dtype=torch.bfloat16)
+    k = (k + q.mean((1, 2)).view(2, 1, 1, size) * torch.linspace(0, 1, keys).unsqueeze(-1)).bfloat16()
+    scoring = Scoring(None, spread * size**-0.5, None)
+
+    def attended(q, k, v):
+        parts = Parts(q, size_out)
+        sees = {"keys": max(min(queries + first, keys), 0), "seen_by_all": by_all, "first": first}
+        attend_far(parts, q, lambda low, high: (k[:, :, low:high], v[:, :, low:high]), scoring, **sees)
+        once = parts.lse.clone()
+        attend_far(parts, q, lambda low, high: (k[:, :, low:high], -v[:, :, low:high]), scoring, **sees)
+        seen = once > float("-inf")
+        torch.testing.assert_close(parts.lse[seen], once[seen] + math.log(2), rtol=0, atol=1e-3)
+        torch.testing.assert_close(parts.out, torch.zeros_like(parts.out), rtol=0, atol=1e-2)
+        parts = Parts(q, size_out)
+        attend_far(parts, q, lambda low, high: (k[:, :, low:high], v[:, :, low:high]), scoring, **sees)
+        return parts
+
+    compare(attended, q, k, v, threads)
+
+
+def compare(attended, q, k, v, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    found = attend_near(q, Near(k, v, first_key), scoring, window, first_query)
+    found = attended(q, k, v)
     torch.set_num_threads(before)
     backend = kernels.use("torch")
     try:
-        expected = attend_near(q.float(), Near(k.float(), v.float(), first_key), scoring, window, first_query)
+        expected = attended(q.float(), k.float(), v.float())
     finally:
         kernels.use(backend)
     torch.testing.assert_close(found.out, expected.out, rtol=0, atol=2e-2)
-    torch.testing.assert_close(found.lse, expected.lse, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.lse, expected.lse, rtol=1e-5, atol=2e-4)

@@ -21,8 +21,8 @@ def as_columns(decoder: Tensor) -> Tensor:
 def as_rows(matrix: Tensor, parts: int) -> Tensor:
     """Maps [G, R, size] in fp32 as `multiply` in matrices.h takes them: [G, parts, chunks, size / 16, 16, 16, 2].
 
-    The parts are their roundings to bf16, what these leave, and so on. What is multiplied by them, R, comes in chunks of
-    32, and rows of a matrix are pairs of it.
+    The parts are their roundings to bf16, what these leave, and so on. R comes in chunks of 32, of which rows of a
+    matrix hold pairs.
     """
     found: list[Tensor] = []
     for _ in range(parts):

@@ -283,7 +283,9 @@ def _prepare(
         if decoder is not None and matrices:
             decoder = as_columns(decoder)
         elif decoder is not None and decoder.shape[-1] >= MULTIPLIED and multiplies():
-            decoder = as_rows(decoder, parts=1 if side.decoder is not None and side.decoder.dtype == torch.bfloat16 else 2)
+            decoder = as_rows(
+                decoder, parts=1 if side.decoder is not None and side.decoder.dtype == torch.bfloat16 else 2
+            )
     elif of == "keys" and decoder is not None:
         decoder = _filled(decoder.transpose(1, 2))
     levels, plan = None, None
