@@ -10,15 +10,15 @@ from torch import Tensor
 from .native_library import library, multiplies
 from .selection import decoding_backend
 
-_ARGUMENTS = struct.Struct("=20q10qdq")
+_ARGUMENTS = struct.Struct("=20q11qdq")
 
 
 def joins_natively(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `join_natively` takes these: in bfloat16, of which no gradients are asked for."""
+    """Whether `join_natively` takes these: of one dtype, and no gradients are asked for."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    plain = all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in (q, k, v))
-    return plain and decoding_backend(q) == "native" and multiplies()
+    known = q.dtype in (torch.float32, torch.bfloat16) and q.dtype == k.dtype == v.dtype
+    return known and all(x.stride(-1) == 1 for x in (q, k, v)) and decoding_backend(q) == "native" and multiplies()
 
 
 def join_natively(
@@ -45,5 +45,5 @@ def join_natively(
     assert found is not None  # it was chosen
     places = [y for x in (q, k, v, out, lse) for y in (x.data_ptr(), *x.stride()[:3])]
     sizes = *q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
-    sight = first, 2**40 if window is None else window, seen_by_all
+    sight = first, 2**40 if window is None else window, seen_by_all, q.dtype == torch.bfloat16
     found.eigenattn_join(_ARGUMENTS.pack(*places, *sizes, *sight, scale, torch.get_num_threads()))

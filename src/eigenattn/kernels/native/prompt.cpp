@@ -3,6 +3,9 @@
 // 32 queries meet 128 keys at a time, whose scores stay in the first cache. Queries are lanes all along, so that nothing
 // is added up across a vector: scores are keys times queries, and sums are values times weights. Weights are powers of
 // two against a score that is exceeded by little, and sums fade where another one is.
+//
+// A number in fp32 is three of bf16, of whose products six count: scores are as exact as fp32 has them, for they may be
+// large. What is summed by weights has two parts, and three products.
 
 #include <cmath>
 #include <limits>
@@ -28,40 +31,75 @@ struct Sight {
     int64_t high(int64_t i) const { return std::min(std::max(first + i + 1, by_all), keys); }
 };
 
-// 2^x to more digits than bf16 has (7.5e-5, a fit to the least relative error); 0 of minus infinity.
-inline Vector power_of_two(Vector x) {
+// What differs between elements of bf16 and of fp32: how many numbers of bf16 they are, in scores and in sums.
+template <class T> struct Parts;
+template <> struct Parts<uint16_t> {
+    static constexpr int scores = 1, values = 1;
+};
+template <> struct Parts<float> {
+    static constexpr int scores = 3, values = 2;
+};
+
+// 2^x by fits to the least relative error: to more digits than bf16 has (7.5e-5), or to those of fp32 (7.5e-8). 0 of
+// minus infinity.
+template <class T> inline Vector power_of_two(Vector x) {
     const Vector f = (Vector)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
-    const Vector y = ((f * 0.0780245f + 0.22606719f) * f + 0.69583353f) * f + 0.99992522f;
+    Vector y;
+    if constexpr (Parts<T>::scores == 1)
+        y = ((f * 0.0780245f + 0.22606719f) * f + 0.69583353f) * f + 0.99992522f;
+    else
+        y = ((((f * 0.00187758f + 0.00898934f) * f + 0.05582632f) * f + 0.24015362f) * f + 0.69315307f) * f + 0.99999993f;
     return (Vector)_mm512_scalef_ps((__m512)y, (__m512)x);
 }
 
-// The first numbers of bf16 of a row, and zeros.
-inline Couples load_part_of(const uint16_t *row, int64_t count) {
-    return (Couples)_mm512_maskz_loadu_epi16(count >= DEPTH ? ~__mmask32(0) : (__mmask32(1) << count) - 1, row);
+// What rounding leaves.
+inline Vector less(Vector x, Couples cut) { return x - Vector(cut & 0xffff0000u); }
+
+// The first numbers of a row, at most DEPTH, and zeros: in bf16, or as parts of bf16.
+template <int PARTS> inline void load_row(const uint16_t *row, int64_t count, Couples *parts) {
+    parts[0] = (Couples)_mm512_maskz_loadu_epi16(count >= DEPTH ? ~__mmask32(0) : (__mmask32(1) << count) - 1, row);
+}
+template <int PARTS> inline void load_row(const float *row, int64_t count, Couples *parts) {
+    Vector a = load_part(row, count), b = count > LANES ? load_part(row + LANES, count - LANES) : Vector{};
+    UNROLLED for (int i = 0; i < PARTS; i++) {
+        const Couples first = to_cut(a), second = to_cut(b);
+        parts[i] = side_by_side(first, second);
+        a = less(a, first), b = less(b, second);
+    }
+}
+
+// Two vectors to bf16, couples as `rounded` has them, and what that leaves.
+template <int PARTS> inline void store_parts(Vector a, Vector b, uint16_t *to, int64_t step) {
+    UNROLLED for (int i = 0; i < PARTS; i++) {
+        const Couples lower = to_cut(a), upper = to_cut(b);
+        store(to + i * step, uppers(lower, upper));
+        a = less(a, lower), b = less(b, upper);
+    }
 }
 
 // Keys and values of a head as matrices, and TILE queries of one of its query heads.
-class Stretch {
+template <class T> class Stretch {
   public:
     Stretch(int64_t keys, int64_t size, int64_t size_out)
         : size(size), size_out(size_out), chunks((size + DEPTH - 1) / DEPTH), blocks((keys + DEPTH - 1) / DEPTH),
           wide((size_out + DEPTH - 1) / DEPTH * DEPTH) {
         thread_local Room<uint16_t> rooms[4];
         thread_local Room<> others[2];
-        key_matrices = rooms[0].of(blocks * 2 * chunks * MATRIX);
-        value_matrices = rooms[1].of(blocks * DEPTH * wide);
-        query_matrices = rooms[2].of(FOLDS * chunks * MATRIX);
-        weights = rooms[3].of(FOLDS * BLOCKS * MATRIX);
+        key_matrices = rooms[0].of(blocks * 2 * S * chunks * MATRIX);
+        value_matrices = rooms[1].of(blocks * DEPTH * V * wide);
+        query_matrices = rooms[2].of(FOLDS * S * chunks * MATRIX);
+        weights = rooms[3].of(FOLDS * V * BLOCKS * MATRIX);
         scores = others[0].of(FOLDS * KEYS * ROWS);
         sums = others[1].of(FOLDS * wide * ROWS);
     }
 
-    void take(const uint16_t *keys, int64_t key_step, const uint16_t *values, int64_t value_step, int64_t count);
-    void attend(const uint16_t *queries, int64_t step, int64_t count, const Sight &sight, int64_t first, float scale,
+    void take(const T *keys, int64_t key_step, const T *values, int64_t value_step, int64_t count);
+    void attend(const T *queries, int64_t step, int64_t count, const Sight &sight, int64_t first, float scale,
                 float *out, int64_t out_step, float *lse, int64_t lse_step);
 
   private:
-    void begin(const uint16_t *queries, int64_t step, int64_t count, const float *lse, int64_t lse_step);
+    static constexpr int S = Parts<T>::scores, V = Parts<T>::values;
+    void begin(const T *queries, int64_t step, int64_t count, const float *lse, int64_t lse_step);
     void score(int64_t start, int64_t count);
     void hide(const Sight &sight, int64_t first, int64_t start, int64_t count);
     void weigh(int fold, int64_t keys, float scale);
@@ -71,10 +109,10 @@ class Stretch {
 
     const Registers registers{true};
     const int64_t size, size_out, chunks, blocks, wide;  // `wide`: of values, filled up
-    uint16_t *key_matrices;    // [blocks, 2, chunks, ROWS, DEPTH]: keys by dimensions
-    uint16_t *value_matrices;  // [blocks, wide, DEPTH]: dimensions by keys
-    uint16_t *query_matrices;  // [FOLDS, chunks, ROWS, DEPTH]: couples of dimensions by queries
-    uint16_t *weights;         // [FOLDS, BLOCKS, ROWS, DEPTH]: couples of keys by queries
+    uint16_t *key_matrices;    // [blocks, 2, S, chunks, ROWS, DEPTH]: keys by dimensions
+    uint16_t *value_matrices;  // [blocks, V, wide, DEPTH]: dimensions by keys
+    uint16_t *query_matrices;  // [FOLDS, S, chunks, ROWS, DEPTH]: couples of dimensions by queries
+    uint16_t *weights;         // [FOLDS, V, BLOCKS, ROWS, DEPTH]: couples of keys by queries
     float *scores;             // [FOLDS, KEYS, ROWS]
     float *sums;               // [FOLDS, wide, ROWS]
     // Of each query: what weights are against, in octaves, what they add up to, and what was found elsewhere counts.
@@ -82,40 +120,49 @@ class Stretch {
 };
 
 // Keys and values of a head as matrices, with zeros behind.
-void Stretch::take(const uint16_t *keys, int64_t key_step, const uint16_t *values, int64_t value_step, int64_t count) {
+template <class T>
+void Stretch<T>::take(const T *keys, int64_t key_step, const T *values, int64_t value_step, int64_t count) {
     for (int64_t n = 0; n < blocks * DEPTH; n++)
-        for (int64_t k = 0; k < chunks; k++)
-            store(key_matrices + ((n / ROWS * chunks + k) * ROWS + n % ROWS) * DEPTH,
-                  n < count ? load_part_of(keys + n * key_step + k * DEPTH, size - k * DEPTH) : Couples{});
+        for (int64_t k = 0; k < chunks; k++) {
+            Couples x[S] = {};
+            if (n < count) load_row<S>(keys + n * key_step + k * DEPTH, size - k * DEPTH, x);
+            uint16_t *to = key_matrices + ((n / ROWS * S * chunks + k) * ROWS + n % ROWS) * DEPTH;
+            for (int i = 0; i < S; i++) store(to + i * chunks * MATRIX, x[i]);
+        }
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t d = 0; d < wide; d += DEPTH) {
-            Couples lower[ROWS], upper[ROWS];  // the first 16 dimensions, couples of keys, and the others
-            UNROLLED for (int i = 0; i < ROWS; i++) {
-                const int64_t n = block * DEPTH + 2 * i;
-                const auto of = [&](int64_t key) {
-                    return key < count ? load_part_of(values + key * value_step + d, size_out - d) : Couples{};
+            Couples lower[V][ROWS], upper[V][ROWS];  // the first 16 dimensions, couples of keys, and the others
+            UNROLLED for (int r = 0; r < ROWS; r++) {
+                const int64_t n = block * DEPTH + 2 * r;
+                Couples a[V] = {}, b[V] = {};
+                if (n < count) load_row<V>(values + n * value_step + d, size_out - d, a);
+                if (n + 1 < count) load_row<V>(values + (n + 1) * value_step + d, size_out - d, b);
+                const auto half_of = [](Couples x, int half) {
+                    const __m512i all = (__m512i)x;
+                    return (Couples)_mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(all, 1)
+                                                               : _mm512_castsi512_si256(all));
                 };
-                const __m512i a = (__m512i)of(n), b = (__m512i)of(n + 1);
-                const auto wide_of = [](__m512i x, int half) {
-                    return (Couples)_mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(x, 1)
-                                                               : _mm512_castsi512_si256(x));
-                };
-                lower[i] = wide_of(a, 0) | wide_of(b, 0) << 16;
-                upper[i] = wide_of(a, 1) | wide_of(b, 1) << 16;
+                UNROLLED for (int i = 0; i < V; i++) {
+                    lower[i][r] = half_of(a[i], 0) | half_of(b[i], 0) << 16;
+                    upper[i][r] = half_of(a[i], 1) | half_of(b[i], 1) << 16;
+                }
             }
-            transpose(lower);
-            transpose(upper);
-            uint16_t *to = value_matrices + (block * wide + d) * DEPTH;
-            UNROLLED for (int i = 0; i < ROWS; i++) {
-                store(to + i * DEPTH, lower[i]);
-                store(to + MATRIX + i * DEPTH, upper[i]);
+            UNROLLED for (int i = 0; i < V; i++) {
+                transpose(lower[i]);
+                transpose(upper[i]);
+                uint16_t *to = value_matrices + ((block * V + i) * wide + d) * DEPTH;
+                UNROLLED for (int r = 0; r < ROWS; r++) {
+                    store(to + r * DEPTH, lower[i][r]);
+                    store(to + MATRIX + r * DEPTH, upper[i][r]);
+                }
             }
         }
 }
 
 // Up to TILE queries, of which the first sees what `sight` says of the `first`-th.
-void Stretch::attend(const uint16_t *queries, int64_t step, int64_t count, const Sight &sight, int64_t first, float scale,
-                     float *out, int64_t out_step, float *lse, int64_t lse_step) {
+template <class T>
+void Stretch<T>::attend(const T *queries, int64_t step, int64_t count, const Sight &sight, int64_t first, float scale,
+                        float *out, int64_t out_step, float *lse, int64_t lse_step) {
     const int64_t high = sight.high(first + count - 1);
     int64_t start = sight.low(first) / DEPTH * DEPTH;
     if (start >= high) return;
@@ -133,16 +180,22 @@ void Stretch::attend(const uint16_t *queries, int64_t step, int64_t count, const
     finish(count, out, out_step, lse, lse_step);
 }
 
-void Stretch::begin(const uint16_t *queries, int64_t step, int64_t count, const float *lse, int64_t lse_step) {
+template <class T>
+void Stretch<T>::begin(const T *queries, int64_t step, int64_t count, const float *lse, int64_t lse_step) {
     for (int fold = 0; fold < FOLDS; fold++) {
         for (int64_t k = 0; k < chunks; k++) {
-            Couples x[ROWS];
-            UNROLLED for (int i = 0; i < ROWS; i++) {
-                const int64_t m = fold * ROWS + i;
-                x[i] = m < count ? load_part_of(queries + m * step + k * DEPTH, size - k * DEPTH) : Couples{};
+            Couples x[S][ROWS];
+            UNROLLED for (int r = 0; r < ROWS; r++) {
+                const int64_t m = fold * ROWS + r;
+                Couples own[S] = {};
+                if (m < count) load_row<S>(queries + m * step + k * DEPTH, size - k * DEPTH, own);
+                UNROLLED for (int i = 0; i < S; i++) x[i][r] = own[i];
             }
-            transpose(x);
-            UNROLLED for (int i = 0; i < ROWS; i++) store(query_matrices + ((fold * chunks + k) * ROWS + i) * DEPTH, x[i]);
+            UNROLLED for (int i = 0; i < S; i++) {
+                transpose(x[i]);
+                uint16_t *to = query_matrices + ((fold * S + i) * chunks + k) * MATRIX;
+                UNROLLED for (int r = 0; r < ROWS; r++) store(to + r * DEPTH, x[i][r]);
+            }
         }
         float found[ROWS];
         for (int i = 0; i < ROWS; i++) found[i] = fold * ROWS + i < count ? lse[(fold * ROWS + i) * lse_step] : NOTHING;
@@ -154,24 +207,30 @@ void Stretch::begin(const uint16_t *queries, int64_t step, int64_t count, const 
 }
 
 // Scores of the queries and of so many blocks of keys.
-void Stretch::score(int64_t start, int64_t count) {
+template <class T> void Stretch<T>::score(int64_t start, int64_t count) {
     settle();
+    const int64_t part = chunks * MATRIX;
     for (int64_t block = 0; block < count; block++) {
-        const uint16_t *own = key_matrices + (start + block) * 2 * chunks * MATRIX;
+        const uint16_t *own = key_matrices + (start + block) * 2 * S * part;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        for (int64_t k = 0; k < chunks; k++) {
-            _tile_loadd(4, own + k * MATRIX, 2 * DEPTH);
-            _tile_loadd(6, query_matrices + k * MATRIX, 2 * DEPTH);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, query_matrices + (chunks + k) * MATRIX, 2 * DEPTH);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, own + (chunks + k) * MATRIX, 2 * DEPTH);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+        for (int i = 0; i < S; i++)
+            for (int64_t k = 0; k < chunks; k++) {
+                const uint16_t *keys = own + i * part + k * MATRIX;
+                _tile_loadd(4, keys, 2 * DEPTH);
+                _tile_loadd(5, keys + S * part, 2 * DEPTH);
+                for (int j = 0; i + j < S; j++) {
+                    const uint16_t *queries = query_matrices + j * part + k * MATRIX;
+                    _tile_loadd(6, queries, 2 * DEPTH);
+                    _tile_dpbf16ps(0, 4, 6);
+                    _tile_dpbf16ps(2, 5, 6);
+                    _tile_loadd(7, queries + S * part, 2 * DEPTH);
+                    _tile_dpbf16ps(1, 4, 7);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+            }
         float *to = scores + block * DEPTH * ROWS;
         _tile_stored(0, to, 4 * ROWS);
         _tile_stored(1, to + KEYS * ROWS, 4 * ROWS);
@@ -182,7 +241,7 @@ void Stretch::score(int64_t start, int64_t count) {
 }
 
 // Take from queries what they do not see of blocks that others see more of.
-void Stretch::hide(const Sight &sight, int64_t first, int64_t start, int64_t count) {
+template <class T> void Stretch<T>::hide(const Sight &sight, int64_t first, int64_t start, int64_t count) {
     for (int fold = 0; fold < FOLDS; fold++) {
         const int64_t from = first + fold * ROWS, all_from = sight.low(from + ROWS - 1), all_to = sight.high(from);
         Integers low, high;
@@ -199,7 +258,7 @@ void Stretch::hide(const Sight &sight, int64_t first, int64_t start, int64_t cou
 }
 
 // Weights of so many keys.
-void Stretch::weigh(int fold, int64_t keys, float scale) {
+template <class T> void Stretch<T>::weigh(int fold, int64_t keys, float scale) {
     const float *own = scores + fold * KEYS * ROWS;
     if (_mm512_cmpeq_epi32_mask((__m512i)tops[fold], (__m512i)(Vector{} + NOTHING))) {
         Vector most = load(own);
@@ -208,15 +267,15 @@ void Stretch::weigh(int fold, int64_t keys, float scale) {
     }
     for (;;) {
         const Vector against = tops[fold] > NOTHING ? tops[fold] : Vector{};
-        uint16_t *to = weights + fold * BLOCKS * MATRIX;
+        uint16_t *to = weights + fold * V * BLOCKS * MATRIX;
         Vector most = Vector{} + NOTHING, total = {}, other = {};
         for (int64_t n = 0; n < keys; n += 2, to += DEPTH) {
             const Vector x = load(own + n * ROWS), y = load(own + (n + 1) * ROWS);
-            const Vector a = power_of_two(x * scale - against), b = power_of_two(y * scale - against);
+            const Vector a = power_of_two<T>(x * scale - against), b = power_of_two<T>(y * scale - against);
             most = larger(most, larger(x, y));
             total += a;
             other += b;
-            store(to, rounded(a, b));
+            store_parts<V>(a, b, to, BLOCKS * MATRIX);
         }
         if (raise(fold, most * scale)) continue;
         totals[fold] += total + other;
@@ -225,10 +284,10 @@ void Stretch::weigh(int fold, int64_t keys, float scale) {
 }
 
 // Have weights be against higher scores where the highest so far are too high for them; whether there were any.
-bool Stretch::raise(int fold, Vector most) {
+template <class T> bool Stretch<T>::raise(int fold, Vector most) {
     const auto above = most > tops[fold] + ROOM;
     if (!_mm512_movepi32_mask((__m512i)above)) return false;
-    const Vector top = above ? most : tops[fold], by = above ? power_of_two(tops[fold] - top) : Vector{} + 1.0f;
+    const Vector top = above ? most : tops[fold], by = above ? power_of_two<T>(tops[fold] - top) : Vector{} + 1.0f;
     tops[fold] = top;
     totals[fold] *= by;
     held[fold] *= by;
@@ -240,7 +299,7 @@ bool Stretch::raise(int fold, Vector most) {
 }
 
 // Add values of so many blocks of keys, weighted.
-void Stretch::add_values(int64_t start, int64_t count) {
+template <class T> void Stretch<T>::add_values(int64_t start, int64_t count) {
     settle();
     for (int64_t d = 0; d < wide; d += DEPTH) {
         float *to = sums + d * ROWS, *behind = to + wide * ROWS;
@@ -248,17 +307,21 @@ void Stretch::add_values(int64_t start, int64_t count) {
         _tile_loadd(1, behind, 4 * ROWS);
         _tile_loadd(2, to + ROWS * ROWS, 4 * ROWS);
         _tile_loadd(3, behind + ROWS * ROWS, 4 * ROWS);
-        for (int64_t block = 0; block < count; block++) {
-            const uint16_t *own = value_matrices + ((start + block) * wide + d) * DEPTH;
-            _tile_loadd(4, own, 2 * DEPTH);
-            _tile_loadd(6, weights + block * MATRIX, 2 * DEPTH);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, weights + (BLOCKS + block) * MATRIX, 2 * DEPTH);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, own + MATRIX, 2 * DEPTH);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+        for (int64_t block = 0; block < count; block++)
+            for (int i = 0; i < V; i++) {
+                const uint16_t *own = value_matrices + (((start + block) * V + i) * wide + d) * DEPTH;
+                _tile_loadd(4, own, 2 * DEPTH);
+                _tile_loadd(5, own + MATRIX, 2 * DEPTH);
+                for (int j = 0; i + j < V; j++) {
+                    const uint16_t *on = weights + (j * BLOCKS + block) * MATRIX;
+                    _tile_loadd(6, on, 2 * DEPTH);
+                    _tile_dpbf16ps(0, 4, 6);
+                    _tile_dpbf16ps(2, 5, 6);
+                    _tile_loadd(7, on + V * BLOCKS * MATRIX, 2 * DEPTH);
+                    _tile_dpbf16ps(1, 4, 7);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+            }
         _tile_stored(0, to, 4 * ROWS);
         _tile_stored(1, behind, 4 * ROWS);
         _tile_stored(2, to + ROWS * ROWS, 4 * ROWS);
@@ -268,7 +331,8 @@ void Stretch::add_values(int64_t start, int64_t count) {
 }
 
 // Join to what was found elsewhere.
-void Stretch::finish(int64_t count, float *out, int64_t out_step, float *lse, int64_t lse_step) const {
+template <class T>
+void Stretch<T>::finish(int64_t count, float *out, int64_t out_step, float *lse, int64_t lse_step) const {
     for (int fold = 0; fold < FOLDS; fold++) {
         const int64_t some = std::min<int64_t>(count - fold * ROWS, ROWS);
         const Vector all = totals[fold] + held[fold], part = all > 0 ? 1 / all : Vector{}, before = held[fold] * part;
@@ -296,20 +360,18 @@ struct PromptArguments {
     struct {
         char *data;
         int64_t batch, head, token;
-    } queries, keys, values, out, lse;  // the first three in bf16, the others in fp32
+    } queries, keys, values, out, lse;  // the first three of one dtype, the others in fp32
     int64_t batch, heads, kv_heads, tokens, length, size, size_out;
     int64_t first, window, by_all;  // as `Sight` has them, of the first query
+    int64_t bf16;                   // or fp32
     double scale;
     int64_t threads;
 };
 
-extern "C" {
-
-// Outputs [batch, heads, tokens, size_out] and log-sum-exps of scores, to which attention over keys [batch, kv_heads,
-// length, size] is joined. Needs matrices.
-void eigenattn_join([[maybe_unused]] const PromptArguments *arguments) {
 #if defined(EIGENATTN_MATRICES)
-    const PromptArguments &a = *arguments;
+namespace {
+
+template <class T> void join(const PromptArguments &a) {
     const int64_t parts = (a.tokens + QUERIES - 1) / QUERIES, group = a.heads / a.kv_heads;
     const Sight sight{a.first, a.window, a.by_all, a.length};
     in_parallel(a.batch * a.kv_heads * parts, a.threads, [&](int64_t i) {
@@ -321,16 +383,28 @@ void eigenattn_join([[maybe_unused]] const PromptArguments *arguments) {
         const auto of = [&](const auto &x, int64_t head, int64_t token) {
             return b * x.batch + head * x.head + token * x.token;
         };
-        Stretch stretch(count, a.size, a.size_out);
-        stretch.take(reinterpret_cast<const uint16_t *>(a.keys.data) + of(a.keys, g, low), a.keys.token,
-                     reinterpret_cast<const uint16_t *>(a.values.data) + of(a.values, g, low), a.values.token, count);
+        Stretch<T> stretch(count, a.size, a.size_out);
+        stretch.take(reinterpret_cast<const T *>(a.keys.data) + of(a.keys, g, low), a.keys.token,
+                     reinterpret_cast<const T *>(a.values.data) + of(a.values, g, low), a.values.token, count);
         for (int64_t h = g * group; h < (g + 1) * group; h++)
             for (int64_t m = start; m < stop; m += TILE)
-                stretch.attend(reinterpret_cast<const uint16_t *>(a.queries.data) + of(a.queries, h, m), a.queries.token,
+                stretch.attend(reinterpret_cast<const T *>(a.queries.data) + of(a.queries, h, m), a.queries.token,
                                std::min<int64_t>(TILE, stop - m), seen, m - start, float(a.scale),
                                reinterpret_cast<float *>(a.out.data) + of(a.out, h, m), a.out.token,
                                reinterpret_cast<float *>(a.lse.data) + of(a.lse, h, m), a.lse.token);
     });
+}
+
+}  // namespace
+#endif
+
+extern "C" {
+
+// Outputs [batch, heads, tokens, size_out] and log-sum-exps of scores, to which attention over keys [batch, kv_heads,
+// length, size] is joined. Needs matrices.
+void eigenattn_join([[maybe_unused]] const PromptArguments *arguments) {
+#if defined(EIGENATTN_MATRICES)
+    arguments->bf16 ? join<uint16_t>(*arguments) : join<float>(*arguments);
 #endif
 }
 }
