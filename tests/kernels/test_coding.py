@@ -92,6 +92,8 @@ def test_rotations(batch, heads, tokens, size, width, rows):
     cos, sin = torch.randn(2, rows, tokens + 1, width)
     for given in ((x, cos, sin), (x[:, :, 1:].contiguous(), cos[:, 1:], sin[:, 1:])):
         torch.testing.assert_close(rotate(*given), by_torch(rotate, *given), rtol=0, atol=1e-5)
+        rounded = [each.bfloat16() for each in given]
+        assert torch.equal(rotate(*rounded), by_torch(rotate, *rounded))
 
 
 @torch.no_grad()

@@ -243,20 +243,35 @@ inline void put(float x, uint16_t *out) { *out = rounded(x); }
 inline void put(Vector x, float *out) { store(out, x); }
 inline void put(Vector x, uint16_t *out) { store_rounded(out, x); }
 
-// Turn one vector, of which dimensions from `width` on stay.
-template <class T>
-void turn(const T *from, const float *c, const float *s, int64_t width, int64_t size, T *to) {
+inline float to_bf16(float x) { return number(rounded(x)); }
+inline Vector to_bf16(Vector x) {
+    uint16_t found[LANES];
+    store_rounded(found, x);
+    return load_part(found, LANES);
+}
+
+// Turn one vector, of which dimensions from `width` on stay. By angles in bf16 products are rounded too, as models have
+// it whose arithmetic is in bf16.
+template <class T, class A>
+void turn(const T *from, const A *c, const A *s, int64_t width, int64_t size, T *to) {
+    const auto times = [](auto x, auto y) {
+        if constexpr (sizeof(A) == 2)
+            return to_bf16(x * y);
+        else
+            return x * y;
+    };
     const int64_t half = width / 2;
     int64_t i = 0;
     for (; i + LANES <= half; i += LANES) {
-        const Vector one = load_part(from + i, LANES), other = load_part(from + half + i, LANES);
-        put(one * load(c + i) - other * load(s + i), to + i);
-        put(other * load(c + half + i) + one * load(s + half + i), to + half + i);
+        const auto of = [&](const auto *p) { return load_part(p + i, LANES); };
+        const Vector one = of(from), other = of(from + half);
+        put(times(one, of(c)) - times(other, of(s)), to + i);
+        put(times(other, of(c + half)) + times(one, of(s + half)), to + half + i);
     }
     for (; i < half; i++) {
         const float one = number(from[i]), other = number(from[half + i]);
-        put(one * c[i] - other * s[i], to + i);
-        put(other * c[half + i] + one * s[half + i], to + half + i);
+        put(times(one, number(c[i])) - times(other, number(s[i])), to + i);
+        put(times(other, number(c[half + i])) + times(one, number(s[half + i])), to + half + i);
     }
     std::copy(from + width, from + size, to + width);
 }
@@ -328,21 +343,28 @@ void eigenattn_unpack(const uint8_t *codes, int64_t batch, int64_t heads, int64_
 }
 
 // Vectors [batch, heads, tokens, size] with these strides, in fp32 or bf16, to where cosines and sines [batch, tokens,
-// width] in fp32 turn them, pairs being halves: [batch, tokens, heads, size].
+// width] turn them, in fp32 or, of vectors in bf16, in bf16; pairs are halves: [batch, tokens, heads, size].
 void eigenattn_rotate(const void *x, int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t batch_step,
-                      int64_t head_step, int64_t step, int64_t bf16, const float *cosines, const float *sines,
-                      int64_t width, int64_t turn_batch_step, int64_t turn_step, int64_t threads, void *out) {
-    by_blocks(batch, tokens, threads, [&](int64_t b, int64_t first, int64_t some) {
-        for (int64_t t = first; t < first + some; t++) {
-            const float *c = cosines + b * turn_batch_step + t * turn_step, *s = sines + b * turn_batch_step + t * turn_step;
-            for (int64_t h = 0; h < heads; h++) {
-                const int64_t from = b * batch_step + h * head_step + t * step, to = ((b * tokens + t) * heads + h) * size;
-                if (bf16)
-                    turn(static_cast<const uint16_t *>(x) + from, c, s, width, size, static_cast<uint16_t *>(out) + to);
-                else
-                    turn(static_cast<const float *>(x) + from, c, s, width, size, static_cast<float *>(out) + to);
-            }
-        }
-    });
+                      int64_t head_step, int64_t step, int64_t bf16, const void *cosines, const void *sines,
+                      int64_t width, int64_t turn_batch_step, int64_t turn_step, int64_t turn_bf16, int64_t threads,
+                      void *out) {
+    const auto all = [&](auto *x, auto *cosines, auto *sines, auto *out) {
+        by_blocks(batch, tokens, threads, [&](int64_t b, int64_t first, int64_t some) {
+            for (int64_t t = first; t < first + some; t++)
+                for (int64_t h = 0; h < heads; h++) {
+                    const int64_t turn_at = b * turn_batch_step + t * turn_step;
+                    turn(x + b * batch_step + h * head_step + t * step, cosines + turn_at, sines + turn_at, width, size,
+                         out + ((b * tokens + t) * heads + h) * size);
+                }
+        });
+    };
+    typedef const uint16_t *Halves;
+    typedef const float *Floats;
+    if (!bf16)
+        all(Floats(x), Floats(cosines), Floats(sines), static_cast<float *>(out));
+    else if (turn_bf16)
+        all(Halves(x), Halves(cosines), Halves(sines), static_cast<uint16_t *>(out));
+    else
+        all(Halves(x), Floats(cosines), Floats(sines), static_cast<uint16_t *>(out));
 }
 }
