@@ -4,8 +4,7 @@
 // is added up across a vector: scores are keys times queries, and sums are values times weights. Weights are powers of
 // two against a score that is exceeded by little, and sums fade where another one is.
 //
-// A number in fp32 is three of bf16, of whose products six count: scores are as exact as fp32 has them, for they may be
-// large. What is summed by weights has two parts, and three products.
+// A number in fp32 is three of bf16, of whose products six count: what comes out is as exact as fp32 has it.
 
 #include <cmath>
 #include <limits>
@@ -18,6 +17,7 @@
 namespace {
 
 constexpr int64_t QUERIES = 256;                  // of a task
+constexpr int64_t AT_ONCE = 256 << 10;            // bytes of keys and values in matrices, which stay in the second cache
 constexpr int FOLDS = 2, TILE = FOLDS * ROWS;     // queries at once
 constexpr int BLOCKS = 4, KEYS = BLOCKS * DEPTH;  // keys whose scores are held
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
@@ -31,21 +31,15 @@ struct Sight {
     int64_t high(int64_t i) const { return std::min(std::max(first + i + 1, by_all), keys); }
 };
 
-// What differs between elements of bf16 and of fp32: how many numbers of bf16 they are, in scores and in sums.
-template <class T> struct Parts;
-template <> struct Parts<uint16_t> {
-    static constexpr int scores = 1, values = 1;
-};
-template <> struct Parts<float> {
-    static constexpr int scores = 3, values = 2;
-};
+// How many numbers of bf16 an element is.
+template <class T> constexpr int PARTS_OF = sizeof(T) == 2 ? 1 : 3;
 
 // 2^x by fits to the least relative error: to more digits than bf16 has (7.5e-5), or to those of fp32 (7.5e-8). 0 of
 // minus infinity.
 template <class T> inline Vector power_of_two(Vector x) {
     const Vector f = (Vector)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
     Vector y;
-    if constexpr (Parts<T>::scores == 1)
+    if constexpr (PARTS_OF<T> == 1)
         y = ((f * 0.0780245f + 0.22606719f) * f + 0.69583353f) * f + 0.99992522f;
     else
         y = ((((f * 0.00187758f + 0.00898934f) * f + 0.05582632f) * f + 0.24015362f) * f + 0.69315307f) * f + 0.99999993f;
@@ -80,25 +74,28 @@ template <int PARTS> inline void store_parts(Vector a, Vector b, uint16_t *to, i
 // Keys and values of a head as matrices, and TILE queries of one of its query heads.
 template <class T> class Stretch {
   public:
-    Stretch(int64_t keys, int64_t size, int64_t size_out)
-        : size(size), size_out(size_out), chunks((size + DEPTH - 1) / DEPTH), blocks((keys + DEPTH - 1) / DEPTH),
-          wide((size_out + DEPTH - 1) / DEPTH * DEPTH) {
+    Stretch(int64_t size, int64_t size_out)
+        : size(size), size_out(size_out), chunks((size + DEPTH - 1) / DEPTH),
+          wide((size_out + DEPTH - 1) / DEPTH * DEPTH),
+          most(std::max<int64_t>(AT_ONCE / (2 * PARTS * (chunks * DEPTH + wide)) / KEYS, 1) * KEYS) {
         thread_local Room<uint16_t> rooms[4];
         thread_local Room<> others[2];
-        key_matrices = rooms[0].of(blocks * 2 * S * chunks * MATRIX);
-        value_matrices = rooms[1].of(blocks * DEPTH * V * wide);
-        query_matrices = rooms[2].of(FOLDS * S * chunks * MATRIX);
-        weights = rooms[3].of(FOLDS * V * BLOCKS * MATRIX);
+        const int64_t blocks = most / DEPTH;
+        key_matrices = rooms[0].of(blocks * 2 * PARTS * chunks * MATRIX);
+        value_matrices = rooms[1].of(blocks * DEPTH * PARTS * wide);
+        query_matrices = rooms[2].of(FOLDS * PARTS * chunks * MATRIX);
+        weights = rooms[3].of(FOLDS * PARTS * BLOCKS * MATRIX);
         scores = others[0].of(FOLDS * KEYS * ROWS);
         sums = others[1].of(FOLDS * wide * ROWS);
     }
 
+    int64_t capacity() const { return most; }
     void take(const T *keys, int64_t key_step, const T *values, int64_t value_step, int64_t count);
     void attend(const T *queries, int64_t step, int64_t count, const Sight &sight, int64_t first, float scale,
                 float *out, int64_t out_step, float *lse, int64_t lse_step);
 
   private:
-    static constexpr int S = Parts<T>::scores, V = Parts<T>::values;
+    static constexpr int PARTS = PARTS_OF<T>;
     void begin(const T *queries, int64_t step, int64_t count, const float *lse, int64_t lse_step);
     void score(int64_t start, int64_t count);
     void hide(const Sight &sight, int64_t first, int64_t start, int64_t count);
@@ -108,11 +105,11 @@ template <class T> class Stretch {
     void finish(int64_t count, float *out, int64_t out_step, float *lse, int64_t lse_step) const;
 
     const Registers registers{true};
-    const int64_t size, size_out, chunks, blocks, wide;  // `wide`: of values, filled up
-    uint16_t *key_matrices;    // [blocks, 2, S, chunks, ROWS, DEPTH]: keys by dimensions
-    uint16_t *value_matrices;  // [blocks, V, wide, DEPTH]: dimensions by keys
-    uint16_t *query_matrices;  // [FOLDS, S, chunks, ROWS, DEPTH]: couples of dimensions by queries
-    uint16_t *weights;         // [FOLDS, V, BLOCKS, ROWS, DEPTH]: couples of keys by queries
+    const int64_t size, size_out, chunks, wide, most;  // `wide`: of values, filled up; `most`: keys
+    uint16_t *key_matrices;    // [blocks, 2, PARTS, chunks, ROWS, DEPTH]: keys by dimensions
+    uint16_t *value_matrices;  // [blocks, wide / DEPTH, PARTS, DEPTH, DEPTH]: dimensions by keys
+    uint16_t *query_matrices;  // [FOLDS, PARTS, chunks, ROWS, DEPTH]: couples of dimensions by queries
+    uint16_t *weights;         // [BLOCKS, PARTS, FOLDS, ROWS, DEPTH]: couples of keys by queries
     float *scores;             // [FOLDS, KEYS, ROWS]
     float *sums;               // [FOLDS, wide, ROWS]
     // Of each query: what weights are against, in octaves, what they add up to, and what was found elsewhere counts.
@@ -122,35 +119,36 @@ template <class T> class Stretch {
 // Keys and values of a head as matrices, with zeros behind.
 template <class T>
 void Stretch<T>::take(const T *keys, int64_t key_step, const T *values, int64_t value_step, int64_t count) {
+    const int64_t blocks = (count + DEPTH - 1) / DEPTH;
     for (int64_t n = 0; n < blocks * DEPTH; n++)
         for (int64_t k = 0; k < chunks; k++) {
-            Couples x[S] = {};
-            if (n < count) load_row<S>(keys + n * key_step + k * DEPTH, size - k * DEPTH, x);
-            uint16_t *to = key_matrices + ((n / ROWS * S * chunks + k) * ROWS + n % ROWS) * DEPTH;
-            for (int i = 0; i < S; i++) store(to + i * chunks * MATRIX, x[i]);
+            Couples x[PARTS] = {};
+            if (n < count) load_row<PARTS>(keys + n * key_step + k * DEPTH, size - k * DEPTH, x);
+            uint16_t *to = key_matrices + ((n / ROWS * PARTS * chunks + k) * ROWS + n % ROWS) * DEPTH;
+            for (int i = 0; i < PARTS; i++) store(to + i * chunks * MATRIX, x[i]);
         }
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t d = 0; d < wide; d += DEPTH) {
-            Couples lower[V][ROWS], upper[V][ROWS];  // the first 16 dimensions, couples of keys, and the others
+            Couples lower[PARTS][ROWS], upper[PARTS][ROWS];  // the first 16 dimensions, couples of keys, and the others
             UNROLLED for (int r = 0; r < ROWS; r++) {
                 const int64_t n = block * DEPTH + 2 * r;
-                Couples a[V] = {}, b[V] = {};
-                if (n < count) load_row<V>(values + n * value_step + d, size_out - d, a);
-                if (n + 1 < count) load_row<V>(values + (n + 1) * value_step + d, size_out - d, b);
+                Couples a[PARTS] = {}, b[PARTS] = {};
+                if (n < count) load_row<PARTS>(values + n * value_step + d, size_out - d, a);
+                if (n + 1 < count) load_row<PARTS>(values + (n + 1) * value_step + d, size_out - d, b);
                 const auto half_of = [](Couples x, int half) {
                     const __m512i all = (__m512i)x;
                     return (Couples)_mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(all, 1)
                                                                : _mm512_castsi512_si256(all));
                 };
-                UNROLLED for (int i = 0; i < V; i++) {
+                UNROLLED for (int i = 0; i < PARTS; i++) {
                     lower[i][r] = half_of(a[i], 0) | half_of(b[i], 0) << 16;
                     upper[i][r] = half_of(a[i], 1) | half_of(b[i], 1) << 16;
                 }
             }
-            UNROLLED for (int i = 0; i < V; i++) {
+            UNROLLED for (int i = 0; i < PARTS; i++) {
                 transpose(lower[i]);
                 transpose(upper[i]);
-                uint16_t *to = value_matrices + ((block * V + i) * wide + d) * DEPTH;
+                uint16_t *to = value_matrices + ((block * wide + d) * PARTS + i * DEPTH) * DEPTH;
                 UNROLLED for (int r = 0; r < ROWS; r++) {
                     store(to + r * DEPTH, lower[i][r]);
                     store(to + MATRIX + r * DEPTH, upper[i][r]);
@@ -184,16 +182,16 @@ template <class T>
 void Stretch<T>::begin(const T *queries, int64_t step, int64_t count, const float *lse, int64_t lse_step) {
     for (int fold = 0; fold < FOLDS; fold++) {
         for (int64_t k = 0; k < chunks; k++) {
-            Couples x[S][ROWS];
+            Couples x[PARTS][ROWS];
             UNROLLED for (int r = 0; r < ROWS; r++) {
                 const int64_t m = fold * ROWS + r;
-                Couples own[S] = {};
-                if (m < count) load_row<S>(queries + m * step + k * DEPTH, size - k * DEPTH, own);
-                UNROLLED for (int i = 0; i < S; i++) x[i][r] = own[i];
+                Couples own[PARTS] = {};
+                if (m < count) load_row<PARTS>(queries + m * step + k * DEPTH, size - k * DEPTH, own);
+                UNROLLED for (int i = 0; i < PARTS; i++) x[i][r] = own[i];
             }
-            UNROLLED for (int i = 0; i < S; i++) {
+            UNROLLED for (int i = 0; i < PARTS; i++) {
                 transpose(x[i]);
-                uint16_t *to = query_matrices + ((fold * S + i) * chunks + k) * MATRIX;
+                uint16_t *to = query_matrices + ((fold * PARTS + i) * chunks + k) * MATRIX;
                 UNROLLED for (int r = 0; r < ROWS; r++) store(to + r * DEPTH, x[i][r]);
             }
         }
@@ -211,22 +209,22 @@ template <class T> void Stretch<T>::score(int64_t start, int64_t count) {
     settle();
     const int64_t part = chunks * MATRIX;
     for (int64_t block = 0; block < count; block++) {
-        const uint16_t *own = key_matrices + (start + block) * 2 * S * part;
+        const uint16_t *own = key_matrices + (start + block) * 2 * PARTS * part;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        for (int i = 0; i < S; i++)
+        for (int i = 0; i < PARTS; i++)
             for (int64_t k = 0; k < chunks; k++) {
                 const uint16_t *keys = own + i * part + k * MATRIX;
                 _tile_loadd(4, keys, 2 * DEPTH);
-                _tile_loadd(5, keys + S * part, 2 * DEPTH);
-                for (int j = 0; i + j < S; j++) {
+                _tile_loadd(5, keys + PARTS * part, 2 * DEPTH);
+                for (int j = 0; i + j < PARTS; j++) {
                     const uint16_t *queries = query_matrices + j * part + k * MATRIX;
                     _tile_loadd(6, queries, 2 * DEPTH);
                     _tile_dpbf16ps(0, 4, 6);
                     _tile_dpbf16ps(2, 5, 6);
-                    _tile_loadd(7, queries + S * part, 2 * DEPTH);
+                    _tile_loadd(7, queries + PARTS * part, 2 * DEPTH);
                     _tile_dpbf16ps(1, 4, 7);
                     _tile_dpbf16ps(3, 5, 7);
                 }
@@ -267,15 +265,15 @@ template <class T> void Stretch<T>::weigh(int fold, int64_t keys, float scale) {
     }
     for (;;) {
         const Vector against = tops[fold] > NOTHING ? tops[fold] : Vector{};
-        uint16_t *to = weights + fold * V * BLOCKS * MATRIX;
         Vector most = Vector{} + NOTHING, total = {}, other = {};
-        for (int64_t n = 0; n < keys; n += 2, to += DEPTH) {
+        for (int64_t n = 0; n < keys; n += 2) {
+            uint16_t *to = weights + (n / DEPTH * PARTS * FOLDS + fold) * MATRIX + n % DEPTH * ROWS;
             const Vector x = load(own + n * ROWS), y = load(own + (n + 1) * ROWS);
             const Vector a = power_of_two<T>(x * scale - against), b = power_of_two<T>(y * scale - against);
             most = larger(most, larger(x, y));
             total += a;
             other += b;
-            store_parts<V>(a, b, to, BLOCKS * MATRIX);
+            store_parts<PARTS>(a, b, to, FOLDS * MATRIX);
         }
         if (raise(fold, most * scale)) continue;
         totals[fold] += total + other;
@@ -308,16 +306,16 @@ template <class T> void Stretch<T>::add_values(int64_t start, int64_t count) {
         _tile_loadd(2, to + ROWS * ROWS, 4 * ROWS);
         _tile_loadd(3, behind + ROWS * ROWS, 4 * ROWS);
         for (int64_t block = 0; block < count; block++)
-            for (int i = 0; i < V; i++) {
-                const uint16_t *own = value_matrices + (((start + block) * V + i) * wide + d) * DEPTH;
+            for (int i = 0; i < PARTS; i++) {
+                const uint16_t *own = value_matrices + (((start + block) * wide + d) * PARTS + i * DEPTH) * DEPTH;
                 _tile_loadd(4, own, 2 * DEPTH);
                 _tile_loadd(5, own + MATRIX, 2 * DEPTH);
-                for (int j = 0; i + j < V; j++) {
-                    const uint16_t *on = weights + (j * BLOCKS + block) * MATRIX;
+                for (int j = 0; i + j < PARTS; j++) {
+                    const uint16_t *on = weights + (block * PARTS + j) * FOLDS * MATRIX;
                     _tile_loadd(6, on, 2 * DEPTH);
                     _tile_dpbf16ps(0, 4, 6);
                     _tile_dpbf16ps(2, 5, 6);
-                    _tile_loadd(7, on + V * BLOCKS * MATRIX, 2 * DEPTH);
+                    _tile_loadd(7, on + MATRIX, 2 * DEPTH);
                     _tile_dpbf16ps(1, 4, 7);
                     _tile_dpbf16ps(3, 5, 7);
                 }
@@ -377,21 +375,23 @@ template <class T> void join(const PromptArguments &a) {
     in_parallel(a.batch * a.kv_heads * parts, a.threads, [&](int64_t i) {
         const int64_t b = i / (a.kv_heads * parts), g = i / parts % a.kv_heads, start = i % parts * QUERIES;
         const int64_t stop = std::min(start + QUERIES, a.tokens);
-        const int64_t low = sight.low(start), count = std::max<int64_t>(sight.high(stop - 1) - low, 0);
-        if (!count) return;
-        const Sight seen{a.first + start - low, a.window, a.by_all - low, count};
         const auto of = [&](const auto &x, int64_t head, int64_t token) {
             return b * x.batch + head * x.head + token * x.token;
         };
-        Stretch<T> stretch(count, a.size, a.size_out);
-        stretch.take(reinterpret_cast<const T *>(a.keys.data) + of(a.keys, g, low), a.keys.token,
-                     reinterpret_cast<const T *>(a.values.data) + of(a.values, g, low), a.values.token, count);
-        for (int64_t h = g * group; h < (g + 1) * group; h++)
-            for (int64_t m = start; m < stop; m += TILE)
-                stretch.attend(reinterpret_cast<const T *>(a.queries.data) + of(a.queries, h, m), a.queries.token,
-                               std::min<int64_t>(TILE, stop - m), seen, m - start, float(a.scale),
-                               reinterpret_cast<float *>(a.out.data) + of(a.out, h, m), a.out.token,
-                               reinterpret_cast<float *>(a.lse.data) + of(a.lse, h, m), a.lse.token);
+        Stretch<T> stretch(a.size, a.size_out);
+        const int64_t high = sight.high(stop - 1);
+        for (int64_t low = sight.low(start); low < high; low += stretch.capacity()) {
+            const int64_t count = std::min(high - low, stretch.capacity());
+            const Sight seen{a.first + start - low, a.window, a.by_all - low, count};
+            stretch.take(reinterpret_cast<const T *>(a.keys.data) + of(a.keys, g, low), a.keys.token,
+                         reinterpret_cast<const T *>(a.values.data) + of(a.values, g, low), a.values.token, count);
+            for (int64_t h = g * group; h < (g + 1) * group; h++)
+                for (int64_t m = start; m < stop; m += TILE)
+                    stretch.attend(reinterpret_cast<const T *>(a.queries.data) + of(a.queries, h, m), a.queries.token,
+                                   std::min<int64_t>(TILE, stop - m), seen, m - start, float(a.scale),
+                                   reinterpret_cast<float *>(a.out.data) + of(a.out, h, m), a.out.token,
+                                   reinterpret_cast<float *>(a.lse.data) + of(a.lse, h, m), a.lse.token);
+        }
     });
 }
 
