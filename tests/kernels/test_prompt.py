@@ -7,7 +7,7 @@ import torch
 
 from eigenattn import kernels
 from eigenattn.cache.sight import Near
-from eigenattn.kernels.chunked import CHUNK, Parts, Scoring, attend_far, attend_near
+from eigenattn.kernels.chunked import CHUNK, Parts, Scoring, attend, attend_far, attend_near, reach_of
 from eigenattn.kernels.native_library import multiplies
 from eigenattn.kernels.prompt import joins_natively
 
@@ -83,16 +83,59 @@ def test_far_keys_of_a_prompt(heads, queries, keys, sizes, first, by_all, spread
     compare(attended, q, k, v, threads)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("hidden", [None, (0, 0), (3, 130), (149, 40)])
+@pytest.mark.parametrize(("sees", "window", "query_first"), [(None, 16, 0), (40, 16, 100), (10, 16, 0), (64, 0, 0)])
+def test_reach(hidden, sees, window, query_first, dtype):
+    """What rows hide in front and what slides out of sight, said by row and by distance, is what a mask says."""
+    torch.manual_seed(0)
+    t, d = 150 - query_first, 32
+    q, k, v = (torch.randn(2, n, size, d).to(dtype) for n, size in ((4, t), (2, 150), (2, 150)))
+    m, n = torch.arange(query_first, 150).unsqueeze(-1), torch.arange(150)
+    shown = ((n <= m) & (n > m - (sees or 150)))[None, None]
+    if hidden is not None:
+        shown = shown & (n >= torch.tensor(hidden).view(-1, 1, 1, 1))
+    reach = reach_of(shown, query_first, sees)
+    assert reach is not None and reach.is_all == (not (hidden and any(hidden)) and sees is None)
+    assert reach_of(shown ^ (n == 9), query_first, sees) is None
+
+    def attended(q, k, v):
+        near = Near(k[:, :, max(query_first - 20, 0) :], v[:, :, max(query_first - 20, 0) :], max(query_first - 20, 0))
+        return attend(
+            q,
+            q,
+            lambda low, high: (k[:, :, low:high], v[:, :, low:high]),
+            near if window else None,
+            Scoring(lambda *at: shown[..., at[0] : at[1], at[2] : at[3]], d**-0.5, None, reach),
+            size=d,
+            tokens=150,
+            window=window,
+            query_first=query_first,
+        )
+
+    found, expected = attended(q, k, v), by_torch(attended, q, k, v)
+    sight = shown.any(-1, keepdim=True).expand(2, 4, -1, 1)
+    close = {"rtol": 2e-6, "atol": 6e-5} if dtype == torch.float32 else {"rtol": 1e-5, "atol": 2e-2}
+    torch.testing.assert_close(found.out.double()[sight[..., 0]], expected.out[sight[..., 0]], **close)
+    torch.testing.assert_close(found.lse.double()[sight], expected.lse[sight], **close)
+    assert not found.out[~sight[..., 0]].any()
+
+
 def compare(attended, q, k, v, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     found = attended(q, k, v)
     torch.set_num_threads(before)
-    backend = kernels.use("torch")
-    try:
-        expected = attended(q.double(), k.double(), v.double())
-    finally:
-        kernels.use(backend)
+    expected = by_torch(attended, q, k, v)
     close = {"rtol": 2e-6, "atol": 6e-5} if q.dtype == torch.float32 else {"rtol": 1e-5, "atol": 2e-2}
     torch.testing.assert_close(found.out.double(), expected.out, **close)
     torch.testing.assert_close(found.lse.double(), expected.lse, rtol=close["rtol"], atol=close["atol"] / 100 + 1e-5)
+
+
+def by_torch(attended, *vectors):
+    backend = kernels.use("torch")
+    try:
+        return attended(*(x.double() for x in vectors))
+    finally:
+        kernels.use(backend)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .native_library import library, multiplies
 from .selection import decoding_backend
 
-_ARGUMENTS = struct.Struct("=20q11qdq")
+_ARGUMENTS = struct.Struct("=20q13qdq")
 
 
 def joins_natively(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -31,6 +31,8 @@ def join_natively(
     first: int,
     window: int | None = None,
     seen_by_all: int = 0,
+    hidden: Tensor | None = None,
+    column: int = 0,
     scale: float,
 ) -> None:
     """Attention in which query i sees the last `window` of the keys `n <= first + i`, and those `n < seen_by_all`.
@@ -40,10 +42,14 @@ def join_natively(
         out: mean values [B, H, T, V] in fp32, and lse: log-sum-exps of scores [B, H, T, 1], that queries found among
             other keys, which count too; minus infinity if nothing.
         window: all of these keys if it is None.
+        hidden: keys in front of each row that its queries do not see, [B] in int64, counted from `column` keys before
+            the first.
     """
     found, _ = library()
     assert found is not None  # it was chosen
     places = [y for x in (q, k, v, out, lse) for y in (x.data_ptr(), *x.stride()[:3])]
     sizes = *q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
-    sight = first, 2**40 if window is None else window, seen_by_all, q.dtype == torch.bfloat16
+    hidden = hidden if hidden is None or len(hidden) == len(q) else hidden.expand(len(q)).contiguous()
+    before = 0 if hidden is None else hidden.data_ptr()
+    sight = first, 2**40 if window is None else window, seen_by_all, before, column, q.dtype == torch.bfloat16
     found.eigenattn_join(_ARGUMENTS.pack(*places, *sizes, *sight, scale, torch.get_num_threads()))

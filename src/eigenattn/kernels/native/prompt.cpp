@@ -24,10 +24,11 @@ constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 constexpr float OCTAVES = 1.44269504f;  // of e
 constexpr float ROOM = 8;               // octaves by which a score may exceed what weights are against
 
-// What queries see of keys: query i the last `window` of those up to `first + i`, and all below `by_all`.
+// What queries see of keys: query i the last `window` of those up to `first + i`, and of those below `by_all`, but none
+// in front of `from`.
 struct Sight {
-    int64_t first, window, by_all, keys;
-    int64_t low(int64_t i) const { return std::max<int64_t>(first + i - window + 1, 0); }
+    int64_t first, window, by_all, from, keys;
+    int64_t low(int64_t i) const { return std::max(first + i - window + 1, from); }
     int64_t high(int64_t i) const { return std::min(std::max(first + i + 1, by_all), keys); }
 };
 
@@ -361,6 +362,8 @@ struct PromptArguments {
     } queries, keys, values, out, lse;  // the first three of one dtype, the others in fp32
     int64_t batch, heads, kv_heads, tokens, length, size, size_out;
     int64_t first, window, by_all;  // as `Sight` has them, of the first query
+    const int64_t *hidden;          // of each row, or null: keys in front that it does not see,
+    int64_t column;                 // counted from so many before the first
     int64_t bf16;                   // or fp32
     double scale;
     int64_t threads;
@@ -371,7 +374,6 @@ namespace {
 
 template <class T> void join(const PromptArguments &a) {
     const int64_t parts = (a.tokens + QUERIES - 1) / QUERIES, group = a.heads / a.kv_heads;
-    const Sight sight{a.first, a.window, a.by_all, a.length};
     in_parallel(a.batch * a.kv_heads * parts, a.threads, [&](int64_t i) {
         const int64_t b = i / (a.kv_heads * parts), g = i / parts % a.kv_heads, start = i % parts * QUERIES;
         const int64_t stop = std::min(start + QUERIES, a.tokens);
@@ -379,10 +381,11 @@ template <class T> void join(const PromptArguments &a) {
             return b * x.batch + head * x.head + token * x.token;
         };
         Stretch<T> stretch(a.size, a.size_out);
+        const Sight sight{a.first, a.window, a.by_all, a.hidden ? std::max<int64_t>(a.hidden[b] - a.column, 0) : 0, a.length};
         const int64_t high = sight.high(stop - 1);
         for (int64_t low = sight.low(start); low < high; low += stretch.capacity()) {
             const int64_t count = std::min(high - low, stretch.capacity());
-            const Sight seen{a.first + start - low, a.window, a.by_all - low, count};
+            const Sight seen{a.first + start - low, a.window, a.by_all - low, std::max<int64_t>(sight.from - low, 0), count};
             stretch.take(reinterpret_cast<const T *>(a.keys.data) + of(a.keys, g, low), a.keys.token,
                          reinterpret_cast<const T *>(a.values.data) + of(a.values, g, low), a.values.token, count);
             for (int64_t h = g * group; h < (g + 1) * group; h++)
