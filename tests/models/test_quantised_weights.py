@@ -18,6 +18,7 @@ from eigenattn.calibration.quantised import differentiable
 from eigenattn.models.bases_file import save_bases
 from eigenattn.models.conversion import eigen_layers
 from eigenattn.models.projections import matrix_of
+from eigenattn.report.inspection import inspect_checkpoint
 
 IDS = tokens(2, 30)
 CODED = {"kv_ratio": 0.25, "window": 4}
@@ -268,6 +269,15 @@ def test_what_is_not_linear_is_refused(base, kind):
             with pytest.raises(EigenAttnError, match=r"a (Bit|Quantized)Linear .* does not multiply by a matrix"):
                 compress(model, [IDS], EigenAttentionConfig(**settings))
             assert not eigen_layers(model)
+
+
+def test_inspect_shows_what_is_gained(base, tmp_path):
+    """Of weights that are quantised on loading, too, of which no file says how large they are."""
+    model = bitsandbytes(base, 8)
+    compress(model, [IDS], EigenAttentionConfig(**PLAIN))
+    save_bases(model, tmp_path)
+    weights = inspect_checkpoint(str(tmp_path)).memory["weights"]
+    assert weights["this"] == model.get_memory_footprint() < 0.9 * weights["original"]
 
 
 def test_every_kind_is_on_the_page():

@@ -58,6 +58,7 @@ def save_bases(model: PreTrainedModel, folder: str | Path) -> None:
     if quantiser is not None and not quantiser.pre_quantized:
         # On loading, of which the base model's files say nothing.
         config.base["quantization_config"] = quantiser.quantization_config.to_dict()
+        config.base["weight_bytes"] = int(model.get_memory_footprint())
     told.quantization_config = config
     told.architectures = [type(model).__name__]
     told.save_pretrained(folder)

@@ -37,7 +37,8 @@ class Inspection:
         method: the `EigenAttentionConfig` of the compression, as a dictionary.
         provenance: base model, calibration text and its hash, seed, tokens, versions.
         parameters: of the original model; None where they cannot be counted.
-        stored_bytes: of its weights and bases on disk, quantised or not; None where they are elsewhere.
+        stored_bytes: of its weights and bases, on disk, or in memory where they are quantised on loading; None where
+            they are elsewhere.
     """
 
     model_type: str
@@ -142,13 +143,15 @@ def inspect_checkpoint(name: str) -> Inspection:
     config = load_config(source)
     text = config.get_text_config(decoder=True)
     compression = compression_of(source, config)
+    # Quantised on loading, it takes less than its files.
+    loaded = None if compression is None else (compression.base or {}).get("weight_bytes")
     return Inspection(
         model_type=text.model_type,
         compressed=compression is not None,
         layers=layouts(config, compression),
         element_size=(text.dtype or torch.float32).itemsize,
         parameters=_parameters(config),
-        stored_bytes=source.stored_bytes(),
+        stored_bytes=loaded if type(loaded) is int else source.stored_bytes(),
         method=compression.method if compression else {},
         provenance=compression.provenance if compression else {},
     )
