@@ -244,6 +244,10 @@ SERVED: dict[str, tuple[str, dict]] = {
             **EXPERTS,
         },
     ),
+    "jamba-served": (
+        "jamba",
+        {**LLAMA, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1},
+    ),
     "granite_swa-served": ("granite_swa", {**SLIDES, "layer_types": BY_TURNS}),
 }
 

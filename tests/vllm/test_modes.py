@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from eigenattn import EigenAttnError
-from eigenattn.vllm.modes import check_modes
+from eigenattn.vllm.modes import check_modes, check_states
 
 PLAIN = {
     "cache_config.cache_dtype": "auto",
@@ -55,3 +55,10 @@ def test_drafts_are_served(method):
 def test_other_modes_are_refused(options, says):
     with pytest.raises(EigenAttnError, match=says):
         check_modes(engine(**options))
+
+
+def test_states_that_cpus_do_not_compute_are_refused():
+    check_states(["MAMBA2", "LINEAR"], "cpu")
+    check_states(["SHORT_CONV", "MAMBA1"], "cuda")
+    with pytest.raises(EigenAttnError, match="not right with Mamba 1 and short convolutions"):
+        check_states(["SHORT_CONV", "MAMBA1"], "cpu")

@@ -112,6 +112,7 @@ LAST_IS_FULL = {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3
 PARALLEL = {
     "tensor": ("llama", 8, True, "1", True, {"tensor_parallel_size": 2}),
     "tensor-values": ("opt", 8, False, "1-2", False, {"tensor_parallel_size": 2}),
+    "data": ("llama", 8, True, "1", True, {"data_parallel_size": 2}),
     # With enforce_eager vLLM 0.32 fails here for its own models too.
     "pipeline": ("opt", 8, True, "1", True, {"pipeline_parallel_size": 2, "enforce_eager": False}),
     "tensor-sinks": ("granite_swa-served", 8, True, "1", True, {"tensor_parallel_size": 2}),
@@ -316,6 +317,8 @@ def engines(tmp_path_factory) -> dict[str, dict]:
     jobs["reading"] = job(root / "reading", **SMALL)
     save(root / "states", "granitemoehybrid-served", 8, True)
     jobs["states-drafts"] = job(root / "states", **SMALL, **NGRAM)
+    save(root / "on-gpus-alone", "jamba-served", 8, True)
+    jobs["on-gpus-alone"] = job(root / "on-gpus-alone", **SMALL)
     save(root / "unbiased", "cohere", 8, True)
     jobs["unbiased"] = job(root / "unbiased", **SMALL)
     save(root / "folded", "llama", 0, False)
@@ -380,6 +383,7 @@ class TestEngines:
             ("sliding-drafts", "have to see all tokens"),
             ("reading", "over what others cache"),
             ("states-drafts", "speculative decoding is not supported"),
+            ("on-gpus-alone", "CPU build is not right with Mamba 1"),
             ("unbiased", "leaves out biases"),
             ("folded", "compress with a window"),
             ("truncated", "lacks key_mean of layer 1"),

@@ -32,7 +32,7 @@ from .engine import (
     read_outermost_blocks,
     run_attention,
 )
-from .modes import check_modes, layers_draft
+from .modes import check_modes, check_states, layers_draft
 
 
 class Unrotated(nn.Module):
@@ -141,12 +141,14 @@ class Compression:
             read_outermost_blocks()
         self._bases, self._originals = bases, blueprints(vllm_config.model_config.hf_config, bases.config)
         originals = {original.layer_idx: original for original in self._originals.values()}
+        states = [module for module in model.modules() if isinstance(module, MambaBase)]
+        check_states((each.mamba_type.name for each in states), vllm_config.device_config.device_type)
         layers, stages = _layers_of(vllm_config), vllm_config.parallel_config.pipeline_parallel_size
         planning = Planning(
             vllm_config,
             [original.layout for original in originals.values()],
             [sight_of(original) for original in originals.values()],
-            states=len(originals) < layers or any(isinstance(each, MambaBase) for each in model.modules()),
+            states=len(originals) < layers or bool(states),
         )
         if planning.states and vllm_config.speculative_config is not None:
             raise EigenAttnError("speculative decoding is not supported for latents beside layers with states.")

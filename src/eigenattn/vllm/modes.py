@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import EigenAttnError
 
 # Drafts by ngrams, and by layers with caches of their own. Only these were tested.
 NGRAM, DRAFTING = "ngram", ("draft_model", "eagle", "eagle3", "mtp")
+
+# Layers with states, by vLLM's name of their kind, that its CPU build computes wrongly or has no kernels for.
+ON_GPUS_ALONE = {"SHORT_CONV": "short convolutions", "MAMBA1": "Mamba 1"}
 
 
 def layers_draft(vllm_config: Any) -> bool:
@@ -38,3 +42,19 @@ def check_modes(vllm_config: Any) -> None:
         raise EigenAttnError("KV connectors and offloading are not supported for latents.")
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise EigenAttnError("the exact window needs vLLM's hybrid cache manager: leave it on.")
+
+
+def check_states(kinds: Iterable[str], device: str) -> None:
+    """Refuse what vLLM itself does not compute rightly on a device.
+
+    Args:
+        kinds: of layers with states, as vLLM names them.
+
+    Raises:
+        EigenAttnError: naming them.
+    """
+    failing = sorted({ON_GPUS_ALONE[kind] for kind in kinds if kind in ON_GPUS_ALONE})
+    if device == "cpu" and failing:
+        raise EigenAttnError(
+            f"vLLM's CPU build is not right with {' and '.join(failing)}: serve on GPUs, or generate by transformers."
+        )
