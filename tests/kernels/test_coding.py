@@ -23,7 +23,7 @@ def by_torch(function, *arguments):
         kernels.use(before)
 
 
-@pytest.mark.parametrize("counts", [{8: 3, 6: 5, 4: 9, 2: 7}, {4: 8}, {3: 5, 2: 6, 1: 3}, {8: 1}], ids=str)
+@pytest.mark.parametrize("counts", [{8: 3, 6: 5, 5: 3, 4: 9, 2: 7}, {4: 8}, {3: 5, 2: 6, 1: 3}, {8: 1}], ids=str)
 @pytest.mark.parametrize("tokens", [1, 5, 64, 200])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_codes_and_levels(counts, tokens, scaled):
@@ -58,8 +58,7 @@ def test_codes_of_vectors(dtype, tokens, shared, sides):
     vectors = [whole(2, tokens + 2, G * shared, size).transpose(1, 2)[:, :, 1:-1] for _ in range(sides)]
     matrices = [whole(G, widths.channels, shared * size) for _ in range(sides)]
     means = [whole(G, 1, shared * size) for _ in range(sides)]
-    encoders = [Encoder.of(matrix, mean) for matrix, mean in zip(matrices, means, strict=True)]
-    encoders[0] = encoders[0]._replace(mean=None)
+    encoders = [Encoder.of(matrix, mean) for matrix, mean in zip(matrices, [None, *means[1:]], strict=True)]
     means[0].zero_()
     joined = [x.float().unflatten(1, (G, shared)).transpose(2, 3).flatten(3) for x in vectors]
     z = sum((x - mean) @ matrix.float().mT for x, matrix, mean in zip(joined, matrices, means, strict=True))
@@ -67,10 +66,25 @@ def test_codes_of_vectors(dtype, tokens, shared, sides):
     assert by_torch(codes_of_vectors, vectors, encoders, codebook) is None
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_codes_of_vectors_by_matrices(exact):
+    """In bf16 next to nothing has another code than in fp64, also if vectors are far from zero."""
+    torch.manual_seed(0)
+    widths = Widths.of({8: 20, 6: 20}, scaled=True)
+    codebook = Codebook.of(torch.rand(G, widths.channels, 1) * torch.tensor([0, 1e-2, 0, 0]) + 1e-9, widths)
+    mean = 100 * torch.randn(G, 1, 64).bfloat16().float()
+    matrix = torch.randn(G, widths.channels, 64) / 8
+    matrix = matrix.bfloat16().float() if exact else matrix
+    x = (torch.randn(2, G, 100, 64) + mean).bfloat16()
+    expected = codebook.encode(((x.double() - mean) @ matrix.double().mT).float())
+    found = codes_of_vectors([x], [Encoder.of(matrix, mean)], codebook)
+    assert (found != expected).float().mean() < 2e-3
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("batch", "heads", "tokens", "size", "width", "rows"),
-    [(1, 9, 70, 64, 64, 1), (2, 3, 65, 20, 12, 2), (2, 3, 5, 16, 16, 1)],
+    [(1, 9, 70, 64, 64, 1), (2, 3, 65, 20, 12, 2), (2, 3, 5, 16, 16, 1), (1, 2, 9, 80, 80, 1)],
 )
 def test_rotations(batch, heads, tokens, size, width, rows):
     torch.manual_seed(0)
@@ -78,6 +92,8 @@ def test_rotations(batch, heads, tokens, size, width, rows):
     cos, sin = torch.randn(2, rows, tokens + 1, width)
     for given in ((x, cos, sin), (x[:, :, 1:].contiguous(), cos[:, 1:], sin[:, 1:])):
         torch.testing.assert_close(rotate(*given), by_torch(rotate, *given), rtol=0, atol=1e-5)
+        rounded = [each.bfloat16() for each in given]
+        assert torch.equal(rotate(*rounded), by_torch(rotate, *rounded))
 
 
 @torch.no_grad()

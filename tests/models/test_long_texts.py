@@ -8,13 +8,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StaticCache
 
+from eigenattn import kernels
 from eigenattn.kernels import chunked
+from eigenattn.kernels.native_library import multiplies
 from eigenattn.kernels.reference import attend, causal_mask
 
 CASES = [("llama", 0), ("llama", 6), ("llama-yarn", 6), ("cohere-norm", 6), ("gemma2", 6), ("gemma3", 0)]
 CASES += [("mistral-sliding", 0), ("mistral-sliding", 6), ("opt", 0), ("opt", 6), ("mpt", 0), ("mpt", 6)]
 CASES += [("bloom", 6), ("falcon-alibi", 6), ("stablelm", 6), ("phi3-partial", 6)]
 cases = pytest.mark.parametrize(("name", "window"), CASES)
+
+
+@pytest.fixture(params=["auto", "torch"], autouse=True)
+def backend(request):
+    """The native library where the machine has one that takes prompts, and PyTorch's operations."""
+    if request.param == "auto" and not multiplies():
+        pytest.skip("this machine multiplies no matrices of bf16, and PyTorch reads prompts")
+    before = kernels.use(request.param)
+    yield
+    kernels.use(before)
 
 
 @pytest.fixture

@@ -55,7 +55,9 @@ def file_name(result: dict[str, Any], device: torch.device) -> str:
     if result.get("model"):
         parts.append(Path(result["model"]).name)
     if result["kind"] == "decode":
-        parts += [f"b{result['batch']}", f"s{result['length']}", result["dtype"]]
+        parts += [f"b{result['batch']}", f"s{result['length']}"]
+    if result["kind"] in ("decode", "prefill"):
+        parts.append(result["dtype"])
     return f"{result['kind']}-{re.sub(r'[^a-z0-9]+', '-', ' '.join(parts).lower()).strip('-')[:200]}.json"
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cache.sight import Near
-from .band import band_natively, bands_natively
+from .prompt import join_natively, joins_natively
 from .reference import both_masks, cap_and_mask, score_dtype
 from .sdpa import as_taken, widen
 from .selection import HALF
@@ -129,6 +129,27 @@ def _written_out(
     return torch.cat(outs, dim=-2), torch.cat(lses, dim=-2)
 
 
+class Reach(NamedTuple):
+    """What queries see, where that can be said by row and by distance.
+
+    Args:
+        hidden: columns in front of each row that its queries do not see, [B] in int64; None for none.
+        sees: of the others a query sees so many last ones; None for all.
+    """
+
+    hidden: Tensor | None = None
+    sees: int | None = None
+
+    @property
+    def is_all(self) -> bool:
+        """Whether nothing is out of it."""
+        return self.hidden is None and self.sees is None
+
+    def behind(self, window: int) -> Reach:
+        """What is left of it of columns from which queries are so many on."""
+        return self if self.sees is None else self._replace(sees=max(self.sees - window, 0))
+
+
 class Scoring(NamedTuple):
     """How scores are made.
 
@@ -136,11 +157,18 @@ class Scoring(NamedTuple):
         mask: hides more than causality and the window do; None nothing.
         scale: multiplies products of queries and keys.
         softcap: bound of a soft cap, if any.
+        reach: what the mask comes to, if it can be said so.
     """
 
     mask: Mask | None
     scale: float
     softcap: float | None
+    reach: Reach | None = None
+
+    def joins_natively(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether the native library takes these."""
+        plain = self.softcap is None and (self.mask is None or self.reach is not None)
+        return plain and joins_natively(q, k, v)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool = False
@@ -170,13 +198,13 @@ def attend(
         tokens: far keys that there are.
         query_first: column of the first query.
     """
-    first = 0 if near is None else int(near.first)
+    first, reach = 0 if near is None else int(near.first), scoring.reach
     parts = Parts(q, size) if near is None else attend_near(q, near, scoring, window, query_first)
     attend_far(
         parts,
         q_far,
         decode,
-        scoring,
+        scoring if reach is None else scoring._replace(reach=reach.behind(window)),
         keys=min(max(query_first + q.shape[-2] - window, first, 0), tokens),
         seen_by_all=max(query_first - window + 1, first, 0),
         first=query_first - window,
@@ -225,7 +253,11 @@ def attend_far(
         border = seen_by_all if low < seen_by_all else keys
         high = min(low + CHUNK, border, keys)
         k, v = decode(low, high)
-        if low < seen_by_all:
+        if scoring.joins_natively(q, k, v):
+            hidden, sees = scoring.reach or Reach()
+            at = {"column": low, "first": first - low, "seen_by_all": seen_by_all - low}
+            join_natively(q, k, v, parts.out, parts.lse, hidden=hidden, window=sees, scale=scoring.scale, **at)
+        elif low < seen_by_all:
             meet(0, t, low, high, k, v, triangle=False)
         else:
             inner = high - first  # the first query that sees the whole chunk is `inner - 1`, the end of the triangle
@@ -244,9 +276,12 @@ def attend_near(q: Tensor, near: Near, scoring: Scoring, window: int, query_firs
     """
     keys, values, key_first, mask = near.keys, near.values, int(near.first), scoring.mask
     parts, t = Parts(q, values.shape[-1]), q.shape[-2]
-    if mask is None and scoring.softcap is None and bands_natively(q, keys, values):
-        sizes = {"window": window, "first": query_first - key_first, "empty": max(-key_first, 0)}
-        band_natively(q, keys, values, parts.out, parts.lse, scale=scoring.scale, **sizes)
+    if scoring.joins_natively(q, keys, values):
+        hidden, sees = scoring.reach or Reach()
+        empty = max(-key_first, 0)
+        keys, values, column = keys[:, :, empty:], values[:, :, empty:], key_first + empty
+        at = {"column": column, "first": query_first - column, "window": window if sees is None else min(window, sees)}
+        join_natively(q, keys, values, parts.out, parts.lse, hidden=hidden, scale=scoring.scale, **at)
         return parts
     size = -(-window // BAND) * BAND  # the second block's queries see no key in front of the first query's
     whole = t // size - 1 if mask is None else 0
@@ -299,8 +334,20 @@ def _attend_band(
             whole[row, :, size:stop].unflatten(1, (blocks, size)).transpose(0, 1).copy_(part)
 
 
-def only_causal(mask: Tensor, query_first: int) -> bool:
-    """Whether a boolean mask [B or 1, 1, T, S] hides from query i exactly the keys behind `query_first + i`."""
+def reach_of(mask: Tensor, query_first: int, sees: int | None) -> Reach | None:
+    """What a boolean mask [B or 1, 1, T, S] comes to; None if it is not that of texts with padding in front.
+
+    Args:
+        query_first: column of the first query.
+        sees: what a query sees at most, from itself on.
+    """
     t, s = mask.shape[-2:]
     m = torch.arange(query_first, query_first + t, device=mask.device).unsqueeze(-1)
-    return bool((mask == (torch.arange(s, device=mask.device) <= m)).all())
+    n = torch.arange(s, device=mask.device)
+    shown = n <= m if sees is None else (n <= m) & (n > m - sees)
+    if bool((mask == shown).all()):
+        return Reach(None, sees)
+    hidden = mask[:, 0].any(-2).to(torch.uint8).argmax(-1)  # [B]
+    if bool((mask == shown & (n >= hidden.view(-1, 1, 1, 1))).all()):
+        return Reach(hidden, sees)
+    return None

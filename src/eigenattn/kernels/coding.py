@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ..cache.codebook import Codebook
 from ..cache.packing import Widths
-from .native_library import library
+from .matrices import as_rows
+from .native_library import library, multiplies
 from .selection import decoding_backend
 
-FILLED = 16  # channels that an encoder is filled up to whole times of: as many as any machine has in a vector
+FILLED = 32  # channels that an encoder is filled up to whole times of: two matrices, and whole vectors of any machine
+PARTS = 3  # of bf16 that are a number in fp32
 
 
 def codes_of(z: Tensor, codebook: Codebook) -> Tensor:
@@ -33,16 +35,27 @@ class Encoder(NamedTuple):
     Args:
         matrix: of G/N latents of N heads each, [G/N, N * D, R] in fp32, R filled up with zeros.
         mean: what is taken from vectors first, [G/N, N * D] in fp32, or None.
+        parts: where the processor multiplies matrices of bf16, the same as `as_rows` has it, of as many parts as are
+            the whole; of_mean: and what the mean comes to, [G/N, R].
     """
 
     matrix: Tensor
     mean: Tensor | None
+    parts: Tensor | None
+    of_mean: Tensor | None
 
     @classmethod
     def of(cls, matrix: Tensor, mean: Tensor | None) -> Encoder:
         """From an encoder [G/N, R, N * D], and a mean [G/N, 1, N * D]."""
         matrix = F.pad(matrix.detach().float().transpose(1, 2), (0, -matrix.shape[1] % FILLED)).contiguous()
-        return cls(matrix, None if mean is None else mean.detach().float().flatten(1).contiguous())
+        mean = None if mean is None else mean.detach().float().flatten(1).contiguous()
+        parts, of_mean = None, None
+        if matrix.device.type == "cpu" and multiplies():
+            whole = bool((matrix == matrix.bfloat16().float()).all())
+            parts = as_rows(matrix, 1 if whole else PARTS).contiguous()
+            if mean is not None:
+                of_mean = (mean.double().unsqueeze(1) @ matrix.double()).squeeze(1).float()
+        return cls(matrix, mean, parts, of_mean)
 
 
 def codes_of_vectors(vectors: Sequence[Tensor], encoders: Sequence[Encoder], codebook: Codebook) -> Tensor | None:
@@ -59,8 +72,8 @@ def codes_of_vectors(vectors: Sequence[Tensor], encoders: Sequence[Encoder], cod
     (batch, heads, tokens, size), latents = vectors[0].shape, len(encoders[0].matrix)
     sources = [
         struct.pack(
-            "=7q", x.data_ptr(), *x.stride()[:3], x.dtype == torch.bfloat16,
-            0 if encoder.mean is None else encoder.mean.data_ptr(), encoder.matrix.data_ptr(),
+            "=10q", x.data_ptr(), *x.stride()[:3], x.dtype == torch.bfloat16, _place(encoder.mean),
+            encoder.matrix.data_ptr(), *_matrices(encoder, x), _place(encoder.of_mean),
         )
         for x, encoder in zip(vectors, encoders, strict=True)
     ]  # fmt: skip
@@ -72,6 +85,17 @@ def codes_of_vectors(vectors: Sequence[Tensor], encoders: Sequence[Encoder], cod
         torch.get_num_threads(), out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def _matrices(encoder: Encoder, x: Tensor) -> tuple[int, int]:
+    """Where the matrices are that vectors are to be multiplied by, and of how many parts; 0 for none."""
+    if encoder.parts is None or x.dtype != torch.bfloat16:
+        return 0, 0
+    return encoder.parts.data_ptr(), encoder.parts.shape[1]
+
+
+def _place(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _packed(z: Tensor, codebook: Codebook, channels: Tensor) -> Tensor:

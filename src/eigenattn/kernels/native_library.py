@@ -48,13 +48,13 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         if not path.exists():
             _build(command, path)
         found = ctypes.CDLL(str(path))
-        for function in (found.eigenattn_decode, found.eigenattn_band):
+        for function in (found.eigenattn_decode, found.eigenattn_join):
             function.restype, function.argtypes = None, [ctypes.c_char_p]
         sizes, at = [ctypes.c_int64] * 4, ctypes.c_void_p
         for function in (found.eigenattn_pack, found.eigenattn_unpack, found.eigenattn_rotate, found.eigenattn_encode):
             function.restype = None
         found.eigenattn_encode.argtypes = [ctypes.c_char_p, *sizes, *sizes[:3], at, at, *sizes, at]
-        found.eigenattn_rotate.argtypes = [at, *sizes, *sizes, at, at, *sizes, at]
+        found.eigenattn_rotate.argtypes = [at, *sizes, *sizes, at, at, *sizes, sizes[0], at]
         found.eigenattn_pack.argtypes = [at, *sizes, at, at, *sizes[:3], at]
         found.eigenattn_unpack.argtypes = [at, *sizes, *sizes[:3], at, sizes[0], at, *sizes[:2], at]
         return found, str(path)

@@ -102,13 +102,14 @@ def in_parts(layer: AttentionLayer, this: ForwardPass, q: Tensor, sight: Sight) 
             keys = rotate(keys, *this.angles_of_chunk(sight, start, stop), layer.family.interleaved)
         return keys, layer.for_each_head(values) if near is None else layer.decode(values, "value")
 
-    mask = _tiles(this, q, sight, query)
+    reach = _reach(layer, this, sight, query)
+    mask = None if reach is not None and reach.is_all else _tiles(this, q, sight)
     parts = chunked.attend(
         q,
         q_far,
         decode,
         near and near._replace(keys=_near_keys(layer, this, near, sight, max(int(near.first), 0))),
-        chunked.Scoring(mask, layer.scaling, layer.softcap),
+        chunked.Scoring(mask, layer.scaling, layer.softcap, reach),
         size=layer.layout.of("value").rank,
         tokens=far.rows[0].shape[2],
         window=layer.layout.window,
@@ -197,13 +198,26 @@ def _near_keys(layer: AttentionLayer, this: ForwardPass, near: Near, sight: Sigh
     return rotate(near.keys, cos.index_select(1, columns), sin.index_select(1, columns), layer.family.interleaved)
 
 
-def _tiles(this: ForwardPass, q: Tensor, sight: Sight, query: int) -> chunked.Mask | None:
-    """Tiles of the model's mask; None if it says no more than that texts are read forwards."""
+def _reach(layer: AttentionLayer, this: ForwardPass, sight: Sight, query: int) -> chunked.Reach | None:
+    """What the model's mask comes to; None if there is more to it than texts read forwards, with padding in front."""
     mask, bias = this.mask_and_bias(sight.columns)
-    if mask is not None and mask.dtype == torch.bool and mask.shape[1] == 1 and chunked.only_causal(mask, query):
-        mask = None
-    if mask is None and bias is None:
+    if bias is not None:
         return None
+    if mask is None:
+        return chunked.Reach()
+    if mask.dtype != torch.bool or mask.shape[1] > 1:
+        return None
+    sees = layer.sliding_window
+
+    def found() -> chunked.Reach | None:
+        return chunked.reach_of(mask, query, None if sees is None or sees >= sight.columns else sees)
+
+    return this.memoised(("reach", layer.layer_type, sees, sight.columns), found)
+
+
+def _tiles(this: ForwardPass, q: Tensor, sight: Sight) -> chunked.Mask:
+    """Tiles of the model's mask, and of what the family adds to scores."""
+    mask, bias = this.mask_and_bias(sight.columns)
 
     def tile(start: int, stop: int, low: int, high: int) -> Tensor | None:
         seen = None if mask is None else mask[..., start:stop, low:high]

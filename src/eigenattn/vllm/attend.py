@@ -197,12 +197,13 @@ def _attend_part(layer: PagedAttention, q: Tensor, length: int, far: Pages, near
         start = max(query - window + 1 - first, 0)
         keys, values = near.at(columns[start:])
         exact = Near(layer.rotated(keys, first + start), values, start)
+    reach = chunked.Reach(sees=layer.sees) if layer.slopes is None else None
     parts = chunked.attend(
         q,
         q,
         decode_chunk,
         exact,
-        chunked.Scoring(mask_of(layer, columns, query - first), layer.scale, layer.softcap),
+        chunked.Scoring(mask_of(layer, columns, query - first), layer.scale, layer.softcap, reach),
         size=maps.layout.of("value").rank,
         tokens=len(columns),
         window=window,

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...cache.codebook import Codebook, level_table
 from ...cache.packing import PARTS, Widths
 from ...errors import EigenAttnError
+from ..matrices import DEPTH, as_columns, as_rows
 from ..native_library import library, multiplies, unavailable
 from .arguments import Rotary, Side, Step
 
@@ -26,7 +27,6 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 # see docs/decisions.md).
 MATRICES = (torch.bfloat16, torch.uint8)
 MULTIPLIED = 128
-ROWS, DEPTH = 16, 32  # of a matrix
 LARGEST_BYTES = 2**15  # of a row of codes, the places in which the kernel counts in 16 bits
 
 
@@ -210,7 +210,7 @@ def _at(x: Tensor | None) -> int:
 
 
 def _matrices(decoder: Tensor | None) -> int:
-    """How many matrices of bf16 a decoder of keys is by `_as_rows`; 0 if it is none."""
+    """How many matrices of bf16 a decoder of keys is by `as_rows`; 0 if it is none."""
     return decoder.shape[1] if decoder is not None and decoder.dtype == torch.bfloat16 else 0
 
 
@@ -281,9 +281,11 @@ def _prepare(
     if rotary is not None:
         decoder, mean = (None if x is None else _as_pairs(x, rotary) for x in (decoder, mean))
         if decoder is not None and matrices:
-            decoder = _as_columns(decoder)
+            decoder = as_columns(decoder)
         elif decoder is not None and decoder.shape[-1] >= MULTIPLIED and multiplies():
-            decoder = _as_rows(decoder, exact=side.decoder is not None and side.decoder.dtype == torch.bfloat16)
+            decoder = as_rows(
+                decoder, parts=1 if side.decoder is not None and side.decoder.dtype == torch.bfloat16 else 2
+            )
     elif of == "keys" and decoder is not None:
         decoder = _filled(decoder.transpose(1, 2))
     levels, plan = None, None
@@ -318,27 +320,6 @@ def _as_pairs(x: Tensor, rotary: Rotary) -> Tensor:
     """x [..., D] in the order of pairs, with zeros where no dimension lies."""
     order = order_of(rotary, x.shape[-1], _lanes())
     return F.pad(x, (0, 1))[..., torch.tensor(order)]
-
-
-def _as_columns(decoder: Tensor) -> Tensor:
-    """Decoders [G, R, size] in fp32 as matrices_task.h takes them, in bf16: [G, size / 16, chunks, 16, 32].
-
-    Channels come in chunks of 32.
-    """
-    filled = F.pad(decoder.bfloat16(), (0, 0, 0, -decoder.shape[1] % DEPTH)).transpose(1, 2)
-    return filled.unflatten(2, (-1, DEPTH)).unflatten(1, (-1, ROWS)).transpose(2, 3)
-
-
-def _as_rows(decoder: Tensor, exact: bool) -> Tensor:
-    """Decoders [G, R, size] in fp32 as `multiply` in matrices.h takes them: [G, parts, chunks, size / 16, 16, 16, 2].
-
-    The parts are their roundings to bf16 and, if these are not exact, what they leave. Channels come in chunks of 32,
-    and rows of a matrix are pairs of them.
-    """
-    high = decoder.bfloat16()
-    parts = torch.stack([high] if exact else [high, (decoder - high.float()).bfloat16()], dim=1)
-    parts = F.pad(parts, (0, 0, 0, -parts.shape[2] % DEPTH))
-    return parts.unflatten(2, (-1, ROWS, 2)).unflatten(-1, (-1, ROWS)).permute(0, 1, 2, 5, 3, 6, 4)
 
 
 def _tables(codebook: Codebook) -> Tensor:
@@ -379,7 +360,7 @@ def _turning(rotary: Rotary, size: int, matrices: bool) -> tuple[Tensor | None, 
         turns = angles[:-1].cos(), angles[:-1].sin()
         if matrices:
             table, identity = torch.stack([turn.T for turn in turns], dim=1), _as_pairs(torch.eye(size), rotary)
-            identity = _as_columns(identity.unsqueeze(0)).contiguous()
+            identity = as_columns(identity.unsqueeze(0)).contiguous()
         else:
             table, identity = torch.stack([turn.unflatten(-1, (-1, lanes)) for turn in turns], dim=2), None
         of_block = torch.stack([frequencies, angles[-1].cos(), angles[-1].sin()])

@@ -2,14 +2,14 @@
 
 #include <cmath>
 
+#include "matrices.h"
 #include "scales.h"
 #include "threads.h"
-#include "vectors.h"
 
 namespace {
 
 constexpr int PACKED = 64;  // tokens whose codes are found together
-constexpr int FILLED = 16;  // channels that an encoder is filled up to whole times of
+constexpr int FILLED = 32;  // channels that an encoder is filled up to whole times of
 
 // What is known of a channel's codes: their thresholds, or levels, begin at `table`, and up to two parts of them, of
 // which one is `code >> down & mask`, lie `shift` bits up in a byte each.
@@ -20,36 +20,106 @@ struct Channel {
     } part[2];
 };
 
+// Codes that are bytes, in halves of 16 bits: shifts move nothing from one to another.
+constexpr int ACROSS = 4 * LANES;
+typedef uint16_t Halves __attribute__((vector_size(ACROSS)));
+
+// How many of 2^bits - 1 thresholds, which rise, lie below each; all of them below what is no number, as in PyTorch.
+template <int V> inline void count_below(const Vector *x, const float *at, int bits, Integers *found) {
+    const int last = (1 << bits) - 1;
+#if defined(EIGENATTN_AVX512)
+    // By halves from four bits on: among thresholds in registers, or the last sixteen of many by their addresses.
+    const auto search = [&](int half, const auto &probes) {
+        for (; half; half /= 2)
+            UNROLLED for (int j = 0; j < V; j++) {
+                const Vector probe = probes(found[j] + (half - 1), j);
+                const __mmask16 above = _mm512_cmp_ps_mask((__m512)x[j], (__m512)probe, _CMP_NLE_UQ);
+                found[j] = (Integers)_mm512_mask_add_epi32((__m512i)found[j], above, (__m512i)found[j],
+                                                           _mm512_set1_epi32(half));
+            }
+    };
+    const auto table = [&](int i) { return (__m512)load_part(at + i * LANES, last - i * LANES); };
+    if (bits == 4) {
+        const __m512 all = table(0);
+        UNROLLED for (int j = 0; j < V; j++) found[j] = Integers{};
+        return search(8, [&](Integers i, int) { return (Vector)_mm512_permutexvar_ps((__m512i)i, all); });
+    }
+    if (bits == 5 || bits == 6) {
+        const __m512 a = table(0), b = table(1), c = table(bits == 6 ? 2 : 0), d = table(bits == 6 ? 3 : 1);
+        __mmask16 upper[V];
+        UNROLLED for (int j = 0; j < V; j++) {
+            upper[j] = bits == 6 ? _mm512_cmp_ps_mask((__m512)x[j], _mm512_set1_ps(at[31]), _CMP_NLE_UQ) : __mmask16(0);
+            found[j] = Integers{};
+        }
+        search(16, [&](Integers i, int j) {
+            const __m512 low = _mm512_permutex2var_ps(a, (__m512i)i, b), high = _mm512_permutex2var_ps(c, (__m512i)i, d);
+            return (Vector)_mm512_mask_blend_ps(upper[j], low, high);
+        });
+        UNROLLED for (int j = 0; j < V; j++)
+            found[j] = (Integers)_mm512_mask_add_epi32((__m512i)found[j], upper[j], (__m512i)found[j], _mm512_set1_epi32(32));
+        return;
+    }
+    if (bits > 6) {
+        UNROLLED for (int j = 0; j < V; j++) found[j] = Integers{} + (last - 15);
+        for (int i = 15; i < last; i += 16)
+            UNROLLED for (int j = 0; j < V; j++) found[j] += (x[j] <= at[i]) & -16;
+        return search(8, [&](Integers i, int) { return (Vector)_mm512_i32gather_ps((__m512i)i, at, 4); });
+    }
+#endif
+    UNROLLED for (int j = 0; j < V; j++) found[j] = Integers{} + last;
+    for (int i = 0; i < last; i++)
+        UNROLLED for (int j = 0; j < V; j++) found[j] += x[j] <= at[i];  // a comparison that holds is -1
+}
+
 // Up to V vectors of latents [tokens, row] to the codes of their nearest levels, as many as there are thresholds below
 // them, in rows of `step` bytes.
 template <int V>
 void pack_some(const float *z, int64_t row, int64_t tokens, const Channel *channels, int64_t count,
                const float *thresholds, int64_t bytes, uint8_t *out, int64_t step) {
-    constexpr int MOST = V * LANES;
+    constexpr int MOST = V * LANES, WHOLE = (MOST + ACROSS - 1) / ACROSS * ACROSS;
     thread_local Room<uint8_t> room;
-    uint8_t *packed = room.of(bytes * MOST);
-    std::fill(packed, packed + bytes * MOST, 0);
+    uint8_t *packed = room.of(bytes * WHOLE);
+    std::fill(packed, packed + bytes * WHOLE, 0);
+    Vector columns[LANES][V];  // of so many channels
     for (int64_t c = 0; c < count; c++) {
+        if (c % LANES == 0)
+            for (int j = 0; j < V; j++) {
+                Vector some[LANES];
+                UNROLLED for (int t = 0; t < LANES; t++)
+                    some[t] = j * LANES + t < tokens ? load_part(z + (j * LANES + t) * row + c, count - c) : Vector{};
+                transpose(some);
+                UNROLLED for (int i = 0; i < LANES; i++) columns[i][j] = some[i];
+            }
         const Channel &channel = channels[c];
-        const float *at = thresholds + channel.table;
-        const int32_t last = (1 << channel.bits) - 1;
-        float column[MOST] = {};
-        for (int64_t t = 0; t < tokens; t++) column[t] = z[t * row + c];
-        Vector x[V];
         Integers found[V];
-        UNROLLED for (int j = 0; j < V; j++) x[j] = load(column + j * LANES), found[j] = Integers{} + last;
-        // A comparison that holds is -1. What is no number has the last code, as it has in PyTorch.
-        for (int i = 0; i < last; i++)
-            UNROLLED for (int j = 0; j < V; j++) found[j] += x[j] <= at[i];
-        int32_t code[MOST];
-        std::memcpy(code, found, sizeof(code));
+        count_below<V>(columns[c % LANES], thresholds + channel.table, channel.bits, found);
+        alignas(64) uint8_t code[WHOLE] = {};
+        for (int j = 0; j < V; j++) {
+            typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+            const Bytes some = __builtin_convertvector(found[j], Bytes);
+            std::memcpy(code + j * LANES, &some, LANES);
+        }
         for (const auto &part : channel.part)
             if (part.mask)
-                for (int t = 0; t < MOST; t++)
-                    packed[part.byte * MOST + t] |= uint8_t((code[t] >> part.down & part.mask) << part.shift);
+                for (int i = 0; i < WHOLE; i += ACROSS) {
+                    Halves some, held;
+                    uint8_t *own = packed + part.byte * WHOLE + i;
+                    std::memcpy(&some, code + i, ACROSS);
+                    std::memcpy(&held, own, ACROSS);
+                    held |= (some >> uint16_t(part.down) & uint16_t(part.mask * 0x101)) << uint16_t(part.shift);
+                    std::memcpy(own, &held, ACROSS);
+                }
     }
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t i = 0; i < bytes; i++) out[t * step + i] = packed[i * MOST + t];
+    int64_t i = 0;
+    for (; i + 4 <= bytes; i += 4) {
+        uint32_t four[MOST];
+        const uint8_t *from = packed + i * WHOLE;
+        for (int t = 0; t < MOST; t++)
+            four[t] = from[t] | from[WHOLE + t] << 8 | from[2 * WHOLE + t] << 16 | uint32_t(from[3 * WHOLE + t]) << 24;
+        for (int64_t t = 0; t < tokens; t++) std::memcpy(out + t * step + i, four + t, 4);
+    }
+    for (; i < bytes; i++)
+        for (int64_t t = 0; t < tokens; t++) out[t * step + i] = packed[i * WHOLE + t];
 }
 
 // Few tokens, of a step of decoding, or as many as are packed together.
@@ -65,6 +135,11 @@ struct Source {
     int64_t batch, head, token, bf16;
     const float *mean;     // [latents, heads of a latent * size], or null
     const float *encoder;  // [latents, heads of a latent * size, channels filled up]
+    // The same for matrices, or null: so many parts of bf16 that encoders are the sums of, which `multiply` takes, and
+    // what the mean comes to [latents, channels filled up].
+    const uint16_t *matrices;
+    int64_t parts;
+    const float *of_mean;
 };
 
 // Add P vectors [size] times an encoder [size, row] to latents, P rows of theirs.
@@ -104,13 +179,42 @@ void encode(const Source &source, int64_t b, int64_t l, int64_t first, int64_t t
     for (; t < tokens; t++) add_encoded<1>(x + t * width, width, encoder, row, z + t * row);
 }
 
-// Take a latent [channels] over its scale, of which the byte is given.
-uint8_t over_scale(float *z, int64_t count) {
-    float squares = 0;
-    for (int64_t i = 0; i < count; i++) squares += z[i] * z[i];
-    const float code = std::nearbyint(std::log2(std::sqrt(squares)) * OCTAVE + UNIT_SCALE);
+#if defined(EIGENATTN_MATRICES)
+// The same of vectors in bf16, by matrices, whose registers are the caller's.
+void encode_by_matrices(const Source &source, int64_t b, int64_t l, int64_t first, int64_t tokens, int64_t shared,
+                        int64_t size, int64_t row, float *z) {
+    thread_local Room<uint16_t> room;
+    thread_local Room<> wide;
+    const int64_t depth = (shared * size + DEPTH - 1) / DEPTH * DEPTH;
+    uint16_t *x = room.of(BLOCK * depth);
+    float *product = wide.of(BLOCK * row);
+    std::fill(x, x + BLOCK * depth, 0);
+    for (int64_t start = 0; start < tokens; start += BLOCK) {
+        const int64_t some = std::min<int64_t>(tokens - start, BLOCK);
+        for (int64_t t = 0; t < some; t++)
+            for (int64_t h = 0; h < shared; h++) {
+                const int64_t at = b * source.batch + (l * shared + h) * source.head + (first + start + t) * source.token;
+                std::memcpy(x + t * depth + h * size, reinterpret_cast<const uint16_t *>(source.data) + at, 2 * size);
+            }
+        multiply(x, 1, source.matrices + l * source.parts * depth * row, source.parts, depth, row, product);
+        settle();
+        for (int64_t t = 0; t < some; t++)
+            for (int64_t r = 0; r < row; r += LANES) {
+                float *own = z + (start + t) * row + r;
+                const Vector found = load(own) + load(product + t * row + r);
+                store(own, source.of_mean ? found - load(source.of_mean + l * row + r) : found);
+            }
+    }
+}
+#endif
+
+// Take a latent over its scale, of which the byte is given; channels are filled up with zeros.
+uint8_t over_scale(float *z, int64_t row) {
+    Vector squares = {};
+    for (int64_t i = 0; i < row; i += LANES) squares += load(z + i) * load(z + i);
+    const float code = std::nearbyint(std::log2(std::sqrt(sum(squares))) * OCTAVE + UNIT_SCALE);
     const uint8_t scale = code > 255 ? 255 : code > 0 ? uint8_t(code) : 0;
-    for (int64_t i = 0; i < count; i++) z[i] /= SCALES.of[scale];
+    for (int64_t i = 0; i < row; i += LANES) store(z + i, load(z + i) / SCALES.of[scale]);
     return scale;
 }
 
@@ -136,15 +240,38 @@ void unpack(const uint8_t *codes, int64_t step, int64_t bytes, int64_t tokens, c
 inline float number(float x) { return x; }
 inline void put(float x, float *out) { *out = x; }
 inline void put(float x, uint16_t *out) { *out = rounded(x); }
+inline void put(Vector x, float *out) { store(out, x); }
+inline void put(Vector x, uint16_t *out) { store_rounded(out, x); }
 
-// Turn one vector, of which dimensions from `width` on stay.
-template <class T>
-void turn(const T *from, const float *c, const float *s, int64_t width, int64_t size, T *to) {
+inline float to_bf16(float x) { return number(rounded(x)); }
+inline Vector to_bf16(Vector x) {
+    uint16_t found[LANES];
+    store_rounded(found, x);
+    return load_part(found, LANES);
+}
+
+// Turn one vector, of which dimensions from `width` on stay. By angles in bf16 products are rounded too, as models have
+// it whose arithmetic is in bf16.
+template <class T, class A>
+void turn(const T *from, const A *c, const A *s, int64_t width, int64_t size, T *to) {
+    const auto times = [](auto x, auto y) {
+        if constexpr (sizeof(A) == 2)
+            return to_bf16(x * y);
+        else
+            return x * y;
+    };
     const int64_t half = width / 2;
-    for (int64_t i = 0; i < half; i++) {
+    int64_t i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        const auto of = [&](const auto *p) { return load_part(p + i, LANES); };
+        const Vector one = of(from), other = of(from + half);
+        put(times(one, of(c)) - times(other, of(s)), to + i);
+        put(times(other, of(c + half)) + times(one, of(s + half)), to + half + i);
+    }
+    for (; i < half; i++) {
         const float one = number(from[i]), other = number(from[half + i]);
-        put(one * c[i] - other * s[i], to + i);
-        put(other * c[half + i] + one * s[half + i], to + half + i);
+        put(times(one, number(c[i])) - times(other, number(s[i])), to + i);
+        put(times(other, number(c[half + i])) + times(one, number(s[half + i])), to + half + i);
     }
     std::copy(from + width, from + size, to + width);
 }
@@ -183,13 +310,22 @@ void eigenattn_encode(const char *sources, int64_t parts, int64_t batch, int64_t
         thread_local Room<> room;
         float *z = room.of(PACKED * row);
         std::fill(z, z + some * row, 0.0f);
+        const Source *each = reinterpret_cast<const Source *>(sources);
+#if defined(EIGENATTN_MATRICES)
+        const Registers registers{std::any_of(each, each + parts, [](const Source &x) { return x.matrices; })};
+#endif
         for (int64_t i = 0; i < parts; i++) {
-            const Source &source = reinterpret_cast<const Source *>(sources)[i];
-            encode(source, list / heads, list % heads, first, some, shared, length, row, z);
+#if defined(EIGENATTN_MATRICES)
+            if (each[i].matrices) {
+                encode_by_matrices(each[i], list / heads, list % heads, first, some, shared, length, row, z);
+                continue;
+            }
+#endif
+            encode(each[i], list / heads, list % heads, first, some, shared, length, row, z);
         }
         uint8_t *own = out + (list * tokens + first) * step;
         if (scaled)
-            for (int64_t t = 0; t < some; t++) own[t * step + bytes] = over_scale(z + t * row, count);
+            for (int64_t t = 0; t < some; t++) own[t * step + bytes] = over_scale(z + t * row, row);
         pack(z, row, some, reinterpret_cast<const Channel *>(channels), count, thresholds + list % heads * size, bytes, own,
              step);
     });
@@ -207,21 +343,28 @@ void eigenattn_unpack(const uint8_t *codes, int64_t batch, int64_t heads, int64_
 }
 
 // Vectors [batch, heads, tokens, size] with these strides, in fp32 or bf16, to where cosines and sines [batch, tokens,
-// width] in fp32 turn them, pairs being halves: [batch, tokens, heads, size].
+// width] turn them, in fp32 or, of vectors in bf16, in bf16; pairs are halves: [batch, tokens, heads, size].
 void eigenattn_rotate(const void *x, int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t batch_step,
-                      int64_t head_step, int64_t step, int64_t bf16, const float *cosines, const float *sines,
-                      int64_t width, int64_t turn_batch_step, int64_t turn_step, int64_t threads, void *out) {
-    by_blocks(batch, tokens, threads, [&](int64_t b, int64_t first, int64_t some) {
-        for (int64_t t = first; t < first + some; t++) {
-            const float *c = cosines + b * turn_batch_step + t * turn_step, *s = sines + b * turn_batch_step + t * turn_step;
-            for (int64_t h = 0; h < heads; h++) {
-                const int64_t from = b * batch_step + h * head_step + t * step, to = ((b * tokens + t) * heads + h) * size;
-                if (bf16)
-                    turn(static_cast<const uint16_t *>(x) + from, c, s, width, size, static_cast<uint16_t *>(out) + to);
-                else
-                    turn(static_cast<const float *>(x) + from, c, s, width, size, static_cast<float *>(out) + to);
-            }
-        }
-    });
+                      int64_t head_step, int64_t step, int64_t bf16, const void *cosines, const void *sines,
+                      int64_t width, int64_t turn_batch_step, int64_t turn_step, int64_t turn_bf16, int64_t threads,
+                      void *out) {
+    const auto all = [&](auto *x, auto *cosines, auto *sines, auto *out) {
+        by_blocks(batch, tokens, threads, [&](int64_t b, int64_t first, int64_t some) {
+            for (int64_t t = first; t < first + some; t++)
+                for (int64_t h = 0; h < heads; h++) {
+                    const int64_t turn_at = b * turn_batch_step + t * turn_step;
+                    turn(x + b * batch_step + h * head_step + t * step, cosines + turn_at, sines + turn_at, width, size,
+                         out + ((b * tokens + t) * heads + h) * size);
+                }
+        });
+    };
+    typedef const uint16_t *Halves;
+    typedef const float *Floats;
+    if (!bf16)
+        all(Floats(x), Floats(cosines), Floats(sines), static_cast<float *>(out));
+    else if (turn_bf16)
+        all(Halves(x), Halves(cosines), Halves(sines), static_cast<uint16_t *>(out));
+    else
+        all(Halves(x), Floats(cosines), Floats(sines), static_cast<uint16_t *>(out));
 }
 }

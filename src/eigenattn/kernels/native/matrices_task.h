@@ -56,15 +56,6 @@ struct Channel {
     }
 };
 
-template <int S, size_t... I> inline void exchange(Couples *x, std::index_sequence<I...>) {
-    UNROLLED for (int i = 0; i < 8; i++) {
-        if (i & S) continue;
-        const Couples a = x[i], b = x[i + S];
-        x[i] = __builtin_shufflevector(a, b, (I & S ? LANES + I - S : I)...);
-        x[i + S] = __builtin_shufflevector(a, b, (I & S ? LANES + I : I + S)...);
-    }
-}
-
 // Rows of so many bytes to columns of two, couples of tokens: [2 bytes of a row, BLOCK], and zeros behind.
 inline void transpose(const char *const *rows, int64_t bytes, uint16_t *columns) {
     using Each = std::make_index_sequence<LANES>;
@@ -78,7 +69,7 @@ inline void transpose(const char *const *rows, int64_t bytes, uint16_t *columns)
                 const __m256i b = _mm256_maskz_loadu_epi8(there, some[t + 8] + i);
                 x[half][t] = (Couples)_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
             }
-            exchange<1>(x[half], Each{}), exchange<2>(x[half], Each{}), exchange<4>(x[half], Each{});
+            exchange<1, 8>(x[half], Each{}), exchange<2, 8>(x[half], Each{}), exchange<4, 8>(x[half], Each{});
         }
         UNROLLED for (int t = 0; t < 8; t++) {
             store(columns + 2 * t * BLOCK, lowers(x[0][t], x[1][t]));

@@ -50,6 +50,33 @@ inline uint16_t rounded(float x) {
     return uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
 }
 
+// To bf16, to the nearest and halves to even.
+inline void store_rounded(uint16_t *p, Vector x) {
+    typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+    const Bits wide = Bits(x), near = (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
+    const Halves found = __builtin_convertvector(x == x ? near : Bits{} + 0x7fc0, Halves);
+    std::memcpy(p, &found, sizeof(found));
+}
+
+// One step of transposing: of N vectors, lanes whose number has bit S go to where the others of the vector S on were.
+template <int S, int N, class T, size_t... I> inline void exchange(T *x, std::index_sequence<I...>) {
+    UNROLLED for (int i = 0; i < N; i++) {
+        if (i & S) continue;
+        const T a = x[i], b = x[i + S];
+        x[i] = __builtin_shufflevector(a, b, (I & S ? LANES + I - S : I)...);
+        x[i + S] = __builtin_shufflevector(a, b, (I & S ? LANES + I : I + S)...);
+    }
+}
+
+// Rows to columns, of LANES vectors.
+template <class T, int S = 1> inline void transpose(T *x) {
+    if constexpr (S < LANES) {
+        exchange<S, LANES>(x, std::make_index_sequence<LANES>{});
+        transpose<T, 2 * S>(x);
+    }
+}
+
 #if defined(EIGENATTN_AVX512)
 inline __mmask16 mask_of(int64_t n) { return __mmask16(n >= LANES ? 0xffff : (1u << n) - 1); }
 #endif
