@@ -141,7 +141,7 @@ class Compression:
             read_outermost_blocks()
         self._bases, self._originals = bases, blueprints(vllm_config.model_config.hf_config, bases.config)
         originals = {original.layer_idx: original for original in self._originals.values()}
-        states = [module for module in model.modules() if isinstance(module, MambaBase)]
+        states: list[Any] = [module for module in model.modules() if isinstance(module, MambaBase)]
         check_states((each.mamba_type.name for each in states), vllm_config.device_config.device_type)
         layers, stages = _layers_of(vllm_config), vllm_config.parallel_config.pipeline_parallel_size
         planning = Planning(
