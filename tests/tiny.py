@@ -231,6 +231,23 @@ SERVED: dict[str, tuple[str, dict]] = {
             "num_local_experts": 0,
         },
     ),
+    "glm4_moe-served": (
+        "glm4_moe",
+        {
+            **LLAMA,
+            "hidden_size": 128,
+            "head_dim": 32,
+            "first_k_dense_replace": 2,
+            "num_nextn_predict_layers": 1,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            **EXPERTS,
+        },
+    ),
+    "jamba-served": (
+        "jamba",
+        {**LLAMA, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1},
+    ),
     "granite_swa-served": ("granite_swa", {**SLIDES, "layer_types": BY_TURNS}),
 }
 

@@ -3,11 +3,13 @@
     python engine.py JOBS RESULTS
 
 JOBS is a JSON list of `{"options": ..., "prompts": [[ids], ...], "new_tokens": n}`, options being those of `vllm.LLM`,
-and `"adapters"`, if there are any, the LoRA adapter's folder of each prompt.
+and `"adapters"`, if there are any, the LoRA adapter's folder of each prompt. With data parallel the
+engine is a server's.
 Each result has the tokens of two runs of the same prompts, what of each run came out of the prefix cache, how many
 drafts were taken, and the engine's own count of cache tokens; or the error.
 """
 
+import asyncio
 import gc
 import json
 import os
@@ -52,13 +54,39 @@ def run(job: dict) -> dict:
     return result
 
 
+def run_copies(job: dict) -> dict:
+    """By several engines with a model each, which share out the requests: tokens alone, of one run."""
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    sampling = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True)
+    options = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 8 << 20}
+
+    async def answers() -> list[list[int]]:
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**options | job["options"]))
+
+        async def answer(number: int, prompt: list[int]) -> list[int]:
+            async for output in llm.generate({"prompt_token_ids": prompt}, sampling, str(number)):
+                last = output
+            return list(last.outputs[0].token_ids)
+
+        found = await asyncio.gather(*(answer(*each) for each in enumerate(job["prompts"])))
+        llm.shutdown()
+        return found
+
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    return {"tokens": asyncio.run(answers())}
+
+
 def main() -> None:
     with open(sys.argv[1]) as file:
         jobs = json.load(file)
     results = []
     for job in jobs:
         try:
-            results.append(run(job))
+            results.append((run_copies if "data_parallel_size" in job["options"] else run)(job))
         except Exception as error:
             results.append({"error": str(error)})
         with open(sys.argv[2], "w") as file:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from drafts import WIDE as DRAFTED
+from drafts import options_of
 from safetensors.torch import load_file, save_file
 from tiny import PROJECTIONS, WIDTHS, character_tokenizer, compressed, tiny, tokens, write_eight_bits
 from transformers import AutoModelForCausalLM
@@ -52,13 +54,21 @@ SLIDING = {
     "max_position_embeddings": 4096,
 }
 SHORTER_OF_CACHE = SHORT_OF_CACHE | {"kv_cache_memory_bytes": 42_000}
+SHORT_BESIDE_DRAFTS = SHORT_OF_CACHE | {
+    "kv_cache_memory_bytes": 1_000_000,
+    "block_size": 32,
+    "max_num_batched_tokens": 64,
+    "drafts": "draft_model",
+}
 SHORT_BESIDE_STATES = SHORT_OF_CACHE | {"kv_cache_memory_bytes": 600_000}
 # Attention heads of 32 dimensions, the smallest that vLLM's own attention has.
 WIDE = {"hidden_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 4096}
 
+# Given with the engine's options: how many tokens are decoded and what the model has, where these are not the usual
+# ones, and what drafts.
+OURS = ("new_tokens", "model", "drafts")
 # name -> (tiny model, window, whether latents are coded, what is shared, whether bases lie in a folder of their own,
-# options of the engine, and with them, where they are not the usual ones, how many tokens are decoded, and what the
-# model has)
+# options)
 SERVED = {
     "coded": ("llama3", 32, True, "1", False, {}),
     "bases": ("llama3", 8, True, "1", True, {}),
@@ -90,6 +100,10 @@ SERVED = {
     "sinks-drafts": ("gpt_oss-served", 8, True, "1", True, NGRAM),
     "cohere2": ("cohere2-served", 8, True, "1", True, {}),
     "granite_swa": ("granite_swa-served", 8, True, "1", True, {}),
+    "model-drafts": ("llama", 8, True, "1", True, {"model": DRAFTED, "drafts": "draft_model", "block_size": 32}),
+    "sliding-model-drafts-short-of-cache": ("gemma3-served", 8, True, "1", True, SHORT_BESIDE_DRAFTS),
+    "eagle-drafts": ("llama", 8, True, "1", True, {"model": DRAFTED, "drafts": "eagle3", "block_size": 32}),
+    "mtp-drafts": ("glm4_moe-served", 8, True, "1", True, {"drafts": "mtp", "block_size": 32}),
     "states": ("granitemoehybrid-served", 8, True, "1", True, {"max_num_batched_tokens": 32}),
     "states-short-of-cache": ("granitemoehybrid-served", 8, False, "1", True, SHORT_BESIDE_STATES),
     "states-in-each-layer": ("falcon_h1-served", 8, True, "1", True, {}),
@@ -98,6 +112,7 @@ LAST_IS_FULL = {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3
 PARALLEL = {
     "tensor": ("llama", 8, True, "1", True, {"tensor_parallel_size": 2}),
     "tensor-values": ("opt", 8, False, "1-2", False, {"tensor_parallel_size": 2}),
+    "data": ("llama", 8, True, "1", True, {"data_parallel_size": 2}),
     # With enforce_eager vLLM 0.32 fails here for its own models too.
     "pipeline": ("opt", 8, True, "1", True, {"pipeline_parallel_size": 2, "enforce_eager": False}),
     "tensor-sinks": ("granite_swa-served", 8, True, "1", True, {"tensor_parallel_size": 2}),
@@ -152,7 +167,7 @@ def continued(model: torch.nn.Module, new_tokens: int) -> list[list[int]]:
 
 def run_engines(folder: Path, jobs: list[dict]) -> list[dict]:
     """Results of all, in order. Where an engine has drafted by ngrams, vLLM 0.32 starts no other."""
-    alone = [each for each in jobs if "speculative_config" in each["options"]]
+    alone = [each for each in jobs if each["options"].get("speculative_config", {}).get("method") == "ngram"]
     found = iter(_run(folder, [each for each in jobs if each not in alone])) if len(alone) < len(jobs) else iter(())
     return [_run(folder, [each])[0] if each in alone else next(found) for each in jobs]
 
@@ -180,7 +195,9 @@ def serve(root: Path, served: dict) -> dict[str, dict]:
         save(root / name, *model, **options.get("model", {}))
         new_tokens = options.get("new_tokens", NEW_TOKENS)
         expected[name] = generated(root / name, new_tokens)
-        engine = {option: value for option, value in (SMALL | options).items() if option not in ("new_tokens", "model")}
+        engine = {option: value for option, value in (SMALL | options).items() if option not in OURS}
+        if "drafts" in options:
+            engine |= options_of(options["drafts"], root / name)
         jobs.append(job(root / name, PROMPTS, **engine) | {"new_tokens": new_tokens})
     results = run_engines(root, jobs)
     return {name: result | {"expected": expected[name]} for name, result in zip(served, results, strict=True)}
@@ -288,11 +305,20 @@ def engines(tmp_path_factory) -> dict[str, dict]:
     del jobs["eight-bits-stock"]["options"]["additional_config"]
     jobs["no-room"] = job(root / "wide", **long | {"kv_cache_memory_bytes": 1_200_000})
     jobs["fp8"] = job(small, **SMALL, kv_cache_dtype="fp8")
-    jobs["drafts"] = job(small, **SMALL, speculative_config={"model": str(small), "num_speculative_tokens": 2})
+    drafts = {"method": "draft_model", "model": str(small), "num_speculative_tokens": 2}
+    jobs["compressed-drafts"] = job(small, **SMALL, speculative_config=drafts)
+    plain = root / "plain"
+    tiny("llama", **DRAFTED).save_pretrained(plain)
+    character_tokenizer().save_pretrained(plain)
+    drafts = {"speculative_config": drafts | {"model": str(plain)}}
+    save(root / "sliding-everywhere", "mistral-served", 8, True)
+    jobs["sliding-drafts"] = job(root / "sliding-everywhere", **SMALL, **drafts)
     save(root / "reading", "gemma3n-served", 8, True)
     jobs["reading"] = job(root / "reading", **SMALL)
     save(root / "states", "granitemoehybrid-served", 8, True)
     jobs["states-drafts"] = job(root / "states", **SMALL, **NGRAM)
+    save(root / "on-gpus-alone", "jamba-served", 8, True)
+    jobs["on-gpus-alone"] = job(root / "on-gpus-alone", **SMALL)
     save(root / "unbiased", "cohere", 8, True)
     jobs["unbiased"] = job(root / "unbiased", **SMALL)
     save(root / "folded", "llama", 0, False)
@@ -353,9 +379,11 @@ class TestEngines:
         [
             ("no-room", "give it more memory"),
             ("fp8", "leave --kv-cache-dtype at auto"),
-            ("drafts", "speculative decoding by draft_model is not supported"),
+            ("compressed-drafts", "give the original of this one"),
+            ("sliding-drafts", "have to see all tokens"),
             ("reading", "over what others cache"),
             ("states-drafts", "speculative decoding is not supported"),
+            ("on-gpus-alone", "CPU build is not right with Mamba 1"),
             ("unbiased", "leaves out biases"),
             ("folded", "compress with a window"),
             ("truncated", "lacks key_mean of layer 1"),

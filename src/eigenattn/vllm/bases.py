@@ -53,15 +53,23 @@ class Bases:
         Raises:
             EigenAttnError: if they are malformed, or there are two.
         """
-        found: Any = getattr(model_config, "quantization_config", None)
-        values: dict[str, Any] = found.to_dict() if hasattr(found, "to_dict") else found or {}
-        own = values.get("quant_method") == METHOD
-        folder = options.get(OPTION) or os.environ.get(VARIABLE)
+        own, folder = own_bases(model_config), options.get(OPTION) or os.environ.get(VARIABLE)
         if own and folder:
             raise EigenAttnError(f"this checkpoint is compressed already: leave out the bases in {folder}.")
         if own:
-            return cls(EigenAttnCheckpointConfig(**values))
+            return cls(own)
         return cls(read_config(folder), folder) if folder else None
+
+
+def own_bases(model_config: Any) -> EigenAttnCheckpointConfig | None:
+    """What a compressed checkpoint says of its bases; None for any other.
+
+    Args:
+        model_config: the model's configuration, as transformers has it.
+    """
+    found: Any = getattr(model_config, "quantization_config", None)
+    values: dict[str, Any] = found.to_dict() if hasattr(found, "to_dict") else found or {}
+    return EigenAttnCheckpointConfig(**values) if values.get("quant_method") == METHOD else None
 
 
 def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> dict[str, EigenAttention]:

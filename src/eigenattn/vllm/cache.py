@@ -2,7 +2,8 @@
 
 Latents form one full-attention group, whatever their bytes, those of layers that slide one sliding-window group, and
 the exact tokens of all layers another. A block of the engine's pool holds all layers' pages of one group, so each
-group's has as many tokens as fit into the bytes of the first one's.
+group's has as many tokens as fit into the bytes of the first one's. Layers that draft keep vLLM's own attention, and
+cache keys and values in the pages of the first group.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .engine import (
     SlidingWindowManager,
     SlidingWindowSpec,
     VllmConfig,
+    get_tensor_model_parallel_world_size,
     kv_cache_dtype_str_to_dtype,
     prepare_states,
 )
@@ -38,6 +40,8 @@ from .engine import (
 BLOCKS = range(16, 257, 4)
 # Of latents: pages begin where elements of four bytes may.
 ALIGNED = 4
+# Groups that there may be, in the order of `BlockPlan`.
+GROUPS = ("full", "sliding", "exact")
 # Where the engine schedules ahead, tokens of two steps are not settled.
 STEPS_AHEAD = 2
 
@@ -50,24 +54,26 @@ class Group:
         sizes: bytes of a token in each of them; other groups may have other layers.
         sees: tokens of a sequence that it holds while it decodes; None for all.
         block: tokens of a block.
+        leads: whether it is to be the first: vLLM has models that draft write to the first one's blocks.
     """
 
     sizes: tuple[int, ...]
     sees: int | None = None
     block: int = 1
+    leads: bool = False
 
     def spacers(self, stages: int) -> int:
         """How many `Spacer`s keep it in one piece.
 
         Where each size of page occurs equally often vLLM sees a pattern that repeats, and cuts every group by it. It
-        also cuts groups that slide, where as many pages like the first as there are do not fit into a block. And each
-        stage of a pipeline, which are so many, has to have a page of the group.
+        also cuts groups that slide, where as many pages like the first as there are do not fit into a block. A group
+        leads by a page before all layers', and each stage of a pipeline, which are so many, has to have a page of it.
         """
         counts = {*Counter(self.sizes).values()}
         if stages > 1:
             return stages + (counts == {stages})
         slides = self.sees is not None and len(self.sizes) > 1
-        if not slides and (len({*self.sizes}) < 2 or len(counts) > 1):
+        if not (slides or self.leads) and (len({*self.sizes}) < 2 or len(counts) > 1):
             return 0
         return 2 if counts == {1} else 1
 
@@ -83,7 +89,7 @@ class BlockPlan:
     """Of how many tokens the engine's blocks are, where there are several groups.
 
     Args:
-        groups: `full`, `sliding` and `exact`, those that there are in this order.
+        groups: by name, those of `GROUPS` that there are in this order.
     """
 
     groups: dict[str, Group]
@@ -98,6 +104,7 @@ class BlockPlan:
         block: int,
         fixed: bool,
         states: bool = False,
+        drafts: Sequence[int] = (),
     ) -> BlockPlan:
         """For the layers of a model, which have one window.
 
@@ -109,6 +116,7 @@ class BlockPlan:
             fixed: whether the user has said so; otherwise several groups have blocks that waste least.
             states: whether other layers have states. In each block there is room for one: the engine gives it as many
                 bytes as keys and values of a block's tokens take in a layer of the original.
+            drafts: bytes of a token in each layer that drafts. They see everything, in blocks of the engine's size.
 
         Raises:
             EigenAttnError: if layers slide by different windows.
@@ -124,7 +132,7 @@ class BlockPlan:
             pairs = zip(layouts, sees, strict=True)
             return tuple(layout.bytes_per_token(element_size) for layout, own in pairs if own == seen)
 
-        groups = {"full": Group(sizes(None))}
+        groups = {"full": Group((*sizes(None), *drafts), leads=bool(drafts))}
         if slide:
             groups["sliding"] = Group(sizes(slide[0]), slide[0])
         if window:
@@ -156,7 +164,8 @@ class BlockPlan:
 
         if states:
             block *= max(state // (block * sum(next(iter(groups.values())).sizes)), 1)
-        return with_blocks(block if fixed or states or len(groups) == 1 else min(BLOCKS, key=cost))
+        fixed = fixed or states or bool(drafts) or len(groups) == 1
+        return with_blocks(block if fixed else min(BLOCKS, key=cost))
 
     @property
     def kept(self) -> int:
@@ -169,8 +178,8 @@ class BlockPlan:
 
 
 class Planning:
-    """Plans blocks when they are asked for: beside states of other kinds the engine chooses their size, so that a state
-    fits into a block, once the model is built.
+    """Plans blocks when they are asked for: layers that draft are built after the model, and beside states of other
+    kinds the engine then chooses the size of blocks, so that a state fits into one.
 
     Args:
         layouts, sees: of all layers that hold latents, see `BlockPlan.of`.
@@ -181,18 +190,43 @@ class Planning:
         self, vllm_config: VllmConfig, layouts: Sequence[Layout], sees: Sequence[int | None], states: bool
     ) -> None:
         self._config, self._layers, self.states = vllm_config, (layouts, sees), states
-        self._made: dict[int, BlockPlan] = {}
+        self._made: dict[tuple[int, tuple[int, ...]], BlockPlan] = {}
 
     @property
     def plan(self) -> BlockPlan:
         """Of the engine's blocks."""
         cache, longest = self._config.cache_config, self._config.model_config.max_model_len
-        block = cache.block_size or BLOCKS[0]
-        if block not in self._made:
+        block, drafts = cache.block_size or BLOCKS[0], self._drafts()
+        if (block, drafts) not in self._made:
             element = cache_dtype(self._config).itemsize
             fixed = cache.user_specified_block_size
-            self._made[block] = BlockPlan.of(*self._layers, element, longest, block, fixed, self.states)
-        return self._made[block]
+            made = BlockPlan.of(*self._layers, element, longest, block, fixed, self.states, drafts)
+            self._made[block, drafts] = made
+        return self._made[block, drafts]
+
+    def _drafts(self) -> tuple[int, ...]:
+        """Bytes of a token in each layer that drafts, of all devices that the latents are divided among.
+
+        Raises:
+            EigenAttnError: if it does not see everything.
+        """
+        if self.states:  # no layer drafts beside them
+            return ()
+        layers = self._config.compilation_config.static_forward_context.values()
+        caching = [layer for layer in layers if isinstance(layer, AttentionLayerBase)]
+        found = [each.get_kv_cache_spec(self._config) for each in caching if not isinstance(each, CachingLayer)]
+        specs = [spec for spec in found if spec is not None]
+        if any(type(spec) is not FullAttentionSpec for spec in specs):
+            raise EigenAttnError("layers that draft beside latents have to see all tokens: use drafts by ngrams here.")
+        devices = min(get_tensor_model_parallel_world_size(), self._layers[0][0].kv_heads)
+        return tuple(spec.page_size_bytes // spec.block_size * devices for spec in specs)
+
+    def spacers(self, kind: str, stages: int) -> int:
+        """That the first of so many stages of a pipeline has in a group; if it has any, the others have one."""
+        groups = self.plan.groups
+        if kind not in groups or (len(groups) == 1 and not self.states):
+            return 0
+        return groups[kind].spacers(stages) - stages + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +355,16 @@ class Spacer(CachingLayer):
     """Caches one element a token, which nobody reads, and keeps a group in one piece (`Group.spacers`).
 
     Of a group that slides it has to be the first.
+
+    Args:
+        number: of its group's, from 0. It has a cache if there have to be so many.
     """
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+    def __init__(self, vllm_config: VllmConfig, name: str, planning: Planning, kind: str, number: int) -> None:
+        super().__init__(vllm_config, f"{name}.{kind}_spacer_{number}", planning, kind)
+        self.number = number
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        if self.number >= self.planning.spacers(self.kind, vllm_config.parallel_config.pipeline_parallel_size):
+            return None
         return self.page_spec(1, self.dtype.itemsize, torch.uint8)

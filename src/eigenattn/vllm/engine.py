@@ -29,6 +29,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -58,6 +59,7 @@ __all__ = [
     "get_tensor_model_parallel_world_size",
     "kv_cache_dtype_str_to_dtype",
     "prepare_states",
+    "read_outermost_blocks",
     "run_attention",
 ]
 
@@ -77,3 +79,12 @@ def prepare_states(vllm_config: VllmConfig) -> None:
     specs = [layer.get_kv_cache_spec(vllm_config) for layer in layers if isinstance(layer, MambaBase)]
     told: Any = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
     initialize_mamba_ssu_backend(vllm_config.mamba_config, told, use_replayssm=vllm_config.cache_config.use_replayssm)
+
+
+def read_outermost_blocks() -> None:
+    """Have vLLM's own attention on CPUs say that it reads pools whose blocks are outermost, not layers alone.
+
+    Its kernels go from block to block by strides, and take these from the tensors.
+    """
+    layouts = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+    CPUAttentionBackend.supported_kv_cache_layouts = classmethod(lambda cls: layouts)

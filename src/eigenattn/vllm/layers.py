@@ -17,7 +17,7 @@ from ..models.maps import MAPS, QUANTISERS, LatentMaps
 from .attend import PagedAttention, angles_of, rotary_of, sight_of
 from .backend import LatentImpl
 from .bases import Bases, Loading, blueprints
-from .cache import CachingLayer, Planning, Spacer, WindowCache
+from .cache import GROUPS, CachingLayer, Planning, Spacer, WindowCache
 from .engine import (
     Attention,
     KVCacheSpec,
@@ -29,8 +29,10 @@ from .engine import (
     extract_layer_index,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    read_outermost_blocks,
     run_attention,
 )
+from .modes import check_modes, check_states, layers_draft
 
 
 class Unrotated(nn.Module):
@@ -134,15 +136,19 @@ class Compression:
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig, bases: Bases) -> None:
-        _check_engine(vllm_config)
+        check_modes(vllm_config)
+        if layers_draft(vllm_config):
+            read_outermost_blocks()
         self._bases, self._originals = bases, blueprints(vllm_config.model_config.hf_config, bases.config)
         originals = {original.layer_idx: original for original in self._originals.values()}
+        states: list[Any] = [module for module in model.modules() if isinstance(module, MambaBase)]
+        check_states((each.mamba_type.name for each in states), vllm_config.device_config.device_type)
         layers, stages = _layers_of(vllm_config), vllm_config.parallel_config.pipeline_parallel_size
         planning = Planning(
             vllm_config,
             [original.layout for original in originals.values()],
             [sight_of(original) for original in originals.values()],
-            states=len(originals) < layers or any(isinstance(each, MambaBase) for each in model.modules()),
+            states=len(originals) < layers or bool(states),
         )
         if planning.states and vllm_config.speculative_config is not None:
             raise EigenAttnError("speculative decoding is not supported for latents beside layers with states.")
@@ -156,11 +162,10 @@ class Compression:
             if original is None:
                 raise EigenAttnError(f"vLLM's {type(model).__name__} has attention in layer {index}, and no latents.")
             _check_layer(type(model).__name__, stock, original, parent)
-            groups = planning.plan.groups
-            if not self._layers and (len(groups) > 1 or planning.states):  # before what they are to precede
-                for kind, group in groups.items():
-                    for spacer in range(group.spacers(stages) - stages + 1 if index == min(originals) else 1):
-                        Spacer(vllm_config, f"{name}.{kind}_spacer_{spacer}", planning, kind)
+            if not self._layers:  # before what they are to precede
+                for kind in GROUPS:
+                    for number in range(2 if index == min(originals) else 1):  # at most, see `Group.spacers`
+                        Spacer(vllm_config, name, planning, kind, number)
             del vllm_config.compilation_config.static_forward_context[stock.layer_name]
             angles = angles_of(original)
             if angles not in rotary:  # one for all layers of its kind, for it keeps tables
@@ -226,23 +231,3 @@ def _biased_in_transformers(original: EigenAttention) -> set[bool]:
 def _biased_in_vllm(attention: nn.Module) -> set[bool]:
     linear = [module for module in attention.modules() if isinstance(module, LinearBase)]
     return {isinstance(each, RowParallelLinear) for each in linear if getattr(each, "bias", None) is not None}
-
-
-# Of speculation only this kind was tested.
-SPECULATION = "ngram"
-
-
-def _check_engine(vllm_config: VllmConfig) -> None:
-    cache, speculation = vllm_config.cache_config, vllm_config.speculative_config
-    if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
-        raise EigenAttnError(f"latents are not cached in {cache.cache_dtype}: leave --kv-cache-dtype at auto.")
-    if vllm_config.parallel_config.decode_context_parallel_size > 1:
-        raise EigenAttnError("context parallel is not supported for latents: use tensor or pipeline parallel.")
-    if speculation is not None and speculation.method != SPECULATION:
-        raise EigenAttnError(
-            f"speculative decoding by {speculation.method} is not supported for latents: use {SPECULATION}."
-        )
-    if vllm_config.kv_transfer_config is not None:
-        raise EigenAttnError("KV connectors and offloading are not supported for latents.")
-    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        raise EigenAttnError("the exact window needs vLLM's hybrid cache manager: leave it on.")

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import EigenAttnError
-from .bases import OPTION, Bases
+from .bases import OPTION, Bases, own_bases
+from .modes import layers_draft
 from .registration import PREFIX, stock_class
 from .versions import check_version, vllm_version
 
@@ -20,7 +21,12 @@ class Compressed(nn.Module):
     def __init__(self, *, vllm_config: Any, prefix: str = "", **options: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
         self._compression = None
-        bases = Bases.of(vllm_config.model_config.hf_config, vllm_config.additional_config)
+        config = vllm_config.model_config
+        if layers_draft(vllm_config) and config is vllm_config.speculative_config.draft_model_config:
+            if own_bases(config.hf_config):
+                raise EigenAttnError("models that draft are not served compressed: give the original of this one.")
+            return
+        bases = Bases.of(config.hf_config, vllm_config.additional_config)
         if bases is None:
             return
         check_version(vllm_version())

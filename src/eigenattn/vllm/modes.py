@@ -1,0 +1,60 @@
+"""Ways to run the engine that latents are not served in: refused at its start. Nothing of vLLM is named here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..errors import EigenAttnError
+
+# Drafts by ngrams, and by layers with caches of their own. Only these were tested.
+NGRAM, DRAFTING = "ngram", ("draft_model", "eagle", "eagle3", "mtp")
+
+# Layers with states, by vLLM's name of their kind, that its CPU build computes wrongly or has no kernels for.
+ON_GPUS_ALONE = {"SHORT_CONV": "short convolutions", "MAMBA1": "Mamba 1"}
+
+
+def layers_draft(vllm_config: Any) -> bool:
+    """Whether drafts are made by layers with caches of their own."""
+    speculation = vllm_config.speculative_config
+    return speculation is not None and speculation.method in DRAFTING
+
+
+def check_modes(vllm_config: Any) -> None:
+    """Refuse what latents are not served with.
+
+    Raises:
+        EigenAttnError: in one line, by name.
+    """
+    cache, speculation = vllm_config.cache_config, vllm_config.speculative_config
+    if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
+        raise EigenAttnError(f"latents are not cached in {cache.cache_dtype}: leave --kv-cache-dtype at auto.")
+    if vllm_config.parallel_config.decode_context_parallel_size > 1:
+        raise EigenAttnError("context parallel is not supported for latents: use tensor or pipeline parallel.")
+    if speculation is not None and speculation.method not in (NGRAM, *DRAFTING):
+        raise EigenAttnError(
+            f"speculative decoding by {speculation.method} is not supported for latents: use {NGRAM}, or one of "
+            f"{', '.join(DRAFTING)}."
+        )
+    if layers_draft(vllm_config) and vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise EigenAttnError(f"in pipelines only {NGRAM} drafts beside latents: use it, or tensor parallel.")
+    if vllm_config.kv_transfer_config is not None:
+        raise EigenAttnError("KV connectors and offloading are not supported for latents.")
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise EigenAttnError("the exact window needs vLLM's hybrid cache manager: leave it on.")
+
+
+def check_states(kinds: Iterable[str], device: str) -> None:
+    """Refuse what vLLM itself does not compute rightly on a device.
+
+    Args:
+        kinds: of layers with states, as vLLM names them.
+
+    Raises:
+        EigenAttnError: naming them.
+    """
+    failing = sorted({ON_GPUS_ALONE[kind] for kind in kinds if kind in ON_GPUS_ALONE})
+    if device == "cpu" and failing:
+        raise EigenAttnError(
+            f"vLLM's CPU build is not right with {' and '.join(failing)}: serve on GPUs, or generate by transformers."
+        )

@@ -1,0 +1,64 @@
+"""Ways to run an engine that are refused, without vLLM."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from eigenattn import EigenAttnError
+from eigenattn.vllm.modes import check_modes, check_states
+
+PLAIN = {
+    "cache_config.cache_dtype": "auto",
+    "parallel_config.decode_context_parallel_size": 1,
+    "parallel_config.pipeline_parallel_size": 1,
+    "scheduler_config.disable_hybrid_kv_cache_manager": False,
+    "speculative_config.method": "ngram",
+    "kv_transfer_config": None,
+}
+
+
+def engine(**options) -> SimpleNamespace:
+    """An engine's configuration; a name's dots are two underscores here."""
+    config = SimpleNamespace()
+    for name, value in (PLAIN | {name.replace("__", "."): value for name, value in options.items()}).items():
+        part, _, field = name.partition(".")
+        if field:
+            vars(config).setdefault(part, SimpleNamespace())
+            setattr(getattr(config, part), field, value)
+        else:
+            setattr(config, part, value)
+    return config
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle", "eagle3", "mtp"])
+def test_drafts_are_served(method):
+    check_modes(engine(speculative_config__method=method))
+    no_drafts = engine()
+    no_drafts.speculative_config = None
+    check_modes(no_drafts)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"cache_config__cache_dtype": "fp8"}, "leave --kv-cache-dtype at auto"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "use tensor or pipeline parallel"),
+        ({"speculative_config__method": "medusa"}, "by medusa is not supported .*: use ngram, or one of draft_model"),
+        (
+            {"speculative_config__method": "eagle", "parallel_config__pipeline_parallel_size": 2},
+            "in pipelines only ngram drafts",
+        ),
+        ({"kv_transfer_config": SimpleNamespace()}, "KV connectors"),
+        ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "leave it on"),
+    ],
+)
+def test_other_modes_are_refused(options, says):
+    with pytest.raises(EigenAttnError, match=says):
+        check_modes(engine(**options))
+
+
+def test_states_that_cpus_do_not_compute_are_refused():
+    check_states(["MAMBA2", "LINEAR"], "cpu")
+    check_states(["SHORT_CONV", "MAMBA1"], "cuda")
+    with pytest.raises(EigenAttnError, match="not right with Mamba 1 and short convolutions"):
+        check_states(["SHORT_CONV", "MAMBA1"], "cpu")
