@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from eigenattn import EigenAttnError
-from eigenattn.vllm.modes import check_modes, check_states
+from eigenattn.vllm.bases import OPTION, VARIABLE
+from eigenattn.vllm.modes import check_modes, check_served, check_states
 
 PLAIN = {
     "cache_config.cache_dtype": "auto",
@@ -62,3 +63,24 @@ def test_states_that_cpus_do_not_compute_are_refused():
     check_states(["SHORT_CONV", "MAMBA1"], "cuda")
     with pytest.raises(EigenAttnError, match="not right with Mamba 1 and short convolutions"):
         check_states(["SHORT_CONV", "MAMBA1"], "cpu")
+
+
+def test_bases_for_a_class_without_them_are_refused(monkeypatch):
+    """What is served as it is, drafts, and a part of a model whose whole was looked at, are not."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    config = SimpleNamespace(architecture="Another", hf_config=SimpleNamespace(), is_submodel_config=False)
+    engine = SimpleNamespace(model_config=config, additional_config={}, speculative_config=None)
+    check_served(engine, {"Served"})
+    engine.additional_config = {OPTION: "bases"}
+    check_served(engine, {"Another"})
+    with pytest.raises(EigenAttnError, match="Another is not served with latents"):
+        check_served(engine, {"Served"})
+    config.is_submodel_config = True
+    check_served(engine, {"Served"})
+    config.is_submodel_config = False
+    engine.speculative_config = SimpleNamespace(method="eagle", draft_model_config=config)
+    check_served(engine, {"Served"})
+    engine.speculative_config, engine.additional_config = None, {}
+    monkeypatch.setenv(VARIABLE, "bases")
+    with pytest.raises(EigenAttnError, match="generate by transformers"):
+        check_served(engine, {"Served"})

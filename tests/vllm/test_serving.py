@@ -330,6 +330,11 @@ def engines(tmp_path_factory) -> dict[str, dict]:
     jobs["other-bases"] = job(root / "other", **SMALL)
     jobs["other-bases"]["options"]["additional_config"] = {"eigenattn": str(root / "biased" / "bases")}
     jobs["two"] = job(small, **SMALL, additional_config={"eigenattn": str(root / "biased" / "bases")})
+    shutil.copytree(root / "other", root / "another")
+    another = root / "another" / "config.json"
+    another.write_text(another.read_text().replace("LlamaForCausalLM", "GPTJForCausalLM"))
+    jobs["another"] = job(root / "another", **SMALL)
+    jobs["another"]["options"]["additional_config"] = {"eigenattn": str(root / "other" / "bases")}
     jobs["bases-alone"] = job(root / "other" / "bases", **SMALL)
     jobs["no-bases"] = job(root / "other", **SMALL)
     jobs["no-bases"]["options"]["additional_config"] = {"eigenattn": str(root)}
@@ -389,6 +394,7 @@ class TestEngines:
             ("truncated", "lacks key_mean of layer 1"),
             ("other-bases", "made for another model"),
             ("two", "compressed already"),
+            ("another", "GPTJForCausalLM is not served with latents"),
             ("bases-alone", "serve the model that they belong to"),
             ("no-bases", "has no config.json"),
         ],

@@ -34,6 +34,7 @@ SIGNATURES = {
     "model_executor.layers.quantization.base_config QuantizationConfig.get_quant_method": "self layer prefix",
     "model_executor.models.registry _ModelRegistry.register_model": "self model_arch model_cls",
     "model_executor.models.registry _ModelRegistry.get_supported_archs": "self",
+    "platforms.interface Platform.check_and_update_config": "cls vllm_config",
     "utils.torch_utils kv_cache_dtype_str_to_dtype": "kv_cache_dtype model_config",
     "v1.core.single_type_kv_cache_manager SlidingWindowManager.reachable_block_mask": "cls start_block end_block "
     "alignment_tokens kv_cache_spec use_eagle retention_interval",

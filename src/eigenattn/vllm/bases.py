@@ -53,12 +53,21 @@ class Bases:
         Raises:
             EigenAttnError: if they are malformed, or there are two.
         """
-        own, folder = own_bases(model_config), options.get(OPTION) or os.environ.get(VARIABLE)
+        own, folder = own_bases(model_config), _named(options)
         if own and folder:
             raise EigenAttnError(f"this checkpoint is compressed already: leave out the bases in {folder}.")
         if own:
             return cls(own)
         return cls(read_config(folder), folder) if folder else None
+
+
+def _named(options: Mapping[str, Any]) -> str | None:
+    return options.get(OPTION) or os.environ.get(VARIABLE)
+
+
+def asked_for(model_config: Any, options: Mapping[str, Any]) -> bool:
+    """Whether a model is to be served with any, as `Bases.of` has it."""
+    return bool(_named(options)) or own_bases(model_config) is not None
 
 
 def own_bases(model_config: Any) -> EigenAttnCheckpointConfig | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from ..errors import EigenAttnError
+from .bases import asked_for
 
 # Drafts by ngrams, and by layers with caches of their own. Only these were tested.
 NGRAM, DRAFTING = "ngram", ("draft_model", "eagle", "eagle3", "mtp")
@@ -42,6 +43,26 @@ def check_modes(vllm_config: Any) -> None:
         raise EigenAttnError("KV connectors and offloading are not supported for latents.")
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise EigenAttnError("the exact window needs vLLM's hybrid cache manager: leave it on.")
+
+
+def check_served(vllm_config: Any, served: Collection[str]) -> None:
+    """Refuse bases for what vLLM would serve by a class without them, and so uncompressed.
+
+    Args:
+        served: names of the classes that latents are served by.
+
+    Raises:
+        EigenAttnError: naming the class.
+    """
+    config = vllm_config.model_config
+    if config is None or getattr(config, "is_submodel_config", False) or config.architecture in served:
+        return
+    if layers_draft(vllm_config) and config is vllm_config.speculative_config.draft_model_config:
+        return
+    if asked_for(config.hf_config, vllm_config.additional_config):
+        raise EigenAttnError(
+            f"{config.architecture} is not served with latents: leave out the bases, or generate by transformers."
+        )
 
 
 def check_states(kinds: Iterable[str], device: str) -> None:

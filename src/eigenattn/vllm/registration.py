@@ -5,6 +5,7 @@ Beside `engine` no other module names anything of vLLM.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from vllm.model_executor.layers.quantization import (
     QuantizationConfig,
     register_quantization_config,
 )
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import register_backend
 
 from ..errors import EigenAttnError
 from ..models.checkpoint_format import EigenAttnCheckpointConfig
 from ..models.conversion import METHOD
 from ..models.families import FAMILIES
+from .modes import check_served
 from .versions import check_version, vllm_version
 
 # Before the names of our classes in `models`.
@@ -82,9 +85,23 @@ def register() -> None:
     register_backend(BACKEND, f"{package}.backend.LatentBackend")
     mapping = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     names = {mapping[model_type] for model_type in FAMILIES if model_type in mapping}
-    for name in sorted(names & {*ModelRegistry.get_supported_archs()}):
+    served = names & {*ModelRegistry.get_supported_archs()}
+    for name in sorted(served):
         _stock[name] = ModelRegistry.models[name]
         ModelRegistry.register_model(name, f"{package}.models:{PREFIX}{name}")
+    _refuse_others(served)
+
+
+def _refuse_others(served: Collection[str]) -> None:
+    """Look at each configuration of an engine where it is made: what is no class of ours would not notice bases."""
+    platform = type(current_platform)
+    plain = platform.check_and_update_config
+
+    def checked(cls: type, vllm_config: Any) -> None:
+        check_served(vllm_config, served)
+        plain(vllm_config)
+
+    platform.check_and_update_config = classmethod(checked)
 
 
 def stock_class(name: str) -> type[torch.nn.Module]:
