@@ -145,9 +145,9 @@ AutoModelForCausalLM.from_pretrained("bases")
 
 def test_transformers_serve(folder):
     """A server of transformers' own, in a process that knows nothing of the package, completes as the model does."""
-    pytest.importorskip("transformers.cli.serving.completion", reason="this transformers serves otherwise")
     if not transformers.utils.import_utils.is_serve_available():
         pytest.skip("needs transformers[serving]")
+    pytest.importorskip("transformers.cli.serving.completion", reason="this transformers serves otherwise")
     model = AutoModelForCausalLM.from_pretrained(folder / "bases")
     tokenizer = AutoTokenizer.from_pretrained(folder / "bases")
     prompt = tokenizer("The cache", return_tensors="pt")

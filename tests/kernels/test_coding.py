@@ -74,7 +74,7 @@ def test_codes_of_vectors_by_matrices(exact):
     codebook = Codebook.of(torch.rand(G, widths.channels, 1) * torch.tensor([0, 1e-2, 0, 0]) + 1e-9, widths)
     mean = 100 * torch.randn(G, 1, 64).bfloat16().float()
     matrix = torch.randn(G, widths.channels, 64) / 8
-    matrix = matrix.bfloat16().float() if exact else matrix
+    matrix = matrix.bfloat16() if exact else matrix
     x = (torch.randn(2, G, 100, 64) + mean).bfloat16()
     expected = codebook.encode(((x.double() - mean) @ matrix.double().mT).float())
     found = codes_of_vectors([x], [Encoder.of(matrix, mean)], codebook)

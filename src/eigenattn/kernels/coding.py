@@ -47,15 +47,13 @@ class Encoder(NamedTuple):
     @classmethod
     def of(cls, matrix: Tensor, mean: Tensor | None) -> Encoder:
         """From an encoder [G/N, R, N * D], and a mean [G/N, 1, N * D]."""
+        parts = 1 if matrix.dtype == torch.bfloat16 else PARTS
         matrix = F.pad(matrix.detach().float().transpose(1, 2), (0, -matrix.shape[1] % FILLED)).contiguous()
         mean = None if mean is None else mean.detach().float().flatten(1).contiguous()
-        parts, of_mean = None, None
-        if matrix.device.type == "cpu" and multiplies():
-            whole = bool((matrix == matrix.bfloat16().float()).all())
-            parts = as_rows(matrix, 1 if whole else PARTS).contiguous()
-            if mean is not None:
-                of_mean = (mean.double().unsqueeze(1) @ matrix.double()).squeeze(1).float()
-        return cls(matrix, mean, parts, of_mean)
+        if matrix.device.type != "cpu" or not multiplies():
+            return cls(matrix, mean, None, None)
+        of_mean = None if mean is None else (mean.double().unsqueeze(1) @ matrix.double()).squeeze(1).float()
+        return cls(matrix, mean, as_rows(matrix, parts).contiguous(), of_mean)
 
 
 def codes_of_vectors(vectors: Sequence[Tensor], encoders: Sequence[Encoder], codebook: Codebook) -> Tensor | None:
