@@ -62,9 +62,9 @@ fuzz: $(VENV)/.installed
 long: $(VENV)/.installed
 	EIGENATTN_LONG=10000 $(BIN)/pytest tests/robustness/test_long_use.py
 
-# The native decoding step with every access checked, and then for races, with threads of its own: of OpenMP's, and so of
+# The native library with every access checked, and then for races, with threads of its own: of OpenMP's, and so of
 # PyTorch's, the sanitiser reports what are none. What it says of `kernels/native` counts.
-NATIVE := -m pytest -s tests/kernels/test_native.py -k "not compile"
+NATIVE := -m pytest -s $(addprefix tests/kernels/test_,native.py prompt.py coding.py) -k "not compile"
 sanitise: $(VENV)/.installed
 	EIGENATTN_NATIVE_FLAGS="-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" CXX=g++ \
 		ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \

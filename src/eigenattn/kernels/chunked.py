@@ -165,10 +165,32 @@ class Scoring(NamedTuple):
     softcap: float | None
     reach: Reach | None = None
 
-    def joins_natively(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Whether the native library takes these."""
+    def join(
+        self,
+        parts: Parts,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        column: int,
+        first: int,
+        window: int | None = None,
+        by_all: int = 0,
+    ) -> bool:
+        """Join what queries find among keys from a column on to parts, as `join_natively` has it; whether it does that.
+
+        Args:
+            first, window, by_all: which columns query i sees: of those up to `first + i` the last `window`, and those
+                in front of `by_all`.
+        """
         plain = self.softcap is None and (self.mask is None or self.reach is not None)
-        return plain and joins_natively(q, k, v)
+        if not (plain and joins_natively(q, k, v)):
+            return False
+        hidden, sees = self.reach or Reach()
+        window = min((each for each in (window, sees) if each is not None), default=None)
+        sight = {"first": first - column, "window": window, "seen_by_all": by_all - column}
+        join_natively(q, k, v, parts.out, parts.lse, hidden=hidden, column=column, scale=self.scale, **sight)
+        return True
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool = False
@@ -253,13 +275,10 @@ def attend_far(
         border = seen_by_all if low < seen_by_all else keys
         high = min(low + CHUNK, border, keys)
         k, v = decode(low, high)
-        if scoring.joins_natively(q, k, v):
-            hidden, sees = scoring.reach or Reach()
-            at = {"column": low, "first": first - low, "seen_by_all": seen_by_all - low}
-            join_natively(q, k, v, parts.out, parts.lse, hidden=hidden, window=sees, scale=scoring.scale, **at)
-        elif low < seen_by_all:
+        joined = scoring.join(parts, q, k, v, column=low, first=first, by_all=seen_by_all)
+        if not joined and low < seen_by_all:
             meet(0, t, low, high, k, v, triangle=False)
-        else:
+        elif not joined:
             inner = high - first  # the first query that sees the whole chunk is `inner - 1`, the end of the triangle
             meet(low - first, inner, low, high, k, v, triangle=True)
             meet(inner, t, low, high, k, v, triangle=False)
@@ -276,12 +295,9 @@ def attend_near(q: Tensor, near: Near, scoring: Scoring, window: int, query_firs
     """
     keys, values, key_first, mask = near.keys, near.values, int(near.first), scoring.mask
     parts, t = Parts(q, values.shape[-1]), q.shape[-2]
-    if scoring.joins_natively(q, keys, values):
-        hidden, sees = scoring.reach or Reach()
-        empty = max(-key_first, 0)
-        keys, values, column = keys[:, :, empty:], values[:, :, empty:], key_first + empty
-        at = {"column": column, "first": query_first - column, "window": window if sees is None else min(window, sees)}
-        join_natively(q, keys, values, parts.out, parts.lse, hidden=hidden, scale=scoring.scale, **at)
+    empty = max(-key_first, 0)
+    filled = keys[:, :, empty:], values[:, :, empty:]
+    if scoring.join(parts, q, *filled, column=key_first + empty, first=query_first, window=window):
         return parts
     size = -(-window // BAND) * BAND  # the second block's queries see no key in front of the first query's
     whole = t // size - 1 if mask is None else 0

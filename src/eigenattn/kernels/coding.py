@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cache.codebook import Codebook
 from ..cache.packing import Widths
 from .matrices import as_rows
-from .native_library import library, multiplies
+from .native_library import address, library, multiplies
 from .selection import decoding_backend
 
 FILLED = 32  # channels that an encoder is filled up to whole times of: two matrices, and whole vectors of any machine
@@ -70,8 +70,8 @@ def codes_of_vectors(vectors: Sequence[Tensor], encoders: Sequence[Encoder], cod
     (batch, heads, tokens, size), latents = vectors[0].shape, len(encoders[0].matrix)
     sources = [
         struct.pack(
-            "=10q", x.data_ptr(), *x.stride()[:3], x.dtype == torch.bfloat16, _place(encoder.mean),
-            encoder.matrix.data_ptr(), *_matrices(encoder, x), _place(encoder.of_mean),
+            "=10q", x.data_ptr(), *x.stride()[:3], x.dtype == torch.bfloat16, address(encoder.mean),
+            encoder.matrix.data_ptr(), *_matrices(encoder, x), address(encoder.of_mean),
         )
         for x, encoder in zip(vectors, encoders, strict=True)
     ]  # fmt: skip
@@ -90,10 +90,6 @@ def _matrices(encoder: Encoder, x: Tensor) -> tuple[int, int]:
     if encoder.parts is None or x.dtype != torch.bfloat16:
         return 0, 0
     return encoder.parts.data_ptr(), encoder.parts.shape[1]
-
-
-def _place(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _packed(z: Tensor, codebook: Codebook, channels: Tensor) -> Tensor:

@@ -78,6 +78,11 @@ def multiplies() -> bool:
     return found is not None and bool(found.eigenattn_matrices())
 
 
+def address(x: torch.Tensor | None) -> int:
+    """Where a tensor's elements lie; 0 for none."""
+    return 0 if x is None else x.data_ptr()
+
+
 def _compiler() -> list[str]:
     named = shlex.split(os.environ.get(COMPILER, ""))
     if named:

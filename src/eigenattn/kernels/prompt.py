@@ -7,7 +7,7 @@ import struct
 import torch
 from torch import Tensor
 
-from .native_library import library, multiplies
+from .native_library import address, library, multiplies
 from .selection import decoding_backend
 
 _ARGUMENTS = struct.Struct("=20q13qdq")
@@ -50,6 +50,7 @@ def join_natively(
     places = [y for x in (q, k, v, out, lse) for y in (x.data_ptr(), *x.stride()[:3])]
     sizes = *q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
     hidden = hidden if hidden is None or len(hidden) == len(q) else hidden.expand(len(q)).contiguous()
-    before = 0 if hidden is None else hidden.data_ptr()
-    sight = first, 2**40 if window is None else window, seen_by_all, before, column, q.dtype == torch.bfloat16
-    found.eigenattn_join(_ARGUMENTS.pack(*places, *sizes, *sight, scale, torch.get_num_threads()))
+    reach = first, 2**40 if window is None else window, seen_by_all, address(hidden), column
+    found.eigenattn_join(
+        _ARGUMENTS.pack(*places, *sizes, *reach, q.dtype == torch.bfloat16, scale, torch.get_num_threads())
+    )

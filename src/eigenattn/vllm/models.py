@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import EigenAttnError
 from .bases import OPTION, Bases, own_bases
-from .modes import layers_draft
+from .modes import is_of_drafts
 from .registration import PREFIX, stock_class
 from .versions import check_version, vllm_version
 
@@ -22,7 +22,7 @@ class Compressed(nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
         self._compression = None
         config = vllm_config.model_config
-        if layers_draft(vllm_config) and config is vllm_config.speculative_config.draft_model_config:
+        if is_of_drafts(vllm_config):
             if own_bases(config.hf_config):
                 raise EigenAttnError("models that draft are not served compressed: give the original of this one.")
             return

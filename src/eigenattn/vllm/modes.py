@@ -21,6 +21,11 @@ def layers_draft(vllm_config: Any) -> bool:
     return speculation is not None and speculation.method in DRAFTING
 
 
+def is_of_drafts(vllm_config: Any) -> bool:
+    """Whether this is the configuration of a model that drafts, and not of the one that is served."""
+    return layers_draft(vllm_config) and vllm_config.model_config is vllm_config.speculative_config.draft_model_config
+
+
 def check_modes(vllm_config: Any) -> None:
     """Refuse what latents are not served with.
 
@@ -57,7 +62,7 @@ def check_served(vllm_config: Any, served: Collection[str]) -> None:
     config = vllm_config.model_config
     if config is None or getattr(config, "is_submodel_config", False) or config.architecture in served:
         return
-    if layers_draft(vllm_config) and config is vllm_config.speculative_config.draft_model_config:
+    if is_of_drafts(vllm_config):
         return
     if asked_for(config.hf_config, vllm_config.additional_config):
         raise EigenAttnError(

@@ -17,7 +17,7 @@ from ...cache.codebook import Codebook, level_table
 from ...cache.packing import PARTS, Widths
 from ...errors import EigenAttnError
 from ..matrices import DEPTH, as_columns, as_rows
-from ..native_library import library, multiplies, unavailable
+from ..native_library import address, library, multiplies, unavailable
 from .arguments import Rotary, Side, Step
 
 # What rows may hold; bytes are codes.
@@ -170,12 +170,12 @@ def _launch(
         *_layout(near_keys, g),
         *_layout(near_values, g),
         *_layout(far_keys, g),
-        rank_k, _at(x.key_decoder), _at(x.key_mean), _at(x.key_levels),
+        rank_k, address(x.key_decoder), address(x.key_mean), address(x.key_levels),
         0 if matrices else _matrices(x.key_decoder), _of_levels(x.key_levels),
-        x.far_keys.shape[-1], _at(x.key_plan), places[0],
+        x.far_keys.shape[-1], address(x.key_plan), places[0],
         *_layout(far_values, g),
-        rank_v, _at(x.value_decoder), _at(x.value_mean), _at(x.value_levels), 0, _of_levels(x.value_levels),
-        x.far_values.shape[-1], _at(x.value_plan), places[1],
+        rank_v, address(x.value_decoder), address(x.value_mean), address(x.value_levels), 0, _of_levels(x.value_levels),
+        x.far_values.shape[-1], address(x.value_plan), places[1],
         0 if near_keys is None else _tokens(near_keys, x.near_pages),
         *_count(x.first, counts[0]),
         *_count(x.length, counts[1]),
@@ -185,13 +185,13 @@ def _launch(
         *((0, 0, 0, 0) if positions is None else (positions.data_ptr(), positions.stride(1), positions.itemsize, 0)),
         0 if positions is None or len(positions) == 1 else positions.stride(0),
         0 if x.order is None else len(x.order) // 2,
-        _at(x.order), _at(x.table), _at(x.frequencies), matrices, _at(x.identity),
+        address(x.order), address(x.table), address(x.frequencies), matrices, address(x.identity),
         *scales,
-        _at(x.slopes), _at(x.sinks), _at(mask), *((0, 0, 0) if mask is None else _mask_layout(mask)),
+        address(x.slopes), address(x.sinks), address(mask), *((0, 0, 0) if mask is None else _mask_layout(mask)),
         out.data_ptr(), KINDS[out.dtype],
         *_pages(x.far_pages, x.far_keys),
         *_pages(x.near_pages, x.near_keys),
-        _at(x.row_of_pair), *_rows_of_positions(positions, x.query),
+        address(x.row_of_pair), *_rows_of_positions(positions, x.query),
     )  # fmt: skip
     found.eigenattn_decode(arguments)
     return out
@@ -208,10 +208,6 @@ _operator = torch.library.custom_op("eigenattn::decode_natively", _launch, mutat
 def _shape_of_output(tensors: Sequence[Tensor | None], counts: Any, sizes: Sequence[int], scales: Any) -> Tensor:
     q = _Tensors._make(tensors).q
     return q.new_empty(*q.shape[:2], sizes[-2])
-
-
-def _at(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _matrices(decoder: Tensor | None) -> int:

@@ -140,6 +140,8 @@ struct Source {
     const uint16_t *matrices;
     int64_t parts;
     const float *of_mean;
+
+    int64_t at(int64_t b, int64_t h, int64_t t) const { return b * batch + h * head + t * token; }
 };
 
 // Add P vectors [size] times an encoder [size, row] to latents, P rows of theirs.
@@ -164,7 +166,7 @@ void encode(const Source &source, int64_t b, int64_t l, int64_t first, int64_t t
     const float *mean = source.mean ? source.mean + l * width : nullptr;
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t h = 0; h < shared; h++) {
-            const int64_t at = b * source.batch + (l * shared + h) * source.head + (first + t) * source.token;
+            const int64_t at = source.at(b, l * shared + h, first + t);
             float *own = x + t * width + h * size;
             if (source.bf16)
                 for (int64_t d = 0; d < size; d++) own[d] = number(reinterpret_cast<const uint16_t *>(source.data)[at + d]);
@@ -193,7 +195,7 @@ void encode_by_matrices(const Source &source, int64_t b, int64_t l, int64_t firs
         const int64_t some = std::min<int64_t>(tokens - start, BLOCK);
         for (int64_t t = 0; t < some; t++)
             for (int64_t h = 0; h < shared; h++) {
-                const int64_t at = b * source.batch + (l * shared + h) * source.head + (first + start + t) * source.token;
+                const int64_t at = source.at(b, l * shared + h, first + start + t);
                 std::memcpy(x + t * depth + h * size, reinterpret_cast<const uint16_t *>(source.data) + at, 2 * size);
             }
         multiply(x, 1, source.matrices + l * source.parts * depth * row, source.parts, depth, row, product);

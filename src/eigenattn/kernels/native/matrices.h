@@ -44,12 +44,14 @@ inline Couples side_by_side(Couples a, Couples b) {
     return (Couples)_mm512_permutex2var_epi16((__m512i)a, (__m512i)odd, (__m512i)b);
 }
 
-// Two vectors to bf16, side by side, and what that leaves of them to bf16 too.
-inline void split(Vector a, Vector b, uint16_t *high, uint16_t *low) {
+// Call with two vectors that are to be cut to bf16, with what that leaves of them, and so on.
+template <int PARTS, class Take> inline void split(Vector a, Vector b, Take take) {
     const uint32_t kept = 0xffff0000;
-    const Couples a_high = to_cut(a), b_high = to_cut(b);
-    store(high, side_by_side(a_high, b_high));
-    store(low, side_by_side(to_cut(a - Vector(a_high & kept)), to_cut(b - Vector(b_high & kept))));
+    UNROLLED for (int i = 0; i < PARTS; i++) {
+        const Couples first = to_cut(a), second = to_cut(b);
+        take(i, first, second);
+        a -= Vector(first & kept), b -= Vector(second & kept);
+    }
 }
 
 // A thread's registers of matrices, all of 16 rows of 64 bytes, as long as this lives.

@@ -7,7 +7,6 @@
 // A number in fp32 is three of bf16, of whose products six count: what comes out is as exact as fp32 has it.
 
 #include <cmath>
-#include <limits>
 
 #include "matrices.h"
 #include "threads.h"
@@ -20,7 +19,6 @@ constexpr int64_t QUERIES = 256;                  // of a task
 constexpr int64_t AT_ONCE = 256 << 10;            // bytes of keys and values in matrices, which stay in the second cache
 constexpr int FOLDS = 2, TILE = FOLDS * ROWS;     // queries at once
 constexpr int BLOCKS = 4, KEYS = BLOCKS * DEPTH;  // keys whose scores are held
-constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 constexpr float OCTAVES = 1.44269504f;  // of e
 constexpr float ROOM = 8;               // octaves by which a score may exceed what weights are against
 
@@ -47,29 +45,13 @@ template <class T> inline Vector power_of_two(Vector x) {
     return (Vector)_mm512_scalef_ps((__m512)y, (__m512)x);
 }
 
-// What rounding leaves.
-inline Vector less(Vector x, Couples cut) { return x - Vector(cut & 0xffff0000u); }
-
 // The first numbers of a row, at most DEPTH, and zeros: in bf16, or as parts of bf16.
 template <int PARTS> inline void load_row(const uint16_t *row, int64_t count, Couples *parts) {
     parts[0] = (Couples)_mm512_maskz_loadu_epi16(count >= DEPTH ? ~__mmask32(0) : (__mmask32(1) << count) - 1, row);
 }
 template <int PARTS> inline void load_row(const float *row, int64_t count, Couples *parts) {
-    Vector a = load_part(row, count), b = count > LANES ? load_part(row + LANES, count - LANES) : Vector{};
-    UNROLLED for (int i = 0; i < PARTS; i++) {
-        const Couples first = to_cut(a), second = to_cut(b);
-        parts[i] = side_by_side(first, second);
-        a = less(a, first), b = less(b, second);
-    }
-}
-
-// Two vectors to bf16, couples as `rounded` has them, and what that leaves.
-template <int PARTS> inline void store_parts(Vector a, Vector b, uint16_t *to, int64_t step) {
-    UNROLLED for (int i = 0; i < PARTS; i++) {
-        const Couples lower = to_cut(a), upper = to_cut(b);
-        store(to + i * step, uppers(lower, upper));
-        a = less(a, lower), b = less(b, upper);
-    }
+    const Vector a = load_part(row, count), b = count > LANES ? load_part(row + LANES, count - LANES) : Vector{};
+    split<PARTS>(a, b, [&](int i, Couples first, Couples second) { parts[i] = side_by_side(first, second); });
 }
 
 // Keys and values of a head as matrices, and TILE queries of one of its query heads.
@@ -244,7 +226,10 @@ template <class T> void Stretch<T>::hide(const Sight &sight, int64_t first, int6
     for (int fold = 0; fold < FOLDS; fold++) {
         const int64_t from = first + fold * ROWS, all_from = sight.low(from + ROWS - 1), all_to = sight.high(from);
         Integers low, high;
-        for (int i = 0; i < ROWS; i++) low[i] = int32_t(sight.low(from + i) - start), high[i] = int32_t(sight.high(from + i) - start);
+        for (int i = 0; i < ROWS; i++) {
+            low[i] = int32_t(sight.low(from + i) - start);
+            high[i] = int32_t(sight.high(from + i) - start);
+        }
         for (int64_t n = 0; n < count * DEPTH; n += ROWS) {
             if (start + n >= all_from && start + n + ROWS <= all_to) continue;
             float *own = scores + (fold * KEYS + n) * ROWS;
@@ -274,7 +259,9 @@ template <class T> void Stretch<T>::weigh(int fold, int64_t keys, float scale) {
             most = larger(most, larger(x, y));
             total += a;
             other += b;
-            store_parts<PARTS>(a, b, to, FOLDS * MATRIX);
+            split<PARTS>(a, b, [&](int i, Couples lower, Couples upper) {
+                store(to + i * FOLDS * MATRIX, uppers(lower, upper));
+            });
         }
         if (raise(fold, most * scale)) continue;
         totals[fold] += total + other;

@@ -11,7 +11,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 #include <numeric>
 
 #include "arguments.h"
@@ -23,7 +22,6 @@ namespace {
 
 constexpr int HEADS = 16;   // that matrices take at once
 constexpr int SPAN = 256;  // tokens whose weights are held at most
-constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 // A list of tokens: those that are latents, or the exact window.
 struct List {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -22,6 +23,7 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 // Arrays of vectors are registers only if loops over them are no loops before the compiler looks for such arrays.
 #define UNROLLED _Pragma("GCC unroll 16")
 

@@ -162,7 +162,9 @@ void ByVectors::decode_block([[maybe_unused]] const Side &side) {
                 x[j] = left >= LANES ? load(keys[t] + at) : left > 0 ? load_part(keys[t] + at, left) : Vector{};
             }
             uint16_t *own = halves + t * depth + i;
-            split(x[0], x[1], own, own + BLOCK * depth);
+            split<2>(x[0], x[1], [&](int part, Couples first, Couples second) {
+                store(own + part * BLOCK * depth, side_by_side(first, second));
+            });
         }
     const uint16_t *u = reinterpret_cast<const uint16_t *>(side.decoder) + g * decoders * depth * width;
     multiply(halves, side.rows.kind == BF16 ? 1 : 2, u, decoders, depth, width, pair_room);
