@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..calibration.checks import check_length, most_positions
 from ..errors import EigenAttnError
+from ..models.cache_names import CACHE
 from ..models.placement import input_device
 from .prefill import read
 from .shapes import Contest
@@ -41,7 +42,7 @@ def fill(model: PreTrainedModel, batch: int, length: int) -> None:
     """Read `length` tokens a row piece by piece, and decode one more, with a dynamic cache."""
     ids = torch.full((batch, length), 3, device=input_device(model))
     cache = read(model, ids, CHUNK)
-    model(ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(ids[:, :1], use_cache=True, logits_to_keep=1, **{CACHE: cache})
 
 
 def _fits(model: PreTrainedModel, batch: int, length: int) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..cache.size import allocated_bytes
+from ..models.cache_names import CACHE
 from ..models.placement import input_device
 from .shapes import Contest
 from .timing import in_turns, machine
@@ -20,7 +21,7 @@ def read(model: PreTrainedModel, ids: Tensor, chunk: int) -> DynamicCache:
     """Read a prompt [B, T], `chunk` tokens a pass, into a dynamic cache."""
     cache = DynamicCache(config=model.config)
     for piece in ids.split(chunk, dim=1):
-        model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(piece, use_cache=True, logits_to_keep=1, **{CACHE: cache})
     return cache
 
 

@@ -15,6 +15,7 @@ from ..cache.size import allocated_bytes
 from ..calibration.checks import check_length, checked
 from ..errors import EigenAttnError
 from ..files import is_text
+from ..models.cache_names import CACHE
 from ..models.placement import input_device
 
 # Temperatures between them leave logits in the range of half precision (chosen: far beyond any that people sample at).
@@ -42,7 +43,7 @@ def cache_bytes_used(model: PreTrainedModel, ids: Tensor) -> int:
     """Bytes that the cache holds after reading tokens [B, T], the last of them in a step of its own as in decoding."""
     cache = DynamicCache(config=model.config)
     for piece in (ids[:, :-1], ids[:, -1:]):
-        model(piece.to(input_device(model)), past_key_values=cache, use_cache=True)
+        model(piece.to(input_device(model)), use_cache=True, **{CACHE: cache})
     return allocated_bytes(cache)
 
 
@@ -107,7 +108,7 @@ def _generated(model: PreTrainedModel, tokenizer: Any, cache: EigenCache, **opti
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     start = time.perf_counter()
     with checked(model):
-        output = cast(Any, model).generate(past_key_values=cache, use_cache=True, pad_token_id=pad, **options)
+        output = cast(Any, model).generate(use_cache=True, pad_token_id=pad, **{CACHE: cache}, **options)
     return output[0], time.perf_counter() - start
 
 

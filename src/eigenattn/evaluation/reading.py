@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..cache.evicting import EigenCache
 from ..calibration.checks import check_tokens
 from ..errors import EigenAttnError
+from ..models.cache_names import CACHE
 from ..models.placement import input_device
 from .paired import Estimate, exponential, mean
 
@@ -35,7 +36,7 @@ def through_cache(model: PreTrainedModel, ids: Tensor, keep: int) -> Tensor:
     out = model(ids[:, :prefill], use_cache=True)
     logits = [out.logits]
     for position in range(prefill, ids.shape[1]):
-        out = model(ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
+        out = model(ids[:, position : position + 1], use_cache=True, **{CACHE: out[CACHE]})
         logits.append(out.logits)
     return torch.cat(logits, dim=1)[:, -keep:]
 
@@ -58,9 +59,9 @@ def through_eviction(evict: str | None, budget: int | float | None, piece: int =
                 "with eviction a prompt must come before the tokens that are judged: lower the stride."
             )
         cache = EigenCache(model.config, evict=evict, budget=budget)
-        model(ids[:, :-keep], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids[:, :-keep], use_cache=True, logits_to_keep=1, **{CACHE: cache})
         pieces = ids[:, -keep:].split(piece, dim=1)
-        return torch.cat([model(each, past_key_values=cache, use_cache=True).logits for each in pieces], dim=1)
+        return torch.cat([model(each, use_cache=True, **{CACHE: cache}).logits for each in pieces], dim=1)
 
     return read
 

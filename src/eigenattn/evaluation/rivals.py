@@ -19,6 +19,7 @@ from ..cache.layout import Layout
 from ..compression.folding import attach, detach
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
+from ..models.cache_names import CACHE
 from ..models.families import family_of
 from ..models.rotary import rotate
 from .reading import Logits, uncached
@@ -214,7 +215,7 @@ class QuantisedCacheRival(Rival):
     @torch.no_grad()
     def _in_pieces(self, piece: int, model: PreTrainedModel, ids: Tensor, keep: int) -> Tensor:
         cache = self.cache(model.config, piece)
-        pieces = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(piece, dim=1)]
+        pieces = [model(part, use_cache=True, **{CACHE: cache}).logits for part in ids.split(piece, dim=1)]
         return torch.cat(pieces, dim=1)[:, -keep:]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import EigenAttnError
 from .absorbed import Absorbed
+from .cache_names import cache_of
 from .family import Family
 from .recognition import recognised
 
@@ -92,7 +93,7 @@ def _llama4_query_scale(attention: Any, arguments: dict[str, Any]) -> Tensor | N
     config, (layer, states) = attention.config, (attention.layer_idx, arguments["hidden_states"])
     if not config.attn_temperature_tuning or config.no_rope_layers[layer]:
         return None
-    cache = arguments.get("past_key_values")
+    cache = cache_of(arguments)
     past = 0 if cache is None else cache.get_seq_length(layer)
     positions = torch.arange(states.shape[1], device=states.device) + past
     return torch.log1p(torch.floor((positions[None].float() + 1) / config.floor_scale)) * config.attn_scale + 1
@@ -160,7 +161,6 @@ FAMILIES: dict[str, Family] = {
         qkv=("query_key_value",),
         fused="grouped",
         output="dense",
-        cache_argument="layer_past",
     ),
     "falcon": Family(
         title="Falcon",
@@ -170,7 +170,6 @@ FAMILIES: dict[str, Family] = {
         output="dense",
         positions=_falcon_positions,
         scale="inv_norm_factor",
-        cache_argument="layer_past",
         kv_heads=_falcon_kv_heads,
         note="With `alibi=True` nothing rotates, and queries are folded too. transformers has no static cache for such "
         "models. Its eager attention adds ALiBi twice, and ours once, as its sdpa does. FlashAttention is not "
@@ -184,7 +183,6 @@ FAMILIES: dict[str, Family] = {
         output="dense",
         positions="alibi",
         scale="inv_norm_factor",
-        cache_argument="layer_past",
         bias_argument="alibi",
         adds_residual=True,
         note="Before transformers 5.21 a static cache needs an attention mask of its own length, as `generate` gives.",
@@ -438,7 +436,6 @@ FAMILIES: dict[str, Family] = {
         positions="learned",
         dropout="attn_dropout",
         output_dropout="resid_dropout",
-        cache_argument="layer_past",
         kv_heads=_gpt_bigcode_kv_heads,
     ),
     "deepseek_v2": _latent_attention(

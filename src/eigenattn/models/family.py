@@ -64,7 +64,6 @@ class Family:
             values are keys.
         reads: attribute of the attention module that says whether the layer reads the keys and values of an earlier one
             and has none of its own, if a family has such layers. The earlier one hands them on in `shared_kv_states`.
-        cache_argument: name under which the decoder layer passes the cache.
         bias_argument: name under which a bias on the scores (ALiBi) is passed, if any.
         mask_true_is_masked: a boolean mask is True where attention is forbidden.
         adds_residual: the attention adds the residual stream, its second positional argument, to its output.
@@ -102,7 +101,6 @@ class Family:
     output_dropout: str | None = None
     absorbed: Absorbed | None = None
     reads: str | None = None
-    cache_argument: str = "past_key_values"
     bias_argument: str | None = None
     mask_true_is_masked: bool = False
     adds_residual: bool = False

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache.context import CacheContext
@@ -18,6 +19,7 @@ from ..kernels.blocks import shows_future
 from ..kernels.decoding import Rotary
 from ..kernels.reference import add_mask, causal_mask, score_dtype
 from ..kernels.sdpa import widen
+from .cache_names import NAMES, cache_of
 from .layer import AttentionLayer
 from .memoised import memoised
 from .rotary import rotate
@@ -42,10 +44,10 @@ class ForwardPass:
 
     def __init__(self, layer: AttentionLayer, arguments: dict[str, Any]) -> None:
         family = layer.family
-        if arguments.get("cache") is not None:
-            raise EigenAttnError("continuous batching has a paged cache for full-rank heads only: use `generate`.")
         self.layer, self._arguments = layer, arguments
-        self.cache: Any = arguments.get(family.cache_argument)
+        self.cache: Any = cache_of(arguments)
+        if self.cache is not None and not isinstance(self.cache, Cache):
+            raise EigenAttnError("continuous batching has a paged cache for full-rank heads only: use `generate`.")
         self.position_ids, self._cos_sin = self._positions()
         self.gate: Tensor | None = None  # of the heads' output, [B, H, T, D or 1]
         # Is given the output of the heads [B, H, T, D], before the gate: what looks on may ask for it.
@@ -308,7 +310,7 @@ class ForwardPass:
             )
         # FlashAttention, FlexAttention and kernels from the hub take one head size for all three.
         size, size_v = max(q.shape[-1], v.shape[-1]), v.shape[-1]
-        consumed = {"attention_mask", "position_embeddings", "output_attentions", layer.family.cache_argument}
+        consumed = {"attention_mask", "position_embeddings", "output_attentions", *NAMES}
         options = {name: value for name, value in self._arguments.items() if name not in consumed}
         options |= {"dropout": self.dropout, "scaling": layer.scaling, "sliding_window": layer.sliding_window}
         if layer.softcap is not None:
