@@ -321,6 +321,7 @@ def saved_failure(model: nn.Module, ids: Tensor) -> str | None:
         model.save_pretrained(folder)
         backend = model.config._attn_implementation
         loaded = type(model).from_pretrained(folder, dtype="auto", attn_implementation=backend).eval()
+        loaded = loaded.to(model.dtype)  # transformers 5.24 keeps some weights in fp32 when it loads
         loaded.set_experts_implementation("eager")
         save_bases(model, f"{folder}/bases")
         eigenattn.attach(original, f"{folder}/bases")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 import vision
 from every_type import LENGTH, TOLERANCE, built, error, generated, image_failure, predicted, with_bases
 from tiny import tokens
@@ -29,6 +30,8 @@ def wrapper(name: str) -> torch.nn.Module:
     """A tiny one; the test is skipped where this transformers has none."""
     if name not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         pytest.skip(f"this transformers has no {name}")
+    if name == "llama4" and transformers.__version__.startswith("5.24."):
+        pytest.skip("the original looks for outputs that its language model does not return")
     return built(name, wrapped=True)
 
 
