@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +35,13 @@ def through_cache(model: PreTrainedModel, ids: Tensor, keep: int) -> Tensor:
     """The first half of the sequence at once, and the rest token by token through the cache."""
     prefill = ids.shape[1] // 2
     out = model(ids[:, :prefill], use_cache=True)
-    logits = [out.logits]
-    for position in range(prefill, ids.shape[1]):
-        out = model(ids[:, position : position + 1], use_cache=True, **{CACHE: out[CACHE]})
-        logits.append(out.logits)
-    return torch.cat(logits, dim=1)[:, -keep:]
+    return torch.cat([out.logits, in_pieces(model, ids[:, prefill:], out[CACHE], 1)], dim=1)[:, -keep:]
+
+
+def in_pieces(model: PreTrainedModel, ids: Tensor, cache: Any, piece: int) -> Tensor:
+    """Predictions [B, T, V] for tokens [B, T] that are read into a cache, `piece` of them at a time."""
+    pieces = ids.split(piece, dim=1)
+    return torch.cat([model(each, use_cache=True, **{CACHE: cache}).logits for each in pieces], dim=1)
 
 
 def through_eviction(evict: str | None, budget: int | float | None, piece: int = 1) -> Logits:
@@ -60,8 +63,7 @@ def through_eviction(evict: str | None, budget: int | float | None, piece: int =
             )
         cache = EigenCache(model.config, evict=evict, budget=budget)
         model(ids[:, :-keep], use_cache=True, logits_to_keep=1, **{CACHE: cache})
-        pieces = ids[:, -keep:].split(piece, dim=1)
-        return torch.cat([model(each, use_cache=True, **{CACHE: cache}).logits for each in pieces], dim=1)
+        return in_pieces(model, ids[:, -keep:], cache, piece)
 
     return read
 

@@ -19,10 +19,9 @@ from ..cache.layout import Layout
 from ..compression.folding import attach, detach
 from ..errors import EigenAttnError
 from ..models.attention import EigenAttention
-from ..models.cache_names import CACHE
 from ..models.families import family_of
 from ..models.rotary import rotate
-from .reading import Logits, uncached
+from .reading import Logits, in_pieces, uncached
 from .rounding import GROUP, STORED, ChannelCode, Code, HadamardCode, LatticeCode, SphereCode, half
 
 # First tokens that are kept exactly, where any are (KVTC, arXiv 2511.01815, keeps as many).
@@ -214,9 +213,7 @@ class QuantisedCacheRival(Rival):
 
     @torch.no_grad()
     def _in_pieces(self, piece: int, model: PreTrainedModel, ids: Tensor, keep: int) -> Tensor:
-        cache = self.cache(model.config, piece)
-        pieces = [model(part, use_cache=True, **{CACHE: cache}).logits for part in ids.split(piece, dim=1)]
-        return torch.cat(pieces, dim=1)[:, -keep:]
+        return in_pieces(model, ids, self.cache(model.config, piece), piece)[:, -keep:]
 
 
 def _installed(package: str) -> bool:

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import transformers
-from packaging.version import Version
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # By which a model is given its cache, and returns it. Since 5.24 the old name warns.
-CACHE = "cache" if Version(transformers.__version__).release >= (5, 24) else "past_key_values"
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 # By which a decoder layer hands it to its attention. Before 5.24 `cache` was that of continuous batching alone.
 NAMES = ("past_key_values", "layer_past", "cache")
 
