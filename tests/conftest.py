@@ -11,7 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # test modules share tests/tiny.
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else its products are refused where outputs are poisoned
+else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which other libraries may do
 
 
@@ -19,3 +21,9 @@ if not torch.cuda.is_available():
 def _few_threads():
     """Tiny tensors gain nothing from threads, and lose much when several test processes share the cores."""
     torch.set_num_threads(1)
+
+
+if torch.cuda.is_available():
+    from eigenattn.kernels.decoding import fused
+
+    fused._tuned.configs = [c for c in fused._tuned.configs if c.kwargs == {"BLOCK": 64, "TOGETHER": True}][1:2]

@@ -297,7 +297,7 @@ def test_evicted_tokens(name):
     columns = drawn.sort(-1).values.to(DEVICE)
     slots = 0 if arguments["window"] is None else arguments["window"].keys.shape[2]
     total = 3 * s + slots
-    arguments |= {"first": None, "length": 3 * s, "columns": columns, "mask": torch.rand(b, 1, total) > 0.2}
+    arguments |= {"first": None, "length": 3 * s, "columns": columns, "mask": torch.rand(b, 1, total, device=DEVICE) > 0.2}
     arguments["positions"] = torch.arange(total, device=DEVICE).expand(b, -1)
     if slots:
         window = arguments["window"]

@@ -85,7 +85,7 @@ class AttentionLayer(LatentMaps):
     @property
     def rotates(self) -> bool:
         """Whether this layer turns queries and keys by rotary positions."""
-        return bool(self._rotary)
+        return len(self._rotary) > 0
 
     @property
     def normalises(self) -> bool:

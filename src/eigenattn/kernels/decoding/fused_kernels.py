@@ -67,7 +67,7 @@ def _here(shape, n0):
 
     Else it keeps the numbers of all pieces in registers from block to block, and spills thousands of bytes a thread.
     """
-    return None if shape is None else shape + (n0 >> 30)
+    return shape + (n0 >> 30)
 
 
 @triton.jit
@@ -185,7 +185,11 @@ def _attend(
         n = n0 + tl.arange(0, BLOCK)
         seen = (n >= low) & (n < high)
         scores = tl.zeros([BLOCK, M], tl.float32)
-        here_k, here_v = _here(shape_k, n0), _here(shape_v, n0)
+        here_k, here_v = None, None  # Triton before 3.7 has no functions that return None
+        if shape_k is not None:
+            here_k = _here(shape_k, n0)
+        if shape_v is not None:
+            here_v = _here(shape_v, n0)
         if PAIRS:
             # The query is turned to where the block begins, and keys by how far they stand behind: where positions
             # are without gaps, by angles from a table that is the same for every block.
