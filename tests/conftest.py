@@ -21,9 +21,3 @@ else:
 def _few_threads():
     """Tiny tensors gain nothing from threads, and lose much when several test processes share the cores."""
     torch.set_num_threads(1)
-
-
-if torch.cuda.is_available():
-    from eigenattn.kernels.decoding import fused
-
-    fused._tuned.configs = [c for c in fused._tuned.configs if c.kwargs == {"BLOCK": 64, "TOGETHER": True}][1:2]

@@ -122,13 +122,13 @@ class Rotary:
             return slice(0, self.width, 2), slice(1, self.width, 2)
         return slice(0, self.width // 2), slice(self.width // 2, self.width)
 
-    def table(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions 0 .. rows - 1, [rows, width / 2] in fp32, without scaling; kept."""
-        if rows not in self._tables:
+    def table(self, rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions 0 .. rows - 1, [rows, width / 2] in this dtype, without scaling; kept."""
+        if (rows, dtype) not in self._tables:
             places = torch.arange(rows, dtype=torch.float32, device=self.inverse_frequencies.device)
             angles = places.unsqueeze(-1) * self.inverse_frequencies.float()
-            self._tables[rows] = angles.cos(), angles.sin()
-        return self._tables[rows]
+            self._tables[rows, dtype] = angles.cos().to(dtype), angles.sin().to(dtype)
+        return self._tables[rows, dtype]
 
     def turns(self, positions: Tensor) -> Tensor:
         """Rotations to positions [...], as complex numbers, one a pair: [..., width / 2]."""

@@ -41,41 +41,11 @@ from .fused_kernels import combine, decode_splits
 from .pieces import pieces
 
 INTERPRETED = knobs.runtime.interpret
-LARGEST_BLOCK = 16 if INTERPRETED else 128
+ROTATING = (16, 4, 3, 0, 1) if INTERPRETED else (64, 4, 3, 0, 1)
+PLAIN = (16, 4, 3, 0, 1) if INTERPRETED else (64, 4, 3, 0, 1)
+SHORTEST = 16 if INTERPRETED else 128  # tokens of a split
 MOST_SPLITS = 128  # combined in one tile
-
-
-def _configurations() -> list[triton.Config]:
-    """What is tried, once for each shape; the interpreter has nothing to choose."""
-    if INTERPRETED:
-        return [triton.Config({"BLOCK": LARGEST_BLOCK, "TOGETHER": True})]
-    return [
-        triton.Config({"BLOCK": block, "TOGETHER": together}, num_warps=warps, num_stages=stages)
-        for together in (False, True)
-        for block, warps, stages in (
-            (32, 4, 3),
-            (64, 4, 2),
-            (64, 4, 3),
-            (64, 8, 3),
-            (128, 4, 2),
-            (128, 8, 2),
-            (128, 8, 3),
-        )
-    ]
-
-
-def _worth_trying(configurations: list[triton.Config], arguments: Any, **shape: Any) -> list[triton.Config]:
-    """Where no heads share, all programs are of single heads."""
-    return [each for each in configurations if shape["SHARED_V"] > 1 or not each.kwargs["TOGETHER"]]
-
-
-SHAPE = ["H", "G", "SHARED_K", "SHARED_V", "D", "KEY_PLAN", "VALUE_PLAN", "PAIRS", "INTERLEAVED", "MASK", "bucket"]
-_tuned = triton.autotune(
-    _configurations(),
-    key=SHAPE,
-    prune_configs_by={"early_config_prune": _worth_trying},
-    cache_results=not INTERPRETED,
-)(decode_splits)
+LARGEST_DECODER = 2**16  # bytes of it that stay in shared memory from block to block
 
 
 def _layout(x: Tensor) -> tuple[int, int, int, int]:
@@ -94,7 +64,7 @@ def _processors(device: torch.device) -> int:
 
 def split_sequence(tokens: int, programs: int, processors: int) -> int:
     """How many splits: some four programs a processor, none of less than the largest block, `MOST_SPLITS` at most."""
-    blocks = max(-(-tokens // LARGEST_BLOCK), 1)
+    blocks = max(-(-tokens // SHORTEST), 1)
     return min(blocks, max(4 * processors // max(programs, 1), 1), MOST_SPLITS)
 
 
@@ -156,7 +126,9 @@ def decode(step: Step) -> Tensor:
 
     tables, near = (None, None, None), (None, None, None, None)
     if rotary is not None:
-        tables = rotary.inverse_frequencies.float(), *rotary.table(LARGEST_BLOCK)
+        # Half precision holds cosines better than bf16 holds the keys that they turn.
+        dtype = torch.float16 if q.element_size() == 2 else torch.float32
+        tables = rotary.inverse_frequencies.float(), *rotary.table(ROTATING[0], dtype)
     if window is not None:
         near = window.keys, window.values, each_row(window.column), each_row(window.stop)
     arguments = _Arguments(
@@ -223,7 +195,7 @@ def _launch(
     if rotates:
         rank_k = d if x.key_decoder is None else x.key_decoder.shape[1]
     far, shared_k, shared_v = far_keys.shape[2], g // far_keys.shape[1], g // far_values.shape[1]
-    splits = split_sequence(far, b * g // shared_v, _processors(q.device))
+    splits = split_sequence(far, b * g, _processors(q.device))
     partial = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     far_sums, near_sums = partial(b, h, splits, rank_v), partial(b, h, d if windowed else 0)
     tops, totals = partial(b, h, splits + 1), partial(b, h, splits + 1)
@@ -235,7 +207,10 @@ def _launch(
         mask_strides = tuple(mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 1))
         mask_kind = (1 if mask.dtype == torch.bool else 2) + (2 if mask.shape[1] > 1 else 0)
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    _tuned[lambda choice: (b * g // (shared_v if choice["TOGETHER"] else 1), splits + windowed)](
+    chosen = ROTATING if rotates else PLAIN
+    if d * q.element_size() > 512 and not INTERPRETED:
+        chosen = (32, 4, 2, 0, 1)
+    decode_splits[(b * g, splits + windowed)](
         q,
         q_small,
         x.offset,
@@ -259,7 +234,6 @@ def _launch(
         softcap,
         splits,
         0 if near_keys is None else near_keys.shape[2],
-        max(far - 1, 0).bit_length(),
         *mask_strides,
         0 if positions is None or len(positions) == 1 else positions.stride(0),
         *(stride for layout in layouts for stride in layout[:2]),
@@ -281,6 +255,11 @@ def _launch(
         MASK=mask_kind,
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
         JOINT=joint,
+        BLOCK=chosen[0],
+        KEEP=bool(chosen[4]) and q.element_size() == 2 and rank_k * d * 2 <= LARGEST_DECODER,
+        HELD=bool(chosen[3]),
+        num_warps=chosen[1],
+        num_stages=chosen[2],
     )
     out = torch.empty(b, h, size_out, dtype=q.dtype, device=q.device)
     combine[(b * h,)](

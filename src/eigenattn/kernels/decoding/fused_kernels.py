@@ -16,6 +16,11 @@ import triton.language as tl
 from ...cache import codebook
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+INVERSE_TURN = tl.constexpr(1 / math.tau)
+# tau = 201 / 32 + 126 / 2^16 + the rest
+TURN_HIGH, TURN_MIDDLE = tl.constexpr(201 / 32), tl.constexpr(126 / 2**16)
+TURN_LOW = tl.constexpr(math.tau - 201 / 32 - 126 / 2**16)
+NOWHERE = tl.constexpr(-(2**31))  # no position
 UNIT_SCALE, OCTAVE = tl.constexpr(codebook.UNIT_SCALE), tl.constexpr(codebook.OCTAVE)
 
 
@@ -27,38 +32,63 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _angle(angle):
+    """Cosine and sine of radians, without the slow ways and the memory of those of libraries: to some 2e-7."""
+    turns = tl.floor(angle * INVERSE_TURN + 0.5)
+    # What is left of whole turns, of which the first part is exact in a product.
+    half = (((angle - turns * TURN_HIGH) - turns * TURN_MIDDLE) - turns * TURN_LOW) * 0.5
+    square = half * half
+    sin = 1 / 362880 - square * (1 / 39916800)
+    sin = half * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * sin))))
+    cos = -1 / 3628800 + square * (1 / 479001600)
+    cos = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320 + square * cos))))
+    return 1 - 2 * sin * sin, 2 * sin * cos
+
+
+@triton.jit
 def _part(tokens, seen, PLAN: tl.constexpr, i: tl.constexpr, part: tl.constexpr):
-    """What is stored of a piece, or of one part of its codes [BLOCK, size]."""
+    """One part of the codes of a piece [BLOCK, size], where it belongs in them."""
+    START: tl.constexpr = PLAN[i][6 + 4 * part]
+    SIZE: tl.constexpr = PLAN[i][7 + 4 * part]
+    BITS: tl.constexpr = PLAN[i][8 + 4 * part]
     places = tl.arange(0, PLAN[i][1])
-    return tl.load(
-        tokens[:, None] + PLAN[i][5 + 3 * part] + places[None, :],
+    channels = PLAN[i][5] + places
+    found = tl.load(
+        tokens[:, None] + (START + channels % SIZE)[None, :],
         mask=seen[:, None] & (places < PLAN[i][2])[None, :],
         other=0,
     )
+    return ((found.to(tl.int32) >> (channels // SIZE * BITS)[None, :]) & (2**BITS - 1)) << PLAN[i][9 + 4 * part]
 
 
 @triton.jit
 def _piece(tokens, seen, shape, PLAN: tl.constexpr, i: tl.constexpr, RANK: tl.constexpr, dtype: tl.constexpr):
     """One piece of latents [BLOCK, size], or what a decoder that is folded takes of codes (`Side.fold`)."""
-    found = _part(tokens, seen, PLAN, i, 0)
-    if PLAN[i][3] < 16:
-        code = (found.to(tl.int32) >> PLAN[i][6]) & (2 ** PLAN[i][7] - 1)
-        if len(PLAN[i]) > 8:
-            lower = (_part(tokens, seen, PLAN, i, 1).to(tl.int32) >> PLAN[i][9]) & (2 ** PLAN[i][10] - 1)
-            code = (code << PLAN[i][10]) | lower
+    places = tl.arange(0, PLAN[i][1])
+    known = places < PLAN[i][2]
+    if PLAN[i][3] == 16:
+        found = tl.load(
+            tokens[:, None] + (PLAN[i][0] + places)[None, :], mask=seen[:, None] & known[None, :], other=0.0
+        )
+    else:
+        code = _part(tokens, seen, PLAN, i, 0)
+        if len(PLAN[i]) > 10:
+            code |= _part(tokens, seen, PLAN, i, 1)
         u = (code - 2 ** (PLAN[i][3] - 1)).to(tl.float32)
-        places = tl.arange(0, PLAN[i][1])
-        known = places < PLAN[i][2]
         of_piece = shape + PLAN[i][0] + places
         a = tl.load(of_piece, mask=known, other=0.0)[None, :]
         b = tl.load(of_piece + RANK, mask=known, other=0.0)[None, :]
         c = tl.load(of_piece + 2 * RANK, mask=known, other=0.0)[None, :]
         d = tl.load(of_piece + 3 * RANK, mask=known, other=0.0)[None, :]
         found = a + u * (b + u * (c + u * d))
-        if PLAN[i][4] >= 0:
-            scale = tl.load(tokens + PLAN[i][4], mask=seen, other=0).to(tl.float32)
-            found *= tl.exp2((scale - UNIT_SCALE) / OCTAVE)[:, None]
     return found.to(dtype)
+
+
+@triton.jit
+def _scales(tokens, seen, PLAN: tl.constexpr):
+    """The scales of tokens [BLOCK], of a plan that has them."""
+    found = tl.load(tokens + PLAN[0][4], mask=seen, other=0).to(tl.float32)
+    return tl.exp2((found - UNIT_SCALE) / OCTAVE)
 
 
 @triton.jit
@@ -71,48 +101,55 @@ def _here(shape, n0):
 
 
 @triton.jit
-def _decoded(
-    tokens, seen, shape, decoder, mean, h: tl.constexpr, dims, known,
-    PLAN: tl.constexpr, RANK: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr, dtype,
+def _pairs(start: tl.constexpr, SIZE: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Some pairs of dimensions that positions turn: which, whether they are, and both dimensions of each."""
+    pairs = start + tl.arange(0, SIZE)
+    first = pairs * 2 if INTERLEAVED else pairs
+    second = pairs * 2 + 1 if INTERLEAVED else pairs + PAIRS
+    return pairs, pairs < PAIRS, first, second
+
+
+@triton.jit
+def _keys(
+    latents, tokens, seen, scales, decoder, mean, dims, known,
+    PLAN: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Some dimensions of head h's keys [BLOCK, len(dims)] in fp32: decoded, or loaded where there is no decoder."""
+    """Some dimensions of keys [BLOCK, len(dims)] in fp32: decoded, or loaded where there is no decoder."""
     if decoder is None:
         x = tl.load(tokens[:, None] + dims[None, :], mask=seen[:, None] & known[None, :], other=0.0).to(tl.float32)
     else:
         x = tl.zeros([tokens.shape[0], dims.shape[0]], tl.float32)
-        of_head = None if shape is None else shape + h * 4 * RANK
         for i in tl.static_range(len(PLAN)):
-            z = _piece(tokens, seen, of_head, PLAN, i, RANK, dtype)
             channels = tl.arange(0, PLAN[i][1])
             u = tl.load(
-                decoder + (h * RANK + PLAN[i][0] + channels)[:, None] * D + dims[None, :],
+                decoder + (PLAN[i][0] + channels)[:, None] * D + dims[None, :],
                 mask=(channels < PLAN[i][2])[:, None] & known[None, :],
                 other=0.0,
             )
-            x = _dot(z, u, x, UPCAST)
+            x = _dot(latents[i], u, x, UPCAST)
+    if scales is not None:
+        x *= scales[:, None]
     if mean is not None:
-        x += tl.load(mean + h * D + dims, mask=known, other=0.0).to(tl.float32)[None, :]
+        x += tl.load(mean + dims, mask=known, other=0.0).to(tl.float32)[None, :]
     return x
 
 
 @triton.jit
-def _own(q, h: tl.constexpr, OF: tl.constexpr, COUNT: tl.constexpr):
-    """Queries [n, heads] with zeros for all but the h-th `OF` heads of `COUNT` times so many."""
-    if COUNT == 1:
-        return q
-    return tl.where((tl.arange(0, q.shape[1]) // OF == h)[None, :], q, tl.zeros_like(q))
+def _turn(a, b, cos, sin):
+    """Pairs of dimensions, turned."""
+    return a * cos - b * sin, b * cos + a * sin
 
 
 @triton.jit
 def _queries(q, heads, of_group, PLAN: tl.constexpr, SIZE: tl.constexpr):
-    """Queries of a group, transposed, in pieces [size, heads]."""
+    """Queries of a group, in pieces [heads, size]."""
     found = ()
     for i in tl.static_range(len(PLAN)):
         channels = tl.arange(0, PLAN[i][1])
         found += (
             tl.load(
-                q + heads[None, :] * SIZE + (PLAN[i][0] + channels)[:, None],
-                mask=of_group[None, :] & (channels < PLAN[i][2])[:, None],
+                q + heads[:, None] * SIZE + (PLAN[i][0] + channels)[None, :],
+                mask=of_group[:, None] & (channels < PLAN[i][2])[None, :],
                 other=0.0,
             ),
         )
@@ -121,19 +158,19 @@ def _queries(q, heads, of_group, PLAN: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def _dimensions(q, heads, of_group, dims, known, D: tl.constexpr):
-    """Some dimensions of the queries of a group, transposed [len(dims), heads], in fp32."""
-    mask = of_group[None, :] & known[:, None]
-    return tl.load(q + heads[None, :] * D + dims[:, None], mask=mask, other=0.0).to(tl.float32)
+    """Some dimensions of the queries of a group [heads, len(dims)], in fp32."""
+    mask = of_group[:, None] & known[None, :]
+    return tl.load(q + heads[:, None] * D + dims[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _masked(scores, mask, mask_h, n, seen, of_group, MASK: tl.constexpr):
-    """Scores [BLOCK, heads] with a mask: 1 is boolean, 2 additive, plus 2 if every head has its own."""
+    """Scores [heads, BLOCK] with a mask: 1 is boolean, 2 additive, plus 2 if every head has its own."""
     if MASK > 2:
-        places = n.to(tl.int64)[:, None] + (tl.arange(0, scores.shape[1]) * mask_h)[None, :]
-        found = tl.load(mask + places, mask=seen[:, None] & of_group[None, :], other=0)
+        places = n.to(tl.int64)[None, :] + (tl.arange(0, scores.shape[0]) * mask_h)[:, None]
+        found = tl.load(mask + places, mask=seen[None, :] & of_group[:, None], other=0)
     else:
-        found = tl.load(mask + n, mask=seen, other=0)[:, None]
+        found = tl.load(mask + n, mask=seen, other=0)[None, :]
     if MASK % 2:
         return tl.where(found != 0, scores, float("-inf"))
     return scores + tl.maximum(found.to(tl.float32), -1e30) * LOG2_E  # the least number would overflow
@@ -143,32 +180,40 @@ def _masked(scores, mask, mask_h, n, seen, of_group, MASK: tl.constexpr):
 def _attend(
     q, q_small, offset, slope, keys, values, decoder, mean, shape_k, shape_v, inverse, cosines, sines,
     low, high, start, positions, query, distance, scale, scaling, softcap, mask, mask_h, heads, of_group,
-    sums_out, sums_stride, top_out, sum_out, next_keys,
+    sums_out, sums_stride, top_out, sum_out,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr,
     D: tl.constexpr, SIZE_Q: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
-    MASK: tl.constexpr, UPCAST: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, RANK_V: tl.constexpr,
-    SHARED: tl.constexpr, SHARED_K: tl.constexpr, JOINT: tl.constexpr,
+    MASK: tl.constexpr, UPCAST: tl.constexpr, RANK: tl.constexpr, RANK_V: tl.constexpr, KEEP: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
-    """Attention over tokens low .. high - 1 of one list: writes sums of values, top score and total by head.
+    """Attention over tokens low .. high - 1 of one KV head: writes sums of values, top score and total by query head.
 
-    The list is of `SHARED` KV heads, each of `GROUP` query heads, that have one latent of values, and one of keys for
-    every `SHARED_K` of them, the next one `next_keys` elements further on; with `JOINT`, values come from that of keys.
-    A score is of one KV head, so what heads have scores of is the sum of products in which the others' queries are 0.
     Blocks begin at `start`, not behind `low`. `positions` points at the position of token 0, `query` is the
     query's, and ALiBi counts n + `distance`. `mask` points at what token 0 finds, if it is not None.
     """
     dtype: tl.constexpr = q.dtype.element_ty
     M: tl.constexpr = heads.shape[0]
     high = tl.where(low < high, high, start)  # a block has a token that is seen, or there is no block
+    places = tl.arange(0, BLOCK)
     if PAIRS:
         SIZE: tl.constexpr = triton.next_power_of_2(PAIRS) if PAIRS > 16 else 16
-        pairs = tl.arange(0, SIZE)
-        paired = pairs < PAIRS
-        first = pairs * 2 if INTERLEAVED else pairs
-        second = pairs * 2 + 1 if INTERLEAVED else pairs + PAIRS
-        frequency = tl.load(inverse + pairs, mask=paired, other=0.0)
-        q_a = _dimensions(q, heads, of_group, first, paired, D) * scaling * scaling
-        q_b = _dimensions(q, heads, of_group, second, paired, D) * scaling * scaling
+        PART: tl.constexpr = SIZE if SIZE < 32 else 32  # pairs at a time: all at once would not fit in registers
+        q_pairs, turned, advance, behind = (), (), (), ()
+        for i in tl.static_range(SIZE // PART):
+            pairs, paired, first, second = _pairs(i * PART, PART, PAIRS, INTERLEAVED)
+            q_pairs += (
+                _dimensions(q, heads, of_group, first, paired, D) * scaling * scaling,
+                _dimensions(q, heads, of_group, second, paired, D) * scaling * scaling,
+            )
+            turned += (tl.zeros([M, PART], tl.float32), tl.zeros([M, PART], tl.float32))
+            advance += _angle(-BLOCK * tl.load(inverse + pairs, mask=paired, other=0.0))
+            if HELD:
+                table = places[:, None] * PAIRS + pairs[None, :]
+                behind += (
+                    tl.load(cosines + table, mask=paired[None, :], other=0.0),
+                    tl.load(sines + table, mask=paired[None, :], other=0.0),
+                )
+        expected = tl.full([], NOWHERE, tl.int32)
         REST: tl.constexpr = D - 2 * PAIRS
         if REST:
             REST_SIZE: tl.constexpr = triton.next_power_of_2(REST) if REST > 16 else 16
@@ -180,54 +225,77 @@ def _attend(
     total = tl.zeros([M], tl.float32)
     sums = ()
     for i in tl.static_range(len(VALUE_PLAN)):
-        sums += (tl.full([VALUE_PLAN[i][1], M], 0.0, tl.float32),)
+        sums += (tl.full([M, VALUE_PLAN[i][1]], 0.0, tl.float32),)
     for n0 in range(start, high, BLOCK):
-        n = n0 + tl.arange(0, BLOCK)
+        n = n0 + places
         seen = (n >= low) & (n < high)
-        scores = tl.zeros([BLOCK, M], tl.float32)
-        here_k, here_v = None, None  # Triton before 3.7 has no functions that return None
+        here_k, here_v, here_u = None, None, decoder  # older versions of Triton have no functions that return None
         if shape_k is not None:
             here_k = _here(shape_k, n0)
         if shape_v is not None:
             here_v = _here(shape_v, n0)
+        if decoder is not None:
+            if not KEEP:
+                here_u = _here(decoder, n0)
+        tokens = keys + n.to(tl.int64) * KEY_STRIDE
+        scales = None
+        if KEY_PLAN[0][4] >= 0:
+            scales = _scales(tokens, seen, KEY_PLAN)
         if PAIRS:
-            # The query is turned to where the block begins, and keys by how far they stand behind: where positions
-            # are without gaps, by angles from a table that is the same for every block.
-            where = tl.load(positions + n, mask=seen, other=2147483647)
-            begin = tl.min(where, 0)
-            behind = tl.where(seen, where - begin, 0)
-            angle = (query - begin).to(tl.float32) * frequency
-            cos, sin = tl.cos(angle)[:, None], tl.sin(angle)[:, None]
-            q_first, q_second = q_a * cos - q_b * sin, q_b * cos + q_a * sin
-            if tl.max(behind, 0) < BLOCK:
-                table = behind[:, None] * PAIRS + pairs[None, :]
-                key_cos = tl.load(cosines + table, mask=paired[None, :], other=0.0)
-                key_sin = tl.load(sines + table, mask=paired[None, :], other=0.0)
-            else:
-                angles = behind.to(tl.float32)[:, None] * frequency[None, :]
-                key_cos, key_sin = tl.cos(angles), tl.sin(angles)
-            for h in tl.static_range(SHARED):
-                tokens = keys + h // SHARED_K * next_keys + n.to(tl.int64) * KEY_STRIDE
-                a = _decoded(tokens, seen, here_k, decoder, mean, h, first, paired, KEY_PLAN, RANK, D, UPCAST, dtype)
-                b = _decoded(tokens, seen, here_k, decoder, mean, h, second, paired, KEY_PLAN, RANK, D, UPCAST, dtype)
-                x, y = (a * key_cos - b * key_sin).to(dtype), (b * key_cos + a * key_sin).to(dtype)
-                scores = _dot(x, _own(q_first, h, GROUP, SHARED).to(dtype), scores, UPCAST)
-                scores = _dot(y, _own(q_second, h, GROUP, SHARED).to(dtype), scores, UPCAST)
-                if REST:
-                    a = _decoded(
-                        tokens, seen, here_k, decoder, mean, h, rest, rest < D, KEY_PLAN, RANK, D, UPCAST, dtype
-                    )
-                    scores = _dot(a.to(dtype), _own(q_rest, h, GROUP, SHARED), scores, UPCAST)
-        else:
-            LATENTS: tl.constexpr = (SHARED + SHARED_K - 1) // SHARED_K
-            for j in tl.static_range(LATENTS):
-                tokens = keys + j * next_keys + n.to(tl.int64) * KEY_STRIDE
+            # Queries are turned back to the position of the block's place 0, and keys from there to their own: where
+            # positions are without gaps, by angles that are the same in every block.
+            begins = tl.load(positions + n, mask=seen, other=0) - places
+            begin = tl.min(tl.where(seen, begins, 2147483647), 0)
+            even = tl.max(tl.where(seen, begins, NOWHERE), 0) == begin
+            steps = tl.where(seen, begins - begin + places, 0).to(tl.float32)
+            latents, before = (), turned
+            turned = ()
+            if decoder is not None:
                 for i in tl.static_range(len(KEY_PLAN)):
-                    of_latent = None if here_k is None else here_k + j * SHARED_K * 4 * RANK
-                    z = _piece(tokens, seen, of_latent, KEY_PLAN, i, RANK, dtype)
-                    scores = _dot(z, _own(pieces[i], j, GROUP * SHARED_K, LATENTS), scores, UPCAST)
+                    latents += (_piece(tokens, seen, here_k, KEY_PLAN, i, RANK, dtype),)
+            # Decoded keys are the first operand, which tensor cores take from registers.
+            found = tl.zeros([BLOCK, M], tl.float32)
+            for i in tl.static_range(SIZE // PART):
+                pairs, paired, first, second = _pairs(i * PART, PART, PAIRS, INTERLEAVED)
+                if begin == expected:
+                    q_a, q_b = _turn(
+                        before[2 * i], before[2 * i + 1], advance[2 * i][None, :], advance[2 * i + 1][None, :]
+                    )
+                else:
+                    frequency = tl.load(inverse + pairs, mask=paired, other=0.0)
+                    q_cos, q_sin = _angle((query - begin).to(tl.float32) * frequency)
+                    q_a, q_b = _turn(q_pairs[2 * i], q_pairs[2 * i + 1], q_cos[None, :], q_sin[None, :])
+                turned += (q_a, q_b)
+                if even:
+                    if HELD:
+                        cos, sin = behind[2 * i], behind[2 * i + 1]
+                    else:
+                        table = places[:, None] * PAIRS + pairs[None, :]
+                        cos = tl.load(cosines + table, mask=paired[None, :], other=0.0)
+                        sin = tl.load(sines + table, mask=paired[None, :], other=0.0)
+                else:
+                    frequency = tl.load(inverse + pairs, mask=paired, other=0.0)
+                    cos, sin = _angle(steps[:, None] * frequency[None, :])
+                    cos, sin = cos.to(cosines.dtype.element_ty), sin.to(cosines.dtype.element_ty)
+                a = _keys(latents, tokens, seen, scales, here_u, mean, first, paired, KEY_PLAN, D, UPCAST)
+                b = _keys(latents, tokens, seen, scales, here_u, mean, second, paired, KEY_PLAN, D, UPCAST)
+                a, b = _turn(a, b, cos.to(tl.float32), sin.to(tl.float32))
+                found = _dot(a.to(dtype), tl.trans(q_a.to(dtype)), found, UPCAST)
+                found = _dot(b.to(dtype), tl.trans(q_b.to(dtype)), found, UPCAST)
+            if REST:
+                c = _keys(latents, tokens, seen, scales, here_u, mean, rest, rest < D, KEY_PLAN, D, UPCAST)
+                found = _dot(c.to(dtype), tl.trans(q_rest), found, UPCAST)
+            expected = begin + BLOCK
+            scores = tl.trans(found)
+        else:
+            scores = tl.zeros([M, BLOCK], tl.float32)
+            for i in tl.static_range(len(KEY_PLAN)):
+                z = _piece(tokens, seen, here_k, KEY_PLAN, i, RANK, dtype)
+                scores = _dot(pieces[i], tl.trans(z), scores, UPCAST)
+            if scales is not None:
+                scores *= scales[None, :]
         if offset is not None:
-            scores += offset[None, :]
+            scores += offset[:, None]
         if softcap is not None:
             # tanh(x) = 1 - 2 / (exp(2 x) + 1)
             scores = softcap - 2 * softcap / (tl.exp2(scores * (2 * scale * LOG2_E / softcap)) + 1)
@@ -235,41 +303,43 @@ def _attend(
         else:
             scores *= scale * LOG2_E
         if slope is not None:
-            scores += (n + distance).to(tl.float32)[:, None] * (slope * LOG2_E)[None, :]
-        scores = tl.where(seen[:, None], scores, float("-inf"))
+            scores += (n + distance).to(tl.float32)[None, :] * (slope * LOG2_E)[:, None]
+        scores = tl.where(seen[None, :], scores, float("-inf"))
         if MASK:
             scores = _masked(scores, mask, mask_h, n, seen, of_group, MASK)
-        risen = tl.maximum(top, tl.max(scores, 0))
+        risen = tl.maximum(top, tl.max(scores, 1))
         against = tl.where(risen == float("-inf"), 0.0, risen)  # nothing was seen so far
-        weights = tl.exp2(scores - against[None, :])
+        weights = tl.exp2(scores - against[:, None])
         fade = tl.exp2(top - against)
-        total = total * fade + tl.sum(weights, 0)
+        total = total * fade + tl.sum(weights, 1)
         top = risen
-        tokens = (keys if JOINT else values) + n.to(tl.int64) * VALUE_STRIDE
+        tokens = values + n.to(tl.int64) * VALUE_STRIDE
+        if VALUE_PLAN[0][4] >= 0:
+            weights *= _scales(tokens, seen, VALUE_PLAN)[None, :]
         grown = ()
         for i in tl.static_range(len(VALUE_PLAN)):
             z = _piece(tokens, seen, here_v, VALUE_PLAN, i, RANK_V, dtype)
-            grown += (_dot(tl.trans(z), weights.to(dtype), sums[i] * fade[None, :], UPCAST),)
+            grown += (_dot(weights.to(dtype), z, sums[i] * fade[:, None], UPCAST),)
         sums = grown
     for i in tl.static_range(len(VALUE_PLAN)):
         channels = tl.arange(0, VALUE_PLAN[i][1])
-        written = of_group[None, :] & (channels < VALUE_PLAN[i][2])[:, None]
+        written = of_group[:, None] & (channels < VALUE_PLAN[i][2])[None, :]
         tl.store(
-            sums_out + heads[None, :] * sums_stride + (VALUE_PLAN[i][0] + channels)[:, None], sums[i], mask=written
+            sums_out + heads[:, None] * sums_stride + (VALUE_PLAN[i][0] + channels)[None, :], sums[i], mask=written
         )
     tl.store(top_out, top, mask=of_group)
     tl.store(sum_out, total, mask=of_group)
 
 
 @triton.jit(
-    do_not_specialize=["splits", "near_tokens", "bucket", "mask_b", "mask_h", "positions_b"]
+    do_not_specialize=["splits", "near_tokens", "mask_b", "mask_h", "positions_b"]
     + [f"{x}_{y}" for x in ("fk", "fv", "nk", "nv") for y in "bg"]
 )
 def decode_splits(
     q, q_small, offset, slopes, far_keys, far_values, decoder, mean, key_shape, value_shape, near_keys, near_values,
     firsts, lengths, positions, queries, near_columns, near_stops, inverse, cosines, sines,
     mask, far_sums, near_sums, tops, totals,
-    scale, scaling, softcap, splits, near_tokens, bucket, mask_b, mask_h, positions_b,
+    scale, scaling, softcap, splits, near_tokens, mask_b, mask_h, positions_b,
     fk_b, fk_g, fv_b, fv_g, nk_b, nk_g, nv_b, nv_g,
     FK_VEC: tl.constexpr, FV_VEC: tl.constexpr, NK_VEC: tl.constexpr, NV_VEC: tl.constexpr,
     FK_STRIDE: tl.constexpr, FV_STRIDE: tl.constexpr, NK_STRIDE: tl.constexpr, NV_STRIDE: tl.constexpr,
@@ -277,17 +347,15 @@ def decode_splits(
     D: tl.constexpr, SIZE_Q: tl.constexpr, RANK: tl.constexpr,
     RANK_V: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr, NEAR_PLAN: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr,
-    JOINT: tl.constexpr, TOGETHER: tl.constexpr,
+    JOINT: tl.constexpr, KEEP: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """One split of the sequence, or the exact window, of a row and KV head, or of all that share a latent of values."""
-    SHARED: tl.constexpr = SHARED_V if TOGETHER else 1
-    LISTS: tl.constexpr = G // SHARED
-    row, g = tl.program_id(0) // LISTS, tl.program_id(0) % LISTS * SHARED
+    """One split of the sequence, or the exact window, of a row and KV head."""
+    row, g = tl.program_id(0) // G, tl.program_id(0) % G
     split = tl.program_id(1)
     GROUP: tl.constexpr = H // G
-    M: tl.constexpr = triton.next_power_of_2(GROUP * SHARED) if GROUP * SHARED > 16 else 16
+    M: tl.constexpr = triton.next_power_of_2(GROUP) if GROUP > 16 else 16
     member = tl.arange(0, M)
-    of_group = member < GROUP * SHARED
+    of_group = member < GROUP
     heads = row * H + g * GROUP + member
     first, length = tl.load(firsts + row), tl.load(lengths + row)
     query = 0
@@ -318,43 +386,37 @@ def decode_splits(
         begin = first // BLOCK * BLOCK
         each = tl.cdiv(tl.cdiv(tl.maximum(length - begin, 0), splits), BLOCK) * BLOCK
         start = begin + split * each
+        keys = far_keys + (row.to(tl.int64) * fk_b + g // SHARED_K * fk_g) * FK_VEC
+        values = keys
+        if not JOINT:
+            values = far_values + (row.to(tl.int64) * fv_b + g // SHARED_V * fv_g) * FV_VEC
         _attend(
-            q, q_small, offset_of_head, slope,
-            far_keys + (row.to(tl.int64) * fk_b + g // SHARED_K * fk_g) * FK_VEC,
-            far_values + (row.to(tl.int64) * fv_b + g // SHARED_V * fv_g) * FV_VEC,
+            q, q_small, offset_of_head, slope, keys, values,
             decoder_of_head, mean_of_head, shape_k, shape_v, inverse, cosines, sines,
             tl.maximum(first, start), tl.minimum(length, start + each), start,
             positions, query, -length, scale, scaling, softcap, mask, mask_h, heads, of_group,
-            far_sums + split * RANK_V, splits * RANK_V, top_out, sum_out, fk_g.to(tl.int64) * FK_VEC,
+            far_sums + split * RANK_V, splits * RANK_V, top_out, sum_out,
             FK_STRIDE, FV_STRIDE, KEY_PLAN, VALUE_PLAN, D, SIZE_Q, PAIRS, INTERLEAVED, BLOCK,
-            MASK, UPCAST, GROUP, RANK, RANK_V, SHARED, SHARED_K, JOINT,
+            MASK, UPCAST, RANK, RANK_V, KEEP, HELD,
         )  # fmt: skip
     elif near_keys is not None:
         column = tl.load(near_columns + row)
         low = tl.maximum(tl.maximum(first, length) - column, 0)
+        if PAIRS:
+            positions += column
         if MASK:
             mask += column
         stop = tl.minimum(tl.load(near_stops + row) - column, near_tokens)
-        of_one = member < GROUP
-        for h in range(SHARED):  # exact values are of each KV head by itself
-            of_head, own_mask, own_positions = None, None, None
-            if PAIRS:
-                own_positions = positions + column
-            if slopes is not None:
-                of_head = tl.load(slopes + (g + h) * GROUP + member, mask=of_one, other=0.0)
-            if MASK:
-                own_mask = mask + h * GROUP * mask_h
-            first_head = h * GROUP
-            _attend(
-                q, q, None, of_head,
-                near_keys + (row.to(tl.int64) * nk_b + (g + h) * nk_g) * NK_VEC,
-                near_values + (row.to(tl.int64) * nv_b + (g + h) * nv_g) * NV_VEC,
-                None, None, None, None, inverse, cosines, sines, low, stop, low // BLOCK * BLOCK,
-                own_positions, query, column - length, scale, scaling, softcap, own_mask, mask_h, heads + first_head,
-                of_one, near_sums, D, top_out + first_head * (splits + 1), sum_out + first_head * (splits + 1), 0,
-                NK_STRIDE, NV_STRIDE, NEAR_PLAN, NEAR_PLAN, D, D, PAIRS, INTERLEAVED, BLOCK,
-                MASK, UPCAST, GROUP, D, D, 1, 1, False,
-            )  # fmt: skip
+        _attend(
+            q, q, None, slope,
+            near_keys + (row.to(tl.int64) * nk_b + g * nk_g) * NK_VEC,
+            near_values + (row.to(tl.int64) * nv_b + g * nv_g) * NV_VEC,
+            None, None, None, None, inverse, cosines, sines, low, stop, low // BLOCK * BLOCK,
+            positions, query, column - length, scale, scaling, softcap, mask, mask_h, heads,
+            of_group, near_sums, D, top_out, sum_out,
+            NK_STRIDE, NV_STRIDE, NEAR_PLAN, NEAR_PLAN, D, D, PAIRS, INTERLEAVED, BLOCK,
+            MASK, UPCAST, D, D, False, HELD,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["splits"])
