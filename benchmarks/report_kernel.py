@@ -29,7 +29,9 @@ AIMS_INTRODUCTION = """\
 ## What the fused kernel is built for
 
 Time of one step of attention in bf16, over that of the best at full rank in the same run. The last row is a whole step
-of decoding, each with the fastest kind of cache.
+of decoding, each with the fastest kind of cache. The kernel has changed since it was measured: latents without rotary
+positions are read in blocks of 32 tokens, not of 128, which took 0.85 of the time on the same GPU, and codes by the
+lanes of a warp side by side, which has not been timed ([decisions](decisions.md#the-fused-kernel-on-an-h200)).
 """
 
 

@@ -16,6 +16,8 @@ from eigenattn import EigenAttnError
 from eigenattn.cache.packing import Widths
 from eigenattn.kernels.decoding import Rotary, Side, Step, Window, why_not
 from eigenattn.kernels.decoding import decode as decode_step
+from eigenattn.kernels.decoding.pieces import cut, pieces
+from eigenattn.kernels.decoding.programs import MOST_SPLITS, SHORTEST_SPLIT, Programs, programs_for, split_sequence
 from eigenattn.kernels.native_library import unavailable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,6 +40,7 @@ CASES = {
     "rotary-interleaved": (2, 4, 4, 18, 16, 8, 8, 4, "interleaved", torch.float32),
     "bf16": (2, 6, 2, 35, 32, 24, 16, 6, "rotary", torch.bfloat16),
     "fp16": (2, 6, 2, 35, 32, 24, 16, 6, "none", torch.float16),
+    "long-rotary": (1, 4, 2, 300, 32, 24, 16, 6, "rotary", torch.float32),
     "many-rotary": (2, 8, 4, 35, 40, 24, 56, 5, "partial", torch.float32),
     "many-alibi": (2, 4, 4, 35, 16, 24, 40, 5, "alibi", torch.float32),
 }
@@ -297,7 +300,8 @@ def test_evicted_tokens(name):
     columns = drawn.sort(-1).values.to(DEVICE)
     slots = 0 if arguments["window"] is None else arguments["window"].keys.shape[2]
     total = 3 * s + slots
-    arguments |= {"first": None, "length": 3 * s, "columns": columns, "mask": torch.rand(b, 1, total, device=DEVICE) > 0.2}
+    mask = torch.rand(b, 1, total, device=DEVICE) > 0.2
+    arguments |= {"first": None, "length": 3 * s, "columns": columns, "mask": mask}
     arguments["positions"] = torch.arange(total, device=DEVICE).expand(b, -1)
     if slots:
         window = arguments["window"]
@@ -324,10 +328,7 @@ def test_reference_against_formulas():
     torch.testing.assert_close(decode("reference", **arguments)[row, head], expected)
 
 
-@without_triton
 def test_ranks_are_cut_with_little_waste():
-    from eigenattn.kernels.decoding.pieces import cut, pieces
-
     assert [cut(size) for size in (8, 64, 72, 80, 88, 96, 112, 120)] == [
         (16,), (64,), (64, 32), (64, 32), (64, 32), (64, 32), (128,), (128,),
     ]  # fmt: skip
@@ -339,14 +340,24 @@ def test_ranks_are_cut_with_little_waste():
         assert channels == list(range(widths.channels))
 
 
-@without_triton
 def test_the_sequence_is_split_over_the_processors():
-    from eigenattn.kernels.decoding.fused import MOST_SPLITS, SHORTEST, split_sequence
-
     for tokens, programs in ((0, 1), (1, 300), (5000, 4), (100_000, 128), (10**6, 1)):
         splits = split_sequence(tokens, programs, processors=132)
         assert 1 <= splits <= MOST_SPLITS
-        assert splits == 1 or splits * SHORTEST < tokens + SHORTEST
+        assert splits == 1 or splits * SHORTEST_SPLIT < tokens + SHORTEST_SPLIT
+
+
+def test_programs_fit_into_shared_memory():
+    hopper, small = 232_448, 101_376
+    plain, large = pieces(80), pieces(512)
+    coded = pieces(0, Widths.of({8: 8, 4: 40}))
+    assert programs_for(True, plain, plain, 128, 2, hopper) == (Programs(64, 4, 3), True)
+    assert programs_for(True, plain, plain, 128, 2, small) == (Programs(64, 4, 3), True)
+    assert programs_for(False, plain, plain, 128, 2, hopper) == (Programs(32, 4, 3), True)
+    assert programs_for(False, coded, coded, 128, 2, small) == (Programs(64, 4, 3), True)
+    assert programs_for(True, large, large, 512, 2, hopper) == (Programs(32, 4, 2), False)
+    assert programs_for(True, large, large, 512, 2, small)[0].block == 16
+    assert programs_for(True, pieces(128), pieces(128), 128, 4, hopper) == (Programs(32, 4, 2), False)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,23 +1,27 @@
 """Decoding as one Triton kernel over splits of the sequence, and one that combines them.
 
-A program takes one row's KV head, or all that share a latent of values, with all query heads, and one stretch of the
-sequence; the last program of each takes the exact window. For a block of tokens it loads latents once; with rotary
-positions it decodes keys, rotates them and scores them in registers; values are summed as latents, and decoded once by
-the second kernel. The layout:
+A program takes one row's KV head, with its query heads, and one stretch of the sequence; the last program of each head
+takes the exact window. For a block of tokens it loads latents once; with rotary positions it decodes keys, rotates them
+and scores them in registers; values are summed as latents, and decoded once by the second kernel. The layout:
 
-- `R_(n0 + i) = R_n0 R_i`: a table of `R_i`, the same for every block, turns keys, and the query is turned back by the
-  block's first position `n0`. The cosines of a key's own position would be D numbers to read or to compute, more than
-  its latent holds; they are computed only in a block whose positions have a gap.
-- Scores are `[BLOCK, heads]` and sums of values `[R_v, heads]`: decoded keys, and latents transposed, are the first
-  operand of their products, which tensor cores take from registers, and heads the second, padded to 16.
-- Where heads that share a latent of values are one program's, it is loaded once, and their query heads stand side by
-  side, so that fewer of the padding's 16 columns are left empty. That takes registers, of which large ranks leave few:
-  whether it pays is tried (`TOGETHER`). A latent that keys and values share is loaded once in any case.
-- Ranks are cut in pieces of powers of two (80 = 64 + 16), at least 16, for tensor cores want no less.
-- Packed codes become numbers about as large by a polynomial of their channel, three products an element; the rest of
-  the quantiser is in decoder and mean (`Side.fold`).
+- `R_(n0 + i) = R_n0 R_i`: a table of `R_i`, the same for every block and kept in registers, turns keys, and the query
+  is turned back by the position `n0` of the block's place 0, from that of the block before. The cosines of a key's own
+  position would be D numbers to read or to compute, more than its latent holds; they are computed only in a block
+  whose positions have a gap.
+- Query heads, padded to 16, are the rows of all products with latents. Keys that are decoded are the first operand
+  instead, which tensor cores take from registers; their decoder stays in shared memory.
+- Pairs of dimensions are decoded 32 at a time: keys of all would not fit in registers.
+- Heads that share a latent have programs of their own, which find it in the cache of the GPU. One that keys and values
+  share is loaded once.
+- Ranks are cut in pieces of powers of two (80 = 64 + 32), for all extents of tensors are such.
+- Packed codes become numbers about as large by a polynomial of their channel, three products an element; the scale of
+  a token multiplies scores and weights, or decoded keys; the rest of the quantiser is in decoder and mean
+  (`Side.fold`).
 - Strides are passed in units of the widest vector they allow: the compiler cannot see by itself that 72 is a multiple
   of 8.
+
+How large blocks are was measured once, on an H200 (docs/decisions.md): tuning at run time compiled each layer's shape
+fourteen times over.
 """
 
 # Arguments of a kernel's launch are no `constexpr` yet, and a graph's list of tensors has no types of its own.
@@ -39,13 +43,10 @@ from ...cache.packing import Widths
 from .arguments import Step
 from .fused_kernels import combine, decode_splits
 from .pieces import pieces
+from .programs import LARGEST_BLOCK, SHORTEST_SPLIT, programs_for, split_sequence
 
 INTERPRETED = knobs.runtime.interpret
-ROTATING = (16, 4, 3, 0, 1) if INTERPRETED else (64, 4, 3, 0, 1)
-PLAIN = (16, 4, 3, 0, 1) if INTERPRETED else (64, 4, 3, 0, 1)
-SHORTEST = 16 if INTERPRETED else 128  # tokens of a split
-MOST_SPLITS = 128  # combined in one tile
-LARGEST_DECODER = 2**16  # bytes of it that stay in shared memory from block to block
+LEAST_BLOCK = 16  # what is interpreted: short tests shall have several blocks and splits
 
 
 def _layout(x: Tensor) -> tuple[int, int, int, int]:
@@ -58,14 +59,14 @@ def _layout(x: Tensor) -> tuple[int, int, int, int]:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
-def split_sequence(tokens: int, programs: int, processors: int) -> int:
-    """How many splits: some four programs a processor, none of less than the largest block, `MOST_SPLITS` at most."""
-    blocks = max(-(-tokens // SHORTEST), 1)
-    return min(blocks, max(4 * processors // max(programs, 1), 1), MOST_SPLITS)
+def _device(device: torch.device) -> tuple[int, float]:
+    """Processors, and bytes of shared memory that a program may have."""
+    if device.type != "cuda":
+        return 8, math.inf
+    index = torch.cuda.current_device() if device.index is None else device.index
+    driver: Any = triton.runtime.driver.active
+    found = driver.utils.get_device_properties(index)
+    return found["multiprocessor_count"], found["max_shared_mem"]
 
 
 class _Arguments(NamedTuple):
@@ -128,7 +129,7 @@ def decode(step: Step) -> Tensor:
     if rotary is not None:
         # Half precision holds cosines better than bf16 holds the keys that they turn.
         dtype = torch.float16 if q.element_size() == 2 else torch.float32
-        tables = rotary.inverse_frequencies.float(), *rotary.table(ROTATING[0], dtype)
+        tables = rotary.inverse_frequencies.float(), *rotary.table(LARGEST_BLOCK, dtype)
     if window is not None:
         near = window.keys, window.values, each_row(window.column), each_row(window.stop)
     arguments = _Arguments(
@@ -195,7 +196,10 @@ def _launch(
     if rotates:
         rank_k = d if x.key_decoder is None else x.key_decoder.shape[1]
     far, shared_k, shared_v = far_keys.shape[2], g // far_keys.shape[1], g // far_values.shape[1]
-    splits = split_sequence(far, b * g, _processors(q.device))
+    processors, memory = _device(q.device)
+    splits = split_sequence(far, b * g, processors, LEAST_BLOCK if INTERPRETED else SHORTEST_SPLIT)
+    key_plan, value_plan = pieces(rank_k, widths_k), pieces(rank_v, widths_v)
+    programs, kept = programs_for(rotates, key_plan, value_plan, d, q.element_size(), memory)
     partial = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     far_sums, near_sums = partial(b, h, splits, rank_v), partial(b, h, d if windowed else 0)
     tops, totals = partial(b, h, splits + 1), partial(b, h, splits + 1)
@@ -207,10 +211,8 @@ def _launch(
         mask_strides = tuple(mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 1))
         mask_kind = (1 if mask.dtype == torch.bool else 2) + (2 if mask.shape[1] > 1 else 0)
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    chosen = ROTATING if rotates else PLAIN
-    if d * q.element_size() > 512 and not INTERPRETED:
-        chosen = (32, 4, 2, 0, 1)
-    decode_splits[(b * g, splits + windowed)](
+    kernel: Any = decode_splits  # a launch takes more than the kernel's signature says
+    kernel[(b * g, splits + windowed)](
         q,
         q_small,
         x.offset,
@@ -247,19 +249,18 @@ def _launch(
         SIZE_Q=q_small.shape[-1],
         RANK=rank_k,
         RANK_V=rank_v,
-        KEY_PLAN=pieces(rank_k, widths_k),
-        VALUE_PLAN=pieces(rank_v, widths_v),
+        KEY_PLAN=key_plan,
+        VALUE_PLAN=value_plan,
         NEAR_PLAN=pieces(d),
         PAIRS=0 if x.inverse_frequencies is None else x.inverse_frequencies.numel(),
         INTERLEAVED=interleaved,
         MASK=mask_kind,
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
         JOINT=joint,
-        BLOCK=chosen[0],
-        KEEP=bool(chosen[4]) and q.element_size() == 2 and rank_k * d * 2 <= LARGEST_DECODER,
-        HELD=bool(chosen[3]),
-        num_warps=chosen[1],
-        num_stages=chosen[2],
+        BLOCK=LEAST_BLOCK if INTERPRETED else programs.block,
+        KEEP=kept,
+        num_warps=programs.warps,
+        num_stages=programs.stages,
     )
     out = torch.empty(b, h, size_out, dtype=q.dtype, device=q.device)
     combine[(b * h,)](

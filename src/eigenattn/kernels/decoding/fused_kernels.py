@@ -46,34 +46,30 @@ def _angle(angle):
 
 
 @triton.jit
-def _part(tokens, seen, PLAN: tl.constexpr, i: tl.constexpr, part: tl.constexpr):
+def _part(tokens, PLAN: tl.constexpr, i: tl.constexpr, part: tl.constexpr):
     """One part of the codes of a piece [BLOCK, size], where it belongs in them."""
     START: tl.constexpr = PLAN[i][6 + 4 * part]
     SIZE: tl.constexpr = PLAN[i][7 + 4 * part]
     BITS: tl.constexpr = PLAN[i][8 + 4 * part]
-    places = tl.arange(0, PLAN[i][1])
-    channels = PLAN[i][5] + places
-    found = tl.load(
-        tokens[:, None] + (START + channels % SIZE)[None, :],
-        mask=seen[:, None] & (places < PLAN[i][2])[None, :],
-        other=0,
-    )
+    channels = PLAN[i][5] + tl.minimum(tl.arange(0, PLAN[i][1]), PLAN[i][2] - 1)
+    # Neighbours in a warp shall load from one token: the compiler does so where it takes bytes for contiguous, and as
+    # it knows nothing of their alignment, it still loads single ones.
+    places = tl.max_contiguous(START + channels % SIZE, 2)
+    found = tl.load(tokens[:, None] + places[None, :])
     return ((found.to(tl.int32) >> (channels // SIZE * BITS)[None, :]) & (2**BITS - 1)) << PLAN[i][9 + 4 * part]
 
 
 @triton.jit
-def _piece(tokens, seen, shape, PLAN: tl.constexpr, i: tl.constexpr, RANK: tl.constexpr, dtype: tl.constexpr):
+def _piece(tokens, shape, PLAN: tl.constexpr, i: tl.constexpr, RANK: tl.constexpr, dtype: tl.constexpr):
     """One piece of latents [BLOCK, size], or what a decoder that is folded takes of codes (`Side.fold`)."""
     places = tl.arange(0, PLAN[i][1])
     known = places < PLAN[i][2]
     if PLAN[i][3] == 16:
-        found = tl.load(
-            tokens[:, None] + (PLAN[i][0] + places)[None, :], mask=seen[:, None] & known[None, :], other=0.0
-        )
+        found = tl.load(tokens[:, None] + (PLAN[i][0] + places)[None, :], mask=known[None, :], other=0.0)
     else:
-        code = _part(tokens, seen, PLAN, i, 0)
+        code = _part(tokens, PLAN, i, 0)
         if len(PLAN[i]) > 10:
-            code |= _part(tokens, seen, PLAN, i, 1)
+            code |= _part(tokens, PLAN, i, 1)
         u = (code - 2 ** (PLAN[i][3] - 1)).to(tl.float32)
         of_piece = shape + PLAN[i][0] + places
         a = tl.load(of_piece, mask=known, other=0.0)[None, :]
@@ -85,19 +81,16 @@ def _piece(tokens, seen, shape, PLAN: tl.constexpr, i: tl.constexpr, RANK: tl.co
 
 
 @triton.jit
-def _scales(tokens, seen, PLAN: tl.constexpr):
+def _scales(tokens, PLAN: tl.constexpr):
     """The scales of tokens [BLOCK], of a plan that has them."""
-    found = tl.load(tokens + PLAN[0][4], mask=seen, other=0).to(tl.float32)
+    found = tl.load(tokens + PLAN[0][4]).to(tl.float32)
     return tl.exp2((found - UNIT_SCALE) / OCTAVE)
 
 
 @triton.jit
-def _here(shape, n0):
-    """The same pointer, as far as the compiler knows another in every block of tokens.
-
-    Else it keeps the numbers of all pieces in registers from block to block, and spills thousands of bytes a thread.
-    """
-    return shape + (n0 >> 30)
+def _here(pointer, n0):
+    """The same pointer, as far as the compiler knows another in every block of tokens: it reads anew what is there."""
+    return pointer + (n0 >> 30)
 
 
 @triton.jit
@@ -111,12 +104,12 @@ def _pairs(start: tl.constexpr, SIZE: tl.constexpr, PAIRS: tl.constexpr, INTERLE
 
 @triton.jit
 def _keys(
-    latents, tokens, seen, scales, decoder, mean, dims, known,
+    latents, tokens, scales, decoder, mean, dims, known,
     PLAN: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Some dimensions of keys [BLOCK, len(dims)] in fp32: decoded, or loaded where there is no decoder."""
     if decoder is None:
-        x = tl.load(tokens[:, None] + dims[None, :], mask=seen[:, None] & known[None, :], other=0.0).to(tl.float32)
+        x = tl.load(tokens[:, None] + dims[None, :], mask=known[None, :], other=0.0).to(tl.float32)
     else:
         x = tl.zeros([tokens.shape[0], dims.shape[0]], tl.float32)
         for i in tl.static_range(len(PLAN)):
@@ -184,7 +177,6 @@ def _attend(
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr,
     D: tl.constexpr, SIZE_Q: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
     MASK: tl.constexpr, UPCAST: tl.constexpr, RANK: tl.constexpr, RANK_V: tl.constexpr, KEEP: tl.constexpr,
-    HELD: tl.constexpr,
 ):  # fmt: skip
     """Attention over tokens low .. high - 1 of one KV head: writes sums of values, top score and total by query head.
 
@@ -207,12 +199,11 @@ def _attend(
             )
             turned += (tl.zeros([M, PART], tl.float32), tl.zeros([M, PART], tl.float32))
             advance += _angle(-BLOCK * tl.load(inverse + pairs, mask=paired, other=0.0))
-            if HELD:
-                table = places[:, None] * PAIRS + pairs[None, :]
-                behind += (
-                    tl.load(cosines + table, mask=paired[None, :], other=0.0),
-                    tl.load(sines + table, mask=paired[None, :], other=0.0),
-                )
+            table = places[:, None] * PAIRS + pairs[None, :]
+            behind += (
+                tl.load(cosines + table, mask=paired[None, :], other=0.0),
+                tl.load(sines + table, mask=paired[None, :], other=0.0),
+            )
         expected = tl.full([], NOWHERE, tl.int32)
         REST: tl.constexpr = D - 2 * PAIRS
         if REST:
@@ -229,22 +220,19 @@ def _attend(
     for n0 in range(start, high, BLOCK):
         n = n0 + places
         seen = (n >= low) & (n < high)
-        here_k, here_v, here_u = None, None, decoder  # older versions of Triton have no functions that return None
-        if shape_k is not None:
-            here_k = _here(shape_k, n0)
-        if shape_v is not None:
-            here_v = _here(shape_v, n0)
-        if decoder is not None:
-            if not KEEP:
-                here_u = _here(decoder, n0)
-        tokens = keys + n.to(tl.int64) * KEY_STRIDE
+        # What is not seen is loaded from the nearest token that is: loads without masks are fewer instructions.
+        there = tl.minimum(tl.maximum(n, low), high - 1).to(tl.int64)
+        u = decoder
+        if decoder is not None and not KEEP:
+            u = _here(decoder, n0)
+        tokens = keys + there * KEY_STRIDE
         scales = None
         if KEY_PLAN[0][4] >= 0:
-            scales = _scales(tokens, seen, KEY_PLAN)
+            scales = _scales(tokens, KEY_PLAN)
         if PAIRS:
             # Queries are turned back to the position of the block's place 0, and keys from there to their own: where
             # positions are without gaps, by angles that are the same in every block.
-            begins = tl.load(positions + n, mask=seen, other=0) - places
+            begins = tl.load(positions + there) - places
             begin = tl.min(tl.where(seen, begins, 2147483647), 0)
             even = tl.max(tl.where(seen, begins, NOWHERE), 0) == begin
             steps = tl.where(seen, begins - begin + places, 0).to(tl.float32)
@@ -252,7 +240,7 @@ def _attend(
             turned = ()
             if decoder is not None:
                 for i in tl.static_range(len(KEY_PLAN)):
-                    latents += (_piece(tokens, seen, here_k, KEY_PLAN, i, RANK, dtype),)
+                    latents += (_piece(tokens, shape_k, KEY_PLAN, i, RANK, dtype),)
             # Decoded keys are the first operand, which tensor cores take from registers.
             found = tl.zeros([BLOCK, M], tl.float32)
             for i in tl.static_range(SIZE // PART):
@@ -267,30 +255,25 @@ def _attend(
                     q_a, q_b = _turn(q_pairs[2 * i], q_pairs[2 * i + 1], q_cos[None, :], q_sin[None, :])
                 turned += (q_a, q_b)
                 if even:
-                    if HELD:
-                        cos, sin = behind[2 * i], behind[2 * i + 1]
-                    else:
-                        table = places[:, None] * PAIRS + pairs[None, :]
-                        cos = tl.load(cosines + table, mask=paired[None, :], other=0.0)
-                        sin = tl.load(sines + table, mask=paired[None, :], other=0.0)
+                    cos, sin = behind[2 * i], behind[2 * i + 1]
                 else:
                     frequency = tl.load(inverse + pairs, mask=paired, other=0.0)
                     cos, sin = _angle(steps[:, None] * frequency[None, :])
                     cos, sin = cos.to(cosines.dtype.element_ty), sin.to(cosines.dtype.element_ty)
-                a = _keys(latents, tokens, seen, scales, here_u, mean, first, paired, KEY_PLAN, D, UPCAST)
-                b = _keys(latents, tokens, seen, scales, here_u, mean, second, paired, KEY_PLAN, D, UPCAST)
+                a = _keys(latents, tokens, scales, u, mean, first, paired, KEY_PLAN, D, UPCAST)
+                b = _keys(latents, tokens, scales, u, mean, second, paired, KEY_PLAN, D, UPCAST)
                 a, b = _turn(a, b, cos.to(tl.float32), sin.to(tl.float32))
                 found = _dot(a.to(dtype), tl.trans(q_a.to(dtype)), found, UPCAST)
                 found = _dot(b.to(dtype), tl.trans(q_b.to(dtype)), found, UPCAST)
             if REST:
-                c = _keys(latents, tokens, seen, scales, here_u, mean, rest, rest < D, KEY_PLAN, D, UPCAST)
+                c = _keys(latents, tokens, scales, u, mean, rest, rest < D, KEY_PLAN, D, UPCAST)
                 found = _dot(c.to(dtype), tl.trans(q_rest), found, UPCAST)
             expected = begin + BLOCK
             scores = tl.trans(found)
         else:
             scores = tl.zeros([M, BLOCK], tl.float32)
             for i in tl.static_range(len(KEY_PLAN)):
-                z = _piece(tokens, seen, here_k, KEY_PLAN, i, RANK, dtype)
+                z = _piece(tokens, shape_k, KEY_PLAN, i, RANK, dtype)
                 scores = _dot(pieces[i], tl.trans(z), scores, UPCAST)
             if scales is not None:
                 scores *= scales[None, :]
@@ -313,12 +296,12 @@ def _attend(
         fade = tl.exp2(top - against)
         total = total * fade + tl.sum(weights, 1)
         top = risen
-        tokens = values + n.to(tl.int64) * VALUE_STRIDE
+        tokens = values + there * VALUE_STRIDE
         if VALUE_PLAN[0][4] >= 0:
-            weights *= _scales(tokens, seen, VALUE_PLAN)[None, :]
+            weights *= _scales(tokens, VALUE_PLAN)[None, :]
         grown = ()
         for i in tl.static_range(len(VALUE_PLAN)):
-            z = _piece(tokens, seen, here_v, VALUE_PLAN, i, RANK_V, dtype)
+            z = _piece(tokens, shape_v, VALUE_PLAN, i, RANK_V, dtype)
             grown += (_dot(weights.to(dtype), z, sums[i] * fade[:, None], UPCAST),)
         sums = grown
     for i in tl.static_range(len(VALUE_PLAN)):
@@ -347,7 +330,7 @@ def decode_splits(
     D: tl.constexpr, SIZE_Q: tl.constexpr, RANK: tl.constexpr,
     RANK_V: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr, NEAR_PLAN: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr,
-    JOINT: tl.constexpr, KEEP: tl.constexpr, HELD: tl.constexpr,
+    JOINT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """One split of the sequence, or the exact window, of a row and KV head."""
     row, g = tl.program_id(0) // G, tl.program_id(0) % G
@@ -397,7 +380,7 @@ def decode_splits(
             positions, query, -length, scale, scaling, softcap, mask, mask_h, heads, of_group,
             far_sums + split * RANK_V, splits * RANK_V, top_out, sum_out,
             FK_STRIDE, FV_STRIDE, KEY_PLAN, VALUE_PLAN, D, SIZE_Q, PAIRS, INTERLEAVED, BLOCK,
-            MASK, UPCAST, RANK, RANK_V, KEEP, HELD,
+            MASK, UPCAST, RANK, RANK_V, KEEP,
         )  # fmt: skip
     elif near_keys is not None:
         column = tl.load(near_columns + row)
@@ -415,7 +398,7 @@ def decode_splits(
             positions, query, column - length, scale, scaling, softcap, mask, mask_h, heads,
             of_group, near_sums, D, top_out, sum_out,
             NK_STRIDE, NV_STRIDE, NEAR_PLAN, NEAR_PLAN, D, D, PAIRS, INTERLEAVED, BLOCK,
-            MASK, UPCAST, D, D, False, HELD,
+            MASK, UPCAST, D, D, False,
         )  # fmt: skip
 
 

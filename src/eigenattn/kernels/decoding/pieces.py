@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from ...cache.packing import Widths
 
-# A piece of a latent as a kernel sees it: (first channel, size, channels, bits, place of the scale, which channel of those
-# of its width the first is, then of each part of its codes, upper bits first, what `Plane` says). `size` is a power of
+# A piece of a latent as a kernel sees it: (first channel, size, channels, bits, place of the scale, number of the first
+# among those of its width, then of each part of its codes, upper bits first, what `Plane` says). `size` is a power of
 # two, what lies past the channels is not read, 16 bits are no codes, and the place of no scale is -1.
 Piece = tuple[int, ...]
 

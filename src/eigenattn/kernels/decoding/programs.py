@@ -1,0 +1,52 @@
+"""How the fused kernel's programs are shaped, and how a sequence is split over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .pieces import Piece
+
+LARGEST_BLOCK = 64  # of keys that are turned
+SHORTEST_SPLIT = 128  # tokens
+MOST_SPLITS = 128  # combined in one tile
+LARGEST_DECODER = 2**16  # bytes that stay in shared memory from block to block
+RESERVED = 2**13  # bytes of shared memory for what is small
+
+
+class Programs(NamedTuple):
+    """What shape programs have: tokens a block, warps, and how many blocks are loaded at a time."""
+
+    block: int
+    warps: int
+    stages: int
+
+
+def programs_for(
+    rotates: bool, key_plan: Sequence[Piece], value_plan: Sequence[Piece], d: int, element_size: int, memory: float
+) -> tuple[Programs, bool]:
+    """The fastest programs that fit, and whether the decoder of keys stays in shared memory.
+
+    Args:
+        rotates: whether keys are decoded, by a decoder of so many ranks and D dimensions.
+        memory: bytes of shared memory that a program may have.
+    """
+    coded = key_plan[0][3] < 16
+    rank_k, rank_v = (sum(piece[1] for piece in plan) for plan in (key_plan, value_plan))
+    kept = element_size == 2 and rank_k * d * element_size <= LARGEST_DECODER
+    # Of a decoder that does not stay there are 32 dimensions at a time, or all, which depends on how products are made.
+    of_decoder = rank_k * element_size * (d if kept or element_size > 2 else 32) if rotates else 0
+    best = Programs(64, 4, 3) if rotates or coded else Programs(32, 4, 3)
+    for found in (best, Programs(32, 4, 2), Programs(16, 4, 2)):
+        waiting = found.stages - 1
+        far = found.block * element_size * (found.stages * rank_k + waiting * rank_v)
+        near = found.block * element_size * 2 * waiting * d
+        if max(far + of_decoder * (1 if kept else waiting), near) + RESERVED <= memory:
+            return found, kept
+    return Programs(16, 4, 2), kept
+
+
+def split_sequence(tokens: int, programs: int, processors: int, shortest: int = SHORTEST_SPLIT) -> int:
+    """How many splits: some four programs a processor, none shorter than `shortest`, `MOST_SPLITS` at most."""
+    most = max(-(-tokens // shortest), 1)
+    return min(most, max(4 * processors // max(programs, 1), 1), MOST_SPLITS)
