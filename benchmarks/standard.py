@@ -50,6 +50,7 @@ from eigenattn.models.loading import Source, load_config, load_model, load_token
 from eigenattn.models.maps import MAPS, QUANTISERS
 from eigenattn.models.placement import input_device
 from eigenattn.progress import TokenProgress
+from eigenattn.report.inspection import layouts
 from eigenattn.version import versions
 from eigenattn.workflows.calibrate import CalibrationText
 
@@ -131,8 +132,11 @@ class Protocol:
             needles=dataclasses.replace(needles, lengths=[length]) if needles else None,
         )
 
-    def ours(self) -> dict[str, Ours]:
+    def ours(self, turns_keys: bool) -> dict[str, Ours]:
         """Our caches by name, those with the same statistics in a row.
+
+        Args:
+            turns_keys: of the model's family (`Family.turns_keys`).
 
         Raises:
             EigenAttnError: if a variant is no such thing.
@@ -145,7 +149,8 @@ class Protocol:
                 given = {"basis": asked.basis}
                 given |= {"share": asked.share} if ":" in variant else {}
                 given |= {"shrinkage": asked.shrinkage} if "~" in variant else {}
-            cell = Cell(EigenAttentionConfig(kv_ratio=bits / ORIGINAL_BITS, coded=True, **given))
+            config = EigenAttentionConfig(kv_ratio=bits / ORIGINAL_BITS, coded=True, **given)
+            cell = Cell(config.for_model(turns_keys))
             found[f"{calibration}/{cell.key}"] = Ours(calibration, variant, cell)
         return found
 
@@ -187,7 +192,9 @@ class Run:
         self.bars = TokenProgress(True)
         self.window = EigenAttentionConfig().window
         self.results: Results = self._take_up(again)
-        self.ours = {name: each for name, each in protocol.ours().items() if self._goes(name, each)}
+        text = self.config.get_text_config(decoder=True)
+        ours, original = protocol.ours(family_of(text).turns_keys(text)), layouts(self.config, None)
+        self.ours = {name: each for name, each in ours.items() if self._goes(name, each, original)}
         self._check_defaults()
         self.rivals = {rival.name: rival for rival in map(self._runs, protocol.rivals) if rival is not None}
         able = [length for length in protocol.lengths if self._reads(length)]
@@ -226,14 +233,13 @@ class Run:
             if self.results["caches"].get(name, {}).get("config", config) != config:
                 raise EigenAttnError(f"{name} was measured with other default options: drop it by --again {name}.")
 
-    def _goes(self, name: str, ours: Ours) -> bool:
-        """Whether a variant goes with the model; the default has to."""
-        text, config = self.config.get_text_config(decoder=True), ours.cell.config
+    def _goes(self, name: str, ours: Ours, original: list[Layout]) -> bool:
+        """Whether a variant goes with the model, of these layouts; the default has to."""
+        config = ours.cell.config
         try:
             check_supported(config)
-            check_sharing(family_of(text).kv_heads(text), config.sharing)
-            if family_of(text).absorbed is not None:
-                check_tied(config)
+            check_sharing(original[0].kv_heads, config.sharing)
+            check_tied(config, original)
         except EigenAttnError as error:
             if not ours.variant:
                 raise

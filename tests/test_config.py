@@ -82,6 +82,27 @@ def test_shrinkage_is_a_share(shrinkage):
 
 
 @pytest.mark.parametrize(
+    ("settings", "turns_keys", "share"),
+    [
+        ({}, False, "1kv"),
+        ({"kv_ratio": 0.14}, False, "1kv"),
+        ({}, True, "1"),
+        ({"window": 0}, False, "1"),
+        ({"coded": False}, False, "1"),
+        ({"coded": True, "basis": "attention"}, False, "1"),
+        ({"share": "1"}, False, "1"),
+        ({"share": "2"}, False, "2"),
+    ],
+)
+def test_what_is_shared_by_default_follows_from_the_model(settings, turns_keys, share):
+    config = EigenAttentionConfig(**settings)
+    assert config.share == settings.get("share")
+    chosen = config.for_model(turns_keys)
+    assert chosen.share == share
+    assert chosen.to_dict() == config.to_dict() | {"share": share}
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [("1", (1, 1, False)), ("3", (3, 3, False)), ("1-3", (1, 3, False)), ("2-6", (2, 6, False)), ("3kv", (3, 3, True))],
 )
@@ -105,7 +126,7 @@ def test_what_is_shared_is_read_and_written(text, expected):
 def test_version_1_is_read(old, new):
     nothing = {"kv_ratio": None, "error_budget": None, "energy": None, "bits_per_element": None}
     read = EigenAttentionConfig.from_dict({**nothing, **old, "version": 1})
-    assert read == EigenAttentionConfig(**({"coded": False, "basis": "attention"} | new))
+    assert read == EigenAttentionConfig(**({"coded": False, "basis": "attention", "share": "1"} | new))
 
 
 @pytest.mark.parametrize(

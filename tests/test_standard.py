@@ -125,8 +125,8 @@ def test_settings_and_texts_stay(standard, arguments, file):
 
 def test_variants_are_the_default_but_for_what_they_name(standard, arguments):
     args = standard.parser().parse_args([*arguments, "--variants", "attention:2kv", "attention:7", "attention~0.25"])
-    ours = list(standard.protocol_of(args).ours().values())
-    default = EigenAttentionConfig(coded=True, kv_ratio=3 / 16).to_dict()
+    ours = list(standard.protocol_of(args).ours(turns_keys=True).values())
+    default = EigenAttentionConfig(coded=True, kv_ratio=3 / 16, share="1").to_dict()
     assert [each.variant for each in ours] == ["", "attention:2kv", "attention:7", "attention~0.25"]
     for each, changed in zip(ours, ({}, {"share": "2kv"}, {"share": "7"}, {"shrinkage": 0.25}), strict=True):
         basis = {"basis": "attention"} if changed else {}

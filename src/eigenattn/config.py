@@ -87,10 +87,12 @@ class EigenAttentionConfig:
             of 8 channels, whatever it is.
         window: how many of the last tokens are kept exactly, W; 0 is the paper's method.
         share: which latents are shared (`Sharing`): `1`, `3`, `1-3`, `3kv`. The number of KV heads must be divisible.
-            Bytes are those of the KV ratio whatever is shared. What heads have in common is stored once, which loses
-            less, and every head decodes from the whole latent, which takes N times the arithmetic; values are decoded
-            after attention has summed them, so that sharing theirs alone takes hardly any. With all KV heads of a layer
-            and `kv` it caches one vector a token, as in multi-head latent attention (arXiv 2405.04434).
+            By default (None) the model says (`for_model`): `1kv` for coded latents beside a window where positions do
+            not turn keys, and `1` else. Bytes are those of the KV ratio whatever is shared. What heads have in common
+            is stored once, which loses less, and every head decodes from the whole latent, which takes N times the
+            arithmetic; values are decoded after attention has summed them, so that sharing theirs alone takes hardly
+            any. With all KV heads of a layer and `kv` it caches one vector a token, as in multi-head latent attention
+            (arXiv 2405.04434).
         shrinkage: share of the covariances of keys and values that is taken not from the calibration text but from what
             the projections make of any text, in [0, 1). It helps where texts to come are of another kind, or the
             calibration text is short.
@@ -110,7 +112,7 @@ class EigenAttentionConfig:
     ranks: str | None = None
     rank_multiple: int = 8
     window: int = 32
-    share: str = "1"
+    share: str | None = None
     shrinkage: float = 0.0
     refit: bool | None = None
     version: int = CONFIG_VERSION
@@ -128,7 +130,8 @@ class EigenAttentionConfig:
                 raise EigenAttnError(f"{name} must be {words}, not {value!r:.60}.")
         self._check_target()
         sharing = self.sharing  # raises if it is not in the notation
-        object.__setattr__(self, "share", str(sharing))
+        if self.share is not None:
+            object.__setattr__(self, "share", str(sharing))
         if self.refit is None:
             object.__setattr__(self, "refit", self.window == 0 and self.basis == "attention" and not sharing.joint)
         elif type(self.refit) is not bool:
@@ -181,8 +184,22 @@ class EigenAttentionConfig:
 
     @property
     def sharing(self) -> Sharing:
-        """Which latents are shared."""
-        return Sharing.of(self.share)
+        """Which latents are shared: none, while that is left to a model."""
+        return Sharing() if self.share is None else Sharing.of(self.share)
+
+    def for_model(self, turns_keys: bool) -> EigenAttentionConfig:
+        """The same, with what is left open chosen for a model.
+
+        A latent of both sides loses less at equal bytes, of codes most of all. Queries meet it as it is cached where no
+        positions turn keys; else it is decoded for every token, which takes twice the arithmetic.
+
+        Args:
+            turns_keys: whether positions do (`eigenattn.models.family.Family.turns_keys`).
+        """
+        if self.share is not None:
+            return self
+        joint = self.coded and self.basis == "fisher" and self.window > 0 and not turns_keys
+        return dataclasses.replace(self, share="1kv" if joint else "1")
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""

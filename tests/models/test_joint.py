@@ -14,9 +14,11 @@ from eigenattn import EigenAttentionConfig, EigenAttnError, compress
 from eigenattn.cache.packing import Widths
 from eigenattn.cache.size import kv_ratio
 from eigenattn.compression.folding import attach
+from eigenattn.compression.pipeline import calibrate
 from eigenattn.compression.ranks import RANK_RULES
 from eigenattn.models.bases_file import save_bases
 from eigenattn.models.conversion import eigen_layers, layouts_of
+from eigenattn.report.planning import plan_capacity
 
 heads_share = pytest.mark.parametrize("heads", [1, 2])
 
@@ -169,6 +171,29 @@ def test_bases_alone(tmp_path):
     compress(model, [ids], config, provenance={"base_model": "base"})
     save_bases(model, tmp_path)
     assert torch.equal(eigenattn.attach(tiny("llama"), tmp_path)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["opt", "mpt", "bloom", "falcon-alibi", "llama", "deepseek_v3"])
+def test_they_are_one_by_default_where_positions_do_not_turn_keys(name, tmp_path):
+    joint, ids = name in ("opt", "mpt", "bloom", "falcon-alibi"), tokens(2, 60)
+    tiny(name).save_pretrained(tmp_path)
+    planned = plan_capacity(str(tmp_path), gpu_memory=1, context=64, config=EigenAttentionConfig(window=WINDOW))
+    model = tiny(name)
+    report = compress(model, [ids], EigenAttentionConfig(window=WINDOW))
+    assert all(layout.joint == (joint or layout.tied) for layout in layouts_of(model))
+    assert report.config["share"] == ("1kv" if joint else "1")
+    assert planned.compressed.bytes_per_token == pytest.approx(report.bytes_per_token, rel=0.2)
+    check_caches(model, name)
+
+
+def test_statistics_say_what_is_shared(tmp_path):
+    (tmp_path / "apart").mkdir()
+    ids = tokens(2, 60)
+    facts = {"text": [{"source": "prose.txt", "sha256": "0"}], "samples": 2, "length": 60, "seed": 0}
+    calibrate(tiny("opt"), [ids], EigenAttentionConfig(window=WINDOW, share="1")).save(tmp_path / "apart", facts)
+    model = tiny("opt")
+    compress(model, config=EigenAttentionConfig(window=WINDOW), statistics=[tmp_path / "apart"])
+    assert not any(layout.joint for layout in layouts_of(model))
 
 
 def test_what_cannot_be_of_both_sides():

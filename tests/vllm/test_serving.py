@@ -80,6 +80,7 @@ SERVED = {
     "shared": ("llama", 8, True, "1-2", False, {}),
     "shared-without-window": ("opt", 0, False, "2-4", False, {}),
     "joint": ("qwen3", 8, True, "1kv", False, {}),
+    "joint-as-cached": ("opt", 8, True, "1kv", True, {}),
     "qwen2": ("qwen2", 32, True, "1", True, {}),
     "qwen3": ("qwen3", 32, True, "1", True, {}),
     "mistral": ("mistral", 8, True, "1", True, {}),

@@ -158,7 +158,7 @@ def open_statistics(folders: Iterable[str | Path]) -> list[StatisticsFile]:
 
 
 def check_fit(files: Sequence[StatisticsFile], config: EigenAttentionConfig) -> None:
-    """Raise an `EigenAttnError` if a configuration asks for what statistics do not hold."""
+    """Raise an `EigenAttnError` if a configuration asks for what statistics do not hold; None asks for nothing."""
     if config.basis != "fisher" or not config.coded or config.refit:
         raise EigenAttnError(
             "statistics are for coded latents (a KV ratio of at most 0.5) of the fisher basis, without refit: leave "
@@ -166,7 +166,7 @@ def check_fit(files: Sequence[StatisticsFile], config: EigenAttentionConfig) -> 
         )
     for file in files:
         for name, value in file.latents.items():
-            if getattr(config, name) != value:
+            if getattr(config, name) not in (value, None):
                 raise EigenAttnError(
                     f"the statistics in {file.folder} are of {name} {value}, not {getattr(config, name)}: leave that "
                     "out, or calibrate again."

@@ -17,7 +17,7 @@ from ..errors import EigenAttnError
 from ..workflows.calibrate import CalibrationText, calibrate_checkpoint, of_one_kind
 from ..workflows.compress import BoundedLoss, compress_checkpoint
 from .common import COMMON, MORE, Json, Model, at_lengths, command, emit, say, then
-from .options import SHARE_HELP, WINDOW_HELP, PlacementOptions
+from .options import SHARE_DEFAULT, SHARE_HELP, WINDOW_HELP, PlacementOptions
 
 
 @command(
@@ -26,7 +26,7 @@ from .options import SHARE_HELP, WINDOW_HELP, PlacementOptions
     "eigenattn compress smollm2 smollm2-4-bits --statistics prose --statistics code",
     panel=MORE,
     window=typer.Option(min=0, help=f"{WINDOW_HELP}; 0 for none."),
-    share=SHARE_HELP,
+    share=f"{SHARE_HELP} {SHARE_DEFAULT}.",
 )
 def calibrate(
     model: Model,
@@ -34,7 +34,7 @@ def calibrate(
     *,
     text: CalibrationText,
     window: int = 32,
-    share: str = "1",
+    share: str | None = None,
     loading: PlacementOptions,
     json_file: Json = None,
 ) -> None:

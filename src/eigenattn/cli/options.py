@@ -34,6 +34,7 @@ SHARE_HELP = (
     "bytes and loses less. Decoding takes more arithmetic, but hardly any more for 1-3. The number of KV heads must be "
     "divisible."
 )
+SHARE_DEFAULT = "By default 1kv for coded latents where positions do not turn keys (OPT, MPT, BLOOM), and 1 else"
 CODED_HELP = (
     "Code each channel of a latent in a few bits, from 0 to 8, chosen channel by channel, or keep all in 16. The KV "
     "ratio counts these bits: 0.25 is 4 bits for each element of the original cache."
@@ -112,7 +113,7 @@ WORDS[EigenAttentionConfig] = {
     "for a KV ratio, and for the other targets by the rule of the same name.",
     "rank_multiple": "Ranks are multiples of this number.",
     "window": f"{WINDOW_HELP}; 0 for none. By default 32, or as statistics have it.",
-    "share": f"{SHARE_HELP} By default 1, or as statistics have it.",
+    "share": f"{SHARE_HELP} {SHARE_DEFAULT}; or as statistics have it.",
     "shrinkage": "Take this share of the statistics, in [0, 1), from the weights and not from the text. It helps where "
     "texts to come are of another kind.",
     "refit": "Fit the decoders of values anew, layer by layer, once ranks are chosen. By default only without a "

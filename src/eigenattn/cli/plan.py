@@ -12,7 +12,7 @@ from ..config import DEFAULT_CODED_RATIO, DEFAULT_KV_RATIO, EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..report.planning import GIB, CapacityPlan, plan_capacity
 from .common import LOOK, Json, Model, command, emit, then
-from .options import SHARE_HELP, WINDOW_HELP, coded_or_not
+from .options import SHARE_DEFAULT, SHARE_HELP, WINDOW_HELP, coded_or_not
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20}
 
@@ -29,7 +29,7 @@ UNITS = {"": 1, "k": 2**10, "m": 2**20}
     f"{DEFAULT_CODED_RATIO}, and {DEFAULT_KV_RATIO} with --uncoded. Only for an original.",
     coded=coded_or_not(" Only for an original."),
     window=f"{WINDOW_HELP}; 32 by default. Only for an original.",
-    share=f"{SHARE_HELP} Only for an original.",
+    share=f"{SHARE_HELP} {SHARE_DEFAULT}. Only for an original.",
     tensor_parallel_size=typer.Option(min=1, help="How many GPUs share the heads of one copy of the model."),
     gpus="How many GPUs there are, on all nodes. Each group of --tensor-parallel-size holds a copy; by default "
     "there is one group.",

@@ -97,6 +97,10 @@ def _at_full_rank(model: PreTrainedModel, keep: bool = True) -> Iterator[list[Ei
         model.train(was_training)
 
 
+def _turns_keys(layers: Sequence[EigenAttention]) -> bool:
+    return any(attention.family.turns_keys(attention.config) for attention in layers)
+
+
 def calibrate(
     model: PreTrainedModel,
     batches: Iterable[Any],
@@ -118,6 +122,7 @@ def calibrate(
     check_supported(config)
     check_fit([], config)
     with _at_full_rank(model, keep=False) as layers:
+        config = config.for_model(_turns_keys(layers))
         found = Recipe(model, layers, config, batches, TokenProgress(progress), journal=journal).moments
         return Statistics.of(layers, found)
 
@@ -165,6 +170,7 @@ def compress(
     check_supported(config)
     if files:
         check_fit(files, config)
+        config = dataclasses.replace(config, share=files[0].latents["share"])
     bound = None if max_divergence is None else Bound(max_divergence, held_out or {})
     if bound is not None:
         bound.check(config)
@@ -172,6 +178,7 @@ def compress(
         config = as_attached(config, [])
     clock, bars = Clock(), TokenProgress(progress)
     with _at_full_rank(model) as layers:
+        config = config.for_model(_turns_keys(layers))
         known = merged(files, layers) if files else None
         batches = () if batches is None else batches
         recipe = Recipe(model, layers, config, batches, bars, journal=journal, clock=clock, statistics=known)

@@ -13,7 +13,7 @@ from ..cache.layout import Layout
 from ..calibration.checks import check_tokens
 from ..calibration.fisher_moments import FisherMoments
 from ..calibration.statistics import Batch
-from ..config import TARGETS, EigenAttentionConfig
+from ..config import TARGETS, EigenAttentionConfig, Sharing
 from ..errors import EigenAttnError
 from ..journal import Journal
 from ..models.attention import EigenAttention
@@ -70,7 +70,7 @@ def check_tied(config: EigenAttentionConfig, layouts: Iterable[Layout]) -> None:
     if not any(layout.tied for layout in layouts):
         return
     what = "in multi-head latent attention a token's keys and values are one vector"
-    if config.share != "1":
+    if config.sharing != Sharing():
         raise EigenAttnError(f"{what}, and there is nothing to share: leave out share.")
     if config.refit:
         raise EigenAttnError(f"{what}, whose decoder is not refitted: leave out refit.")

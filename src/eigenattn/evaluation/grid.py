@@ -65,7 +65,7 @@ class Cell:
     def kind(self) -> str:
         """The basis, shared latents and shrinkage."""
         config = self.config
-        share = "" if config.share == "1" else f":{config.share}"
+        share = "" if config.share in (None, "1") else f":{config.share}"
         return f"{config.basis}{share}{f'~{config.shrinkage:g}' if config.shrinkage else ''}"
 
     @property

@@ -98,7 +98,7 @@ def calibrate_checkpoint(
     text: CalibrationText,
     *,
     window: int = 32,
-    share: str = "1",
+    share: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
     max_memory: Mapping[int | str, str] | None = None,
