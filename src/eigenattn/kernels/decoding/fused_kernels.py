@@ -1,6 +1,6 @@
 """The Triton kernels of `eigenattn.kernels.decoding.fused`, which says how they are laid out.
 
-A plan is a tuple of pieces of a latent (`fused.Piece`). Loops over plans are unrolled.
+A plan is a tuple of pieces of a latent (`eigenattn.kernels.decoding.pieces.Piece`). Loops over plans are unrolled.
 """
 
 # Constants that a kernel computes with are `constexpr` in its signature, and numbers, tuples and loops in its body.
@@ -13,147 +13,10 @@ import math
 import triton
 import triton.language as tl
 
-from ...cache import codebook
+from . import tiles
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-INVERSE_TURN = tl.constexpr(1 / math.tau)
-# tau = 201 / 32 + 126 / 2^16 + the rest
-TURN_HIGH, TURN_MIDDLE = tl.constexpr(201 / 32), tl.constexpr(126 / 2**16)
-TURN_LOW = tl.constexpr(math.tau - 201 / 32 - 126 / 2**16)
 NOWHERE = tl.constexpr(-(2**31))  # no position
-UNIT_SCALE, OCTAVE = tl.constexpr(codebook.UNIT_SCALE), tl.constexpr(codebook.OCTAVE)
-
-
-@triton.jit
-def _dot(a, b, acc, UPCAST: tl.constexpr):
-    if UPCAST:  # the interpreter multiplies the bits of bf16 as if they were integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def _angle(angle):
-    """Cosine and sine of radians, without the slow ways and the memory of those of libraries: to some 2e-7."""
-    turns = tl.floor(angle * INVERSE_TURN + 0.5)
-    # What is left of whole turns, of which the first part is exact in a product.
-    half = (((angle - turns * TURN_HIGH) - turns * TURN_MIDDLE) - turns * TURN_LOW) * 0.5
-    square = half * half
-    sin = 1 / 362880 - square * (1 / 39916800)
-    sin = half * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * sin))))
-    cos = -1 / 3628800 + square * (1 / 479001600)
-    cos = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320 + square * cos))))
-    return 1 - 2 * sin * sin, 2 * sin * cos
-
-
-@triton.jit
-def _part(tokens, PLAN: tl.constexpr, i: tl.constexpr, part: tl.constexpr):
-    """One part of the codes of a piece [BLOCK, size], where it belongs in them."""
-    START: tl.constexpr = PLAN[i][6 + 4 * part]
-    SIZE: tl.constexpr = PLAN[i][7 + 4 * part]
-    BITS: tl.constexpr = PLAN[i][8 + 4 * part]
-    channels = PLAN[i][5] + tl.minimum(tl.arange(0, PLAN[i][1]), PLAN[i][2] - 1)
-    # Neighbours in a warp shall load from one token: the compiler does so where it takes bytes for contiguous, and as
-    # it knows nothing of their alignment, it still loads single ones.
-    places = tl.max_contiguous(START + channels % SIZE, 2)
-    found = tl.load(tokens[:, None] + places[None, :])
-    return ((found.to(tl.int32) >> (channels // SIZE * BITS)[None, :]) & (2**BITS - 1)) << PLAN[i][9 + 4 * part]
-
-
-@triton.jit
-def _piece(tokens, shape, PLAN: tl.constexpr, i: tl.constexpr, RANK: tl.constexpr, dtype: tl.constexpr):
-    """One piece of latents [BLOCK, size], or what a decoder that is folded takes of codes (`Side.fold`)."""
-    places = tl.arange(0, PLAN[i][1])
-    known = places < PLAN[i][2]
-    if PLAN[i][3] == 16:
-        found = tl.load(tokens[:, None] + (PLAN[i][0] + places)[None, :], mask=known[None, :], other=0.0)
-    else:
-        code = _part(tokens, PLAN, i, 0)
-        if len(PLAN[i]) > 10:
-            code |= _part(tokens, PLAN, i, 1)
-        u = (code - 2 ** (PLAN[i][3] - 1)).to(tl.float32)
-        of_piece = shape + PLAN[i][0] + places
-        a = tl.load(of_piece, mask=known, other=0.0)[None, :]
-        b = tl.load(of_piece + RANK, mask=known, other=0.0)[None, :]
-        c = tl.load(of_piece + 2 * RANK, mask=known, other=0.0)[None, :]
-        d = tl.load(of_piece + 3 * RANK, mask=known, other=0.0)[None, :]
-        found = a + u * (b + u * (c + u * d))
-    return found.to(dtype)
-
-
-@triton.jit
-def _scales(tokens, PLAN: tl.constexpr):
-    """The scales of tokens [BLOCK], of a plan that has them."""
-    found = tl.load(tokens + PLAN[0][4]).to(tl.float32)
-    return tl.exp2((found - UNIT_SCALE) / OCTAVE)
-
-
-@triton.jit
-def _here(pointer, n0):
-    """The same pointer, as far as the compiler knows another in every block of tokens: it reads anew what is there."""
-    return pointer + (n0 >> 30)
-
-
-@triton.jit
-def _pairs(start: tl.constexpr, SIZE: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Some pairs of dimensions that positions turn: which, whether they are, and both dimensions of each."""
-    pairs = start + tl.arange(0, SIZE)
-    first = pairs * 2 if INTERLEAVED else pairs
-    second = pairs * 2 + 1 if INTERLEAVED else pairs + PAIRS
-    return pairs, pairs < PAIRS, first, second
-
-
-@triton.jit
-def _keys(
-    latents, tokens, scales, decoder, mean, dims, known,
-    PLAN: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Some dimensions of keys [BLOCK, len(dims)] in fp32: decoded, or loaded where there is no decoder."""
-    if decoder is None:
-        x = tl.load(tokens[:, None] + dims[None, :], mask=known[None, :], other=0.0).to(tl.float32)
-    else:
-        x = tl.zeros([tokens.shape[0], dims.shape[0]], tl.float32)
-        for i in tl.static_range(len(PLAN)):
-            channels = tl.arange(0, PLAN[i][1])
-            u = tl.load(
-                decoder + (PLAN[i][0] + channels)[:, None] * D + dims[None, :],
-                mask=(channels < PLAN[i][2])[:, None] & known[None, :],
-                other=0.0,
-            )
-            x = _dot(latents[i], u, x, UPCAST)
-    if scales is not None:
-        x *= scales[:, None]
-    if mean is not None:
-        x += tl.load(mean + dims, mask=known, other=0.0).to(tl.float32)[None, :]
-    return x
-
-
-@triton.jit
-def _turn(a, b, cos, sin):
-    """Pairs of dimensions, turned."""
-    return a * cos - b * sin, b * cos + a * sin
-
-
-@triton.jit
-def _queries(q, heads, of_group, PLAN: tl.constexpr, SIZE: tl.constexpr):
-    """Queries of a group, in pieces [heads, size]."""
-    found = ()
-    for i in tl.static_range(len(PLAN)):
-        channels = tl.arange(0, PLAN[i][1])
-        found += (
-            tl.load(
-                q + heads[:, None] * SIZE + (PLAN[i][0] + channels)[None, :],
-                mask=of_group[:, None] & (channels < PLAN[i][2])[None, :],
-                other=0.0,
-            ),
-        )
-    return found
-
-
-@triton.jit
-def _dimensions(q, heads, of_group, dims, known, D: tl.constexpr):
-    """Some dimensions of the queries of a group [heads, len(dims)], in fp32."""
-    mask = of_group[:, None] & known[None, :]
-    return tl.load(q + heads[:, None] * D + dims[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -192,13 +55,13 @@ def _attend(
         PART: tl.constexpr = SIZE if SIZE < 32 else 32  # pairs at a time: all at once would not fit in registers
         q_pairs, turned, advance, behind = (), (), (), ()
         for i in tl.static_range(SIZE // PART):
-            pairs, paired, first, second = _pairs(i * PART, PART, PAIRS, INTERLEAVED)
+            pairs, paired, first, second = tiles.pairs(i * PART, PART, PAIRS, INTERLEAVED)
             q_pairs += (
-                _dimensions(q, heads, of_group, first, paired, D) * scaling * scaling,
-                _dimensions(q, heads, of_group, second, paired, D) * scaling * scaling,
+                tiles.dimensions(q, heads, of_group, first, paired, D) * scaling * scaling,
+                tiles.dimensions(q, heads, of_group, second, paired, D) * scaling * scaling,
             )
             turned += (tl.zeros([M, PART], tl.float32), tl.zeros([M, PART], tl.float32))
-            advance += _angle(-BLOCK * tl.load(inverse + pairs, mask=paired, other=0.0))
+            advance += tiles.angle(-BLOCK * tl.load(inverse + pairs, mask=paired, other=0.0))
             table = places[:, None] * PAIRS + pairs[None, :]
             behind += (
                 tl.load(cosines + table, mask=paired[None, :], other=0.0),
@@ -209,9 +72,9 @@ def _attend(
         if REST:
             REST_SIZE: tl.constexpr = triton.next_power_of_2(REST) if REST > 16 else 16
             rest = 2 * PAIRS + tl.arange(0, REST_SIZE)
-            q_rest = _dimensions(q, heads, of_group, rest, rest < D, D).to(dtype)
+            q_rest = tiles.dimensions(q, heads, of_group, rest, rest < D, D).to(dtype)
     else:
-        pieces = _queries(q_small, heads, of_group, KEY_PLAN, SIZE_Q)
+        pieces = tiles.queries(q_small, heads, of_group, KEY_PLAN, SIZE_Q)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     sums = ()
@@ -224,11 +87,11 @@ def _attend(
         there = tl.minimum(tl.maximum(n, low), high - 1).to(tl.int64)
         u = decoder
         if decoder is not None and not KEEP:
-            u = _here(decoder, n0)
+            u = tiles.here(decoder, n0)
         tokens = keys + there * KEY_STRIDE
         scales = None
         if KEY_PLAN[0][4] >= 0:
-            scales = _scales(tokens, KEY_PLAN)
+            scales = tiles.scales(tokens, KEY_PLAN)
         if PAIRS:
             # Queries are turned back to the position of the block's place 0, and keys from there to their own: where
             # positions are without gaps, by angles that are the same in every block.
@@ -240,41 +103,41 @@ def _attend(
             turned = ()
             if decoder is not None:
                 for i in tl.static_range(len(KEY_PLAN)):
-                    latents += (_piece(tokens, shape_k, KEY_PLAN, i, RANK, dtype),)
+                    latents += (tiles.piece(tokens, shape_k, KEY_PLAN, i, RANK, dtype),)
             # Decoded keys are the first operand, which tensor cores take from registers.
             found = tl.zeros([BLOCK, M], tl.float32)
             for i in tl.static_range(SIZE // PART):
-                pairs, paired, first, second = _pairs(i * PART, PART, PAIRS, INTERLEAVED)
+                pairs, paired, first, second = tiles.pairs(i * PART, PART, PAIRS, INTERLEAVED)
                 if begin == expected:
-                    q_a, q_b = _turn(
+                    q_a, q_b = tiles.turn(
                         before[2 * i], before[2 * i + 1], advance[2 * i][None, :], advance[2 * i + 1][None, :]
                     )
                 else:
                     frequency = tl.load(inverse + pairs, mask=paired, other=0.0)
-                    q_cos, q_sin = _angle((query - begin).to(tl.float32) * frequency)
-                    q_a, q_b = _turn(q_pairs[2 * i], q_pairs[2 * i + 1], q_cos[None, :], q_sin[None, :])
+                    q_cos, q_sin = tiles.angle((query - begin).to(tl.float32) * frequency)
+                    q_a, q_b = tiles.turn(q_pairs[2 * i], q_pairs[2 * i + 1], q_cos[None, :], q_sin[None, :])
                 turned += (q_a, q_b)
                 if even:
                     cos, sin = behind[2 * i], behind[2 * i + 1]
                 else:
                     frequency = tl.load(inverse + pairs, mask=paired, other=0.0)
-                    cos, sin = _angle(steps[:, None] * frequency[None, :])
+                    cos, sin = tiles.angle(steps[:, None] * frequency[None, :])
                     cos, sin = cos.to(cosines.dtype.element_ty), sin.to(cosines.dtype.element_ty)
-                a = _keys(latents, tokens, scales, u, mean, first, paired, KEY_PLAN, D, UPCAST)
-                b = _keys(latents, tokens, scales, u, mean, second, paired, KEY_PLAN, D, UPCAST)
-                a, b = _turn(a, b, cos.to(tl.float32), sin.to(tl.float32))
-                found = _dot(a.to(dtype), tl.trans(q_a.to(dtype)), found, UPCAST)
-                found = _dot(b.to(dtype), tl.trans(q_b.to(dtype)), found, UPCAST)
+                a = tiles.keys(latents, tokens, scales, u, mean, first, paired, KEY_PLAN, D, UPCAST)
+                b = tiles.keys(latents, tokens, scales, u, mean, second, paired, KEY_PLAN, D, UPCAST)
+                a, b = tiles.turn(a, b, cos.to(tl.float32), sin.to(tl.float32))
+                found = tiles.dot(a.to(dtype), tl.trans(q_a.to(dtype)), found, UPCAST)
+                found = tiles.dot(b.to(dtype), tl.trans(q_b.to(dtype)), found, UPCAST)
             if REST:
-                c = _keys(latents, tokens, scales, u, mean, rest, rest < D, KEY_PLAN, D, UPCAST)
-                found = _dot(c.to(dtype), tl.trans(q_rest), found, UPCAST)
+                c = tiles.keys(latents, tokens, scales, u, mean, rest, rest < D, KEY_PLAN, D, UPCAST)
+                found = tiles.dot(c.to(dtype), tl.trans(q_rest), found, UPCAST)
             expected = begin + BLOCK
             scores = tl.trans(found)
         else:
             scores = tl.zeros([M, BLOCK], tl.float32)
             for i in tl.static_range(len(KEY_PLAN)):
-                z = _piece(tokens, shape_k, KEY_PLAN, i, RANK, dtype)
-                scores = _dot(pieces[i], tl.trans(z), scores, UPCAST)
+                z = tiles.piece(tokens, shape_k, KEY_PLAN, i, RANK, dtype)
+                scores = tiles.dot(pieces[i], tl.trans(z), scores, UPCAST)
             if scales is not None:
                 scores *= scales[None, :]
         if offset is not None:
@@ -298,11 +161,11 @@ def _attend(
         top = risen
         tokens = values + there * VALUE_STRIDE
         if VALUE_PLAN[0][4] >= 0:
-            weights *= _scales(tokens, VALUE_PLAN)[None, :]
+            weights *= tiles.scales(tokens, VALUE_PLAN)[None, :]
         grown = ()
         for i in tl.static_range(len(VALUE_PLAN)):
-            z = _piece(tokens, shape_v, VALUE_PLAN, i, RANK_V, dtype)
-            grown += (_dot(weights.to(dtype), z, sums[i] * fade[:, None], UPCAST),)
+            z = tiles.piece(tokens, shape_v, VALUE_PLAN, i, RANK_V, dtype)
+            grown += (tiles.dot(weights.to(dtype), z, sums[i] * fade[:, None], UPCAST),)
         sums = grown
     for i in tl.static_range(len(VALUE_PLAN)):
         channels = tl.arange(0, VALUE_PLAN[i][1])
