@@ -45,7 +45,7 @@ from eigenattn.evaluation.retrieval import Needles
 from eigenattn.evaluation.rivals import RIVALS, Rival
 from eigenattn.evaluation.sweep import SweepModel, rival_sizes, sizes
 from eigenattn.files import to_json, whole
-from eigenattn.models.families import family_of
+from eigenattn.models.families import turns_keys
 from eigenattn.models.loading import Source, load_config, load_model, load_tokenizer
 from eigenattn.models.maps import MAPS, QUANTISERS
 from eigenattn.models.placement import input_device
@@ -136,7 +136,7 @@ class Protocol:
         """Our caches by name, those with the same statistics in a row.
 
         Args:
-            turns_keys: of the model's family (`Family.turns_keys`).
+            turns_keys: of the model (`eigenattn.models.families.turns_keys`).
 
         Raises:
             EigenAttnError: if a variant is no such thing.
@@ -192,8 +192,7 @@ class Run:
         self.bars = TokenProgress(True)
         self.window = EigenAttentionConfig().window
         self.results: Results = self._take_up(again)
-        text = self.config.get_text_config(decoder=True)
-        ours, original = protocol.ours(family_of(text).turns_keys(text)), layouts(self.config, None)
+        ours, original = protocol.ours(turns_keys(self.config)), layouts(self.config, None)
         self.ours = {name: each for name, each in ours.items() if self._goes(name, each, original)}
         self._check_defaults()
         self.rivals = {rival.name: rival for rival in map(self._runs, protocol.rivals) if rival is not None}

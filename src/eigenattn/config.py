@@ -194,7 +194,7 @@ class EigenAttentionConfig:
         positions turn keys; else it is decoded for every token, which takes twice the arithmetic.
 
         Args:
-            turns_keys: whether positions do (`eigenattn.models.family.Family.turns_keys`).
+            turns_keys: whether positions do (`eigenattn.models.families.turns_keys`).
         """
         if self.share is not None:
             return self

@@ -23,6 +23,7 @@ from ..kernels import BACKENDS
 from ..models.attention import EigenAttention
 from ..models.checkpoint_format import EigenAttnCheckpointConfig, mark_compressed
 from ..models.conversion import convert_attention, eigen_layers, restore_attention
+from ..models.families import turns_keys
 from ..models.parallel import check_whole
 from ..models.placement import input_device, loaded
 from ..progress import Clock, TokenProgress
@@ -97,10 +98,6 @@ def _at_full_rank(model: PreTrainedModel, keep: bool = True) -> Iterator[list[Ei
         model.train(was_training)
 
 
-def _turns_keys(layers: Sequence[EigenAttention]) -> bool:
-    return any(attention.family.turns_keys(attention.config) for attention in layers)
-
-
 def calibrate(
     model: PreTrainedModel,
     batches: Iterable[Any],
@@ -122,7 +119,7 @@ def calibrate(
     check_supported(config)
     check_fit([], config)
     with _at_full_rank(model, keep=False) as layers:
-        config = config.for_model(_turns_keys(layers))
+        config = config.for_model(turns_keys(model.config))
         found = Recipe(model, layers, config, batches, TokenProgress(progress), journal=journal).moments
         return Statistics.of(layers, found)
 
@@ -178,7 +175,7 @@ def compress(
         config = as_attached(config, [])
     clock, bars = Clock(), TokenProgress(progress)
     with _at_full_rank(model) as layers:
-        config = config.for_model(_turns_keys(layers))
+        config = config.for_model(turns_keys(model.config))
         known = merged(files, layers) if files else None
         batches = () if batches is None else batches
         recipe = Recipe(model, layers, config, batches, bars, journal=journal, clock=clock, statistics=known)

@@ -520,6 +520,16 @@ def family_of(config: Any) -> Family:
     return family
 
 
+def turns_keys(config: Any) -> bool:
+    """Whether positions turn keys after they are cached, in some layer of a model with this configuration.
+
+    Raises:
+        EigenAttnError: see `family_of`.
+    """
+    family = family_of(config)
+    return family.absorbed is not None or family.positions_of(config.get_text_config(decoder=True)) == "rotary"
+
+
 @functools.cache
 def _recognised(config: Any) -> Family | None:
     if config.model_type in REFUSED:

@@ -113,10 +113,6 @@ class Family:
         """`rotary`, `learned`, `alibi` or `none`, for a model with this configuration."""
         return self.positions if isinstance(self.positions, str) else self.positions(config)
 
-    def turns_keys(self, config: Any) -> bool:
-        """Whether positions turn keys, in some layer of a model with this configuration, after they are cached."""
-        return self.absorbed is not None or self.positions_of(config) == "rotary"
-
     def fused_in(self, config: Any) -> str | None:
         """How the rows of a fused projection are ordered, for a model with this configuration; None for three."""
         return self.fused(config) if callable(self.fused) else self.fused

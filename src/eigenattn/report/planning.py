@@ -20,7 +20,7 @@ from ..compression.recipe import check_tied
 from ..config import EigenAttentionConfig
 from ..errors import EigenAttnError
 from ..models.conversion import convert_attention, eigen_layers
-from ..models.families import family_of
+from ..models.families import turns_keys
 from ..models.loading import Source, dtype_of, empty_model, load_config
 from .inspection import compression_of, layouts
 
@@ -108,13 +108,13 @@ def plan_capacity(
     compression = compression_of(source, model_config)
     if compression is not None and config is not None:
         raise EigenAttnError(f"{name} is compressed already: what it is compressed to is its own.")
-    text = model_config.get_text_config(decoder=True)
     if compression is None:
-        turns_keys = family_of(text).turns_keys(text)
-        compressed = _supposed((config or EigenAttentionConfig()).for_model(turns_keys), original)
+        asked = (config or EigenAttentionConfig()).for_model(turns_keys(model_config))
+        compressed = _supposed(asked, original)
         centred = True
     else:
         compressed, centred = layouts(model_config, compression), compression.centred
+    text = model_config.get_text_config(decoder=True)
     stored: torch.dtype = chosen or text.dtype or torch.float32
     budget = int(gpu_memory * GIB * gpu_memory_utilization)
 

@@ -42,8 +42,8 @@ def programs_for(
         far = found.block * element_size * (found.stages * rank_k + waiting * rank_v)
         near = found.block * element_size * 2 * waiting * d
         if max(far + of_decoder * (1 if kept else waiting), near) + RESERVED <= memory:
-            return found, kept
-    return Programs(16, 4, 2), kept
+            break
+    return found, kept
 
 
 def split_sequence(tokens: int, programs: int, processors: int, shortest: int = SHORTEST_SPLIT) -> int:
