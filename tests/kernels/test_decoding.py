@@ -13,10 +13,10 @@ import torch
 from tiny import levels_between, packed_rows
 
 from eigenattn import EigenAttnError
-from eigenattn.cache.packing import Widths
+from eigenattn.cache.packing import Widths, pack
 from eigenattn.kernels.decoding import Rotary, Side, Step, Window, why_not
 from eigenattn.kernels.decoding import decode as decode_step
-from eigenattn.kernels.decoding.pieces import cut, pieces
+from eigenattn.kernels.decoding.pieces import columns_of, cut, pieces
 from eigenattn.kernels.decoding.programs import MOST_SPLITS, SHORTEST_SPLIT, Programs, programs_for, split_sequence
 from eigenattn.kernels.native_library import unavailable
 
@@ -117,7 +117,10 @@ def assert_same(found: torch.Tensor, arguments: dict) -> None:
     expected = decode("reference", **arguments)
     assert found.dtype == expected.dtype
     error = (found.float() - expected.float()).norm() / expected.float().norm()
-    assert error < {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}[found.dtype]
+    far = 2 if arguments["rows"][0].shape[2] > 100 else 1  # angles in fp32 are worse by what positions are larger
+    coded = 1 if arguments["keys"].widths is None else 1.5  # what codes stand for is rounded as keys are
+    limit = {torch.float32: far * 2e-6, torch.bfloat16: coded * 1e-2, torch.float16: coded * 1.5e-3}
+    assert error < limit[found.dtype]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,9 +146,11 @@ def test_backends_equal_the_reference(name, backend):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["small-space-window", "rotary"])
+@pytest.mark.parametrize("name", ["small-space-window", "rotary", "bf16", "fp16"])
 def test_packed_codes(name, widths, backend):
     arguments = problem(name, widths)
+    if why_not(Step(**arguments)) and backend == "native":
+        pytest.skip("the native step has no fp16")
     assert_same(decode(backend, **arguments), arguments)
 
 
@@ -334,10 +339,28 @@ def test_ranks_are_cut_with_little_waste():
     ]  # fmt: skip
     for size in range(8, 257, 8):
         assert size <= sum(cut(size)) < size + 32
-    for counts in ({8: 3, 6: 5, 4: 10, 2: 7}, {8: 24, 6: 8, 4: 40, 2: 16}, {6: 13, 3: 5, 2: 2, 1: 11}, {8: 128}):
-        widths = Widths.of(counts)
-        channels = sorted(channel for piece in pieces(0, widths) for channel in range(piece[0], piece[0] + piece[2]))
-        assert channels == list(range(widths.channels))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [{8: 3, 6: 5, 4: 10, 2: 7}, {8: 24, 6: 8, 4: 40, 2: 16}, {6: 13, 5: 3, 3: 5, 2: 2, 1: 11}, {8: 128}, {4: 1}],
+    ids=str,
+)
+def test_columns_find_all_codes(counts):
+    widths = Widths.of(counts)
+    codes = torch.stack([torch.randint(0, 2**bits, (50,)) for bits in widths.each()], dim=-1)
+    packed = pack(codes.to(torch.uint8), widths).int()
+    columns = columns_of(widths)
+    assert sorted(channel for column in columns for channel in column.channels) == list(range(widths.channels))
+    plan = pieces(widths.channels, columns)
+    assert sum(piece.size for piece in plan) >= 2 * len(columns)
+    for i, column in enumerate(columns):
+        upper, lower = ((packed[:, part.byte] * part.factor >> 8) & part.mask for part in (column.upper, column.lower))
+        for half, channel in enumerate(column.channels):
+            parts = [word >> 16 * half & 0xFFFF for word in (upper, lower)]
+            assert torch.equal(column.weight * parts[0] + parts[1], codes[:, channel])
+        [piece] = (piece for piece in plan if piece.start <= 2 * i < piece.start + piece.size)
+        assert piece.parts == 2 or not column.weight
 
 
 def test_the_sequence_is_split_over_the_processors():
@@ -350,11 +373,12 @@ def test_the_sequence_is_split_over_the_processors():
 def test_programs_fit_into_shared_memory():
     hopper, small = 232_448, 101_376
     plain, large = pieces(80), pieces(512)
-    coded = pieces(0, Widths.of({8: 8, 4: 40}))
+    coded = pieces(48, columns_of(Widths.of({8: 8, 4: 40})))
     assert programs_for(True, plain, plain, 128, 2, hopper) == (Programs(64, 4, 3), True)
     assert programs_for(True, plain, plain, 128, 2, small) == (Programs(64, 4, 3), True)
     assert programs_for(False, plain, plain, 128, 2, hopper) == (Programs(32, 4, 3), True)
-    assert programs_for(False, coded, coded, 128, 2, small) == (Programs(64, 4, 3), True)
+    assert programs_for(False, coded, coded, 128, 2, small) == (Programs(64, 4, 2, 128), True)
+    assert programs_for(True, coded, coded, 128, 2, small) == (Programs(64, 4, 2), True)
     assert programs_for(True, large, large, 512, 2, hopper) == (Programs(32, 4, 2), False)
     assert programs_for(True, large, large, 512, 2, small)[0].block == 16
     assert programs_for(True, pieces(128), pieces(128), 128, 4, hopper) == (Programs(32, 4, 2), False)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...cache.codebook import Codebook, middles
+from ...cache.codebook import Codebook
 from ...cache.packing import Widths
 from ...errors import EigenAttnError
 from ..rotation import rotate_natively, rotates_natively
+from .pieces import columns_of, cut
 
 
 def pairs(x: Tensor, width: int, interleaved: bool) -> Tensor:
@@ -68,28 +69,66 @@ class Side:
         )
 
     @property
-    def folded(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def folded(self) -> Folded:
         """What `fold` gives, kept."""
         return self._once("folded", self.fold)
 
-    def fold(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Decoder [G, R, D], mean [G, D] and shape [G, 4, R] that take codes u, counted from the middle of their range.
+    def fold(self) -> Folded:
+        """What the fused kernel takes of codes.
 
-        `x_hat = mean + y @ U'` with `y = shape_0 + u (shape_1 + u (shape_2 + u shape_3))`, times the scale of a token
-        that has one. The mean distance of levels, s, has gone into the decoder, `U' = s U`, so that y is about as large
-        as u.
+        The mean distance of levels, s, goes into the decoder, `U' = s U`, so that y is about as large as u.
         """
         if self.widths is None or self.levels is None:
-            return self.decoder, self.mean, None
-        levels = self.levels.float()
+            return Folded(self.decoder, self.mean, None, None)
+        columns, device = columns_of(self.widths), self.levels.device
+        room = sum(cut(2 * len(columns))) // 2
+        rows = [[*column.upper, *column.lower] for column in columns]
+        codes = torch.zeros(room, 6, dtype=torch.int32)
+        codes[: len(columns)] = torch.tensor(rows, dtype=torch.int64).to(torch.int32)
+        places, channels, middles, weights = [], [], [], []
+        for i, column in enumerate(columns):
+            for half, channel in enumerate(column.channels):
+                places.append(half * room + i)
+                channels.append(channel)
+                middles.append(column.middle)
+                weights.append(column.weight)
+        levels = self.levels.float()[:, channels]
         _, a, b, c = levels.unbind(-1)
-        at = middles(self.widths, levels.device)
-        step = a - b + c * (at * at - at + 1)  # [G, R]: of the levels at both ends, -at and at - 1
-        step = torch.where(step > 0, step, 1.0)
-        shape = (levels / step.unsqueeze(-1)).transpose(1, 2).contiguous()
-        if self.decoder is None:
-            return torch.diag_embed(step), self.mean, shape
-        return (step.unsqueeze(-1) * self.decoder.float()).to(self.decoder.dtype), self.mean, shape
+        middle, weight = (torch.tensor(x, dtype=torch.float32, device=device) for x in (middles, weights))
+        step = a - b + c * (middle * middle - middle + 1)  # [G, R]: of the levels at both ends, -middle and middle - 1
+        step = torch.where(step > 0, step, 1.0).unsqueeze(-1)
+        g = len(levels)
+        numbers = torch.zeros(g, 2 * room, 6, device=device)
+        numbers[:, places, :2] = torch.stack([middle, weight], dim=-1)
+        numbers[:, places, 2:] = levels / step
+        decoder = torch.eye(levels.shape[1], device=device) if self.decoder is None else self.decoder.float()
+        decoder = step * decoder[..., channels, :]
+        spread = decoder.new_zeros(g, 2, room, decoder.shape[-1]).flatten(1, 2)
+        spread[:, places] = decoder
+        spread = spread.unflatten(1, (2, room)).transpose(1, 2).flatten(1, 2)  # a column's channels are neighbours
+        dtype = self.levels.dtype if self.decoder is None else self.decoder.dtype
+        numbers = numbers.view(g, 2, room, 6).transpose(2, 3).contiguous()
+        return Folded(spread.to(dtype), self.mean, codes.T.contiguous().to(device), numbers)
+
+
+class Folded(NamedTuple):
+    """How the fused kernel decodes: `x_hat = mean + y @ decoder`.
+
+    Of packed codes `y = a + u (b + u (c + u d))`, times the scale of a token that has one, where u is a code counted
+    from its middle.
+
+    Args:
+        decoder: [G, C, D], with C places for channels: those of columns, one behind the other, and room for more.
+        mean: [G, D].
+        codes: where each column's codes lie, int32 [6, C / 2] (byte, factor and mask of the upper and the lower part,
+            `eigenattn.kernels.decoding.pieces.Column`); None for latents that are numbers.
+        numbers: of each column's first and second channel the middle, the weight, a, b, c and d, [G, 2, 6, C / 2].
+    """
+
+    decoder: Tensor | None
+    mean: Tensor | None
+    codes: Tensor | None
+    numbers: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,6 +35,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton import knobs
@@ -42,10 +43,11 @@ from triton import knobs
 from ...cache.packing import Widths
 from .arguments import Step
 from .fused_kernels import combine, decode_splits
-from .pieces import pieces
+from .pieces import columns_of, pieces
 from .programs import LARGEST_BLOCK, SHORTEST_SPLIT, programs_for, split_sequence
 
 INTERPRETED = knobs.runtime.interpret
+PACKS = not INTERPRETED and torch.version.hip is None  # arithmetic on two numbers at once is PTX
 LEAST_BLOCK = 16  # what is interpreted: short tests shall have several blocks and splits
 
 
@@ -72,21 +74,22 @@ def _device(device: torch.device) -> tuple[int, float]:
 class _Arguments(NamedTuple):
     """What the kernels are given: tensors, of which some may be missing, in the order in which a graph holds them.
 
-    `q_small` [B, H, R_k] and `offset` [B, H] are queries in the keys' latent space, and what their mean adds to scores.
-    Decoders, means and shapes are folded (`Side.fold`).
+    `q_small` [B, H, R_k] are queries in the keys' latent space.
+    Decoders and means, and codes and numbers of packed latents, are folded (`Folded`).
     """
 
     q: Tensor
     q_small: Tensor | None
-    offset: Tensor | None
     far_keys: Tensor
     far_values: Tensor | None  # None: they come from the keys' latents
     key_decoder: Tensor | None
     key_mean: Tensor | None
     value_decoder: Tensor | None
     value_mean: Tensor | None
-    key_shape: Tensor | None
-    value_shape: Tensor | None
+    key_codes: Tensor | None
+    key_numbers: Tensor | None
+    value_codes: Tensor | None
+    value_numbers: Tensor | None
     first: Tensor
     length: Tensor
     positions: Tensor | None
@@ -110,13 +113,11 @@ def decode(step: Step) -> Tensor:
     b, h, d = q.shape
     g = step.kv_heads
     compiling = torch.compiler.is_compiling()
-    (key_decoder, key_mean, key_shape), (value_decoder, value_mean, value_shape) = step.keys.folded, step.values.folded
-    q_small, offset = None, None
+    keys, values = step.keys.folded, step.values.folded
+    q_small = None
     if rotary is None:
         grouped = q.view(b, g, h // g, d)
-        q_small = q if key_decoder is None else (grouped @ key_decoder.transpose(-1, -2)).flatten(1, 2)
-        if key_mean is not None:
-            offset = (grouped.float() @ key_mean.float().unsqueeze(-1)).flatten(1)
+        q_small = q if keys.decoder is None else (grouped @ keys.decoder.transpose(-1, -2)).flatten(1, 2)
 
     def each_row(count: int | Tensor | None) -> Tensor:
         if isinstance(count, Tensor):
@@ -135,18 +136,19 @@ def decode(step: Step) -> Tensor:
     arguments = _Arguments(
         q,
         q_small,
-        offset,
         step.far_keys,
         None if step.keys.row == step.values.row else step.far_values,
-        None if rotary is None else key_decoder,
-        None if rotary is None else key_mean,
-        value_decoder,
-        value_mean,
-        key_shape,
-        value_shape,
+        None if rotary is None else keys.decoder,
+        keys.mean,
+        values.decoder,
+        values.mean,
+        keys.codes,
+        keys.numbers,
+        values.codes,
+        values.numbers,
         each_row(step.first),
         each_row(step.length),
-        None if rotary is None else step.rotary_positions[0].to(torch.int32),
+        None if rotary is None else step.rotary_positions[0],
         None if rotary is None else each_row(step.query),
         *near,
         *tables,
@@ -191,15 +193,18 @@ def _launch(
         None if each is None else _rows(each) for each in (x.near_keys, x.near_values, x.mask, x.positions)
     )
     widths_k, widths_v = (_widths(found) for found in (key_widths, value_widths))
-    rank_v = far_values.shape[-1] if widths_v is None else widths_v.channels
-    rank_k = q_small.shape[-1]
-    if rotates:
-        rank_k = d if x.key_decoder is None else x.key_decoder.shape[1]
-    far, shared_k, shared_v = far_keys.shape[2], g // far_keys.shape[1], g // far_values.shape[1]
     processors, memory = _device(q.device)
-    splits = split_sequence(far, b * g, processors, LEAST_BLOCK if INTERPRETED else SHORTEST_SPLIT)
-    key_plan, value_plan = pieces(rank_k, widths_k), pieces(rank_v, widths_v)
+    key_plan, value_plan = (
+        pieces(far.shape[-1]) if widths is None else pieces(widths.channels, columns_of(widths))
+        for far, widths in ((far_keys, widths_k), (far_values, widths_v))
+    )
+    rank_k, rank_v = (sum(piece.held for piece in plan) for plan in (key_plan, value_plan))
     programs, kept = programs_for(rotates, key_plan, value_plan, d, q.element_size(), memory)
+    block = LEAST_BLOCK if INTERPRETED else programs.block
+    if key_plan[0].parts or value_plan[0].parts:
+        far_keys, far_values = (_at_least(block, each) for each in (far_keys, far_values))
+    far, shared_k, shared_v = far_keys.shape[2], g // far_keys.shape[1], g // far_values.shape[1]
+    splits = split_sequence(far, b * g, processors, LEAST_BLOCK if INTERPRETED else SHORTEST_SPLIT)
     partial = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     far_sums, near_sums = partial(b, h, splits, rank_v), partial(b, h, d if windowed else 0)
     tops, totals = partial(b, h, splits + 1), partial(b, h, splits + 1)
@@ -215,11 +220,11 @@ def _launch(
     kernel[(b * g, splits + windowed)](
         q,
         q_small,
-        x.offset,
         x.slopes,
         far_keys,
         far_values,
-        *map(_contiguous, (x.key_decoder, x.key_mean, x.key_shape, x.value_shape)),
+        *map(_contiguous, (x.key_decoder, x.key_mean)),
+        *map(_contiguous, (x.key_codes, x.key_numbers, x.value_codes, x.value_numbers)),
         near_keys,
         near_values,
         *map(_contiguous, (x.first, x.length)),
@@ -235,6 +240,7 @@ def _launch(
         scaling,
         softcap,
         splits,
+        far,
         0 if near_keys is None else near_keys.shape[2],
         *mask_strides,
         0 if positions is None or len(positions) == 1 else positions.stride(0),
@@ -249,18 +255,22 @@ def _launch(
         SIZE_Q=q_small.shape[-1],
         RANK=rank_k,
         RANK_V=rank_v,
-        KEY_PLAN=key_plan,
-        VALUE_PLAN=value_plan,
-        NEAR_PLAN=pieces(d),
+        KEY_PLAN=tuple(map(tuple, key_plan)),
+        VALUE_PLAN=tuple(map(tuple, value_plan)),
+        NEAR_PLAN=tuple(map(tuple, pieces(d))),
+        KEY_SCALE=_place_of_scale(widths_k),
+        VALUE_SCALE=_place_of_scale(widths_v),
         PAIRS=0 if x.inverse_frequencies is None else x.inverse_frequencies.numel(),
         INTERLEAVED=interleaved,
         MASK=mask_kind,
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
         JOINT=joint,
-        BLOCK=LEAST_BLOCK if INTERPRETED else programs.block,
+        BLOCK=block,
         KEEP=kept,
+        PACKED=PACKS and q.element_size() == 2,
         num_warps=programs.warps,
         num_stages=programs.stages,
+        **({} if programs.registers is None or torch.version.hip is not None else {"maxnreg": programs.registers}),
     )
     out = torch.empty(b, h, size_out, dtype=q.dtype, device=q.device)
     combine[(b * h,)](
@@ -278,7 +288,7 @@ def _launch(
         RANK=rank_v,
         SIZE_OUT=size_out,
         SPLITS=triton.next_power_of_2(splits),
-        PARTS=16,
+        PARTS=64 if splits <= 32 else 32,
         OUT=triton.next_power_of_2(size_out),
         NEAR=windowed,
     )
@@ -288,6 +298,10 @@ def _launch(
 def _numbers(widths: Widths | None) -> list[int]:
     """Widths as a graph can hold them: whether they are scaled, bits, channels, bits, channels."""
     return [] if widths is None else [int(widths.scaled), *(number for pair in widths.counts for number in pair)]
+
+
+def _place_of_scale(widths: Widths | None) -> int:
+    return widths.of_codes if widths is not None and widths.scaled else -1
 
 
 def _widths(found: Sequence[int]) -> Widths | None:
@@ -302,6 +316,12 @@ _operator = torch.library.custom_op("eigenattn::decode_over_latents", _launch, m
 def _shape_of_output(tensors: Sequence[Tensor | None], *arguments: Any) -> Tensor:
     q = _Arguments(*tensors).q
     return q.new_empty(*q.shape[:2], arguments[-1])
+
+
+def _at_least(tokens: int, x: Tensor) -> Tensor:
+    """The tensor itself if it has room for so many tokens, else with more."""
+    missing = tokens - x.shape[2]
+    return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ NOWHERE = tl.constexpr(-(2**31))  # no position
 
 
 @triton.jit
-def _masked(scores, mask, mask_h, n, seen, of_group, MASK: tl.constexpr):
+def _masked(scores, mask, mask_h, n, seen, member, of_group, MASK: tl.constexpr):
     """Scores [heads, BLOCK] with a mask: 1 is boolean, 2 additive, plus 2 if every head has its own."""
     if MASK > 2:
-        places = n.to(tl.int64)[None, :] + (tl.arange(0, scores.shape[0]) * mask_h)[:, None]
+        places = n.to(tl.int64)[None, :] + (member * mask_h)[:, None]
         found = tl.load(mask + places, mask=seen[None, :] & of_group[:, None], other=0)
     else:
         found = tl.load(mask + n, mask=seen, other=0)[None, :]
@@ -34,45 +34,59 @@ def _masked(scores, mask, mask_h, n, seen, of_group, MASK: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, q_small, offset, slope, keys, values, decoder, mean, shape_k, shape_v, inverse, cosines, sines,
-    low, high, start, positions, query, distance, scale, scaling, softcap, mask, mask_h, heads, of_group,
+    q, q_small, offset, slope, keys, values, decoder, mean, codes_k, numbers_k, codes_v, numbers_v,
+    inverse, cosines, sines, room,
+    low, high, start, positions, query, distance, scale, scaling, softcap, mask, mask_h, first_head, member, of_group,
     sums_out, sums_stride, top_out, sum_out,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr,
+    KEY_SCALE: tl.constexpr, VALUE_SCALE: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, SIZE_Q: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
     MASK: tl.constexpr, UPCAST: tl.constexpr, RANK: tl.constexpr, RANK_V: tl.constexpr, KEEP: tl.constexpr,
+    JOINT: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Attention over tokens low .. high - 1 of one KV head: writes sums of values, top score and total by query head.
 
     Blocks begin at `start`, not behind `low`. `positions` points at the position of token 0, `query` is the
-    query's, and ALiBi counts n + `distance`. `mask` points at what token 0 finds, if it is not None.
+    query's, and ALiBi counts n + `distance`. `mask` points at what token 0 finds, if it is not None. There is room for
+    so many tokens behind `keys` and `values`, of which packed ones that are not seen may be read.
     """
     dtype: tl.constexpr = q.dtype.element_ty
-    M: tl.constexpr = heads.shape[0]
+    M: tl.constexpr = member.shape[0]
+    heads = first_head + member
     high = tl.where(low < high, high, start)  # a block has a token that is seen, or there is no block
     places = tl.arange(0, BLOCK)
+    columns_k = tiles.columns(codes_k, numbers_k, KEY_PLAN, RANK, dtype, PACKED)
+    columns_v = tiles.columns(codes_v, numbers_v, VALUE_PLAN, RANK_V, dtype, PACKED)
     if PAIRS:
         SIZE: tl.constexpr = triton.next_power_of_2(PAIRS) if PAIRS > 16 else 16
-        PART: tl.constexpr = SIZE if SIZE < 32 else 32  # pairs at a time: all at once would not fit in registers
-        q_pairs, turned, advance, behind = (), (), (), ()
+        PART: tl.constexpr = SIZE if SIZE < 64 else 64  # pairs at a time: more would not fit in registers
+        # Each query is turned once, and is as many rows of a product as there are rows for it.
+        ONCE: tl.constexpr = triton.next_power_of_2(GROUP)
+        alone = tl.arange(0, ONCE)
+        turned, advance, behind, kept = (), (), (), ()
         for i in tl.static_range(SIZE // PART):
             pairs, paired, first, second = tiles.pairs(i * PART, PART, PAIRS, INTERLEAVED)
-            q_pairs += (
-                tiles.dimensions(q, heads, of_group, first, paired, D) * scaling * scaling,
-                tiles.dimensions(q, heads, of_group, second, paired, D) * scaling * scaling,
-            )
-            turned += (tl.zeros([M, PART], tl.float32), tl.zeros([M, PART], tl.float32))
+            turned += (tl.zeros([ONCE, PART], tl.float32), tl.zeros([ONCE, PART], tl.float32))
             advance += tiles.angle(-BLOCK * tl.load(inverse + pairs, mask=paired, other=0.0))
             table = places[:, None] * PAIRS + pairs[None, :]
             behind += (
                 tl.load(cosines + table, mask=paired[None, :], other=0.0),
                 tl.load(sines + table, mask=paired[None, :], other=0.0),
             )
+            if KEEP:
+                kept += (
+                    tiles.decoders(decoder, first, paired, KEY_PLAN, D),
+                    tiles.decoders(decoder, second, paired, KEY_PLAN, D),
+                )
         expected = tl.full([], NOWHERE, tl.int32)
         REST: tl.constexpr = D - 2 * PAIRS
         if REST:
             REST_SIZE: tl.constexpr = triton.next_power_of_2(REST) if REST > 16 else 16
             rest = 2 * PAIRS + tl.arange(0, REST_SIZE)
             q_rest = tiles.dimensions(q, heads, of_group, rest, rest < D, D).to(dtype)
+            u_rest = ()
+            if KEEP:
+                u_rest = tiles.decoders(decoder, rest, rest < D, KEY_PLAN, D)
     else:
         pieces = tiles.queries(q_small, heads, of_group, KEY_PLAN, SIZE_Q)
     top = tl.full([M], float("-inf"), tl.float32)
@@ -81,29 +95,32 @@ def _attend(
     for i in tl.static_range(len(VALUE_PLAN)):
         sums += (tl.full([M, VALUE_PLAN[i][1]], 0.0, tl.float32),)
     for n0 in range(start, high, BLOCK):
-        n = n0 + places
-        seen = (n >= low) & (n < high)
-        # What is not seen is loaded from the nearest token that is: loads without masks are fewer instructions.
+        # Blocks of packed latents lie in the cache as a whole, so that a code is as far from the first byte in all of
+        # them. Of other latents, what is not seen is loaded from the nearest token that is, for it may be no number.
+        # Neither needs masks, which would be more instructions.
+        base = n0
+        if KEY_PLAN[0][3] or VALUE_PLAN[0][3]:
+            base = tl.minimum(n0, room - BLOCK)
+        n = base + places
+        seen = (n >= tl.maximum(low, n0)) & (n < high)
         there = tl.minimum(tl.maximum(n, low), high - 1).to(tl.int64)
-        u = decoder
-        if decoder is not None and not KEEP:
-            u = tiles.here(decoder, n0)
-        tokens = keys + there * KEY_STRIDE
+        tokens = tiles.rows(keys, base, places, there, KEY_STRIDE, KEY_PLAN)
         scales = None
-        if KEY_PLAN[0][4] >= 0:
-            scales = tiles.scales(tokens, KEY_PLAN)
+        if KEY_SCALE >= 0:
+            scales = tiles.scales(tokens, KEY_SCALE)
+        latents = ()
+        if decoder is not None or not PAIRS:
+            for i in tl.static_range(len(KEY_PLAN)):
+                latents += (tiles.piece(tokens, columns_k, KEY_PLAN, i, dtype, PACKED),)
         if PAIRS:
             # Queries are turned back to the position of the block's place 0, and keys from there to their own: where
             # positions are without gaps, by angles that are the same in every block.
-            begins = tl.load(positions + there) - places
+            begins = tl.load(positions + there).to(tl.int32) - places
             begin = tl.min(tl.where(seen, begins, 2147483647), 0)
             even = tl.max(tl.where(seen, begins, NOWHERE), 0) == begin
-            steps = tl.where(seen, begins - begin + places, 0).to(tl.float32)
-            latents, before = (), turned
+            further = tl.where(seen, begins - begin, 0).to(tl.float32)
+            before = turned
             turned = ()
-            if decoder is not None:
-                for i in tl.static_range(len(KEY_PLAN)):
-                    latents += (tiles.piece(tokens, shape_k, KEY_PLAN, i, RANK, dtype),)
             # Decoded keys are the first operand, which tensor cores take from registers.
             found = tl.zeros([BLOCK, M], tl.float32)
             for i in tl.static_range(SIZE // PART):
@@ -115,29 +132,37 @@ def _attend(
                 else:
                     frequency = tl.load(inverse + pairs, mask=paired, other=0.0)
                     q_cos, q_sin = tiles.angle((query - begin).to(tl.float32) * frequency)
-                    q_a, q_b = tiles.turn(q_pairs[2 * i], q_pairs[2 * i + 1], q_cos[None, :], q_sin[None, :])
+                    q_a = tiles.dimensions(q, first_head + alone, alone < GROUP, first, paired, D) * scaling * scaling
+                    q_b = tiles.dimensions(q, first_head + alone, alone < GROUP, second, paired, D) * scaling * scaling
+                    q_a, q_b = tiles.turn(q_a, q_b, q_cos[None, :], q_sin[None, :])
                 turned += (q_a, q_b)
-                if even:
-                    cos, sin = behind[2 * i], behind[2 * i + 1]
-                else:
+                u_a, u_b = (), ()
+                if KEEP:
+                    u_a, u_b = kept[2 * i], kept[2 * i + 1]
+                elif decoder is not None:
+                    u_a = tiles.decoders(tiles.here(decoder, n0), first, paired, KEY_PLAN, D)
+                    u_b = tiles.decoders(tiles.here(decoder, n0), second, paired, KEY_PLAN, D)
+                a = tiles.keys(latents, tokens, scales, u_a, mean, first, paired, UPCAST)
+                b = tiles.keys(latents, tokens, scales, u_b, mean, second, paired, UPCAST)
+                a, b = tiles.turn(a, b, behind[2 * i].to(tl.float32), behind[2 * i + 1].to(tl.float32))
+                if not even:
                     frequency = tl.load(inverse + pairs, mask=paired, other=0.0)
-                    cos, sin = tiles.angle(steps[:, None] * frequency[None, :])
-                    cos, sin = cos.to(cosines.dtype.element_ty), sin.to(cosines.dtype.element_ty)
-                a = tiles.keys(latents, tokens, scales, u, mean, first, paired, KEY_PLAN, D, UPCAST)
-                b = tiles.keys(latents, tokens, scales, u, mean, second, paired, KEY_PLAN, D, UPCAST)
-                a, b = tiles.turn(a, b, cos.to(tl.float32), sin.to(tl.float32))
-                found = tiles.dot(a.to(dtype), tl.trans(q_a.to(dtype)), found, UPCAST)
-                found = tiles.dot(b.to(dtype), tl.trans(q_b.to(dtype)), found, UPCAST)
+                    cos, sin = tiles.angle(further[:, None] * frequency[None, :])
+                    a, b = tiles.turn(a, b, cos, sin)
+                found = tiles.dot(a.to(dtype), tl.trans(tiles.repeated(q_a.to(dtype), M)), found, UPCAST)
+                found = tiles.dot(b.to(dtype), tl.trans(tiles.repeated(q_b.to(dtype), M)), found, UPCAST)
             if REST:
-                c = tiles.keys(latents, tokens, scales, u, mean, rest, rest < D, KEY_PLAN, D, UPCAST)
+                u_c = u_rest
+                if decoder is not None and not KEEP:
+                    u_c = tiles.decoders(tiles.here(decoder, n0), rest, rest < D, KEY_PLAN, D)
+                c = tiles.keys(latents, tokens, scales, u_c, mean, rest, rest < D, UPCAST)
                 found = tiles.dot(c.to(dtype), tl.trans(q_rest), found, UPCAST)
             expected = begin + BLOCK
             scores = tl.trans(found)
         else:
             scores = tl.zeros([M, BLOCK], tl.float32)
             for i in tl.static_range(len(KEY_PLAN)):
-                z = tiles.piece(tokens, shape_k, KEY_PLAN, i, RANK, dtype)
-                scores = tiles.dot(pieces[i], tl.trans(z), scores, UPCAST)
+                scores = tiles.dot(pieces[i], tl.trans(latents[i]), scores, UPCAST)
             if scales is not None:
                 scores *= scales[None, :]
         if offset is not None:
@@ -152,19 +177,19 @@ def _attend(
             scores += (n + distance).to(tl.float32)[None, :] * (slope * LOG2_E)[:, None]
         scores = tl.where(seen[None, :], scores, float("-inf"))
         if MASK:
-            scores = _masked(scores, mask, mask_h, n, seen, of_group, MASK)
+            scores = _masked(scores, mask, mask_h, n, seen, member, of_group, MASK)
         risen = tl.maximum(top, tl.max(scores, 1))
         against = tl.where(risen == float("-inf"), 0.0, risen)  # nothing was seen so far
         weights = tl.exp2(scores - against[:, None])
         fade = tl.exp2(top - against)
         total = total * fade + tl.sum(weights, 1)
         top = risen
-        tokens = values + there * VALUE_STRIDE
-        if VALUE_PLAN[0][4] >= 0:
-            weights *= tiles.scales(tokens, VALUE_PLAN)[None, :]
+        tokens = tiles.rows(values, base, places, there, VALUE_STRIDE, VALUE_PLAN)
+        if VALUE_SCALE >= 0:
+            weights *= tiles.scales(tokens, VALUE_SCALE)[None, :]
         grown = ()
         for i in tl.static_range(len(VALUE_PLAN)):
-            z = tiles.piece(tokens, shape_v, VALUE_PLAN, i, RANK_V, dtype)
+            z = latents[i] if JOINT else tiles.piece(tokens, columns_v, VALUE_PLAN, i, dtype, PACKED)
             grown += (tiles.dot(weights.to(dtype), z, sums[i] * fade[:, None], UPCAST),)
         sums = grown
     for i in tl.static_range(len(VALUE_PLAN)):
@@ -178,36 +203,40 @@ def _attend(
 
 
 @triton.jit(
-    do_not_specialize=["splits", "near_tokens", "mask_b", "mask_h", "positions_b"]
+    do_not_specialize=["splits", "far_tokens", "near_tokens", "mask_b", "mask_h", "positions_b"]
     + [f"{x}_{y}" for x in ("fk", "fv", "nk", "nv") for y in "bg"]
 )
 def decode_splits(
-    q, q_small, offset, slopes, far_keys, far_values, decoder, mean, key_shape, value_shape, near_keys, near_values,
+    q, q_small, slopes, far_keys, far_values, decoder, mean, key_codes, key_numbers, value_codes, value_numbers,
+    near_keys, near_values,
     firsts, lengths, positions, queries, near_columns, near_stops, inverse, cosines, sines,
     mask, far_sums, near_sums, tops, totals,
-    scale, scaling, softcap, splits, near_tokens, mask_b, mask_h, positions_b,
+    scale, scaling, softcap, splits, far_tokens, near_tokens, mask_b, mask_h, positions_b,
     fk_b, fk_g, fv_b, fv_g, nk_b, nk_g, nv_b, nv_g,
     FK_VEC: tl.constexpr, FV_VEC: tl.constexpr, NK_VEC: tl.constexpr, NV_VEC: tl.constexpr,
     FK_STRIDE: tl.constexpr, FV_STRIDE: tl.constexpr, NK_STRIDE: tl.constexpr, NV_STRIDE: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, SHARED_K: tl.constexpr, SHARED_V: tl.constexpr,
     D: tl.constexpr, SIZE_Q: tl.constexpr, RANK: tl.constexpr,
     RANK_V: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr, NEAR_PLAN: tl.constexpr,
+    KEY_SCALE: tl.constexpr, VALUE_SCALE: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr,
-    JOINT: tl.constexpr, KEEP: tl.constexpr,
+    JOINT: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One split of the sequence, or the exact window, of a row and KV head."""
     row, g = tl.program_id(0) // G, tl.program_id(0) % G
     split = tl.program_id(1)
     GROUP: tl.constexpr = H // G
     M: tl.constexpr = triton.next_power_of_2(GROUP) if GROUP > 16 else 16
-    member = tl.arange(0, M)
-    of_group = member < GROUP
-    heads = row * H + g * GROUP + member
+    ROWS: tl.constexpr = M // triton.next_power_of_2(GROUP)  # of each query head, of which the first counts
+    member = tl.arange(0, M) // ROWS
+    of_group = (member < GROUP) & (tl.arange(0, M) % ROWS == 0)
+    first_head = row * H + g * GROUP
+    heads = first_head + member
     first, length = tl.load(firsts + row), tl.load(lengths + row)
     query = 0
     if PAIRS:
         positions += row.to(tl.int64) * positions_b
-        query = tl.load(queries + row)
+        query = tl.load(queries + row).to(tl.int32)
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + g * GROUP + member, mask=of_group, other=0.0)
@@ -215,19 +244,23 @@ def decode_splits(
         mask += row.to(tl.int64) * mask_b + g * GROUP * mask_h
     top_out, sum_out = tops + heads * (splits + 1) + split, totals + heads * (splits + 1) + split
     if split < splits:
-        mean_of_head, decoder_of_head, offset_of_head = None, None, None
-        shape_k, shape_v = None, None
-        if key_shape is not None:
-            shape_k = key_shape + g * 4 * RANK
-        if value_shape is not None:
-            shape_v = value_shape + g * 4 * RANK_V
+        mean_of_head, decoder_of_head, offset = None, None, None
+        numbers_k, numbers_v = None, None
+        if key_numbers is not None:
+            numbers_k = key_numbers + g * 6 * RANK
+        if value_numbers is not None:
+            numbers_v = value_numbers + g * 6 * RANK_V
         if PAIRS:
             if mean is not None:
                 mean_of_head = mean + g * D
             if decoder is not None:
                 decoder_of_head = decoder + g * RANK * D
-        elif offset is not None:
-            offset_of_head = tl.load(offset + heads, mask=of_group, other=0.0)
+        elif mean is not None:
+            # What the mean adds to scores is the same for all tokens.
+            SIZE: tl.constexpr = triton.next_power_of_2(D)
+            dims = tl.arange(0, SIZE)
+            of_mean = tl.load(mean + g * D + dims, mask=dims < D, other=0.0).to(tl.float32)
+            offset = tl.sum(tiles.dimensions(q, heads, of_group, dims, dims < D, D) * of_mean[None, :], 1)
         # What the row holds is shared out evenly, wherever it begins and however much room there is behind it.
         begin = first // BLOCK * BLOCK
         each = tl.cdiv(tl.cdiv(tl.maximum(length - begin, 0), splits), BLOCK) * BLOCK
@@ -237,13 +270,14 @@ def decode_splits(
         if not JOINT:
             values = far_values + (row.to(tl.int64) * fv_b + g // SHARED_V * fv_g) * FV_VEC
         _attend(
-            q, q_small, offset_of_head, slope, keys, values,
-            decoder_of_head, mean_of_head, shape_k, shape_v, inverse, cosines, sines,
+            q, q_small, offset, slope, keys, values,
+            decoder_of_head, mean_of_head, key_codes, numbers_k, value_codes, numbers_v,
+            inverse, cosines, sines, far_tokens,
             tl.maximum(first, start), tl.minimum(length, start + each), start,
-            positions, query, -length, scale, scaling, softcap, mask, mask_h, heads, of_group,
+            positions, query, -length, scale, scaling, softcap, mask, mask_h, first_head, member, of_group,
             far_sums + split * RANK_V, splits * RANK_V, top_out, sum_out,
-            FK_STRIDE, FV_STRIDE, KEY_PLAN, VALUE_PLAN, D, SIZE_Q, PAIRS, INTERLEAVED, BLOCK,
-            MASK, UPCAST, RANK, RANK_V, KEEP,
+            FK_STRIDE, FV_STRIDE, KEY_PLAN, VALUE_PLAN, KEY_SCALE, VALUE_SCALE, GROUP, D, SIZE_Q, PAIRS,
+            INTERLEAVED, BLOCK, MASK, UPCAST, RANK, RANK_V, KEEP, JOINT, PACKED,
         )  # fmt: skip
     elif near_keys is not None:
         column = tl.load(near_columns + row)
@@ -257,11 +291,11 @@ def decode_splits(
             q, q, None, slope,
             near_keys + (row.to(tl.int64) * nk_b + g * nk_g) * NK_VEC,
             near_values + (row.to(tl.int64) * nv_b + g * nv_g) * NV_VEC,
-            None, None, None, None, inverse, cosines, sines, low, stop, low // BLOCK * BLOCK,
-            positions, query, column - length, scale, scaling, softcap, mask, mask_h, heads,
+            None, None, None, None, None, None, inverse, cosines, sines, near_tokens, low, stop, low // BLOCK * BLOCK,
+            positions, query, column - length, scale, scaling, softcap, mask, mask_h, first_head, member,
             of_group, near_sums, D, top_out, sum_out,
-            NK_STRIDE, NV_STRIDE, NEAR_PLAN, NEAR_PLAN, D, D, PAIRS, INTERLEAVED, BLOCK,
-            MASK, UPCAST, D, D, False,
+            NK_STRIDE, NV_STRIDE, NEAR_PLAN, NEAR_PLAN, -1, -1, GROUP, D, D, PAIRS, INTERLEAVED, BLOCK,
+            MASK, UPCAST, D, D, False, False, False,
         )  # fmt: skip
 
 
@@ -304,7 +338,7 @@ def combine(
         )
         found += tl.sum(summed * weights[:, None], 0)
     else:
-        for start in range(0, RANK, PARTS):
+        for start in tl.static_range(0, RANK, PARTS):  # what is loaded does not wait for what is summed
             channels = start + tl.arange(0, PARTS)
             summed = tl.load(
                 partial + split[:, None] * RANK + channels[None, :],

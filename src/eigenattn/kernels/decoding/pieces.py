@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from ...cache.packing import Widths
+from ...cache.packing import Plane, Widths
 
-# A piece of a latent as a kernel sees it: (first channel, size, channels, bits, place of the scale, number of the first
-# among those of its width, then of each part of its codes, upper bits first, what `Plane` says). `size` is a power of
-# two, what lies past the channels is not read, 16 bits are no codes, and the place of no scale is -1.
-Piece = tuple[int, ...]
+
+class Piece(NamedTuple):
+    """Some channels of a latent as a kernel sees it.
+
+    Args:
+        start: the first.
+        size: a power of two.
+        held: how many there are; the rest of `size` is nothing.
+        parts: of the codes of its channels: 1 or 2, or 0 for channels that are numbers.
+    """
+
+    start: int
+    size: int
+    held: int
+    parts: int
 
 
 @functools.cache
@@ -31,23 +44,80 @@ def cut(size: int) -> tuple[int, ...]:
     return best
 
 
-def pieces(channels: int, widths: Widths | None = None) -> tuple[Piece, ...]:
-    """How a latent of so many channels, or with codes of these widths, is read."""
-    if widths is None:
-        return tuple((start, size, held, 16, -1, start) for start, size, held in _starts(channels))
-    scale = widths.of_codes if widths.scaled else -1
-    found: list[Piece] = []
+def pieces(channels: int, columns: Sequence[Column] = ()) -> tuple[Piece, ...]:
+    """How a latent of so many channels is read, or one of packed columns."""
+    if not columns:
+        return tuple(Piece(start, size, min(size, channels - start), 0) for start, size in _starts(cut(channels)))
+    of_two = 2 * sum(column.weight > 0 for column in columns)
+
+    def found(sizes: tuple[int, ...]) -> tuple[Piece, ...]:
+        return tuple(Piece(start, size, size, 1 + (start < of_two)) for start, size in _starts(sizes))
+
+    sizes = cut(2 * len(columns))
+    return min((found(sizes), found(sizes[::-1])), key=lambda plan: sum(piece.size * piece.parts for piece in plan))
+
+
+def _starts(sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    return zip(itertools.accumulate(sizes, initial=0), sizes, strict=False)
+
+
+class Part(NamedTuple):
+    """Where the codes of a column, or parts of them, lie.
+
+    Args:
+        byte: that holds them.
+        factor: that moves them to bits 8 and 24 of a word.
+        mask: of both, in the halves of a word, from bit 0.
+    """
+
+    byte: int = 0
+    factor: int = 0
+    mask: int = 0
+
+
+class Column(NamedTuple):
+    """Channels of a packed latent whose codes lie in the same bytes: two, or a last one that is alone.
+
+    Args:
+        channels: which.
+        upper, lower: parts of their codes, of 4 bits at most; those that are in one part have no upper one.
+        weight: of the upper part: codes are `weight upper + lower`.
+        middle: what codes are counted from.
+    """
+
+    channels: tuple[int, ...]
+    upper: Part
+    lower: Part
+    weight: int
+    middle: int
+
+
+@functools.cache
+def columns_of(widths: Widths) -> tuple[Column, ...]:
+    """How a kernel reads packed latents of these widths: columns of two parts come first."""
+    found: list[Column] = []
     first = 0
     for width, count, planes in widths.planes():
-        parts = [x for plane in planes for x in plane]
-        found += [(first + start, size, held, width, scale, start, *parts) for start, size, held in _starts(count)]
+        by_byte: dict[tuple[int, ...], list[int]] = {}
+        for i in range(count):
+            by_byte.setdefault(tuple(plane.at(i)[0] for plane in planes), []).append(i)
+        for together in by_byte.values():
+            for start in range(0, len(together), 2):
+                some = together[start : start + 2]
+                parts = [part for plane in planes for part in _parts(plane, some)]
+                upper, lower = [Part()] * (2 - len(parts)) + parts
+                weight = 2 ** planes[0].below if len(planes) > 1 else 16 * (len(parts) - 1)
+                found.append(Column(tuple(first + i for i in some), upper, lower, weight, 2 ** (width - 1)))
         first += count
-    return tuple(found)
+    return tuple(sorted(found, key=lambda column: column.weight == 0))
 
 
-def _starts(channels: int) -> Iterator[tuple[int, int, int]]:
-    """Where pieces of so many channels start, their sizes, and the channels they hold."""
-    start = 0
-    for size in cut(channels):
-        yield start, size, min(size, channels - start)
-        start += size
+def _parts(plane: Plane, channels: Sequence[int]) -> Iterator[Part]:
+    """The parts of at most 4 bits in which a plane holds the codes of one byte's channels, upper bits first."""
+    bits = min(plane.bits, 4)
+    for offset in range(plane.bits - bits, -1, -bits):
+        factor = mask = 0
+        for half, channel in enumerate(channels):
+            factor += 1 << 8 - plane.at(channel)[1] - offset + 16 * half
+            mask += 2**bits - 1 << 16 * half
+        yield Part(plane.at(channels[0])[0], factor, mask)

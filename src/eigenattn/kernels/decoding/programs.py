@@ -15,11 +15,18 @@ RESERVED = 2**13  # bytes of shared memory for what is small
 
 
 class Programs(NamedTuple):
-    """What shape programs have: tokens a block, warps, and how many blocks are loaded at a time."""
+    """What shape programs have.
+
+    Args:
+        block: tokens a block.
+        warps, stages: how many, and how many blocks are loaded at a time.
+        registers: that a thread may have at most; None is no limit.
+    """
 
     block: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def programs_for(
@@ -31,12 +38,16 @@ def programs_for(
         rotates: whether keys are decoded, by a decoder of so many ranks and D dimensions.
         memory: bytes of shared memory that a program may have.
     """
-    coded = key_plan[0][3] < 16
-    rank_k, rank_v = (sum(piece[1] for piece in plan) for plan in (key_plan, value_plan))
+    coded = key_plan[0].parts > 0
+    rank_k, rank_v = (sum(piece.size for piece in plan) for plan in (key_plan, value_plan))
     kept = element_size == 2 and rank_k * d * element_size <= LARGEST_DECODER
     # Of a decoder that does not stay there are 32 dimensions at a time, or all, which depends on how products are made.
     of_decoder = rank_k * element_size * (d if kept or element_size > 2 else 32) if rotates else 0
-    best = Programs(64, 4, 3) if rotates or coded else Programs(32, 4, 3)
+    if coded:
+        # With few registers more programs wait for memory at a time; keys that are turned need them all.
+        best = Programs(64, 4, 2, None if rotates else 128)
+    else:
+        best = Programs(64, 4, 3) if rotates else Programs(32, 4, 3)
     for found in (best, Programs(32, 4, 2), Programs(16, 4, 2)):
         waiting = found.stages - 1
         far = found.block * element_size * (found.stages * rank_k + waiting * rank_v)
