@@ -364,8 +364,8 @@ def test_columns_find_all_codes(counts):
 
 
 def test_the_sequence_is_split_over_the_processors():
-    for tokens, programs in ((0, 1), (1, 300), (5000, 4), (100_000, 128), (10**6, 1)):
-        splits = split_sequence(tokens, programs, processors=132)
+    for tokens, heads in ((0, 1), (1, 300), (5000, 4), (100_000, 128), (10**6, 1)):
+        splits = split_sequence(tokens, heads, together=528)
         assert 1 <= splits <= MOST_SPLITS
         assert splits == 1 or splits * SHORTEST_SPLIT < tokens + SHORTEST_SPLIT
 
@@ -376,12 +376,13 @@ def test_programs_fit_into_shared_memory():
     coded = pieces(48, columns_of(Widths.of({8: 8, 4: 40})))
     assert programs_for(True, plain, plain, 128, 2, hopper) == (Programs(64, 4, 3), True)
     assert programs_for(True, plain, plain, 128, 2, small) == (Programs(64, 4, 3), True)
-    assert programs_for(False, plain, plain, 128, 2, hopper) == (Programs(32, 4, 3), True)
+    assert programs_for(False, plain, plain, 128, 2, hopper) == (Programs(32, 4, 3, 96), True)
     assert programs_for(False, coded, coded, 128, 2, small) == (Programs(64, 4, 2, 128), True)
     assert programs_for(True, coded, coded, 128, 2, small) == (Programs(64, 4, 2), True)
     assert programs_for(True, large, large, 512, 2, hopper) == (Programs(32, 4, 2), False)
     assert programs_for(True, large, large, 512, 2, small)[0].block == 16
     assert programs_for(True, pieces(128), pieces(128), 128, 4, hopper) == (Programs(32, 4, 2), False)
+    assert [Programs(64, 4, 3, registers).together for registers in (255, 128, 96)] == [2, 4, 4]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ...cache.codebook import Codebook
 from ...cache.packing import Widths
 from ...errors import EigenAttnError
 from ..rotation import rotate_natively, rotates_natively
-from .pieces import columns_of, cut
+from .folded import Folded, fold
 
 
 def pairs(x: Tensor, width: int, interleaved: bool) -> Tensor:
@@ -70,65 +70,8 @@ class Side:
 
     @property
     def folded(self) -> Folded:
-        """What `fold` gives, kept."""
-        return self._once("folded", self.fold)
-
-    def fold(self) -> Folded:
-        """What the fused kernel takes of codes.
-
-        The mean distance of levels, s, goes into the decoder, `U' = s U`, so that y is about as large as u.
-        """
-        if self.widths is None or self.levels is None:
-            return Folded(self.decoder, self.mean, None, None)
-        columns, device = columns_of(self.widths), self.levels.device
-        room = sum(cut(2 * len(columns))) // 2
-        rows = [[*column.upper, *column.lower] for column in columns]
-        codes = torch.zeros(room, 6, dtype=torch.int32)
-        codes[: len(columns)] = torch.tensor(rows, dtype=torch.int64).to(torch.int32)
-        places, channels, middles, weights = [], [], [], []
-        for i, column in enumerate(columns):
-            for half, channel in enumerate(column.channels):
-                places.append(half * room + i)
-                channels.append(channel)
-                middles.append(column.middle)
-                weights.append(column.weight)
-        levels = self.levels.float()[:, channels]
-        _, a, b, c = levels.unbind(-1)
-        middle, weight = (torch.tensor(x, dtype=torch.float32, device=device) for x in (middles, weights))
-        step = a - b + c * (middle * middle - middle + 1)  # [G, R]: of the levels at both ends, -middle and middle - 1
-        step = torch.where(step > 0, step, 1.0).unsqueeze(-1)
-        g = len(levels)
-        numbers = torch.zeros(g, 2 * room, 6, device=device)
-        numbers[:, places, :2] = torch.stack([middle, weight], dim=-1)
-        numbers[:, places, 2:] = levels / step
-        decoder = torch.eye(levels.shape[1], device=device) if self.decoder is None else self.decoder.float()
-        decoder = step * decoder[..., channels, :]
-        spread = decoder.new_zeros(g, 2, room, decoder.shape[-1]).flatten(1, 2)
-        spread[:, places] = decoder
-        spread = spread.unflatten(1, (2, room)).transpose(1, 2).flatten(1, 2)  # a column's channels are neighbours
-        dtype = self.levels.dtype if self.decoder is None else self.decoder.dtype
-        numbers = numbers.view(g, 2, room, 6).transpose(2, 3).contiguous()
-        return Folded(spread.to(dtype), self.mean, codes.T.contiguous().to(device), numbers)
-
-
-class Folded(NamedTuple):
-    """How the fused kernel decodes: `x_hat = mean + y @ decoder`.
-
-    Of packed codes `y = a + u (b + u (c + u d))`, times the scale of a token that has one, where u is a code counted
-    from its middle.
-
-    Args:
-        decoder: [G, C, D], with C places for channels: those of columns, one behind the other, and room for more.
-        mean: [G, D].
-        codes: where each column's codes lie, int32 [6, C / 2] (byte, factor and mask of the upper and the lower part,
-            `eigenattn.kernels.decoding.pieces.Column`); None for latents that are numbers.
-        numbers: of each column's first and second channel the middle, the weight, a, b, c and d, [G, 2, 6, C / 2].
-    """
-
-    decoder: Tensor | None
-    mean: Tensor | None
-    codes: Tensor | None
-    numbers: Tensor | None
+        """What the fused kernel decodes with, kept."""
+        return self._once("folded", lambda: fold(self.decoder, self.mean, self.widths, self.levels))
 
 
 @dataclass(frozen=True, eq=False)

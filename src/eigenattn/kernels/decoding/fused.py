@@ -47,7 +47,7 @@ from .pieces import columns_of, pieces
 from .programs import LARGEST_BLOCK, SHORTEST_SPLIT, programs_for, split_sequence
 
 INTERPRETED = knobs.runtime.interpret
-PACKS = not INTERPRETED and torch.version.hip is None  # arithmetic on two numbers at once is PTX
+CUDA = not INTERPRETED and torch.version.hip is None
 LEAST_BLOCK = 16  # what is interpreted: short tests shall have several blocks and splits
 
 
@@ -204,7 +204,8 @@ def _launch(
     if key_plan[0].parts or value_plan[0].parts:
         far_keys, far_values = (_at_least(block, each) for each in (far_keys, far_values))
     far, shared_k, shared_v = far_keys.shape[2], g // far_keys.shape[1], g // far_values.shape[1]
-    splits = split_sequence(far, b * g, processors, LEAST_BLOCK if INTERPRETED else SHORTEST_SPLIT)
+    shortest = LEAST_BLOCK if INTERPRETED else SHORTEST_SPLIT
+    splits = split_sequence(far, b * g, processors * programs.together, shortest)
     partial = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     far_sums, near_sums = partial(b, h, splits, rank_v), partial(b, h, d if windowed else 0)
     tops, totals = partial(b, h, splits + 1), partial(b, h, splits + 1)
@@ -267,10 +268,10 @@ def _launch(
         JOINT=joint,
         BLOCK=block,
         KEEP=kept,
-        PACKED=PACKS and q.element_size() == 2,
+        PACKED=CUDA and q.element_size() == 2,  # arithmetic on two numbers at once is PTX
         num_warps=programs.warps,
         num_stages=programs.stages,
-        **({} if programs.registers is None or torch.version.hip is not None else {"maxnreg": programs.registers}),
+        **({"maxnreg": programs.registers} if CUDA else {}),
     )
     out = torch.empty(b, h, size_out, dtype=q.dtype, device=q.device)
     combine[(b * h,)](

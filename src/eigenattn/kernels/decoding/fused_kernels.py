@@ -13,7 +13,7 @@ import math
 import triton
 import triton.language as tl
 
-from . import tiles
+from . import tiles, unpacking
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 NOWHERE = tl.constexpr(-(2**31))  # no position
@@ -55,8 +55,8 @@ def _attend(
     heads = first_head + member
     high = tl.where(low < high, high, start)  # a block has a token that is seen, or there is no block
     places = tl.arange(0, BLOCK)
-    columns_k = tiles.columns(codes_k, numbers_k, KEY_PLAN, RANK, dtype, PACKED)
-    columns_v = tiles.columns(codes_v, numbers_v, VALUE_PLAN, RANK_V, dtype, PACKED)
+    columns_k = unpacking.columns(codes_k, numbers_k, KEY_PLAN, RANK, dtype, PACKED)
+    columns_v = unpacking.columns(codes_v, numbers_v, VALUE_PLAN, RANK_V, dtype, PACKED)
     if PAIRS:
         SIZE: tl.constexpr = triton.next_power_of_2(PAIRS) if PAIRS > 16 else 16
         PART: tl.constexpr = SIZE if SIZE < 64 else 64  # pairs at a time: more would not fit in registers
@@ -104,14 +104,14 @@ def _attend(
         n = base + places
         seen = (n >= tl.maximum(low, n0)) & (n < high)
         there = tl.minimum(tl.maximum(n, low), high - 1).to(tl.int64)
-        tokens = tiles.rows(keys, base, places, there, KEY_STRIDE, KEY_PLAN)
+        tokens = unpacking.rows(keys, base, places, there, KEY_STRIDE, KEY_PLAN)
         scales = None
         if KEY_SCALE >= 0:
-            scales = tiles.scales(tokens, KEY_SCALE)
+            scales = unpacking.scales(tokens, KEY_SCALE)
         latents = ()
         if decoder is not None or not PAIRS:
             for i in tl.static_range(len(KEY_PLAN)):
-                latents += (tiles.piece(tokens, columns_k, KEY_PLAN, i, dtype, PACKED),)
+                latents += (unpacking.piece(tokens, columns_k, KEY_PLAN, i, dtype, PACKED),)
         if PAIRS:
             # Queries are turned back to the position of the block's place 0, and keys from there to their own: where
             # positions are without gaps, by angles that are the same in every block.
@@ -184,12 +184,12 @@ def _attend(
         fade = tl.exp2(top - against)
         total = total * fade + tl.sum(weights, 1)
         top = risen
-        tokens = tiles.rows(values, base, places, there, VALUE_STRIDE, VALUE_PLAN)
+        tokens = unpacking.rows(values, base, places, there, VALUE_STRIDE, VALUE_PLAN)
         if VALUE_SCALE >= 0:
-            weights *= tiles.scales(tokens, VALUE_SCALE)[None, :]
+            weights *= unpacking.scales(tokens, VALUE_SCALE)[None, :]
         grown = ()
         for i in tl.static_range(len(VALUE_PLAN)):
-            z = latents[i] if JOINT else tiles.piece(tokens, columns_v, VALUE_PLAN, i, dtype, PACKED)
+            z = latents[i] if JOINT else unpacking.piece(tokens, columns_v, VALUE_PLAN, i, dtype, PACKED)
             grown += (tiles.dot(weights.to(dtype), z, sums[i] * fade[:, None], UPCAST),)
         sums = grown
     for i in tl.static_range(len(VALUE_PLAN)):

@@ -12,6 +12,8 @@ SHORTEST_SPLIT = 128  # tokens
 MOST_SPLITS = 128  # combined in one tile
 LARGEST_DECODER = 2**16  # bytes that stay in shared memory from block to block
 RESERVED = 2**13  # bytes of shared memory for what is small
+REGISTERS = 2**16  # of a processor
+MOST_TOGETHER = 4
 
 
 class Programs(NamedTuple):
@@ -20,13 +22,18 @@ class Programs(NamedTuple):
     Args:
         block: tokens a block.
         warps, stages: how many, and how many blocks are loaded at a time.
-        registers: that a thread may have at most; None is no limit.
+        registers: that a thread has at most.
     """
 
     block: int
     warps: int
     stages: int
-    registers: int | None = None
+    registers: int = 255
+
+    @property
+    def together(self) -> int:
+        """How many a processor's registers hold, as far as more of them are faster."""
+        return min(REGISTERS // (self.registers * 32 * self.warps), MOST_TOGETHER)
 
 
 def programs_for(
@@ -45,10 +52,10 @@ def programs_for(
     of_decoder = rank_k * element_size * (d if kept or element_size > 2 else 32) if rotates else 0
     if coded:
         # With few registers more programs wait for memory at a time; keys that are turned need them all.
-        best = Programs(64, 4, 2, None if rotates else 128)
+        best = Programs(64, 4, 2) if rotates else Programs(64, 4, 2, 128)
     else:
-        best = Programs(64, 4, 3) if rotates else Programs(32, 4, 3)
-    for found in (best, Programs(32, 4, 2), Programs(16, 4, 2)):
+        best = Programs(64, 4, 3) if rotates else Programs(32, 4, 3, 96)
+    for found in (best, best._replace(block=32, stages=2), best._replace(block=16, stages=2)):
         waiting = found.stages - 1
         far = found.block * element_size * (found.stages * rank_k + waiting * rank_v)
         near = found.block * element_size * 2 * waiting * d
@@ -57,7 +64,7 @@ def programs_for(
     return found, kept
 
 
-def split_sequence(tokens: int, programs: int, processors: int, shortest: int = SHORTEST_SPLIT) -> int:
-    """How many splits: some four programs a processor, none shorter than `shortest`, `MOST_SPLITS` at most."""
+def split_sequence(tokens: int, heads: int, together: int, shortest: int = SHORTEST_SPLIT) -> int:
+    """How many splits a row's head has: as many as run together, none shorter than `shortest`, and not too many."""
     most = max(-(-tokens // shortest), 1)
-    return min(most, max(4 * processors // max(programs, 1), 1), MOST_SPLITS)
+    return min(most, max(together // max(heads, 1), 1), MOST_SPLITS)
