@@ -7,16 +7,16 @@ and scores them in registers; values are summed as latents, and decoded once by 
 - `R_(n0 + i) = R_n0 R_i`: a table of `R_i`, the same for every block and kept in registers, turns keys, and the query
   is turned back by the position `n0` of the block's place 0, from that of the block before. The cosines of a key's own
   position would be D numbers to read or to compute, more than its latent holds; they are computed only in a block
-  whose positions have a gap.
+  whose positions have a gap, for what they turn beyond the table.
 - Query heads, padded to 16, are the rows of all products with latents. Keys that are decoded are the first operand
   instead, which tensor cores take from registers; their decoder stays in shared memory.
-- Pairs of dimensions are decoded 32 at a time: keys of all would not fit in registers.
+- 64 pairs of dimensions are decoded at a time: more would not fit in registers.
 - Heads that share a latent have programs of their own, which find it in the cache of the GPU. One that keys and values
   share is loaded once.
 - Ranks are cut in pieces of powers of two (80 = 64 + 32), for all extents of tensors are such.
-- Packed codes become numbers about as large by a polynomial of their channel, three products an element; the scale of
-  a token multiplies scores and weights, or decoded keys; the rest of the quantiser is in decoder and mean
-  (`Side.fold`).
+- Packed codes are read in columns of two channels that share bytes (`pieces.Column`), and become numbers about as large
+  by a polynomial of their channel, in 16 bits two at a time; the scale of a token multiplies scores and weights, or
+  decoded keys; the rest of the quantiser is in decoder and mean (`folded.fold`).
 - Strides are passed in units of the widest vector they allow: the compiler cannot see by itself that 72 is a multiple
   of 8.
 
