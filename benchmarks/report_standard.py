@@ -8,6 +8,7 @@ It is read from benchmarks/results/standard-MODEL.json.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -195,6 +196,11 @@ def losses(by_model: dict[str, Results]) -> list[str]:
     titles = [f"{TITLES[model].split('-')[0]}, {size:g} bits" for (model, *_), size in zip(columns, asked, strict=True)]
     ours = [f"**{_on_main(results, name):.1f}**" for _, results, name in columns]
     lines = [*_heading("cache", *titles), _row("**eigenattn**", *ours)]
+    shared = [_most_shared(results, name) for _, results, name in columns]
+    if any(shared):
+        together = zip(columns, shared, strict=True)
+        row = ["" if found is None else f"**{_on_main(results, found):.1f}**" for (_, results, _), found in together]
+        lines.append(_row("**eigenattn**, a layer's heads in one latent (`--share`)", *row))
     for start, title in FAMILIES.items():
         row = []
         for (_, results, _), size in zip(columns, asked, strict=True):
@@ -204,6 +210,13 @@ def losses(by_model: dict[str, Results]) -> list[str]:
         if any(row):
             lines.append(_row(title, *row))
     return lines + _at_equal_bits(shown)
+
+
+def _most_shared(results: Results, name: str) -> str | None:
+    """The cache like this one in which the most heads, more than one, have keys and values in one latent."""
+    sharing = re.compile(re.escape(name).replace("fisher/", r"fisher:(\d+)kv/"))
+    found = {int(match[1]): match[0] for match in map(sharing.fullmatch, results["caches"]) if match}
+    return found[max(found)] if max(found, default=0) > 1 else None
 
 
 def _on_foreign(results: Results, name: str, length: int) -> list[Comparison]:
@@ -220,7 +233,11 @@ def _at_equal_bits(shown: list[tuple[str, Results]]) -> list[str]:
         each = [_on_foreign(results, name, lengths(results)[0]) for name in names]
         means = [f"{statistics.fmean(one.ratio for one in several):.2f}" for several in each if several]
         if len(means) == len(EQUAL_CACHES):
-            found.append(f"{' / '.join(means)} on {TITLES[model].split('-')[0]}")
+            shared = [_most_shared(results, name) for name in EQUAL_CACHES]
+            each = [_on_foreign(results, name, lengths(results)[0]) for name in shared if name is not None]
+            more = [f"{statistics.fmean(one.ratio for one in several):.2f}" for several in each if several]
+            also = f" ({' / '.join(more)} in one latent)" if len(more) == len(EQUAL_CACHES) else ""
+            found.append(f"{' / '.join(means)}{also} on {TITLES[model].split('-')[0]}")
     if not found:
         return []
     sizes = ", ".join(name.rsplit("/", 1)[1] for name in EQUAL_CACHES)

@@ -237,7 +237,9 @@ def test_long_texts(coded, window):
 @pytest.mark.parametrize("case", ["gaps", "jumps"])
 @pytest.mark.parametrize("make", [DynamicCache, partial(StaticCache, max_cache_len=18)], ids=["dynamic", "static"])
 def test_the_fused_kernel(make, case, window, monkeypatch):
-    model, (ids, mask, positions) = compressed("llama", window, num_hidden_layers=1), text(case)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = compressed("llama", window, num_hidden_layers=1).to(device)
+    ids, mask, positions = (x.to(device) for x in text(case))
     exact, calls = at_once(model, ids, mask, positions), []
     plain = decoding.DECODE_BACKENDS["triton"]
     monkeypatch.setitem(decoding.DECODE_BACKENDS, "triton", lambda step: calls.append(1) or plain(step))
