@@ -1,6 +1,6 @@
 """Time the fused decoding kernel in programs of other shapes than it chooses, on a GPU.
 
-    python benchmarks/programs.py --programs 64,4,3 64,4,2,128 --splits 2 8
+    python benchmarks/programs.py --programs 64,4,3,2 64,4,2,4,128 --splits 2 8
     python benchmarks/programs.py --ranks 64,96 --bits 3.5 --batch 1 --length 131072
     python benchmarks/programs.py --widths 8:8 6:8 5:16 4:32 3:24 2:32 1:8    # such as bases have
 
@@ -43,7 +43,9 @@ def width(text: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--programs", nargs="*", type=numbers, default=[], help="block,warps,stages[,registers]")
+    parser.add_argument(
+        "--programs", nargs="*", type=numbers, default=[], help="block,warps,stages,together[,registers]"
+    )
     parser.add_argument("--splits", nargs="*", type=int, default=[], help="of the sequence, in the programs it chooses")
     parser.add_argument("--ranks", nargs="*", type=numbers, default=[(80, 80)], help="of keys, of values")
     parser.add_argument("--bits", type=float, default=2.5)

@@ -225,19 +225,22 @@ def _on_foreign(results: Results, name: str, length: int) -> list[Comparison]:
     return [*foreign(results, found).values()]
 
 
+def _means(results: Results, names: Sequence[str]) -> str:
+    """The mean ratio to the best rival of each cache; empty if one of those of equal bits was not compared."""
+    each = [_on_foreign(results, name, lengths(results)[0]) for name in names]
+    means = [f"{statistics.fmean(one.ratio for one in several):.2f}" for several in each if several]
+    return " / ".join(means) if len(means) == len(EQUAL_CACHES) else ""
+
+
 def _at_equal_bits(shown: list[tuple[str, Results]]) -> list[str]:
     """A sentence on the ratios to the best rival where it has no more bits, if that was measured."""
     found = []
     for model, results in shown:
-        names = [name for name in EQUAL_CACHES if name in results["caches"]]
-        each = [_on_foreign(results, name, lengths(results)[0]) for name in names]
-        means = [f"{statistics.fmean(one.ratio for one in several):.2f}" for several in each if several]
-        if len(means) == len(EQUAL_CACHES):
-            shared = [_most_shared(results, name) for name in EQUAL_CACHES]
-            each = [_on_foreign(results, name, lengths(results)[0]) for name in shared if name is not None]
-            more = [f"{statistics.fmean(one.ratio for one in several):.2f}" for several in each if several]
-            also = f" ({' / '.join(more)} in one latent)" if len(more) == len(EQUAL_CACHES) else ""
-            found.append(f"{' / '.join(means)}{also} on {TITLES[model].split('-')[0]}")
+        apart = _means(results, [name for name in EQUAL_CACHES if name in results["caches"]])
+        together = _means(results, [name for each in EQUAL_CACHES if (name := _most_shared(results, each))])
+        if apart:
+            also = f" ({together} in one latent)" if together else ""
+            found.append(f"{apart}{also} on {TITLES[model].split('-')[0]}")
     if not found:
         return []
     sizes = ", ".join(name.rsplit("/", 1)[1] for name in EQUAL_CACHES)

@@ -16,7 +16,7 @@ from eigenattn import EigenAttnError
 from eigenattn.cache.packing import Widths, pack
 from eigenattn.kernels.decoding import Rotary, Side, Step, Window, why_not
 from eigenattn.kernels.decoding import decode as decode_step
-from eigenattn.kernels.decoding.pieces import columns_of, cut, pieces
+from eigenattn.kernels.decoding.pieces import couples_of, cut, pieces, pieces_of
 from eigenattn.kernels.decoding.programs import MOST_SPLITS, SHORTEST_SPLIT, Programs, programs_for, split_sequence
 from eigenattn.kernels.native_library import unavailable
 
@@ -117,10 +117,12 @@ def assert_same(found: torch.Tensor, arguments: dict) -> None:
     expected = decode("reference", **arguments)
     assert found.dtype == expected.dtype
     error = (found.float() - expected.float()).norm() / expected.float().norm()
-    far = 2 if arguments["rows"][0].shape[2] > 100 else 1  # angles in fp32 are worse by what positions are larger
-    coded = 1 if arguments["keys"].widths is None else 1.5  # what codes stand for is rounded as keys are
-    limit = {torch.float32: far * 2e-6, torch.bfloat16: coded * 1e-2, torch.float16: coded * 1.5e-3}
-    assert error < limit[found.dtype]
+    limit = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}[found.dtype]
+    if DEVICE == "cuda" and found.dtype == torch.float32 and arguments["rows"][0].shape[2] > 100:
+        limit *= 2  # blocks are longer there, and angles of far positions differ by how they are summed
+    if DEVICE == "cuda" and found.dtype != torch.float32 and arguments["keys"].widths is not None:
+        limit *= 1.5  # codes become numbers by arithmetic in 16 bits there
+    assert error < limit
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -346,21 +348,21 @@ def test_ranks_are_cut_with_little_waste():
     [{8: 3, 6: 5, 4: 10, 2: 7}, {8: 24, 6: 8, 4: 40, 2: 16}, {6: 13, 5: 3, 3: 5, 2: 2, 1: 11}, {8: 128}, {4: 1}],
     ids=str,
 )
-def test_columns_find_all_codes(counts):
+def test_couples_find_all_codes(counts):
     widths = Widths.of(counts)
     codes = torch.stack([torch.randint(0, 2**bits, (50,)) for bits in widths.each()], dim=-1)
     packed = pack(codes.to(torch.uint8), widths).int()
-    columns = columns_of(widths)
-    assert sorted(channel for column in columns for channel in column.channels) == list(range(widths.channels))
-    plan = pieces(widths.channels, columns)
-    assert sum(piece.size for piece in plan) >= 2 * len(columns)
-    for i, column in enumerate(columns):
-        upper, lower = ((packed[:, part.byte] * part.factor >> 8) & part.mask for part in (column.upper, column.lower))
-        for half, channel in enumerate(column.channels):
+    couples = couples_of(widths)
+    assert sorted(channel for couple in couples for channel in couple.channels) == list(range(widths.channels))
+    plan = pieces_of(couples)
+    assert sum(piece.size for piece in plan) >= 2 * len(couples)
+    for i, couple in enumerate(couples):
+        upper, lower = ((packed[:, part.byte] * part.factor >> 8) & part.mask for part in (couple.upper, couple.lower))
+        for half, channel in enumerate(couple.channels):
             parts = [word >> 16 * half & 0xFFFF for word in (upper, lower)]
-            assert torch.equal(column.weight * parts[0] + parts[1], codes[:, channel])
+            assert torch.equal(couple.weight * parts[0] + parts[1], codes[:, channel])
         [piece] = (piece for piece in plan if piece.start <= 2 * i < piece.start + piece.size)
-        assert piece.parts == 2 or not column.weight
+        assert piece.parts == 2 or not couple.weight
 
 
 def test_the_sequence_is_split_over_the_processors():
@@ -373,16 +375,15 @@ def test_the_sequence_is_split_over_the_processors():
 def test_programs_fit_into_shared_memory():
     hopper, small = 232_448, 101_376
     plain, large = pieces(80), pieces(512)
-    coded = pieces(48, columns_of(Widths.of({8: 8, 4: 40})))
-    assert programs_for(True, plain, plain, 128, 2, hopper) == (Programs(64, 4, 3), True)
-    assert programs_for(True, plain, plain, 128, 2, small) == (Programs(64, 4, 3), True)
-    assert programs_for(False, plain, plain, 128, 2, hopper) == (Programs(32, 4, 3, 96), True)
-    assert programs_for(False, coded, coded, 128, 2, small) == (Programs(64, 4, 2, 128), True)
-    assert programs_for(True, coded, coded, 128, 2, small) == (Programs(64, 4, 2), True)
-    assert programs_for(True, large, large, 512, 2, hopper) == (Programs(32, 4, 2), False)
+    coded = pieces_of(couples_of(Widths.of({8: 8, 4: 40})))
+    assert programs_for(True, plain, plain, 128, 2, hopper) == (Programs(64, 4, 3, 2), True)
+    assert programs_for(True, plain, plain, 128, 2, small) == (Programs(64, 4, 3, 2), True)
+    assert programs_for(False, plain, plain, 128, 2, hopper) == (Programs(32, 4, 3, 4), True)
+    assert programs_for(False, coded, coded, 128, 2, small) == (Programs(64, 4, 2, 4, 128), True)
+    assert programs_for(True, coded, coded, 128, 2, small) == (Programs(64, 4, 2, 2), True)
+    assert programs_for(True, large, large, 512, 2, hopper) == (Programs(32, 4, 2, 2), False)
     assert programs_for(True, large, large, 512, 2, small)[0].block == 16
-    assert programs_for(True, pieces(128), pieces(128), 128, 4, hopper) == (Programs(32, 4, 2), False)
-    assert [Programs(64, 4, 3, registers).together for registers in (255, 128, 96)] == [2, 4, 4]
+    assert programs_for(True, pieces(128), pieces(128), 128, 4, hopper) == (Programs(32, 4, 2, 2), False)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -72,6 +72,11 @@ class Widths:
         """Bytes of one packed latent."""
         return self.of_codes + self.scaled
 
+    @property
+    def scale_at(self) -> int:
+        """The byte of a latent's scale, behind its codes; -1 if it has none."""
+        return self.of_codes if self.scaled else -1
+
     def planes(self) -> Iterator[tuple[int, int, list[Plane]]]:
         """Of each width its bits, its channels, and the planes that hold their codes, upper bits first."""
         start = 0

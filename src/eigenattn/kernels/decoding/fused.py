@@ -14,7 +14,7 @@ and scores them in registers; values are summed as latents, and decoded once by 
 - Heads that share a latent have programs of their own, which find it in the cache of the GPU. One that keys and values
   share is loaded once.
 - Ranks are cut in pieces of powers of two (80 = 64 + 32), for all extents of tensors are such.
-- Packed codes are read in columns of two channels that share bytes (`pieces.Column`), and become numbers about as large
+- Packed codes are read in couples of channels that share bytes (`pieces.Couple`), and become numbers about as large
   by a polynomial of their channel, in 16 bits two at a time; the scale of a token multiplies scores and weights, or
   decoded keys; the rest of the quantiser is in decoder and mean (`folded.fold`).
 - Strides are passed in units of the widest vector they allow: the compiler cannot see by itself that 72 is a multiple
@@ -43,7 +43,7 @@ from triton import knobs
 from ...cache.packing import Widths
 from .arguments import Step
 from .fused_kernels import combine, decode_splits
-from .pieces import columns_of, pieces
+from .pieces import couples_of, pieces, pieces_of
 from .programs import LARGEST_BLOCK, SHORTEST_SPLIT, programs_for, split_sequence
 
 INTERPRETED = knobs.runtime.interpret
@@ -195,7 +195,7 @@ def _launch(
     widths_k, widths_v = (_widths(found) for found in (key_widths, value_widths))
     processors, memory = _device(q.device)
     key_plan, value_plan = (
-        pieces(far.shape[-1]) if widths is None else pieces(widths.channels, columns_of(widths))
+        pieces(far.shape[-1]) if widths is None else pieces_of(couples_of(widths))
         for far, widths in ((far_keys, widths_k), (far_values, widths_v))
     )
     rank_k, rank_v = (sum(piece.held for piece in plan) for plan in (key_plan, value_plan))
@@ -259,8 +259,8 @@ def _launch(
         KEY_PLAN=tuple(map(tuple, key_plan)),
         VALUE_PLAN=tuple(map(tuple, value_plan)),
         NEAR_PLAN=tuple(map(tuple, pieces(d))),
-        KEY_SCALE=_place_of_scale(widths_k),
-        VALUE_SCALE=_place_of_scale(widths_v),
+        KEY_SCALE=-1 if widths_k is None else widths_k.scale_at,
+        VALUE_SCALE=-1 if widths_v is None else widths_v.scale_at,
         PAIRS=0 if x.inverse_frequencies is None else x.inverse_frequencies.numel(),
         INTERLEAVED=interleaved,
         MASK=mask_kind,
@@ -271,7 +271,7 @@ def _launch(
         PACKED=CUDA and q.element_size() == 2,  # arithmetic on two numbers at once is PTX
         num_warps=programs.warps,
         num_stages=programs.stages,
-        **({"maxnreg": programs.registers} if CUDA else {}),
+        **({"maxnreg": programs.registers} if CUDA and programs.registers else {}),
     )
     out = torch.empty(b, h, size_out, dtype=q.dtype, device=q.device)
     combine[(b * h,)](
@@ -299,10 +299,6 @@ def _launch(
 def _numbers(widths: Widths | None) -> list[int]:
     """Widths as a graph can hold them: whether they are scaled, bits, channels, bits, channels."""
     return [] if widths is None else [int(widths.scaled), *(number for pair in widths.counts for number in pair)]
-
-
-def _place_of_scale(widths: Widths | None) -> int:
-    return widths.of_codes if widths is not None and widths.scaled else -1
 
 
 def _widths(found: Sequence[int]) -> Widths | None:

@@ -55,8 +55,8 @@ def _attend(
     heads = first_head + member
     high = tl.where(low < high, high, start)  # a block has a token that is seen, or there is no block
     places = tl.arange(0, BLOCK)
-    columns_k = unpacking.columns(codes_k, numbers_k, KEY_PLAN, RANK, dtype, PACKED)
-    columns_v = unpacking.columns(codes_v, numbers_v, VALUE_PLAN, RANK_V, dtype, PACKED)
+    couples_k = unpacking.couples(codes_k, numbers_k, KEY_PLAN, RANK, dtype, PACKED)
+    couples_v = unpacking.couples(codes_v, numbers_v, VALUE_PLAN, RANK_V, dtype, PACKED)
     if PAIRS:
         SIZE: tl.constexpr = triton.next_power_of_2(PAIRS) if PAIRS > 16 else 16
         PART: tl.constexpr = SIZE if SIZE < 64 else 64  # pairs at a time: more would not fit in registers
@@ -111,7 +111,7 @@ def _attend(
         latents = ()
         if decoder is not None or not PAIRS:
             for i in tl.static_range(len(KEY_PLAN)):
-                latents += (unpacking.piece(tokens, columns_k, KEY_PLAN, i, dtype, PACKED),)
+                latents += (unpacking.piece(tokens, couples_k, KEY_PLAN, i, dtype, PACKED),)
         if PAIRS:
             # Queries are turned back to the position of the block's place 0, and keys from there to their own: where
             # positions are without gaps, by angles that are the same in every block.
@@ -189,7 +189,7 @@ def _attend(
             weights *= unpacking.scales(tokens, VALUE_SCALE)[None, :]
         grown = ()
         for i in tl.static_range(len(VALUE_PLAN)):
-            z = latents[i] if JOINT else unpacking.piece(tokens, columns_v, VALUE_PLAN, i, dtype, PACKED)
+            z = latents[i] if JOINT else unpacking.piece(tokens, couples_v, VALUE_PLAN, i, dtype, PACKED)
             grown += (tiles.dot(weights.to(dtype), z, sums[i] * fade[:, None], UPCAST),)
         sums = grown
     for i in tl.static_range(len(VALUE_PLAN)):

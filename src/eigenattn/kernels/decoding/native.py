@@ -133,7 +133,7 @@ def decode(step: Step) -> Tensor:
         [count if isinstance(count, int) else 0 for count in counts],
         [
             *(step.rows[s.row].shape[-1] if s.widths is None else s.widths.channels for s in (step.keys, step.values)),
-            *(-1 if s.widths is None or not s.widths.scaled else s.widths.of_codes for s in (step.keys, step.values)),
+            *(-1 if s.widths is None else s.widths.scale_at for s in (step.keys, step.values)),
             step.kv_heads,
             step.size_out,
             int(matrices),

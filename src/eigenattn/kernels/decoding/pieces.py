@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from ...cache.codebook import middle
 from ...cache.packing import Plane, Widths
 
 
@@ -30,7 +31,7 @@ class Piece(NamedTuple):
 def cut(size: int) -> tuple[int, ...]:
     """Powers of two that hold `size` elements: as little room as possible, then as few as possible.
 
-    They are at least 32, so that four warps share out the columns of a product, or 16 where one of them holds all.
+    They are at least 32, so that four warps share out the couples of a product, or 16 where one of them holds all.
     """
     if size <= 16:
         return (16,)
@@ -44,25 +45,31 @@ def cut(size: int) -> tuple[int, ...]:
     return best
 
 
-def pieces(channels: int, columns: Sequence[Column] = ()) -> tuple[Piece, ...]:
-    """How a latent of so many channels is read, or one of packed columns."""
-    if not columns:
-        return tuple(Piece(start, size, min(size, channels - start), 0) for start, size in _starts(cut(channels)))
-    of_two = 2 * sum(column.weight > 0 for column in columns)
+def pieces(channels: int) -> tuple[Piece, ...]:
+    """How a latent of so many channels is read."""
+    return tuple(Piece(start, size, min(size, channels - start), 0) for start, size in _starts(cut(channels)))
 
-    def found(sizes: tuple[int, ...]) -> tuple[Piece, ...]:
-        return tuple(Piece(start, size, size, 1 + (start < of_two)) for start, size in _starts(sizes))
 
-    sizes = cut(2 * len(columns))
-    return min((found(sizes), found(sizes[::-1])), key=lambda plan: sum(piece.size * piece.parts for piece in plan))
+def pieces_of(couples: Sequence[Couple]) -> tuple[Piece, ...]:
+    """How a latent of packed couples is read: with as few channels as can be in pieces of two parts."""
+    of_two = 2 * sum(couple.weight > 0 for couple in couples)
+    sizes = cut(2 * len(couples))
+    orders = (
+        tuple(Piece(start, size, size, 1 + (start < of_two)) for start, size in _starts(order))
+        for order in (sizes, sizes[::-1])
+    )
+    return min(orders, key=lambda plan: sum(piece.size * piece.parts for piece in plan))
 
 
 def _starts(sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     return zip(itertools.accumulate(sizes, initial=0), sizes, strict=False)
 
 
+PART_BITS = 4  # at most, so that parts are the last bits of numbers in 16 bits
+
+
 class Part(NamedTuple):
-    """Where the codes of a column, or parts of them, lie.
+    """Where the codes of a couple, or parts of them, lie.
 
     Args:
         byte: that holds them.
@@ -75,7 +82,7 @@ class Part(NamedTuple):
     mask: int = 0
 
 
-class Column(NamedTuple):
+class Couple(NamedTuple):
     """Channels of a packed latent whose codes lie in the same bytes: two, or a last one that is alone.
 
     Args:
@@ -93,9 +100,9 @@ class Column(NamedTuple):
 
 
 @functools.cache
-def columns_of(widths: Widths) -> tuple[Column, ...]:
-    """How a kernel reads packed latents of these widths: columns of two parts come first."""
-    found: list[Column] = []
+def couples_of(widths: Widths) -> tuple[Couple, ...]:
+    """How a kernel reads packed latents of these widths: couples of two parts come first."""
+    found: list[Couple] = []
     first = 0
     for width, count, planes in widths.planes():
         by_byte: dict[tuple[int, ...], list[int]] = {}
@@ -106,15 +113,15 @@ def columns_of(widths: Widths) -> tuple[Column, ...]:
                 some = together[start : start + 2]
                 parts = [part for plane in planes for part in _parts(plane, some)]
                 upper, lower = [Part()] * (2 - len(parts)) + parts
-                weight = 2 ** planes[0].below if len(planes) > 1 else 16 * (len(parts) - 1)
-                found.append(Column(tuple(first + i for i in some), upper, lower, weight, 2 ** (width - 1)))
+                weight = 2 ** min(planes[-1].bits, PART_BITS) if len(parts) > 1 else 0
+                found.append(Couple(tuple(first + i for i in some), upper, lower, weight, middle(width)))
         first += count
-    return tuple(sorted(found, key=lambda column: column.weight == 0))
+    return tuple(sorted(found, key=lambda couple: couple.weight == 0))
 
 
 def _parts(plane: Plane, channels: Sequence[int]) -> Iterator[Part]:
     """The parts of at most 4 bits in which a plane holds the codes of one byte's channels, upper bits first."""
-    bits = min(plane.bits, 4)
+    bits = min(plane.bits, PART_BITS)
     for offset in range(plane.bits - bits, -1, -bits):
         factor = mask = 0
         for half, channel in enumerate(channels):

@@ -12,8 +12,6 @@ SHORTEST_SPLIT = 128  # tokens
 MOST_SPLITS = 128  # combined in one tile
 LARGEST_DECODER = 2**16  # bytes that stay in shared memory from block to block
 RESERVED = 2**13  # bytes of shared memory for what is small
-REGISTERS = 2**16  # of a processor
-MOST_TOGETHER = 4
 
 
 class Programs(NamedTuple):
@@ -22,18 +20,15 @@ class Programs(NamedTuple):
     Args:
         block: tokens a block.
         warps, stages: how many, and how many blocks are loaded at a time.
-        registers: that a thread has at most.
+        together: how many a processor runs at a time.
+        registers: that a thread may have, where fewer than it would take are faster.
     """
 
     block: int
     warps: int
     stages: int
-    registers: int = 255
-
-    @property
-    def together(self) -> int:
-        """How many a processor's registers hold, as far as more of them are faster."""
-        return min(REGISTERS // (self.registers * 32 * self.warps), MOST_TOGETHER)
+    together: int
+    registers: int | None = None
 
 
 def programs_for(
@@ -52,9 +47,9 @@ def programs_for(
     of_decoder = rank_k * element_size * (d if kept or element_size > 2 else 32) if rotates else 0
     if coded:
         # With few registers more programs wait for memory at a time; keys that are turned need them all.
-        best = Programs(64, 4, 2) if rotates else Programs(64, 4, 2, 128)
+        best = Programs(64, 4, 2, 2) if rotates else Programs(64, 4, 2, 4, 128)
     else:
-        best = Programs(64, 4, 3) if rotates else Programs(32, 4, 3, 96)
+        best = Programs(64, 4, 3, 2) if rotates else Programs(32, 4, 3, 4)
     for found in (best, best._replace(block=32, stages=2), best._replace(block=16, stages=2)):
         waiting = found.stages - 1
         far = found.block * element_size * (found.stages * rank_k + waiting * rank_v)

@@ -41,13 +41,13 @@ def rows(pointer, base, places, there, STRIDE: tl.constexpr, PLAN: tl.constexpr)
 
 
 @triton.jit
-def _number(numbers, row: tl.constexpr, at, COLUMNS: tl.constexpr, dtype: tl.constexpr, PACKED: tl.constexpr):
-    """A number of both channels of columns: in the halves of words [1, columns], or in two tensors [1, columns].
+def _number(numbers, row: tl.constexpr, at, COUPLES: tl.constexpr, dtype: tl.constexpr, PACKED: tl.constexpr):
+    """A number of both channels of couples: in the halves of words [1, couples], or in two tensors [1, couples].
 
     In words there is, instead of middles, what is added to codes that have become numbers.
     """
-    first = tl.load(numbers + row * COLUMNS + at)[None, :]
-    second = tl.load(numbers + (6 + row) * COLUMNS + at)[None, :]
+    first = tl.load(numbers + row * COUPLES + at)[None, :]
+    second = tl.load(numbers + (6 + row) * COUPLES + at)[None, :]
     if PACKED:
         if row == 0:
             MAGIC: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
@@ -59,54 +59,54 @@ def _number(numbers, row: tl.constexpr, at, COLUMNS: tl.constexpr, dtype: tl.con
 
 
 @triton.jit
-def columns(codes, numbers, PLAN: tl.constexpr, CHANNELS: tl.constexpr, dtype: tl.constexpr, PACKED: tl.constexpr):
-    """What each piece of a packed latent needs to know of its columns (`Folded.codes`, `Folded.numbers`)."""
-    COLUMNS: tl.constexpr = CHANNELS // 2
+def couples(codes, numbers, PLAN: tl.constexpr, CHANNELS: tl.constexpr, dtype: tl.constexpr, PACKED: tl.constexpr):
+    """What each piece of a packed latent needs to know of its couples (`Folded.codes`, `Folded.numbers`)."""
+    COUPLES: tl.constexpr = CHANNELS // 2
     found = ()
     if codes is not None:
         for i in tl.static_range(len(PLAN)):
             at = PLAN[i][0] // 2 + tl.arange(0, PLAN[i][1] // 2)
             facts = ()
             for row in tl.static_range(6 - 3 * PLAN[i][3], 6):
-                facts += (tl.load(codes + row * COLUMNS + at)[None, :],)
+                facts += (tl.load(codes + row * COUPLES + at)[None, :],)
             for row in tl.static_range(6):
-                facts += (_number(numbers, row, at, COLUMNS, dtype, PACKED),)
+                facts += (_number(numbers, row, at, COUPLES, dtype, PACKED),)
             found += (facts,)
     return found
 
 
 @triton.jit
-def _codes(tokens, columns, part: tl.constexpr):
-    """A part of the codes of columns, in the halves of words [BLOCK, columns]."""
+def _codes(tokens, couples, part: tl.constexpr):
+    """A part of the codes of couples, in the halves of words [BLOCK, couples]."""
     # Neighbours in a warp shall load from one token: the compiler does so where it takes bytes for contiguous, and as
     # it knows nothing of their alignment, it still loads single ones.
-    places = tl.max_contiguous((tokens[0] + columns[3 * part]) + tokens[1][:, None], [1, 4])
-    return (tl.load(places).to(tl.int32) * columns[3 * part + 1] >> 8) & columns[3 * part + 2]
+    places = tl.max_contiguous((tokens[0] + couples[3 * part]) + tokens[1][:, None], [1, 4])
+    return (tl.load(places).to(tl.int32) * couples[3 * part + 1] >> 8) & couples[3 * part + 2]
 
 
 @triton.jit
-def _of_half(codes, columns, half: tl.constexpr, PARTS: tl.constexpr):
+def _of_half(codes, couples, half: tl.constexpr, PARTS: tl.constexpr):
     """What the codes of one half of words stand for, in fp32."""
     A: tl.constexpr = 3 * PARTS
-    u = (codes[PARTS - 1] >> 16 * half & 0xFFFF).to(tl.float32) - columns[A][half]
+    u = (codes[PARTS - 1] >> 16 * half & 0xFFFF).to(tl.float32) - couples[A][half]
     if PARTS > 1:
-        u += (codes[0] >> 16 * half & 0xFFFF).to(tl.float32) * columns[A + 1][half]
-    return columns[A + 2][half] + u * (columns[A + 3][half] + u * (columns[A + 4][half] + u * columns[A + 5][half]))
+        u += (codes[0] >> 16 * half & 0xFFFF).to(tl.float32) * couples[A + 1][half]
+    return couples[A + 2][half] + u * (couples[A + 3][half] + u * (couples[A + 4][half] + u * couples[A + 5][half]))
 
 
 @triton.jit
-def _in_pairs(codes, columns, PARTS: tl.constexpr, dtype: tl.constexpr):
+def _in_pairs(codes, couples, PARTS: tl.constexpr, dtype: tl.constexpr):
     """`_of_half` of both, at once and in this dtype of 16 bits."""
     A: tl.constexpr = 3 * PARTS
     BF16: tl.constexpr = dtype == tl.bfloat16
     MAGIC: tl.constexpr = 0x43004300 if BF16 else 0x64006400
-    lower, centre = codes[PARTS - 1] | MAGIC, columns[A]
-    a, b, c, d = columns[A + 2], columns[A + 3], columns[A + 4], columns[A + 5]
+    lower, centre = codes[PARTS - 1] | MAGIC, couples[A]
+    a, b, c, d = couples[A + 2], couples[A + 3], couples[A + 4], couples[A + 5]
     ONE: tl.constexpr = BF16_ONE if BF16 else FP16_ONE
     TWO: tl.constexpr = BF16_TWO if BF16 else FP16_TWO
-    # Not pure: else the compiler would do all this in another layout, where a thread has many columns and no registers.
+    # Not pure: else the compiler would do all this in another layout, where a thread has many couples and no registers.
     if PARTS > 1:
-        upper, weight = codes[0] | MAGIC, columns[A + 1]
+        upper, weight = codes[0] | MAGIC, couples[A + 1]
         words = tl.inline_asm_elementwise(
             TWO, "=r" + ",r" * 8, [lower, centre, a, b, c, d, upper, weight], tl.int32, False, 1
         )
@@ -117,7 +117,7 @@ def _in_pairs(codes, columns, PARTS: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def piece(tokens, columns, PLAN: tl.constexpr, i: tl.constexpr, dtype: tl.constexpr, PACKED: tl.constexpr):
+def piece(tokens, couples, PLAN: tl.constexpr, i: tl.constexpr, dtype: tl.constexpr, PACKED: tl.constexpr):
     """One piece of latents [BLOCK, size], or what a decoder that is folded takes of codes (`Folded`)."""
     PARTS: tl.constexpr = PLAN[i][3]
     if PARTS == 0:
@@ -125,13 +125,13 @@ def piece(tokens, columns, PLAN: tl.constexpr, i: tl.constexpr, dtype: tl.conste
         known = (places < PLAN[i][2])[None, :]
         found = tl.load((tokens[0] + tokens[1])[:, None] + (PLAN[i][0] + places)[None, :], mask=known, other=0.0)
     else:
-        codes = (_codes(tokens, columns[i], 0),)
+        codes = (_codes(tokens, couples[i], 0),)
         if PARTS > 1:
-            codes += (_codes(tokens, columns[i], 1),)
+            codes += (_codes(tokens, couples[i], 1),)
         if PACKED:
-            first, second = _in_pairs(codes, columns[i], PARTS, dtype)
+            first, second = _in_pairs(codes, couples[i], PARTS, dtype)
         else:
-            first, second = _of_half(codes, columns[i], 0, PARTS), _of_half(codes, columns[i], 1, PARTS)
+            first, second = _of_half(codes, couples[i], 0, PARTS), _of_half(codes, couples[i], 1, PARTS)
         found = tl.reshape(tl.join(first, second), [first.shape[0], PLAN[i][1]])
     return found.to(dtype)
 
