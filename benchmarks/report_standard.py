@@ -437,7 +437,7 @@ def _skipped(results: Results) -> list[str]:
 
 
 def _command(results: Results) -> str:
-    settings, needles = results["settings"], results["settings"]["needles"]
+    settings = results["settings"]
     ours = [each for each in results["caches"].values() if each.get("ours")]
 
     def several(name: str, values: Iterator[Any] | Sequence[Any]) -> str:
@@ -453,8 +453,9 @@ def _command(results: Results) -> str:
         + " ".join(map(str, results["windows"].values()))
         + several("bits", [f"{each['asked']:g}" for each in ours]),
         f"        --samples {settings['samples']} --calibration-length {settings['calibration_length']}"
-        f" --finalists {settings['finalists']} --copies {settings['copies']} --trials {needles.get('trials', 0)}"
-        + several("depths", needles.get("depths", [])),
+        f" --finalists {settings['finalists']} --copies {settings['copies']} --trials "
+        + " ".join(map(str, results["trials"].values()))
+        + several("depths", settings["depths"]),
     ]
     rivals = several(
         "rivals", [name for name in (*results["caches"], *results["skipped"]) if _names_rival(results, name)]

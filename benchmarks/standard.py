@@ -82,6 +82,7 @@ class Protocol:
         variants: bases as cells of sweeps have them, such as `attention:3kv`; the empty one is the default.
         rivals: by name.
         finalists: of each size, the rivals that are read on other kinds and lengths; 0 for all.
+        trials: needles of each length and depth.
     """
 
     texts: dict[str, Text]
@@ -97,22 +98,22 @@ class Protocol:
     rivals: list[str]
     finalists: int
     copies: int
-    needles: Needles | None
+    trials: dict[int, int]
+    depths: list[float]
     dtype: str | None
 
     def settings(self) -> dict[str, Any]:
         """What all cells of a file have in common, in plain values."""
-        needles = dataclasses.asdict(self.needles) if self.needles else {}
-        needles.pop("lengths", None)  # those of the windows
-        names = ("main", "matched", "samples", "calibration_length", "seed", "finalists", "copies", "dtype")
-        return {name: getattr(self, name) for name in names} | {"needles": needles}
+        names = ("main", "matched", "samples", "calibration_length", "seed", "finalists", "copies", "depths", "dtype")
+        return {name: getattr(self, name) for name in names}
 
     def hashes(self) -> dict[str, Any]:
-        """What may grow from run to run, but not change: texts, calibrations, and windows by length."""
+        """What may grow from run to run, but not change: texts, calibrations, and windows and needles by length."""
         return {
             "texts": {name: text.sha256 for name, text in self.texts.items()},
             "calibrations": {name: [described(text) for text in texts] for name, texts in self.calibrations.items()},
             "windows": {str(length): count for length, count in self.lengths.items()},
+            "trials": {str(length): count for length, count in self.trials.items()},
         }
 
     def places(self) -> list[tuple[int, str]]:
@@ -123,13 +124,13 @@ class Protocol:
 
     def plan(self, length: int, name: str) -> EvaluationPlan:
         """What is read of one text."""
-        needles = self.needles if name == self.main[0] else None
+        trials = self.trials[length] if name == self.main[0] else 0
         return EvaluationPlan(
             [dataclasses.replace(self.texts[name], source=name)],
             tokens=self.lengths[length] * length,
             length=length,
             copies=self.copies if name in self.main else 0,
-            needles=dataclasses.replace(needles, lengths=[length]) if needles else None,
+            needles=Needles([length], self.depths, trials) if trials else None,
         )
 
     def ours(self, turns_keys: bool) -> dict[str, Ours]:
@@ -453,8 +454,8 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
     for name in (*main, *args.matched):
         if name not in texts:
             raise EigenAttnError(f"no text is called {name!r}.")
-    if not main or len(args.windows) != len(args.lengths):
-        raise EigenAttnError("give at least one main kind of text, and a number of windows for each length.")
+    if not main or not len(args.lengths) == len(args.windows) == len(args.trials):
+        raise EigenAttnError("give at least one main kind of text, and numbers of windows and trials for each length.")
     for name in args.rivals:
         if name not in RIVALS:
             raise EigenAttnError(f"unknown rival {name!r}.")
@@ -477,7 +478,8 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
         rivals=args.rivals,
         finalists=args.finalists,
         copies=args.copies,
-        needles=Needles([], depths=args.depths, trials=args.trials) if args.trials else None,
+        trials=dict(zip(args.lengths, args.trials, strict=True)),
+        depths=args.depths,
         dtype=args.dtype,
     )
 
@@ -501,7 +503,7 @@ def parser() -> argparse.ArgumentParser:
     add("--calibration-length", type=int, default=DEFAULTS.length)
     add("--seed", type=int, default=DEFAULTS.seed)
     add("--copies", type=int, default=2, help="windows that are copied, of main kinds")
-    add("--trials", type=int, default=1, help="needles for each length and depth; 0 for none")
+    add("--trials", nargs="+", type=int, default=[0, 4, 4], help="needles of each length, at each depth; 0 for none")
     add("--depths", nargs="+", type=float, default=[0.0, 0.5, 1.0])
     add("--dtype", help="float32, bfloat16 or float16; the checkpoint's by default")
     add("--out", type=Path, default=Path(__file__).parent / "results")

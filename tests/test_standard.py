@@ -37,7 +37,7 @@ def arguments(tmp_path_factory) -> list[str]:
         "text": [f"animals={folder / 'fox.txt'}", folder / "sums.txt", folder / "law.txt"],
         "matched": ["law"],
         "main": ["animals"],
-        "lengths": [96, 128],
+        "lengths": [96, 512],
         "windows": [2, 1],
         "bits": [3],
         "samples": [2],
@@ -46,7 +46,8 @@ def arguments(tmp_path_factory) -> list[str]:
         "rivals": RIVALS,
         "finalists": [1],
         "copies": [1],
-        "trials": [0],
+        "trials": [0, 1],
+        "depths": [0.5],
         "out": [folder / "results"],
     }
     return [str(model), *(str(each) for name, values in options.items() for each in (f"--{name}", *values))]
@@ -63,13 +64,15 @@ def test_every_cell_is_measured_once(standard, arguments, file, monkeypatch):
     ours = "law/fisher/bits/32/3"
     every = {"nothing coded", ours, *RIVALS}
     assert {key for key in results["cells"] if key.startswith("96/animals/")} == {f"96/animals/{n}" for n in every}
-    for place in ("96/sums", "96/law", "128/animals"):
+    for place in ("96/sums", "96/law", "512/animals"):
         assert {key for key in results["cells"] if key.startswith(f"{place}/")} == {
             f"{place}/{name}" for name in ("nothing coded", ours, *finalists_of(results))
         }
     cell = results["cells"][f"96/animals/{ours}"]
     assert cell["divergence"] > 0 and cell["windows"] == 2 and cell["copying"]["items"] == 1
     assert abs(results["cells"]["96/animals/nothing coded"]["divergence"]) < 1e-5
+    asked = {place: bool(found.get("needles")) for place, found in results["baselines"].items()}
+    assert asked == {"96/animals": False, "96/sums": False, "96/law": False, "512/animals": True}
     cache = results["caches"][ours]
     assert cache["config"]["coded"] and cache["config"]["kv_ratio"] == 3 / 16
     saved = 384 - cache["sizes"]["96"]["kv_ratio"] * 384
