@@ -15,7 +15,7 @@ from eigenattn.models.checkpoint_format import checkpoint_of
 from eigenattn.models.conversion import convert_attention, eigen_layers, layouts_of
 from eigenattn.report.inspection import inspect_checkpoint
 from eigenattn.report.planning import plan_capacity
-from eigenattn.vllm.bases import blueprints
+from eigenattn.vllm.bases import blueprint
 
 NAME, WINDOW = "deepseek_v3", 4
 TEXT = list(tokens(8, 64, seed=3).split(2))
@@ -108,7 +108,7 @@ def test_what_there_is_not_is_refused(options, message):
 def test_vllm_refuses_it():
     model = coded()
     with pytest.raises(EigenAttnError, match="not served by vLLM"):
-        blueprints(model.config, checkpoint_of(model))
+        blueprint(model.config, checkpoint_of(model))
 
 
 def test_spectra_of_keys_and_of_values_are_refused():

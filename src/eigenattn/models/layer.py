@@ -351,24 +351,32 @@ class AttentionLayer(LatentMaps):
         cos, sin = ANGLES[self.family.angles](angles)
         return cos, -sin if self.family.backwards else sin
 
-    def angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions [B or 1, S], or [B or 1, S, rows], from the model's own rotary module."""
+    def angles(self, x: Tensor, positions: Tensor, module: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions [B or 1, S], or [B or 1, S, rows].
+
+        Args:
+            module: computes them, in the place of the model's own rotary module, which may be without memory.
+        """
         if positions.dim() == 3:
             positions = positions.movedim(-1, 0)
         elif self.takes_rows:  # and in transformers 5.17 nothing else
             positions = positions.expand(3, -1, -1)
         arguments = (self.layer_type,) if self.by_layer_type else ()
-        cos, sin = self.laid_out(self.rotary_module(x, positions, *arguments))
+        cos, sin = self.laid_out((module or self.rotary_module)(x, positions, *arguments))
         return cos.to(x.device), sin.to(x.device)  # the module may be on another device
 
-    def row_of_pair(self, positions: Tensor) -> Tensor:
-        """Which row of positions [B or 1, S, rows] each pair of dimensions turns by, [width / 2]: in which it turns."""
+    def row_of_pair(self, positions: Tensor, module: nn.Module | None = None) -> Tensor:
+        """Which row of positions [B or 1, S, rows] each pair of dimensions turns by, [width / 2]: in which it turns.
+
+        Args:
+            module: see `angles`.
+        """
         rows = positions.shape[-1]
         # Some kinds of scaling go by the last position of what they are asked for, and are to stay as they are.
         asked = torch.cat(
             [torch.eye(rows, dtype=positions.dtype, device=positions.device), positions.amax((0, 1))[None]]
         )
-        _, sin = self.angles(torch.empty(0, device=positions.device), asked.unsqueeze(0))
+        _, sin = self.angles(torch.empty(0, device=positions.device), asked.unsqueeze(0), module)
         turns = sin[0, :rows] != 0
         pairs = turns[:, 0::2] if self.family.interleaved else turns[:, : turns.shape[1] // 2]
         return pairs.to(torch.uint8).argmax(0)

@@ -49,8 +49,11 @@ def angles_of(layer: EigenAttention) -> Hashable:
     return id(layer.rotary_module), layer.layer_type if layer.by_layer_type else None
 
 
-def rotary_of(layer: EigenAttention) -> Rotary | None:
+def rotary_of(layer: EigenAttention, rows: int | None = None) -> Rotary | None:
     """Rotary positions of a layer, which may be without memory; None if it does not rotate.
+
+    Args:
+        rows: how many rows positions have, if several.
 
     Raises:
         EigenAttnError: if it rotates otherwise than by frequencies.
@@ -58,19 +61,23 @@ def rotary_of(layer: EigenAttention) -> Rotary | None:
     if not layer.rotates:
         return None
     device, stored = torch.get_default_device(), layer.rotary_module
-    prefix, arguments = (f"{layer.layer_type}_", (layer.layer_type,)) if layer.by_layer_type else ("", ())
+    prefix = f"{layer.layer_type}_" if layer.by_layer_type else ""
     with torch.device("cpu"):
         module: Any = type(stored)(getattr(stored, "config", layer.config))
         frequencies = getattr(module, f"{prefix}inv_freq", None)
         if frequencies is not None:
             scaling = float(getattr(module, f"{prefix}attention_scaling", 1.0))
-            found = Rotary(frequencies.float(), scaling, layer.family.interleaved)
+            positions, turned = torch.tensor([[0, 1, 7, 300]]), None
+            if rows is not None:
+                positions = torch.stack([positions + 2 * row for row in range(rows)], dim=-1)
+                turned = layer.row_of_pair(positions, module)
+            found = Rotary(frequencies.float(), scaling, layer.family.interleaved, turned)
             # The engine's default dtype is the model's.
             x = torch.linspace(1, 2, 4 * layer.head_dim, dtype=torch.float32).view(1, 1, 4, -1)
-            positions = torch.tensor([[0, 1, 7, 300]])
-            expected = rotate(x, *layer.laid_out(module(x, positions, *arguments)), layer.family.interleaved)
+            expected = rotate(x, *layer.angles(x, positions, module), layer.family.interleaved)
             if torch.allclose(found.rotate(x, positions), expected, rtol=1e-3, atol=1e-3):
-                return dataclasses.replace(found, inverse_frequencies=frequencies.float().to(device))
+                turned = None if turned is None else turned.to(device)
+                return dataclasses.replace(found, inverse_frequencies=frequencies.float().to(device), rows=turned)
     raise EigenAttnError("rotary positions of this kind are not served by vLLM once compressed.")
 
 
@@ -102,9 +109,19 @@ class PagedAttention:
         window = self.maps.layout.window
         return window if self.sees is None else min(window, self.sees)
 
-    def rotated(self, x: Tensor, start: int) -> Tensor:
-        """Vectors [1, heads, n, D] at positions `start` and on; untouched without rotary positions."""
-        return x if self.rotary is None else self.rotary.rotate_between(x, start, start + x.shape[-2])
+    def rotated(self, x: Tensor, start: int, positions: Pages | None = None) -> Tensor:
+        """Vectors [1, heads, n, D] of a row's tokens `start` and on; untouched without rotary positions.
+
+        Args:
+            positions: of tokens that have others than their place in the row, in rows, int32 [pages, 1, N, rows].
+        """
+        if self.rotary is None:
+            return x
+        stop = start + x.shape[-2]
+        if positions is None:
+            return self.rotary.rotate_between(x, start, stop)
+        (held,) = positions.at(torch.arange(start, stop, device=x.device))
+        return self.rotary.rotate(x.float(), held).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -126,8 +143,22 @@ class Queries:
     context: CacheContext = field(default_factory=CacheContext, repr=False, compare=False)
 
 
-def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, far: Pages, near: Pages | None) -> Tensor:
-    """Queries [b, H, D] before rotation, over latents and the exact window, if there is one: [b, H, D]."""
+    def positions_in(self, pages: Pages) -> tuple[Tensor, Tensor]:
+        """Positions that pages hold, of each row's tokens [b, n, rows] and of its query [b, rows]."""
+        last = (self.lengths - 1).unsqueeze(1)
+        (held,) = pages.at(self.positions.minimum(last))  # what lies behind is not this row's
+        held = held[:, 0]
+        return held, held.gather(1, last.long().unsqueeze(-1).expand(-1, -1, held.shape[-1]))[:, 0]
+
+
+def decode_queries(
+    layer: PagedAttention, q: Tensor, batch: Queries, far: Pages, near: Pages | None, places: Pages | None = None
+) -> Tensor:
+    """Queries [b, H, D] before rotation, over latents and the exact window, if there is one: [b, H, D].
+
+    Args:
+        places: positions, see `PagedAttention.rotated`.
+    """
     lengths, sees = batch.lengths, layer.sees
 
     def behind(tokens: int) -> Tensor:
@@ -139,9 +170,12 @@ def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, far: Pages,
     if near is not None:
         near_keys, near_values = near.rows
         exact = Window(near_keys, near_values, 0, lengths, near.table)
+    positions, query = batch.positions, lengths - 1
+    if places is not None:
+        positions, query = batch.context.memoised("positions", lambda: batch.positions_in(places))
     step = Step(
         q=q,
-        query=lengths - 1,
+        query=query,
         rows=far.rows,
         table=far.table,
         keys=keys,
@@ -149,7 +183,7 @@ def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, far: Pages,
         scale=layer.scale,
         length=behind(layer.window),
         first=None if sees is None else behind(sees),
-        positions=None if layer.rotary is None else batch.positions,
+        positions=None if layer.rotary is None else positions,
         rotary=layer.rotary,
         slopes=layer.slopes,
         window=exact,
@@ -160,12 +194,15 @@ def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, far: Pages,
     return decode_accepted(step, accepted(step, decoding_backend(q)))
 
 
-def attend_prompt(layer: PagedAttention, q: Tensor, length: int, far: Pages, near: Pages | None) -> Tensor:
+def attend_prompt(
+    layer: PagedAttention, q: Tensor, length: int, far: Pages, near: Pages | None, places: Pages | None = None
+) -> Tensor:
     """The last T of a row's tokens; of layers that slide some at a time, since each sees but a few others.
 
     Args:
         q: their queries before rotation [T, H, D].
         length: the row's tokens, the queries' included.
+        places: positions, see `PagedAttention.rotated`.
 
     Returns:
         [T, H, D].
@@ -174,29 +211,31 @@ def attend_prompt(layer: PagedAttention, q: Tensor, length: int, far: Pages, nea
     parts, stop = [], length - len(q)
     for some in q.split(most):
         stop += len(some)
-        parts.append(_attend_part(layer, some, stop, far, near))
+        parts.append(_attend_part(layer, some, stop, far, near, places))
     return torch.cat(parts)
 
 
-def _attend_part(layer: PagedAttention, q: Tensor, length: int, far: Pages, near: Pages | None) -> Tensor:
+def _attend_part(
+    layer: PagedAttention, q: Tensor, length: int, far: Pages, near: Pages | None, places: Pages | None
+) -> Tensor:
     maps, t, window = layer.maps, q.shape[0], layer.window
     query = length - t
     first = 0 if layer.sees is None else max(query - layer.sees + 1, 0)  # that is seen
     columns = torch.arange(first, length, device=q.device)
-    q = layer.rotated(q.transpose(0, 1).unsqueeze(0), query)  # [1, H, T, D]
+    q = layer.rotated(q.transpose(0, 1).unsqueeze(0), query, places)  # [1, H, T, D]
 
     def decode_chunk(start: int, stop: int) -> tuple[Tensor, Tensor]:
         chunk = columns[start:stop]
         latents = maps.restored(far.at(chunk), q.dtype)
         keys, values = (maps.latent(latents, side) for side in SIDES)
         values = maps.for_each_head(values) if near is None else maps.decode(values, "value")
-        return layer.rotated(maps.decode(keys, "key"), first + start), values
+        return layer.rotated(maps.decode(keys, "key"), first + start, places), values
 
     exact = None
     if near is not None:
         start = max(query - window + 1 - first, 0)
         keys, values = near.at(columns[start:])
-        exact = Near(layer.rotated(keys, first + start), values, start)
+        exact = Near(layer.rotated(keys, first + start, places), values, start)
     reach = chunked.Reach(sees=layer.sees) if layer.slopes is None else None
     parts = chunked.attend(
         q,

@@ -20,7 +20,7 @@ from .engine import (
     VllmConfig,
     get_attention_context,
 )
-from .pages import Pages, latents_in, window_in, write
+from .pages import Pages, latents_in, positions_in, window_in, write
 from .registration import BACKEND
 
 # Queries of a row that are decoded as rows of their own, in place of a prompt's way (chosen): drafts of speculative
@@ -155,7 +155,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         """
         if attn_metadata is None:
             return output.zero_()
-        batch, attention = attn_metadata, layer.attention
+        batch, attention, places = attn_metadata, layer.attention, None
         vectors = tuple(x[: batch.tokens].transpose(0, 1).unsqueeze(0) for x in (key, value))  # [1, G, T, D]
         rows, window, near = latents_in(kv_cache, layer.layout, query.dtype), None, ()
         write(rows, batch.slots, layer.stored(*vectors))
@@ -163,13 +163,20 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
             window, _, cache, _ = get_attention_context(layer.window_name)
             near = window_in(cache)
             write(near, window.slots, vectors)
+        if layer.positions_name is not None:
+            around, holder, cache, _ = get_attention_context(layer.positions_name)
+            places = positions_in(cache)
+            if layer.leads:
+                write(places, around.slots, (holder.given(batch.tokens),))
         for i, prompt in enumerate(batch.prompts):
             exact = None if window is None else Pages(near, window.prompts[i].table)
             q = query[prompt.start : prompt.stop]
-            found = attend_prompt(attention, q, prompt.length, Pages(rows, prompt.table), exact)
+            held = None if places is None else Pages(places, around.prompts[i].table)
+            found = attend_prompt(attention, q, prompt.length, Pages(rows, prompt.table), exact, held)
             output[prompt.start : prompt.stop] = found
         if batch.queries is not None:
             exact = None if window is None else Pages(near, window.queries.table)
             q, far = query[batch.queries.tokens], Pages(rows, batch.queries.table)
-            output[batch.queries.tokens] = decode_queries(attention, q, batch.queries, far, exact)
+            held = None if places is None else Pages(places, around.queries.table)
+            output[batch.queries.tokens] = decode_queries(attention, q, batch.queries, far, exact, held)
         return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import warnings
@@ -81,8 +82,21 @@ def own_bases(model_config: Any) -> EigenAttnCheckpointConfig | None:
     return EigenAttnCheckpointConfig(**values) if values.get("quant_method") == METHOD else None
 
 
-def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> dict[str, EigenAttention]:
-    """The layers' attention as transformers would have it, without memory, by name and in order.
+@dataclass(frozen=True)
+class Blueprint:
+    """A model's attention as transformers would have it, without memory.
+
+    Args:
+        layers: by name and in order.
+        beside: names of modules that stand beside those which hold the layers, as those that see do.
+    """
+
+    layers: dict[str, EigenAttention]
+    beside: frozenset[str]
+
+
+def blueprint(config: Any, checkpoint: EigenAttnCheckpointConfig) -> Blueprint:
+    """What bases are put on.
 
     Args:
         config: the model's configuration, as transformers has it.
@@ -90,7 +104,7 @@ def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> dict[str, 
     Raises:
         EigenAttnError: if bases do not fit the model, or it is not served.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     for each in (rope, *(found for found in rope.values() if isinstance(found, dict))):  # of each type of layer
         if (kind := each.get("rope_type")) in VARYING_ROPE:
             raise EigenAttnError(f"rotary positions of type {kind} are not served by vLLM once compressed.")
@@ -106,24 +120,27 @@ def blueprints(config: Any, checkpoint: EigenAttnCheckpointConfig) -> dict[str, 
     if any(layer.layout.tied for layer in layers):
         raise EigenAttnError("multi-head latent attention is not served by vLLM once compressed.")
     allocate(layers, checkpoint)
-    return found
+    on_the_way = list(itertools.takewhile(lambda name: not name.isdecimal(), next(iter(found)).split(".")))
+    holders = [model.get_submodule(".".join(on_the_way[:depth])) for depth in range(len(on_the_way))]
+    children = {name for holder in holders for name, _ in holder.named_children()}
+    return Blueprint(found, frozenset(children.difference(on_the_way)))
 
 
 class Loading:
     """Loads bases while a checkpoint's tensors go by.
 
     Args:
-        originals: all layers, as `blueprints` gives them.
+        original: the model's attention.
         take: is given a layer's index, the name of a map, and the map of all heads.
     """
 
     def __init__(
-        self, bases: Bases, originals: Mapping[str, EigenAttention], take: Callable[[int, str, Tensor], None]
+        self, bases: Bases, original: Blueprint, take: Callable[[int, str, Tensor], None]
     ) -> None:
-        self._bases, self._take = bases, take
-        self._layers = {layer.layer_idx: layer for layer in originals.values()}
+        self._bases, self._take, self._beside = bases, take, original.beside
+        self._layers = {layer.layer_idx: layer for layer in original.layers.values()}
         # Where in a layer its attention is; the same in all of them.
-        place = PLACE.search(next(iter(originals)))
+        place = PLACE.search(next(iter(original.layers)))
         self._inside = place[2] if place else ""
         self._samples: dict[tuple[int, str], Tensor] = {}
         self._missing = {(index, name) for index, layer in self._layers.items() for name, _ in layer.named_parameters()}
@@ -131,7 +148,7 @@ class Loading:
     def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The tensors that are the model's own."""
         for name, tensor in weights:
-            place = PLACE.search(name)
+            place = None if self._beside.intersection(name.split(".")) else PLACE.search(name)
             inner = place[2].removeprefix(f"{self._inside}.") if place else ""
             if place is None or (key := (int(place[1]), inner)) not in self._missing:
                 yield name, tensor

@@ -1,7 +1,7 @@
 """What a layer caches, as vLLM is told of it: pages of latents, and pages of the exact window.
 
 Latents form one full-attention group, whatever their bytes, those of layers that slide one sliding-window group, and
-the exact tokens of all layers another. A block of the engine's pool holds all layers' pages of one group, so each
+the exact tokens of all layers another; where images have positions of their own, these lie in the first. A block of the engine's pool holds all layers' pages of one group, so each
 group's has as many tokens as fit into the bytes of the first one's. Layers that draft keep vLLM's own attention, and
 cache keys and values in the pages of the first group.
 """
@@ -42,6 +42,8 @@ BLOCKS = range(16, 257, 4)
 ALIGNED = 4
 # Groups that there may be, in the order of `BlockPlan`.
 GROUPS = ("full", "sliding", "exact")
+# Of what positions are cached in.
+POSITION = torch.int32
 # Where the engine schedules ahead, tokens of two steps are not settled.
 STEPS_AHEAD = 2
 
@@ -105,6 +107,7 @@ class BlockPlan:
         fixed: bool,
         states: bool = False,
         drafts: Sequence[int] = (),
+        positions: int = 0,
     ) -> BlockPlan:
         """For the layers of a model, which have one window.
 
@@ -117,6 +120,7 @@ class BlockPlan:
             states: whether other layers have states. In each block there is room for one: the engine gives it as many
                 bytes as keys and values of a block's tokens take in a layer of the original.
             drafts: bytes of a token in each layer that drafts. They see everything, in blocks of the engine's size.
+            positions: bytes of a token's positions, if they are cached.
 
         Raises:
             EigenAttnError: if layers slide by different windows.
@@ -132,7 +136,8 @@ class BlockPlan:
             pairs = zip(layouts, sees, strict=True)
             return tuple(layout.bytes_per_token(element_size) for layout, own in pairs if own == seen)
 
-        groups = {"full": Group((*sizes(None), *drafts), leads=bool(drafts))}
+        cached = (positions,) if positions else ()
+        groups = {"full": Group((*sizes(None), *cached, *drafts), leads=bool(drafts))}
         if slide:
             groups["sliding"] = Group(sizes(slide[0]), slide[0])
         if window:
@@ -184,12 +189,18 @@ class Planning:
     Args:
         layouts, sees: of all layers that hold latents, see `BlockPlan.of`.
         states: whether there are layers with states of other kinds.
+        positions: bytes of a token's positions, if they are cached.
     """
 
     def __init__(
-        self, vllm_config: VllmConfig, layouts: Sequence[Layout], sees: Sequence[int | None], states: bool
+        self,
+        vllm_config: VllmConfig,
+        layouts: Sequence[Layout],
+        sees: Sequence[int | None],
+        states: bool,
+        positions: int = 0,
     ) -> None:
-        self._config, self._layers, self.states = vllm_config, (layouts, sees), states
+        self._config, self._layers, self.states, self._positions = vllm_config, (layouts, sees), states, positions
         self._made: dict[tuple[int, tuple[int, ...]], BlockPlan] = {}
 
     @property
@@ -200,7 +211,7 @@ class Planning:
         if (block, drafts) not in self._made:
             element = cache_dtype(self._config).itemsize
             fixed = cache.user_specified_block_size
-            made = BlockPlan.of(*self._layers, element, longest, block, fixed, self.states, drafts)
+            made = BlockPlan.of(*self._layers, element, longest, block, fixed, self.states, drafts, self._positions)
             self._made[block, drafts] = made
         return self._made[block, drafts]
 
@@ -349,6 +360,29 @@ class WindowCache(CachingLayer):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         return self.page_spec(self.kv_heads, 2 * self.head_dim, self.dtype)
+
+
+class PositionsCache(CachingLayer):
+    """Positions of all tokens in several rows, in int32: those of a pass are noted as the model is given them.
+
+    Args:
+        rows: how many.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, name: str, planning: Planning, rows: int) -> None:
+        super().__init__(vllm_config, name, planning, "full")
+        self.rows, self._given = rows, torch.empty(rows, 0)
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return self.page_spec(1, POSITION.itemsize * self.rows, torch.uint8)
+
+    def note(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Before a pass of the model, whose second argument are positions [rows, T]."""
+        self._given = named["positions"] if "positions" in named else arguments[1]
+
+    def given(self, tokens: int) -> Tensor:
+        """Positions of the pass's first tokens, [1, 1, tokens, rows]."""
+        return self._given[:, :tokens].T.to(POSITION)[None, None]
 
 
 class Spacer(CachingLayer):

@@ -16,8 +16,8 @@ from ..models.attention import EigenAttention
 from ..models.maps import MAPS, QUANTISERS, LatentMaps
 from .attend import PagedAttention, angles_of, rotary_of, sight_of
 from .backend import LatentImpl
-from .bases import Bases, Loading, blueprints
-from .cache import GROUPS, CachingLayer, Planning, Spacer, WindowCache
+from .bases import Bases, Loading, blueprint
+from .cache import GROUPS, POSITION, CachingLayer, Planning, PositionsCache, Spacer, WindowCache
 from .engine import (
     Attention,
     KVCacheSpec,
@@ -32,7 +32,7 @@ from .engine import (
     read_outermost_blocks,
     run_attention,
 )
-from .modes import check_modes, check_states, layers_draft
+from .modes import check_modes, check_states, layers_draft, positions_in_rows
 
 
 class Unrotated(nn.Module):
@@ -51,6 +51,8 @@ class LatentAttention(LatentMaps, CachingLayer):
         rotary: its rotary positions, or None.
         planning: of the engine's blocks.
         sinks: of its heads, if it has any.
+        positions: the name of the cache of positions, if there is one.
+        leads: whether it is the first layer of this process, which writes them.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class LatentAttention(LatentMaps, CachingLayer):
         rotary: Rotary | None,
         planning: Planning,
         sinks: Tensor | None,
+        positions: str | None,
+        leads: bool,
     ) -> None:
         sees = sight_of(original)
         CachingLayer.__init__(self, vllm_config, stock.layer_name, planning, "full" if sees is None else "sliding")
@@ -74,7 +78,7 @@ class LatentAttention(LatentMaps, CachingLayer):
             stored = getattr(original, name)
             empty = None if stored is None else torch.empty(self._own(stored).shape)
             self.register_parameter(name, None if empty is None else nn.Parameter(empty, requires_grad=False))
-        self.window_name = None
+        self.positions_name, self.leads, self.window_name = positions, leads, None
         if self.layout.window:
             self.window_name = f"{stock.layer_name}.window"
             self.window_cache = WindowCache(vllm_config, self.window_name, planning, self.kv_heads, self.head_dim)
@@ -139,8 +143,8 @@ class Compression:
         check_modes(vllm_config)
         if layers_draft(vllm_config):
             read_outermost_blocks()
-        self._bases, self._originals = bases, blueprints(vllm_config.model_config.hf_config, bases.config)
-        originals = {original.layer_idx: original for original in self._originals.values()}
+        self._bases, self._original = bases, blueprint(vllm_config.model_config.hf_config, bases.config)
+        originals = {layer.layer_idx: layer for layer in self._original.layers.values()}
         states: list[Any] = [module for module in model.modules() if isinstance(module, MambaBase)]
         check_states((each.mamba_type.name for each in states), vllm_config.device_config.device_type)
         layers, stages = _layers_of(vllm_config), vllm_config.parallel_config.pipeline_parallel_size
@@ -149,11 +153,13 @@ class Compression:
             [original.layout for original in originals.values()],
             [sight_of(original) for original in originals.values()],
             states=len(originals) < layers or bool(states),
+            positions=(positions_in_rows(vllm_config) or 0) * POSITION.itemsize,
         )
         if planning.states and vllm_config.speculative_config is not None:
             raise EigenAttnError("speculative decoding is not supported for latents beside layers with states.")
         if len(originals) < layers and stages > 1:
             raise EigenAttnError("with attention in some layers only, pipeline parallel is not supported for latents.")
+        rows, positions = positions_in_rows(vllm_config), None
         rotary: dict[Any, Rotary | None] = {}
         self._layers: dict[int, tuple[str, LatentAttention]] = {}
         for name, stock in [each for each in model.named_modules() if isinstance(each[1], Attention)]:
@@ -166,12 +172,18 @@ class Compression:
                 for kind in GROUPS:
                     for number in range(2 if index == min(originals) else 1):  # at most, see `Group.spacers`
                         Spacer(vllm_config, name, planning, kind, number)
+                if rows is not None:
+                    positions = PositionsCache(vllm_config, f"{name}.positions", planning, rows)
+                    model.register_forward_pre_hook(positions.note, with_kwargs=True)
             del vllm_config.compilation_config.static_forward_context[stock.layer_name]
             angles = angles_of(original)
             if angles not in rotary:  # one for all layers of its kind, for it keeps tables
-                rotary[angles] = rotary_of(original)
+                rotary[angles] = rotary_of(original, rows)
             sinks = None if original.family.sinks is None else getattr(parent, original.family.sinks)
-            layer = LatentAttention(vllm_config, stock, original, rotary[angles], planning, sinks)
+            name_of_positions = None if positions is None else positions.layer_name
+            layer = LatentAttention(
+                vllm_config, stock, original, rotary[angles], planning, sinks, name_of_positions, not self._layers
+            )
             self._layers[index] = name, layer
             model.set_submodule(name, layer)
             if original.rotates:
@@ -197,7 +209,7 @@ class Compression:
                 layer.load(name, stored)
                 taken.add(f"{where}.{name}")
 
-        loading = Loading(self._bases, self._originals, take)
+        loading = Loading(self._bases, self._original, take)
         loaded = load(loading.passing(weights))
         loading.finish()
         return loaded | taken

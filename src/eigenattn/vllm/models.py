@@ -22,6 +22,8 @@ class Compressed(nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
         self._compression = None
         config = vllm_config.model_config
+        if prefix:  # what reads text in a larger model, all of which has them
+            return
         if is_of_drafts(vllm_config):
             if own_bases(config.hf_config):
                 raise EigenAttnError("models that draft are not served compressed: give the original of this one.")
@@ -30,8 +32,6 @@ class Compressed(nn.Module):
         if bases is None:
             return
         check_version(vllm_version())
-        if prefix:
-            raise EigenAttnError("latents are served in models of text alone, and not in part of another model.")
         from .layers import Compression
 
         if bases.folder is not None:

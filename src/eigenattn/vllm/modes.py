@@ -26,6 +26,14 @@ def is_of_drafts(vllm_config: Any) -> bool:
     return layers_draft(vllm_config) and vllm_config.model_config is vllm_config.speculative_config.draft_model_config
 
 
+def positions_in_rows(vllm_config: Any) -> int | None:
+    """How many rows of positions tokens have, where images give them others than their place in the text; or None."""
+    model, images = vllm_config.model_config, vllm_config.model_config.multimodal_config
+    if not model.uses_mrope or images is None or images.language_model_only:
+        return None
+    return model.mrope_num_dims
+
+
 def check_modes(vllm_config: Any) -> None:
     """Refuse what latents are not served with.
 
@@ -46,6 +54,18 @@ def check_modes(vllm_config: Any) -> None:
         raise EigenAttnError(f"in pipelines only {NGRAM} drafts beside latents: use it, or tensor parallel.")
     if vllm_config.kv_transfer_config is not None:
         raise EigenAttnError("KV connectors and offloading are not supported for latents.")
+    if layers_draft(vllm_config) and positions_in_rows(vllm_config):
+        raise EigenAttnError(f"beside images of such positions only {NGRAM} drafts: use it, or --language-model-only.")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1 and positions_in_rows(vllm_config):
+        raise EigenAttnError(
+            "pipeline parallel is not supported for latents and images of such positions: use tensor parallel, or "
+            "--language-model-only."
+        )
+    if vllm_config.model_config.is_mm_prefix_lm:
+        raise EigenAttnError(
+            "images whose tokens see each other in both directions are not served with latents: text is, by "
+            "--language-model-only."
+        )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise EigenAttnError("the exact window needs vLLM's hybrid cache manager: leave it on.")
 

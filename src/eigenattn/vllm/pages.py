@@ -28,8 +28,9 @@ class Pages:
     table: Tensor
 
     def at(self, columns: Tensor) -> tuple[Tensor, ...]:
-        """Tokens [n] of the only row, [1, heads, n, size] each."""
-        return tuple(out_of_pages(row, self.table, columns.unsqueeze(0)) for row in self.rows)
+        """Tokens [n] of the only row, or of each row [B, n]: [B, heads, n, size] each."""
+        columns = columns.unsqueeze(0) if columns.dim() == 1 else columns
+        return tuple(out_of_pages(row, self.table, columns) for row in self.rows)
 
 
 def latents_in(cache: Tensor, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -50,6 +51,11 @@ def latents_in(cache: Tensor, layout: Layout, dtype: torch.dtype) -> tuple[Tenso
 def window_in(cache: Tensor) -> tuple[Tensor, ...]:
     """Views of a cache of the exact window [pages, G, N, 2 D]: keys and values, [pages, G, N, D] each."""
     return cache.chunk(2, dim=-1)
+
+
+def positions_in(cache: Tensor) -> tuple[Tensor]:
+    """The view of a cache of positions [pages, 1, N, bytes]: int32 [pages, 1, N, rows]."""
+    return (cache.view(torch.int32),)
 
 
 def write(rows: tuple[Tensor, ...], slots: Tensor, tokens: tuple[Tensor, ...]) -> None:

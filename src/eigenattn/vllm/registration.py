@@ -9,7 +9,10 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from vllm import ModelRegistry
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import (
@@ -85,6 +88,7 @@ def register() -> None:
     register_backend(BACKEND, f"{package}.backend.LatentBackend")
     mapping = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     names = {mapping[model_type] for model_type in FAMILIES if model_type in mapping}
+    names |= {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}  # around which text model, a checkpoint says
     served = names & {*ModelRegistry.get_supported_archs()}
     for name in sorted(served):
         _stock[name] = ModelRegistry.models[name]
