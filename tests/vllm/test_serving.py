@@ -129,17 +129,19 @@ PARALLEL = {
 }
 
 
-def save(folder: Path, name: str, window: int, coded: bool, share: str = "1", apart: bool = False, **overrides) -> list:
+def save(
+    folder: Path, name: str, window: int, coded: bool, share: str = "1", apart: bool = False, build=tiny, **overrides
+) -> list:
     """Write a tiny model with arbitrary bases, as a checkpoint or beside the model, and give its layouts."""
     sizes = [Widths.of(dict(each.counts), scaled=apart) for each in WIDTHS] if coded else None
-    model = compressed(name, window, coded, share, sizes, **overrides)
+    model = compressed(name, window, coded, share, sizes, build, **overrides)
     method = EigenAttentionConfig(coded=coded, window=window, share=share).to_dict()
     layouts = layouts_of(model)
     mark_compressed(model, EigenAttnCheckpointConfig([layout.to_dict() for layout in layouts], True, method))
     if apart:
         (folder / "bases").mkdir(parents=True)
         save_bases(model, folder / "bases")
-        model = tiny(name, **overrides)
+        model = build(name, **overrides)
     model.save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
     return layouts

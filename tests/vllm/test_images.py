@@ -1,0 +1,89 @@
+"""Text models inside larger ones in vLLM, with images and without, against our own `generate`."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from every_type import built
+from test_serving import NEEDS_VLLM, NGRAM, SMALL, job, run_engines, save
+from transformers import AutoModelForImageTextToText
+
+from eigenattn.models.bases_file import attach
+
+pytestmark = [
+    *NEEDS_VLLM,
+    pytest.mark.skipif(find_spec("torchvision") is None, reason="images need torchvision"),
+]
+NEW_TOKENS = 16
+TEXT_ALONE = {"language_model_only": True}
+IMAGES = {"limit_mm_per_prompt": {"image": 2}}
+SHORT_OF_CACHE = {"kv_cache_memory_bytes": 90_000, "max_num_batched_tokens": 32, "new_tokens": 130}
+# name -> (tiny model, whether bases lie in a folder of their own, options)
+SERVED = {
+    "places-of-the-text": ("llava", True, IMAGES),
+    "own-checkpoint": ("llava", False, IMAGES),
+    "rows": ("qwen2_5_vl", True, IMAGES),
+    "rows-by-turns": ("qwen3_vl", False, IMAGES | {"max_num_batched_tokens": 48}),
+    "rows-short-of-cache": ("qwen2_5_vl", True, IMAGES | SHORT_OF_CACHE),
+    "rows-drafts": ("qwen2_5_vl", True, IMAGES | NGRAM),
+    "no-images": ("gemma3", True, TEXT_ALONE),
+    "rows-no-images": ("qwen2_5_vl", True, TEXT_ALONE),
+}
+
+
+def model_of(name: str) -> torch.nn.Module:
+    return built(name, wrapped=True).float()
+
+
+def loaded(folder: Path) -> torch.nn.Module:
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    return attach(model, folder / "bases") if (folder / "bases").exists() else model
+
+
+def write(folder: Path, name: str, apart: bool) -> None:
+    import images
+
+    save(folder, name, 8, True, apart=apart, build=model_of)
+    if name in images.PROCESSORS:
+        images.processor(name).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> dict[str, dict]:
+    import images
+
+    root, expected, jobs = tmp_path_factory.mktemp("served"), {}, []
+    for name, (model, apart, options) in SERVED.items():
+        folder, new_tokens = root / name, options.get("new_tokens", NEW_TOKENS)
+        write(folder, model, apart)
+        prompts = [prompt for prompt in images.prompts(model) if not (prompt.images and options.get(*TEXT_ALONE))]
+        expected[name] = images.continued(loaded(folder), model, prompts, new_tokens)
+        if model == "llava":
+            images.name_as_on_hub(folder)
+        engine = {option: value for option, value in (SMALL | options).items() if option != "new_tokens"}
+        files = [images.saved(root, prompt.images) for prompt in prompts]
+        made = job(folder, [prompt.ids for prompt in prompts], **engine)
+        jobs.append(made | {"new_tokens": new_tokens, "images": files})
+    results = run_engines(root, jobs)
+    return {name: result | {"expected": expected[name]} for name, result in zip(SERVED, results, strict=True)}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_tokens_are_those_of_generate(served, name):
+    """Requests with none, one and two images at once, and again out of the prefix cache."""
+    result = served[name]
+    assert "error" not in result, result
+    assert result["tokens"] == result["expected"]
+    assert result["again"] == result["expected"]
+
+
+def test_prefixes_are_reused(served):
+    for name in [name for name in served if "short" not in name]:
+        assert max(served[name]["reused"][1]) >= 16
+
+
+def test_requests_were_preempted_and_drafts_taken(served):
+    assert served["rows-short-of-cache"]["preempted"] > 0
+    assert served["rows-drafts"]["drafts_taken"] > 0
+
