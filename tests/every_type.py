@@ -161,11 +161,15 @@ def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return {**one, **other, **nested}
 
 
-def built(model_type: str, wrapped: bool = False) -> nn.Module:
-    """A tiny random model in evaluation mode and double precision; the same one for the same type."""
+def built(model_type: str, wrapped: bool = False, **overrides: Any) -> nn.Module:
+    """A tiny random model in evaluation mode and double precision; the same one for the same type.
+
+    Args:
+        overrides: of its configuration.
+    """
     default = default_of(model_type)
     special = vision.WRAPPERS[model_type].settings if wrapped else SPECIAL.get(model_type, {})
-    config = type(default)(**merged(small(default), special))
+    config = type(default)(**merged(merged(small(default), special), overrides))
     kind = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in kind.from_config(config).parameters())

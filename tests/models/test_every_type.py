@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -101,6 +102,18 @@ def test_rows_of_positions_that_differ_are_kept_with_the_tokens():
     assert (torch.cat(found, 1) - expected).abs().max() < 1e-6 * expected.abs().max()
     text = in_pieces(model, ids, DynamicCache(config=model.config), [7, 1, 4])
     assert (text - model(ids, use_cache=False).logits).abs().max() < 1e-6 * expected.abs().max()
+
+
+def test_layers_of_several_shapes():
+    """As the larger Gemma 4 have them: layers that see everything have other heads, whose values the keys' projection
+    makes too. Such a configuration answers for no layer but a given one."""
+    skip_without("gemma4_text")
+    larger = {"attention_k_eq_v": True, "global_head_dim": 32, "num_global_key_value_heads": 1}
+    model = built("gemma4_text", **larger, num_kv_shared_layers=0, hidden_size_per_layer_input=0).double()
+    converted = copy.deepcopy(model)
+    convert_attention(converted)
+    assert {(layer.kv_heads, layer.head_dim) for layer in eigen_layers(converted)} == {(2, 16), (1, 32)}
+    assert failure(model) is None
 
 
 @torch.no_grad()

@@ -2,9 +2,9 @@
 
     python engine.py JOBS RESULTS
 
-JOBS is a JSON list of `{"options": ..., "prompts": [[ids], ...], "new_tokens": n}`, options being those of `vllm.LLM`,
-`"images"`, if there are any, the files of each prompt's, and `"adapters"`, if there are any, the LoRA adapter's folder of each prompt. With data parallel the
-engine is a server's.
+JOBS is a JSON list of `{"options": ..., "prompts": [[ids], ...], "new_tokens": n}`, options being those of
+`vllm.LLM`, `"images"`, if there are any, the files of each prompt's, and `"adapters"`, if there are any, the LoRA
+adapter's folder of each prompt. With data parallel the engine is a server's.
 Each result has the tokens of two runs of the same prompts, what of each run came out of the prefix cache, how many
 drafts were taken, and the engine's own count of cache tokens; or the error.
 """

@@ -28,12 +28,23 @@ SERVED = {
     "rows-short-of-cache": ("qwen2_5_vl", True, IMAGES | SHORT_OF_CACHE),
     "rows-drafts": ("qwen2_5_vl", True, IMAGES | NGRAM),
     "no-images": ("gemma3", True, TEXT_ALONE),
+    "no-images-several-shapes": ("gemma4", True, TEXT_ALONE),
     "rows-no-images": ("qwen2_5_vl", True, TEXT_ALONE),
 }
 
 
+# As the larger Gemma 4 have it: heads and what makes values differ by layer.
+SEVERAL_SHAPES = {
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": True,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+}
+
+
 def model_of(name: str) -> torch.nn.Module:
-    return built(name, wrapped=True).float()
+    return built(name, wrapped=True, **({"text_config": SEVERAL_SHAPES} if name == "gemma4" else {})).float()
 
 
 def loaded(folder: Path) -> torch.nn.Module:
@@ -49,12 +60,12 @@ def write(folder: Path, name: str, apart: bool) -> None:
         images.processor(name).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory) -> dict[str, dict]:
+def serve(root: Path, asked: dict) -> dict[str, dict]:
+    """Results by name, with what `generate` gives as `expected`."""
     import images
 
-    root, expected, jobs = tmp_path_factory.mktemp("served"), {}, []
-    for name, (model, apart, options) in SERVED.items():
+    expected, jobs = {}, []
+    for name, (model, apart, options) in asked.items():
         folder, new_tokens = root / name, options.get("new_tokens", NEW_TOKENS)
         write(folder, model, apart)
         prompts = [prompt for prompt in images.prompts(model) if not (prompt.images and options.get(*TEXT_ALONE))]
@@ -66,7 +77,12 @@ def served(tmp_path_factory) -> dict[str, dict]:
         made = job(folder, [prompt.ids for prompt in prompts], **engine)
         jobs.append(made | {"new_tokens": new_tokens, "images": files})
     results = run_engines(root, jobs)
-    return {name: result | {"expected": expected[name]} for name, result in zip(SERVED, results, strict=True)}
+    return {name: result | {"expected": expected[name]} for name, result in zip(asked, results, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> dict[str, dict]:
+    return serve(tmp_path_factory.mktemp("served"), SERVED)
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -79,7 +95,7 @@ def test_tokens_are_those_of_generate(served, name):
 
 
 def test_prefixes_are_reused(served):
-    for name in [name for name in served if "short" not in name]:
+    for name in [name for name in served if "short" not in name and "several" not in name]:
         assert max(served[name]["reused"][1]) >= 16
 
 
@@ -87,3 +103,10 @@ def test_requests_were_preempted_and_drafts_taken(served):
     assert served["rows-short-of-cache"]["preempted"] > 0
     assert served["rows-drafts"]["drafts_taken"] > 0
 
+
+@pytest.mark.parametrize("options", [{"tensor_parallel_size": 2}, {"enforce_eager": False}], ids=str)
+def test_other_engines(tmp_path, options):
+    """Over two processes, and compiled."""
+    (result,) = serve(tmp_path, {"rows": ("qwen2_5_vl", True, IMAGES | options)}).values()
+    assert "error" not in result, result
+    assert result["tokens"] == result["expected"]

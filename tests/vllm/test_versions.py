@@ -48,6 +48,8 @@ SIGNATURES = {
 FIELDS = {
     "config.cache CacheConfig": "block_size user_specified_block_size cache_dtype num_gpu_blocks use_replayssm",
     "config.compilation CompilationConfig": "static_forward_context",
+    "config.model ModelConfig": "hf_config multimodal_config is_mm_prefix_lm uses_mrope mrope_num_dims",
+    "config.multimodal MultiModalConfig": "language_model_only",
     "config.vllm VllmConfig": "additional_config max_in_flight_tokens num_speculative_tokens kv_transfer_config "
     "mamba_config",
     "v1.attention.backend AttentionBackend": "supported_dtypes supported_kv_cache_dtypes "

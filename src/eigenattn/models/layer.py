@@ -403,11 +403,13 @@ def head_counts(original: Any, family: Family, config: Any) -> tuple[int, int, i
     if family.fused_in(config):
         return config.num_attention_heads, family.kv_heads(config), head_dim
     queries, keys = (getattr(original, name, None) for name in family.qkv[:2])
-    width = head_dim * (2 if family.gate == "query" else 1)
-    heads = getattr(queries, "out_features", config.num_attention_heads * width) // width
+    # Where layers differ, some configurations do not answer for all of them: they are asked last.
+    width, rows = head_dim * (2 if family.gate == "query" else 1), getattr(queries, "out_features", None)
+    heads = config.num_attention_heads if rows is None else rows // width
     if keys is None:  # it reads those of an earlier layer
         return heads, heads // original.num_key_value_groups, head_dim
-    return heads, getattr(keys, "out_features", family.kv_heads(config) * head_dim) // head_dim, head_dim
+    rows = getattr(keys, "out_features", None)
+    return heads, family.kv_heads(config) if rows is None else rows // head_dim, head_dim
 
 
 def unit(x: Tensor, norm: Any) -> Tensor:

@@ -142,7 +142,6 @@ class Queries:
     positions: Tensor
     context: CacheContext = field(default_factory=CacheContext, repr=False, compare=False)
 
-
     def positions_in(self, pages: Pages) -> tuple[Tensor, Tensor]:
         """Positions that pages hold, of each row's tokens [b, n, rows] and of its query [b, rows]."""
         last = (self.lengths - 1).unsqueeze(1)

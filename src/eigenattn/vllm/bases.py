@@ -134,9 +134,7 @@ class Loading:
         take: is given a layer's index, the name of a map, and the map of all heads.
     """
 
-    def __init__(
-        self, bases: Bases, original: Blueprint, take: Callable[[int, str, Tensor], None]
-    ) -> None:
+    def __init__(self, bases: Bases, original: Blueprint, take: Callable[[int, str, Tensor], None]) -> None:
         self._bases, self._take, self._beside = bases, take, original.beside
         self._layers = {layer.layer_idx: layer for layer in original.layers.values()}
         # Where in a layer its attention is; the same in all of them.

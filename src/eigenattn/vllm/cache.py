@@ -1,9 +1,10 @@
 """What a layer caches, as vLLM is told of it: pages of latents, and pages of the exact window.
 
 Latents form one full-attention group, whatever their bytes, those of layers that slide one sliding-window group, and
-the exact tokens of all layers another; where images have positions of their own, these lie in the first. A block of the engine's pool holds all layers' pages of one group, so each
-group's has as many tokens as fit into the bytes of the first one's. Layers that draft keep vLLM's own attention, and
-cache keys and values in the pages of the first group.
+the exact tokens of all layers another; where images have positions of their own, these lie in the first. A block of
+the engine's pool holds all layers' pages of one group, so each group's has as many tokens as fit into the bytes of
+the first one's. Layers that draft keep vLLM's own attention, and cache keys and values in the pages of the first
+group.
 """
 
 from __future__ import annotations
