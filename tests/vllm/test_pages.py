@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from every_type import built
 from tiny import compressed, converted
 
 from eigenattn import EigenAttnError
@@ -21,7 +22,7 @@ from eigenattn.vllm.attend import (
     rotary_of,
     sight_of,
 )
-from eigenattn.vllm.pages import Pages, latents_in, window_in, write
+from eigenattn.vllm.pages import Held, Pages, latents_in, positions_in, window_in, write
 
 LENGTHS = (19, 3, 10)
 BY_LAYER = {
@@ -65,7 +66,19 @@ def layer_of(kind: str, window: int, sees: int | None = None, slopes: bool = Fal
     return PagedAttention(layer, layer.scaling, rotary_of(layer), alibi, sees=sees, sinks=sinks)
 
 
-def filled(layer: PagedAttention, forgets: bool = False) -> tuple[Pages, Pages | None]:
+def seeing(window: int, sees: int | None) -> PagedAttention:
+    """A layer of a model whose images have rows of positions."""
+    model = compressed("qwen2_5_vl", window, True, build=lambda name: built(name, wrapped=True).float())
+    layer = eigen_layers(model)[1]
+    return PagedAttention(layer, layer.scaling, rotary_of(layer, 3), sees=sees)
+
+
+def places(row: int, length: int) -> torch.Tensor:
+    """Positions [length, 3] that images might give."""
+    return torch.randint(60, (length, 3), generator=torch.Generator().manual_seed(row), dtype=torch.int32)
+
+
+def filled(layer: PagedAttention, forgets: bool = False) -> Held:
     """Pages in no order, 4 tokens of latents or 2 of the window each; other tokens are NaN.
 
     Args:
@@ -91,10 +104,15 @@ def filled(layer: PagedAttention, forgets: bool = False) -> tuple[Pages, Pages |
     size = maps.layout.bytes_per_token(4)
     cache = torch.full((17, 1, 4, size), 255, dtype=torch.uint8)
     far = pages(cache, latents_in(cache, maps.layout, k.dtype), lambda *row: maps.stored(*vectors(*row)), 4)
+    positions = None
     if not maps.layout.window:
-        return far, None
+        return Held(far)
+    if layer.rotary is not None and layer.rotary.rows is not None:
+        cache = torch.full((17, 1, 4, 12), 255, dtype=torch.uint8)
+        of_row = lambda row, length: (places(row, length)[seen_of(length)][None, None],)  # noqa: E731
+        positions = pages(cache, positions_in(cache), of_row, 4)
     cache = torch.full((33, maps.kv_heads, 2, 2 * maps.head_dim), torch.nan)
-    return far, pages(cache, window_in(cache), vectors, 2)
+    return Held(far, pages(cache, window_in(cache), vectors, 2), positions)
 
 
 def batch_of(lengths: list[int]) -> Queries:
@@ -103,8 +121,9 @@ def batch_of(lengths: list[int]) -> Queries:
     return Queries(torch.arange(len(lengths)), held, torch.empty(0), positions)
 
 
-def of_rows(pages: Pages | None, rows: list[int]) -> Pages | None:
-    return None if pages is None else Pages(pages.rows, pages.table[rows])
+def of_rows(held: Held, rows: list[int]) -> Held:
+    every = held.far, held.near, held.positions
+    return Held(*(None if pages is None else Pages(pages.rows, pages.table[rows]) for pages in every))
 
 
 def some_queries(layer: PagedAttention) -> torch.Tensor:
@@ -116,14 +135,14 @@ def some_queries(layer: PagedAttention) -> torch.Tensor:
 def test_prompts_attend_as_decoding_does(kind, window, sees, monkeypatch):
     monkeypatch.setattr("eigenattn.kernels.chunked.QUERY_BLOCK", 4)
     layer = layer_of(kind, window, sees, slopes=kind == "learned")
-    far, near = filled(layer)
+    held = filled(layer)
     q = some_queries(layer)
     for chunk in (1, 7, 19):
         for row, length in enumerate(LENGTHS):
             for stop in range(length, 0, -3):
-                own = of_rows(far, [row]), of_rows(near, [row])
-                out = attend_prompt(layer, q[row, max(stop - chunk, 0) : stop], stop, *own)
-                alone = decode_queries(layer, q[row, stop - 1 : stop], batch_of([stop]), *own)
+                own = of_rows(held, [row])
+                out = attend_prompt(layer, q[row, max(stop - chunk, 0) : stop], stop, own)
+                alone = decode_queries(layer, q[row, stop - 1 : stop], batch_of([stop]), own)
                 torch.testing.assert_close(out[-1:], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -132,13 +151,13 @@ def test_prompts_attend_as_decoding_does(kind, window, sees, monkeypatch):
 def test_rows_of_pages_decode_as_rows_in_one_piece(kind, window, sees, backend, monkeypatch):
     """In every layer of a pass, for all of which some things are computed once."""
     layer = layer_of(kind, window, sees)
-    far, near = filled(layer, forgets=True)
     rows, q = [2, 0, 1], some_queries(layer)[:, 0]
-    far, near = of_rows(far, rows), of_rows(near, rows)
+    held = of_rows(filled(layer, forgets=True), rows)
+    far, near = held.far, held.near
     batch = batch_of([LENGTHS[row] for row in rows])
     if backend != "default":
         monkeypatch.setattr("eigenattn.vllm.attend.accepted", lambda step, _: backend)
-    found = [decode_queries(layer, q, batch, far, near) for _ in range(2)]
+    found = [decode_queries(layer, q, batch, held) for _ in range(2)]
     assert torch.equal(*found)
     for place, length in enumerate(batch.lengths.tolist()):
         columns = torch.arange(max(length - (sees or length), 0), length)
@@ -163,15 +182,46 @@ def test_rows_of_pages_decode_as_rows_in_one_piece(kind, window, sees, backend, 
         )
 
 
+@pytest.mark.parametrize("sees", [None, 6])
+@pytest.mark.parametrize("backend", ["reference", "torch", "default"])
+def test_positions_in_rows_lie_in_pages(sees, backend, monkeypatch):
+    """The same as if they were given; and prompts attend as decoding does."""
+    layer, window = seeing(4, sees), 4
+    held, q = filled(layer, forgets=True), some_queries(layer)
+    if backend != "default":
+        monkeypatch.setattr("eigenattn.vllm.attend.accepted", lambda step, _: backend)
+    found = decode_queries(layer, q[:, 0], batch_of(list(LENGTHS)), held)
+    for row, length in enumerate(LENGTHS):
+        columns = torch.arange(max(length - (sees or length), 0), length)
+        border, own = max(len(columns) - window, 0), of_rows(held, [row])
+        keys, values = layer.maps.decoding_sides()
+        step = Step(
+            q=q[row : row + 1, 0],
+            rows=own.far.at(columns),
+            keys=keys,
+            values=values,
+            scale=layer.scale,
+            length=border,
+            positions=places(row, length)[columns].unsqueeze(0),
+            query=places(row, length)[-1:],
+            rotary=layer.rotary,
+            window=Window(*own.near.at(columns[border:]), border, len(columns)),
+        )
+        alone = decoding.decode(step, "reference")
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+        out = attend_prompt(layer, q[row, :1], length, own)
+        torch.testing.assert_close(out, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_what_the_native_step_does_not_take_is_decoded_all_the_same():
     """Pages, maps and queries in fp16, on a CPU."""
     layer = layer_of("plain", 4)
-    far, near = filled(layer)
+    held = filled(layer)
     q = some_queries(layer)[:, 0]
-    exact = decode_queries(layer, q, batch_of(list(LENGTHS)), far, near)
-    far, near = (Pages(tuple(row.half() for row in pages.rows), pages.table) for pages in (far, near))
+    exact = decode_queries(layer, q, batch_of(list(LENGTHS)), held)
+    halves = (Pages(tuple(row.half() for row in pages.rows), pages.table) for pages in (held.far, held.near))
     layer = dataclasses.replace(layer, maps=layer.maps.half())
-    found = decode_queries(layer, q.half(), batch_of(list(LENGTHS)), far, near)
+    found = decode_queries(layer, q.half(), batch_of(list(LENGTHS)), Held(*halves))
     assert found.dtype == torch.float16
     torch.testing.assert_close(found.float(), exact, rtol=0.05, atol=0.05)
 

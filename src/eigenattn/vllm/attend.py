@@ -25,7 +25,7 @@ from ..kernels.selection import decoding_backend
 from ..models.attention import EigenAttention
 from ..models.maps import LatentMaps
 from ..models.rotary import rotate
-from .pages import Pages
+from .pages import Held, Pages
 
 # Types of layers, where a model has several: others see everything.
 SLIDING, CHUNKED = "sliding_attention", "chunked_attention"
@@ -109,19 +109,15 @@ class PagedAttention:
         window = self.maps.layout.window
         return window if self.sees is None else min(window, self.sees)
 
-    def rotated(self, x: Tensor, start: int, positions: Pages | None = None) -> Tensor:
-        """Vectors [1, heads, n, D] of a row's tokens `start` and on; untouched without rotary positions.
-
-        Args:
-            positions: of tokens that have others than their place in the row, in rows, int32 [pages, 1, N, rows].
-        """
+    def rotated(self, x: Tensor, start: int, held: Held) -> Tensor:
+        """Vectors [1, heads, n, D] of a row's tokens `start` and on; untouched without rotary positions."""
         if self.rotary is None:
             return x
         stop = start + x.shape[-2]
-        if positions is None:
+        if held.positions is None:
             return self.rotary.rotate_between(x, start, stop)
-        (held,) = positions.at(torch.arange(start, stop, device=x.device))
-        return self.rotary.rotate(x.float(), held).to(x.dtype)
+        (positions,) = held.positions.at(torch.arange(start, stop, device=x.device))
+        return self.rotary.rotate(x.float(), positions).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -142,23 +138,22 @@ class Queries:
     positions: Tensor
     context: CacheContext = field(default_factory=CacheContext, repr=False, compare=False)
 
-    def positions_in(self, pages: Pages) -> tuple[Tensor, Tensor]:
-        """Positions that pages hold, of each row's tokens [b, n, rows] and of its query [b, rows]."""
-        last = (self.lengths - 1).unsqueeze(1)
-        (held,) = pages.at(self.positions.minimum(last))  # what lies behind is not this row's
-        held = held[:, 0]
-        return held, held.gather(1, last.long().unsqueeze(-1).expand(-1, -1, held.shape[-1]))[:, 0]
+    def rotary_positions(self, pages: Pages | None) -> tuple[Tensor, Tensor]:
+        """Positions of each row's tokens and of its query, as a `Step` has them: those that pages hold, if any do."""
+        last = self.lengths - 1
+        if pages is None:
+            return self.positions, last
+        return self.context.memoised("positions", lambda: self._held(pages, last.unsqueeze(1)))
+
+    def _held(self, pages: Pages, last: Tensor) -> tuple[Tensor, Tensor]:
+        (found,) = pages.at(self.positions.minimum(last))  # what lies behind is not this row's
+        (query,) = pages.at(last)
+        return found[:, 0], query[:, 0, 0]
 
 
-def decode_queries(
-    layer: PagedAttention, q: Tensor, batch: Queries, far: Pages, near: Pages | None, places: Pages | None = None
-) -> Tensor:
-    """Queries [b, H, D] before rotation, over latents and the exact window, if there is one: [b, H, D].
-
-    Args:
-        places: positions, see `PagedAttention.rotated`.
-    """
-    lengths, sees = batch.lengths, layer.sees
+def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, held: Held) -> Tensor:
+    """Queries [b, H, D] before rotation, over latents and the exact window, if there is one: [b, H, D]."""
+    lengths, sees, far, near = batch.lengths, layer.sees, held.far, held.near
 
     def behind(tokens: int) -> Tensor:
         """How many each row has but for so many."""
@@ -169,9 +164,7 @@ def decode_queries(
     if near is not None:
         near_keys, near_values = near.rows
         exact = Window(near_keys, near_values, 0, lengths, near.table)
-    positions, query = batch.positions, lengths - 1
-    if places is not None:
-        positions, query = batch.context.memoised("positions", lambda: batch.positions_in(places))
+    positions, query = batch.rotary_positions(held.positions)
     step = Step(
         q=q,
         query=query,
@@ -193,15 +186,12 @@ def decode_queries(
     return decode_accepted(step, accepted(step, decoding_backend(q)))
 
 
-def attend_prompt(
-    layer: PagedAttention, q: Tensor, length: int, far: Pages, near: Pages | None, places: Pages | None = None
-) -> Tensor:
+def attend_prompt(layer: PagedAttention, q: Tensor, length: int, held: Held) -> Tensor:
     """The last T of a row's tokens; of layers that slide some at a time, since each sees but a few others.
 
     Args:
         q: their queries before rotation [T, H, D].
         length: the row's tokens, the queries' included.
-        places: positions, see `PagedAttention.rotated`.
 
     Returns:
         [T, H, D].
@@ -210,31 +200,29 @@ def attend_prompt(
     parts, stop = [], length - len(q)
     for some in q.split(most):
         stop += len(some)
-        parts.append(_attend_part(layer, some, stop, far, near, places))
+        parts.append(_attend_part(layer, some, stop, held))
     return torch.cat(parts)
 
 
-def _attend_part(
-    layer: PagedAttention, q: Tensor, length: int, far: Pages, near: Pages | None, places: Pages | None
-) -> Tensor:
-    maps, t, window = layer.maps, q.shape[0], layer.window
+def _attend_part(layer: PagedAttention, q: Tensor, length: int, held: Held) -> Tensor:
+    maps, t, window, far, near = layer.maps, q.shape[0], layer.window, held.far, held.near
     query = length - t
     first = 0 if layer.sees is None else max(query - layer.sees + 1, 0)  # that is seen
     columns = torch.arange(first, length, device=q.device)
-    q = layer.rotated(q.transpose(0, 1).unsqueeze(0), query, places)  # [1, H, T, D]
+    q = layer.rotated(q.transpose(0, 1).unsqueeze(0), query, held)  # [1, H, T, D]
 
     def decode_chunk(start: int, stop: int) -> tuple[Tensor, Tensor]:
         chunk = columns[start:stop]
         latents = maps.restored(far.at(chunk), q.dtype)
         keys, values = (maps.latent(latents, side) for side in SIDES)
         values = maps.for_each_head(values) if near is None else maps.decode(values, "value")
-        return layer.rotated(maps.decode(keys, "key"), first + start, places), values
+        return layer.rotated(maps.decode(keys, "key"), first + start, held), values
 
     exact = None
     if near is not None:
         start = max(query - window + 1 - first, 0)
         keys, values = near.at(columns[start:])
-        exact = Near(layer.rotated(keys, first + start, places), values, start)
+        exact = Near(layer.rotated(keys, first + start, held), values, start)
     reach = chunked.Reach(sees=layer.sees) if layer.slopes is None else None
     parts = chunked.attend(
         q,

@@ -20,7 +20,7 @@ from .engine import (
     VllmConfig,
     get_attention_context,
 )
-from .pages import Pages, latents_in, positions_in, window_in, write
+from .pages import Held, Pages, latents_in, positions_in, window_in, write
 from .registration import BACKEND
 
 # Queries of a row that are decoded as rows of their own, in place of a prompt's way (chosen): drafts of speculative
@@ -53,6 +53,12 @@ class LatentMetadata(AttentionMetadata):
     slots: Tensor
     queries: Queries | None
     prompts: list[Prompt]
+
+    def table(self, prompt: int | None) -> Tensor:
+        """Pages of a prompt by its number, or of the rows that have few queries."""
+        found = self.queries if prompt is None else self.prompts[prompt]
+        assert found is not None  # they are asked for where there are any
+        return found.table
 
 
 class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
@@ -155,28 +161,28 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         """
         if attn_metadata is None:
             return output.zero_()
-        batch, attention, places = attn_metadata, layer.attention, None
+        batch, attention = attn_metadata, layer.attention
         vectors = tuple(x[: batch.tokens].transpose(0, 1).unsqueeze(0) for x in (key, value))  # [1, G, T, D]
-        rows, window, near = latents_in(kv_cache, layer.layout, query.dtype), None, ()
+        rows, window, positions = latents_in(kv_cache, layer.layout, query.dtype), None, None
         write(rows, batch.slots, layer.stored(*vectors))
         if layer.window_name is not None:
-            window, _, cache, _ = get_attention_context(layer.window_name)
-            near = window_in(cache)
-            write(near, window.slots, vectors)
+            exact, _, cache, _ = get_attention_context(layer.window_name)
+            window = window_in(cache), exact
+            write(window[0], exact.slots, vectors)
         if layer.positions_name is not None:
-            around, holder, cache, _ = get_attention_context(layer.positions_name)
-            places = positions_in(cache)
+            placed, holder, cache, _ = get_attention_context(layer.positions_name)
+            positions = positions_in(cache), placed
             if layer.leads:
-                write(places, around.slots, (holder.given(batch.tokens),))
+                write(positions[0], placed.slots, (holder.given(batch.tokens),))
+
+        def held(prompt: int | None) -> Held:
+            each = (None if of is None else Pages(of[0], of[1].table(prompt)) for of in (window, positions))
+            return Held(Pages(rows, batch.table(prompt)), *each)
+
         for i, prompt in enumerate(batch.prompts):
-            exact = None if window is None else Pages(near, window.prompts[i].table)
             q = query[prompt.start : prompt.stop]
-            held = None if places is None else Pages(places, around.prompts[i].table)
-            found = attend_prompt(attention, q, prompt.length, Pages(rows, prompt.table), exact, held)
-            output[prompt.start : prompt.stop] = found
+            output[prompt.start : prompt.stop] = attend_prompt(attention, q, prompt.length, held(i))
         if batch.queries is not None:
-            exact = None if window is None else Pages(near, window.queries.table)
-            q, far = query[batch.queries.tokens], Pages(rows, batch.queries.table)
-            held = None if places is None else Pages(places, around.queries.table)
-            output[batch.queries.tokens] = decode_queries(attention, q, batch.queries, far, exact, held)
+            q = query[batch.queries.tokens]
+            output[batch.queries.tokens] = decode_queries(attention, q, batch.queries, held(None))
         return output

@@ -33,6 +33,21 @@ class Pages:
         return tuple(out_of_pages(row, self.table, columns) for row in self.rows)
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a layer's rows hold.
+
+    Args:
+        far: latents.
+        near: the exact window, if there is one.
+        positions: int32 [pages, 1, N, rows], if tokens have others than their places in the row.
+    """
+
+    far: Pages
+    near: Pages | None = None
+    positions: Pages | None = None
+
+
 def latents_in(cache: Tensor, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Views of a cache of bytes [pages, 1, N, bytes]: of each latent [pages, G/N, N, R], or [pages, G/N, N, bytes].
 
