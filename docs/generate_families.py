@@ -210,8 +210,7 @@ def verdicts() -> str:
         "predictions and generated tokens are the original's; coded, they generate the same with a cache, dynamic or "
         "static, as without one. Positions of images in rows, masks in which an image's tokens see each other, and "
         "prompts that are read in both directions are among them. Qwen 2.5 VL and Qwen 3 VL are given a video too, "
-        "and Gemma 3n a sound. Calibration is on text. Behind an image with positions in rows (Qwen VL, GLM-4V), "
-        "steps of decoding on a GPU go by PyTorch's operations, and not by the fused kernel; on a CPU they are native.",
+        "and Gemma 3n a sound. Calibration is on text.",
         "",
         "| types | verdict |",
         "| --- | --- |",

@@ -51,8 +51,11 @@ def main() -> None:
     length = torch.full((b,), s, dtype=torch.int32)
     window = Window(normal(b, g, n, d), normal(b, g, n, d), length, length + n)
     rotary = Rotary(1e4 ** -(torch.arange(0, d, 2) / d))
+    of_images = replace(rotary, rows=torch.arange(d // 2) % 3)
+    places = torch.arange(s + n).view(1, -1, 1).expand(b, -1, 3)
     cases = (
         (32, rotary, None, 1, 1),
+        (32, of_images, None, 1, 1),
         (24, None, Widths.of({8: 8, 6: 8, 4: 4, 3: 2, 1: 2}), 1, 1),
         (32, rotary, None, 1, 2),
         (24, None, None, 2, 2),
@@ -72,8 +75,8 @@ def main() -> None:
             values=replace(keys, row=1),
             scale=0.1,
             length=length,
-            positions=torch.arange(s + n).expand(b, -1),
-            query=length + n,
+            positions=places[..., 0] if positions is not of_images else places,
+            query=length + n if positions is not of_images else (length + n).unsqueeze(1).expand(b, 3),
             rotary=positions,
             window=window,
             **capped,

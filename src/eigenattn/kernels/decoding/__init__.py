@@ -53,8 +53,6 @@ DECODE_BACKENDS: dict[str, Callable[[Step], Tensor]] = {
 def _why_not_triton(step: Step) -> str | None:
     if step.columns is not None:
         return "it does not decode where tokens were evicted"
-    if step.rotary is not None and step.rotary.rows is not None:
-        return "it knows no positions in rows"
     return None
 
 

@@ -101,6 +101,7 @@ class _Arguments(NamedTuple):
     inverse_frequencies: Tensor | None
     cosines: Tensor | None
     sines: Tensor | None
+    row_of_pair: Tensor | None
     slopes: Tensor | None
     sinks: Tensor | None
     mask: Tensor | None
@@ -126,13 +127,16 @@ def decode(step: Step) -> Tensor:
             ("rows", count, b), lambda: torch.full((b,), count or 0, dtype=torch.int32, device=q.device)
         )
 
-    tables, near = (None, None, None), (None, None, None, None)
+    tables, near = (None, None, None, None), (None, None, None, None)
     if rotary is not None:
         # Half precision holds cosines better than bf16 holds the keys that they turn.
         dtype = torch.float16 if q.element_size() == 2 else torch.float32
-        tables = rotary.inverse_frequencies.float(), *rotary.table(LARGEST_BLOCK, dtype)
+        tables = rotary.inverse_frequencies.float(), *rotary.table(LARGEST_BLOCK, dtype), rotary.rows
     if window is not None:
         near = window.keys, window.values, each_row(window.column), each_row(window.stop)
+    query = None if rotary is None else step.rotary_positions[1]
+    if query is not None:
+        query = each_row(query) if query.dim() < 2 else query.to(torch.int32).expand(b, -1)
     arguments = _Arguments(
         q,
         q_small,
@@ -149,7 +153,7 @@ def decode(step: Step) -> Tensor:
         each_row(step.first),
         each_row(step.length),
         None if rotary is None else step.rotary_positions[0],
-        None if rotary is None else each_row(step.query),
+        query,
         *near,
         *tables,
         step.slopes,
@@ -192,6 +196,8 @@ def _launch(
     near_keys, near_values, mask, positions = (
         None if each is None else _rows(each) for each in (x.near_keys, x.near_values, x.mask, x.positions)
     )
+    if x.row_of_pair is not None and positions.stride(1) != positions.shape[2]:
+        positions = positions.contiguous()
     widths_k, widths_v = (_widths(found) for found in (key_widths, value_widths))
     processors, memory = _device(q.device)
     key_plan, value_plan = (
@@ -232,6 +238,7 @@ def _launch(
         positions,
         None if x.query is None else x.query.contiguous(),
         *map(_contiguous, (x.near_column, x.near_stop, x.inverse_frequencies, x.cosines, x.sines)),
+        _contiguous(x.row_of_pair),
         mask,
         far_sums,
         near_sums,
@@ -268,6 +275,7 @@ def _launch(
         JOINT=joint,
         BLOCK=block,
         KEEP=kept,
+        ROWS=1 if x.row_of_pair is None else positions.shape[-1],
         PACKED=CUDA and q.element_size() == 2,  # arithmetic on two numbers at once is PTX
         num_warps=programs.warps,
         num_stages=programs.stages,

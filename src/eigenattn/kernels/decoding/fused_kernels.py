@@ -35,20 +35,20 @@ def _masked(scores, mask, mask_h, n, seen, member, of_group, MASK: tl.constexpr)
 @triton.jit
 def _attend(
     q, q_small, offset, slope, keys, values, decoder, mean, codes_k, numbers_k, codes_v, numbers_v,
-    inverse, cosines, sines, room,
-    low, high, start, positions, query, distance, scale, scaling, softcap, mask, mask_h, first_head, member, of_group,
+    inverse, cosines, sines, row_of_pair, room,
+    low, high, start, positions, queries, distance, scale, scaling, softcap, mask, mask_h, first_head, member, of_group,
     sums_out, sums_stride, top_out, sum_out,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr,
     KEY_SCALE: tl.constexpr, VALUE_SCALE: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, SIZE_Q: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
     MASK: tl.constexpr, UPCAST: tl.constexpr, RANK: tl.constexpr, RANK_V: tl.constexpr, KEEP: tl.constexpr,
-    JOINT: tl.constexpr, PACKED: tl.constexpr,
+    JOINT: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Attention over tokens low .. high - 1 of one KV head: writes sums of values, top score and total by query head.
 
-    Blocks begin at `start`, not behind `low`. `positions` points at the position of token 0, `query` is the
-    query's, and ALiBi counts n + `distance`. `mask` points at what token 0 finds, if it is not None. There is room for
-    so many tokens behind `keys` and `values`, of which packed ones that are not seen may be read.
+    Blocks begin at `start`, not behind `low`. `positions` points at the position of token 0 and `queries` at the
+    query's, `ROWS` of either, and ALiBi counts n + `distance`. `mask` points at what token 0 finds, if it is not None.
+    There is room for so many tokens behind `keys` and `values`, of which packed ones that are not seen may be read.
     """
     dtype: tl.constexpr = q.dtype.element_ty
     M: tl.constexpr = member.shape[0]
@@ -78,7 +78,7 @@ def _attend(
                     tiles.decoders(decoder, first, paired, KEY_PLAN, D),
                     tiles.decoders(decoder, second, paired, KEY_PLAN, D),
                 )
-        expected = tl.full([], NOWHERE, tl.int32)
+        expected, query = tl.full([], NOWHERE, tl.int32), tl.load(queries).to(tl.int32)
         REST: tl.constexpr = D - 2 * PAIRS
         if REST:
             REST_SIZE: tl.constexpr = triton.next_power_of_2(REST) if REST > 16 else 16
@@ -115,10 +115,13 @@ def _attend(
         if PAIRS:
             # Queries are turned back to the position of the block's place 0, and keys from there to their own: where
             # positions are without gaps, by angles that are the same in every block.
-            begins = tl.load(positions + there).to(tl.int32) - places
+            begins = tl.load(positions + there * ROWS).to(tl.int32) - places
             begin = tl.min(tl.where(seen, begins, 2147483647), 0)
             even = tl.max(tl.where(seen, begins, NOWHERE), 0) == begin
-            further = tl.where(seen, begins - begin, 0).to(tl.float32)
+            further = tl.where(seen, begins - begin, 0).to(tl.float32)[:, None]
+            for row in tl.static_range(1, ROWS):
+                others = tl.load(positions + there * ROWS + row).to(tl.int32) - places
+                even = even and (tl.max(tl.where(seen & (others != begin), 1, 0), 0) == 0)
             before = turned
             turned = ()
             # Decoded keys are the first operand, which tensor cores take from registers.
@@ -131,7 +134,11 @@ def _attend(
                     )
                 else:
                     frequency = tl.load(inverse + pairs, mask=paired, other=0.0)
-                    q_cos, q_sin = tiles.angle((query - begin).to(tl.float32) * frequency)
+                    away = query - begin
+                    if ROWS > 1:
+                        rows = tl.load(row_of_pair + pairs, mask=paired, other=0)
+                        away = tl.load(queries + rows).to(tl.int32) - begin
+                    q_cos, q_sin = tiles.angle(away.to(tl.float32) * frequency)
                     q_a = tiles.dimensions(q, first_head + alone, alone < GROUP, first, paired, D) * scaling * scaling
                     q_b = tiles.dimensions(q, first_head + alone, alone < GROUP, second, paired, D) * scaling * scaling
                     q_a, q_b = tiles.turn(q_a, q_b, q_cos[None, :], q_sin[None, :])
@@ -147,7 +154,12 @@ def _attend(
                 a, b = tiles.turn(a, b, behind[2 * i].to(tl.float32), behind[2 * i + 1].to(tl.float32))
                 if not even:
                     frequency = tl.load(inverse + pairs, mask=paired, other=0.0)
-                    cos, sin = tiles.angle(further[:, None] * frequency[None, :])
+                    beyond = further
+                    if ROWS > 1:
+                        rows = tl.load(row_of_pair + pairs, mask=paired, other=0)
+                        own = tl.load(positions + (there * ROWS)[:, None] + rows[None, :]).to(tl.int32)
+                        beyond = tl.where(seen[:, None], own - (places + begin)[:, None], 0).to(tl.float32)
+                    cos, sin = tiles.angle(beyond * frequency[None, :])
                     a, b = tiles.turn(a, b, cos, sin)
                 found = tiles.dot(a.to(dtype), tl.trans(tiles.repeated(q_a.to(dtype), M)), found, UPCAST)
                 found = tiles.dot(b.to(dtype), tl.trans(tiles.repeated(q_b.to(dtype), M)), found, UPCAST)
@@ -209,7 +221,7 @@ def _attend(
 def decode_splits(
     q, q_small, slopes, far_keys, far_values, decoder, mean, key_codes, key_numbers, value_codes, value_numbers,
     near_keys, near_values,
-    firsts, lengths, positions, queries, near_columns, near_stops, inverse, cosines, sines,
+    firsts, lengths, positions, queries, near_columns, near_stops, inverse, cosines, sines, row_of_pair,
     mask, far_sums, near_sums, tops, totals,
     scale, scaling, softcap, splits, far_tokens, near_tokens, mask_b, mask_h, positions_b,
     fk_b, fk_g, fv_b, fv_g, nk_b, nk_g, nv_b, nv_g,
@@ -220,23 +232,22 @@ def decode_splits(
     RANK_V: tl.constexpr, KEY_PLAN: tl.constexpr, VALUE_PLAN: tl.constexpr, NEAR_PLAN: tl.constexpr,
     KEY_SCALE: tl.constexpr, VALUE_SCALE: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr,
-    JOINT: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr,
+    JOINT: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One split of the sequence, or the exact window, of a row and KV head."""
     row, g = tl.program_id(0) // G, tl.program_id(0) % G
     split = tl.program_id(1)
     GROUP: tl.constexpr = H // G
     M: tl.constexpr = triton.next_power_of_2(GROUP) if GROUP > 16 else 16
-    ROWS: tl.constexpr = M // triton.next_power_of_2(GROUP)  # of each query head, of which the first counts
-    member = tl.arange(0, M) // ROWS
-    of_group = (member < GROUP) & (tl.arange(0, M) % ROWS == 0)
+    COPIES: tl.constexpr = M // triton.next_power_of_2(GROUP)  # of each query head, of which the first counts
+    member = tl.arange(0, M) // COPIES
+    of_group = (member < GROUP) & (tl.arange(0, M) % COPIES == 0)
     first_head = row * H + g * GROUP
     heads = first_head + member
     first, length = tl.load(firsts + row), tl.load(lengths + row)
-    query = 0
     if PAIRS:
         positions += row.to(tl.int64) * positions_b
-        query = tl.load(queries + row).to(tl.int32)
+        queries += row * ROWS
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + g * GROUP + member, mask=of_group, other=0.0)
@@ -272,18 +283,18 @@ def decode_splits(
         _attend(
             q, q_small, offset, slope, keys, values,
             decoder_of_head, mean_of_head, key_codes, numbers_k, value_codes, numbers_v,
-            inverse, cosines, sines, far_tokens,
+            inverse, cosines, sines, row_of_pair, far_tokens,
             tl.maximum(first, start), tl.minimum(length, start + each), start,
-            positions, query, -length, scale, scaling, softcap, mask, mask_h, first_head, member, of_group,
+            positions, queries, -length, scale, scaling, softcap, mask, mask_h, first_head, member, of_group,
             far_sums + split * RANK_V, splits * RANK_V, top_out, sum_out,
             FK_STRIDE, FV_STRIDE, KEY_PLAN, VALUE_PLAN, KEY_SCALE, VALUE_SCALE, GROUP, D, SIZE_Q, PAIRS,
-            INTERLEAVED, BLOCK, MASK, UPCAST, RANK, RANK_V, KEEP, JOINT, PACKED,
+            INTERLEAVED, BLOCK, MASK, UPCAST, RANK, RANK_V, KEEP, JOINT, PACKED, ROWS,
         )  # fmt: skip
     elif near_keys is not None:
         column = tl.load(near_columns + row)
         low = tl.maximum(tl.maximum(first, length) - column, 0)
         if PAIRS:
-            positions += column
+            positions += column * ROWS
         if MASK:
             mask += column
         stop = tl.minimum(tl.load(near_stops + row) - column, near_tokens)
@@ -291,11 +302,11 @@ def decode_splits(
             q, q, None, slope,
             near_keys + (row.to(tl.int64) * nk_b + g * nk_g) * NK_VEC,
             near_values + (row.to(tl.int64) * nv_b + g * nv_g) * NV_VEC,
-            None, None, None, None, None, None, inverse, cosines, sines, near_tokens, low, stop, low // BLOCK * BLOCK,
-            positions, query, column - length, scale, scaling, softcap, mask, mask_h, first_head, member,
+            None, None, None, None, None, None, inverse, cosines, sines, row_of_pair, near_tokens, low, stop, low // BLOCK * BLOCK,
+            positions, queries, column - length, scale, scaling, softcap, mask, mask_h, first_head, member,
             of_group, near_sums, D, top_out, sum_out,
             NK_STRIDE, NV_STRIDE, NEAR_PLAN, NEAR_PLAN, -1, -1, GROUP, D, D, PAIRS, INTERLEAVED, BLOCK,
-            MASK, UPCAST, D, D, False, False, False,
+            MASK, UPCAST, D, D, False, False, False, ROWS,
         )  # fmt: skip
 
 
