@@ -196,8 +196,9 @@ def _launch(
     near_keys, near_values, mask, positions = (
         None if each is None else _rows(each) for each in (x.near_keys, x.near_values, x.mask, x.positions)
     )
-    if x.row_of_pair is not None and positions.stride(1) != positions.shape[2]:
-        positions = positions.contiguous()
+    rows = 1
+    if positions is not None and positions.dim() == 3:
+        positions, rows = positions.contiguous(), positions.shape[2]
     widths_k, widths_v = (_widths(found) for found in (key_widths, value_widths))
     processors, memory = _device(q.device)
     key_plan, value_plan = (
@@ -275,7 +276,7 @@ def _launch(
         JOINT=joint,
         BLOCK=block,
         KEEP=kept,
-        ROWS=1 if x.row_of_pair is None else positions.shape[-1],
+        ROWS=rows,
         PACKED=CUDA and q.element_size() == 2,  # arithmetic on two numbers at once is PTX
         num_warps=programs.warps,
         num_stages=programs.stages,
