@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, character_tokenizer, tokens
+from tokenizers import AddedToken
 from transformers import (
     CLIPImageProcessor,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
@@ -23,10 +26,25 @@ from transformers import (
 from vision import IDS, IMAGE
 
 SIZE = 32  # of an image, in pixels
-# Those of Qwen's tokenizers, by the ids of the tiny models.
-MARKS = dict(zip(IDS, ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"), strict=True))
-QWEN = {"qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
-PROCESSORS = {"llava": LlavaProcessor, **QWEN}
+PROCESSORS = {
+    "llava": LlavaProcessor,
+    "qwen2_5_vl": Qwen2_5_VLProcessor,
+    "qwen3_vl": Qwen3VLProcessor,
+    "gemma3": Gemma3Processor,
+}
+# Special tokens by the ids of the tiny models, and which of them stand for an image in a prompt.
+QWEN = dict(zip(IDS, ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"), strict=True))
+NEW_LINES = {IMAGE + 3 + more: "\n" * (2 + more) for more in range(3)}
+GEMMA = {IMAGE: "<image_soft_token>", IMAGE + 1: "<start_of_image>", IMAGE + 2: "<end_of_image>", **NEW_LINES}
+MARKS = {"llava": {}, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "gemma3": GEMMA}
+STANDS = {
+    "llava": [IMAGE],
+    "qwen2_5_vl": [IDS[2], IMAGE, IDS[3]],
+    "qwen3_vl": [IDS[2], IMAGE, IDS[3]],
+    "gemma3": [IMAGE + 1],
+}
+# Under which names tokenizers give them.
+NAMED = {"image_token": IMAGE, "boi_token": IMAGE + 1, "eoi_token": IMAGE + 2}
 
 
 class Seen(NamedTuple):
@@ -57,7 +75,7 @@ def saved(folder: Path, count: int) -> list[str]:
 
 def prompts(name: str) -> list[Seen]:
     """Prompts with none, one and two images."""
-    image = [IDS[2], IMAGE, IDS[3]] if name in QWEN else [IMAGE]
+    image = STANDS.get(name, [])
 
     def text(length: int) -> list[int]:
         return (tokens(1, length, seed=length)[0] % IMAGE).tolist()
@@ -73,24 +91,30 @@ def prompts(name: str) -> list[Seen]:
 
 def processor(name: str) -> Any:
     """What makes a model's images and texts ready."""
-    if name in QWEN:
+    tokenizer = marked_tokenizer(name)
+    if name == "gemma3":
+        pixels = Gemma3ImageProcessor(size={"height": SIZE, "width": SIZE})
+        return Gemma3Processor(pixels, tokenizer, image_seq_length=4)
+    if name != "llava":
         sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 64, "max_pixels": 4096}
-        return QWEN[name](Qwen2VLImageProcessor(**sizes), marked_tokenizer(), Qwen2VLVideoProcessor(**sizes))
+        return PROCESSORS[name](Qwen2VLImageProcessor(**sizes), tokenizer, Qwen2VLVideoProcessor(**sizes))
     sizes = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
     options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return LlavaProcessor(CLIPImageProcessor(**sizes), character_tokenizer(), image_token=chr(IMAGE), **options)
+    return LlavaProcessor(CLIPImageProcessor(**sizes), tokenizer, image_token=chr(IMAGE), **options)
 
 
-def marked_tokenizer() -> PreTrainedTokenizerFast:
+def marked_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """One token a character, and those that stand for images and around them."""
-    plain = character_tokenizer()
+    plain, marks = character_tokenizer(), MARKS[name]
+    if not marks:
+        return plain
     inner = plain.backend_tokenizer
-    vocabulary = {MARKS.get(code, chr(code)): code for code in range(VOCABULARY)}
+    vocabulary = {marks.get(code, chr(code)): code for code in range(VOCABULARY)}
     inner.model = type(inner.model)(vocabulary, unk_token=plain.unk_token)
     special = {name: getattr(plain, name) for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, **special, additional_special_tokens=[*MARKS.values()])
-    made.image_token, made.video_token, *_ = MARKS.values()
-    return made
+    inner.add_special_tokens([AddedToken(mark, normalized=False) for mark in marks.values()])
+    named = {attribute: marks[code] for attribute, code in NAMED.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special, extra_special_tokens=named)
 
 
 @torch.no_grad()
@@ -99,7 +123,7 @@ def continued(model: torch.nn.Module, name: str, prompts: Sequence[Seen], new_to
     found = []
     for prompt in prompts:
         if prompt.images:
-            text = "".join(MARKS[id] if name in QWEN and id in MARKS else chr(id) for id in prompt.ids)
+            text = "".join(MARKS[name].get(id, chr(id)) for id in prompt.ids)
             given = processor(name)(text=text, images=images(prompt.images), return_tensors="pt")
         else:
             given = {"input_ids": torch.tensor([prompt.ids])}
@@ -109,7 +133,7 @@ def continued(model: torch.nn.Module, name: str, prompts: Sequence[Seen], new_to
 
 
 def name_as_on_hub(folder: Path) -> None:
-    """LLaVA's vision tower has other names in checkpoints of the hub than in those that transformers writes now."""
+    """CLIP's and SigLIP's vision towers have other names in checkpoints of the hub than in those that transformers writes now."""
     held = load_file(folder / "model.safetensors")
     renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in held.items()}
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})

@@ -27,6 +27,7 @@ SERVED = {
     "rows-by-turns": ("qwen3_vl", False, IMAGES | {"max_num_batched_tokens": 48}),
     "rows-short-of-cache": ("qwen2_5_vl", True, IMAGES | SHORT_OF_CACHE),
     "rows-drafts": ("qwen2_5_vl", True, IMAGES | NGRAM),
+    "both-directions": ("gemma3", True, IMAGES | {"disable_chunked_mm_input": True}),
     "no-images": ("gemma3", True, TEXT_ALONE),
     "no-images-several-shapes": ("gemma4", True, TEXT_ALONE),
     "rows-no-images": ("qwen2_5_vl", True, TEXT_ALONE),
@@ -70,7 +71,7 @@ def serve(root: Path, asked: dict) -> dict[str, dict]:
         write(folder, model, apart)
         prompts = [prompt for prompt in images.prompts(model) if not (prompt.images and options.get(*TEXT_ALONE))]
         expected[name] = images.continued(loaded(folder), model, prompts, new_tokens)
-        if model == "llava":
+        if model in ("llava", "gemma3"):
             images.name_as_on_hub(folder)
         engine = {option: value for option, value in (SMALL | options).items() if option != "new_tokens"}
         files = [images.saved(root, prompt.images) for prompt in prompts]

@@ -12,6 +12,7 @@ PLAIN = {
     "cache_config.cache_dtype": "auto",
     "parallel_config.decode_context_parallel_size": 1,
     "parallel_config.pipeline_parallel_size": 1,
+    "scheduler_config.disable_chunked_mm_input": False,
     "scheduler_config.disable_hybrid_kv_cache_manager": False,
     "speculative_config.method": "ngram",
     "kv_transfer_config": None,
@@ -43,6 +44,7 @@ def engine(**options) -> SimpleNamespace:
 
 def test_images_are_served():
     check_modes(engine(**IMAGES_IN_ROWS))
+    check_modes(engine(model_config__is_mm_prefix_lm=True, scheduler_config__disable_chunked_mm_input=True))
     assert positions_in_rows(engine(**IMAGES_IN_ROWS)) == 3
     options = IMAGES_IN_ROWS | {"model_config__multimodal_config": SimpleNamespace(language_model_only=True)}
     text = engine(**options, parallel_config__pipeline_parallel_size=2)
@@ -69,7 +71,7 @@ def test_drafts_are_served(method):
             "in pipelines only ngram drafts",
         ),
         ({"kv_transfer_config": SimpleNamespace()}, "KV connectors"),
-        ({"model_config__is_mm_prefix_lm": True}, "see each other in both directions .*--language-model-only"),
+        ({"model_config__is_mm_prefix_lm": True}, "with --disable-chunked-mm-input, or text alone by --language"),
         (IMAGES_IN_ROWS | {"parallel_config__pipeline_parallel_size": 2}, "use tensor parallel, or --language"),
         (IMAGES_IN_ROWS | {"speculative_config__method": "eagle"}, "only ngram drafts"),
         ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "leave it on"),

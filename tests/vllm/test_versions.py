@@ -55,7 +55,7 @@ FIELDS = {
     "v1.attention.backend AttentionBackend": "supported_dtypes supported_kv_cache_dtypes "
     "forward_includes_kv_cache_update supported_kv_cache_layouts supports_sliding_window",
     "v1.attention.backend CommonAttentionMetadata": "query_start_loc_cpu seq_lens num_reqs num_actual_tokens "
-    "block_table_tensor slot_mapping",
+    "block_table_tensor slot_mapping mm_req_doc_ranges",
     "v1.kv_cache_interface AttentionSpec": "num_kv_heads head_size head_size_v dtype",
     "v1.kv_cache_interface KVCacheSpec": "block_size block_stride_alignment",
     "v1.kv_cache_interface SlidingWindowSpec": "sliding_window",

@@ -143,6 +143,7 @@ FAMILIES: dict[str, Family] = {
         attention="Gemma3Attention",
         norms=("q_norm", "k_norm"),
         softcap="attn_logit_softcapping",
+        both_directions="all",
     ),
     "phi3": Family(title="Phi-3", attention="Phi3Attention", qkv=("qkv_proj",), fused="blocks"),
     "gpt2": Family(
@@ -222,6 +223,7 @@ FAMILIES: dict[str, Family] = {
         norm_on="heads",
         value_norm="v_norm",
         reads="is_kv_shared_layer",
+        both_directions="sliding",
         note="Head sizes and KV heads differ by layer. Some layers make values by the keys' projection, and the last "
         "ones may read the cache of earlier ones, as the original's do.",
     ),

@@ -64,6 +64,8 @@ class Family:
             values are keys.
         reads: attribute of the attention module that says whether the layer reads the keys and values of an earlier one
             and has none of its own, if a family has such layers. The earlier one hands them on in `shared_kv_states`.
+        both_directions: in which layers tokens of an image see each other in both directions, if in any: `all`, or
+            `sliding`. The mask says so where there is one; engines that build none go by this.
         bias_argument: name under which a bias on the scores (ALiBi) is passed, if any.
         mask_true_is_masked: a boolean mask is True where attention is forbidden.
         adds_residual: the attention adds the residual stream, its second positional argument, to its output.
@@ -101,6 +103,7 @@ class Family:
     output_dropout: str | None = None
     absorbed: Absorbed | None = None
     reads: str | None = None
+    both_directions: str | None = None
     bias_argument: str | None = None
     mask_true_is_masked: bool = False
     adds_residual: bool = False

@@ -7,7 +7,7 @@ prompts attend row by row, and meet the keys in chunks (`eigenattn.kernels.chunk
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,7 @@ class PagedAttention:
         softcap: see `Step`.
         sees: tokens that a query sees, itself included; None for all before it.
         sinks: see `Step`.
+        both_directions: whether tokens of an image see those behind them, too.
     """
 
     maps: LatentMaps
@@ -102,6 +103,7 @@ class PagedAttention:
     softcap: float | None = None
     sees: int | None = None
     sinks: Tensor | None = None
+    both_directions: bool = False
 
     @property
     def window(self) -> int:
@@ -186,12 +188,15 @@ def decode_queries(layer: PagedAttention, q: Tensor, batch: Queries, held: Held)
     return decode_accepted(step, accepted(step, decoding_backend(q)))
 
 
-def attend_prompt(layer: PagedAttention, q: Tensor, length: int, held: Held) -> Tensor:
+def attend_prompt(
+    layer: PagedAttention, q: Tensor, length: int, held: Held, images: Sequence[tuple[int, int]] = ()
+) -> Tensor:
     """The last T of a row's tokens; of layers that slide some at a time, since each sees but a few others.
 
     Args:
         q: their queries before rotation [T, H, D].
         length: the row's tokens, the queries' included.
+        images: places of the first and the last token of each in the row.
 
     Returns:
         [T, H, D].
@@ -200,11 +205,13 @@ def attend_prompt(layer: PagedAttention, q: Tensor, length: int, held: Held) -> 
     parts, stop = [], length - len(q)
     for some in q.split(most):
         stop += len(some)
-        parts.append(_attend_part(layer, some, stop, held))
+        parts.append(_attend_part(layer, some, stop, held, images))
     return torch.cat(parts)
 
 
-def _attend_part(layer: PagedAttention, q: Tensor, length: int, held: Held) -> Tensor:
+def _attend_part(
+    layer: PagedAttention, q: Tensor, length: int, held: Held, images: Sequence[tuple[int, int]]
+) -> Tensor:
     maps, t, window, far, near = layer.maps, q.shape[0], layer.window, held.far, held.near
     query = length - t
     first = 0 if layer.sees is None else max(query - layer.sees + 1, 0)  # that is seen
@@ -235,11 +242,42 @@ def _attend_part(layer: PagedAttention, q: Tensor, length: int, held: Held) -> T
         window=window,
         query_first=query - first,
     )
+    if layer.both_directions:
+        for image in images:
+            _show_later(layer, parts, q, query, held, image)
     out = parts.out.to(q.dtype)
     out = maps.decode_output(out) if near is None else out
     if layer.sinks is not None:
         out = out * (parts.lse - layer.sinks.to(parts.lse.dtype).view(-1, 1, 1)).sigmoid().to(q.dtype)
     return out[0].transpose(0, 1)
+
+
+def _show_later(
+    layer: PagedAttention, parts: chunked.Parts, q: Tensor, query: int, held: Held, image: tuple[int, int]
+) -> None:
+    """Join what an image's tokens see of those behind them, which are exact, being of the same pass.
+
+    Args:
+        q: queries after rotation [1, H, T, D], of which the first is the row's token `query`.
+    """
+    first, last = max(image[0], query), image[1]
+    stop = min(last, query + q.shape[2])  # the last token has none behind it
+    if first >= stop:
+        return
+    assert held.near is not None  # asked for where images are let in
+    columns = torch.arange(first + 1, last + 1, device=q.device)
+    keys, values = held.near.at(columns)
+    behind = columns > torch.arange(first, stop, device=q.device).unsqueeze(-1)
+    out, lse = chunked.attend_with_lse(
+        q[:, :, first - query : stop - query],
+        layer.rotated(keys, first + 1, held),
+        values,
+        mask=behind[None, None],
+        causal=False,
+        scale=layer.scale,
+        softcap=layer.softcap,
+    )
+    parts.join(first - query, out, lse)
 
 
 def mask_of(layer: PagedAttention, columns: Tensor, query: int) -> chunked.Mask | None:

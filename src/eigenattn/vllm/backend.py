@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,12 +31,13 @@ MOST_DECODED = 16
 
 @dataclass(frozen=True)
 class Prompt:
-    """A row with many queries, the batch's tokens `start` to `stop`."""
+    """A row with many queries, the batch's tokens `start` to `stop`, or with some of images that see behind them."""
 
     start: int
     stop: int
     length: int
     table: Tensor  # int32 [1, n]
+    images: Sequence[tuple[int, int]]  # places of the first and the last token of each
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,11 @@ def _metadata(common: CommonAttentionMetadata) -> LatentMetadata:
     starts = common.query_start_loc_cpu.tolist()
     lengths = common.seq_lens[: common.num_reqs].tolist()
     table, device = common.block_table_tensor, common.block_table_tensor.device
-    prompts, few = [], []
+    prompts, few, images = [], [], common.mm_req_doc_ranges or {}
     for row, (start, stop, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
-        if stop - start > MOST_DECODED:
-            prompts.append(Prompt(start, stop, length, table[row : row + 1]))
+        seen = [image for image in images.get(row, ()) if image[1] >= length - (stop - start)]
+        if stop - start > MOST_DECODED or seen:
+            prompts.append(Prompt(start, stop, length, table[row : row + 1], seen))
         else:
             few += [(row, token, length - (stop - 1 - token)) for token in range(start, stop)]
     queries = None
@@ -123,6 +126,10 @@ class LatentBackend(AttentionBackend):
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
         return True
 
 
@@ -181,7 +188,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
 
         for i, prompt in enumerate(batch.prompts):
             q = query[prompt.start : prompt.stop]
-            output[prompt.start : prompt.stop] = attend_prompt(attention, q, prompt.length, held(i))
+            output[prompt.start : prompt.stop] = attend_prompt(attention, q, prompt.length, held(i), prompt.images)
         if batch.queries is not None:
             q = query[batch.queries.tokens]
             output[batch.queries.tokens] = decode_queries(attention, q, batch.queries, held(None))

@@ -73,7 +73,17 @@ class LatentAttention(LatentMaps, CachingLayer):
         self.whole, self.layout = original.layout, _own_layout(original.layout, self.kv_heads)
         slopes = getattr(stock.impl, "alibi_slopes", None)
         slopes = None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32)
-        self.attention = PagedAttention(self, original.scaling, rotary, slopes, original.softcap, sees, sinks)
+        directions = original.family.both_directions
+        self.attention = PagedAttention(
+            self,
+            original.scaling,
+            rotary,
+            slopes,
+            original.softcap,
+            sees,
+            sinks,
+            directions == "all" or (directions == "sliding" and sees is not None),
+        )
         for name in (*MAPS, *QUANTISERS):
             stored = getattr(original, name)
             empty = None if stored is None else torch.empty(self._own(stored).shape)
@@ -167,7 +177,7 @@ class Compression:
             original = originals.get(index)
             if original is None:
                 raise EigenAttnError(f"vLLM's {type(model).__name__} has attention in layer {index}, and no latents.")
-            _check_layer(type(model).__name__, stock, original, parent)
+            _check_layer(type(model).__name__, stock, original, parent, vllm_config.model_config.is_mm_prefix_lm)
             if not self._layers:  # before what they are to precede
                 for kind in GROUPS:
                     for number in range(2 if index == min(originals) else 1):  # at most, see `Group.spacers`
@@ -219,10 +229,15 @@ def _layers_of(vllm_config: VllmConfig) -> int:
     return vllm_config.model_config.hf_config.get_text_config(decoder=True).num_hidden_layers
 
 
-def _check_layer(model: str, stock: Attention, original: EigenAttention, parent: nn.Module) -> None:
+def _check_layer(model: str, stock: Attention, original: EigenAttention, parent: nn.Module, images: bool) -> None:
     if not original.layout.at_run_time:
         raise EigenAttnError(
             "bases folded into the weights are not served by vLLM: compress with a window, or use transformers."
+        )
+    if images and (original.family.both_directions is None or not original.layout.window):
+        raise EigenAttnError(
+            f"images whose tokens see each other in both directions are not served by {model} with these bases: text "
+            "is, by --language-model-only."
         )
     if type(stock) is not Attention:
         raise EigenAttnError(f"{type(stock).__name__} is not served by vLLM once compressed.")

@@ -61,10 +61,10 @@ def check_modes(vllm_config: Any) -> None:
             "pipeline parallel is not supported for latents and images of such positions: use tensor parallel, or "
             "--language-model-only."
         )
-    if vllm_config.model_config.is_mm_prefix_lm:
+    if vllm_config.model_config.is_mm_prefix_lm and not vllm_config.scheduler_config.disable_chunked_mm_input:
         raise EigenAttnError(
-            "images whose tokens see each other in both directions are not served with latents: text is, by "
-            "--language-model-only."
+            "tokens of this model's images see each other in both directions, so that an image is read at once: serve "
+            "it with --disable-chunked-mm-input, or text alone by --language-model-only."
         )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise EigenAttnError("the exact window needs vLLM's hybrid cache manager: leave it on.")
