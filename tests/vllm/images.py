@@ -16,6 +16,10 @@ from transformers import (
     CLIPImageProcessor,
     Gemma3ImageProcessor,
     Gemma3Processor,
+    Gemma4AudioFeatureExtractor,
+    Gemma4ImageProcessor,
+    Gemma4Processor,
+    Gemma4VideoProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
@@ -31,20 +35,24 @@ PROCESSORS = {
     "qwen2_5_vl": Qwen2_5_VLProcessor,
     "qwen3_vl": Qwen3VLProcessor,
     "gemma3": Gemma3Processor,
+    "gemma4": Gemma4Processor,
 }
 # Special tokens by the ids of the tiny models, and which of them stand for an image in a prompt.
 QWEN = dict(zip(IDS, ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"), strict=True))
 NEW_LINES = {IMAGE + 3 + more: "\n" * (2 + more) for more in range(3)}
 GEMMA = {IMAGE: "<image_soft_token>", IMAGE + 1: "<start_of_image>", IMAGE + 2: "<end_of_image>", **NEW_LINES}
-MARKS = {"llava": {}, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "gemma3": GEMMA}
+GEMMA |= {IMAGE + 6: "<audio_soft_token>", IMAGE + 7: "<start_of_audio>", IMAGE + 8: "<end_of_audio>"}
+MARKS = {"llava": {}, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "gemma3": GEMMA, "gemma4": GEMMA}
 STANDS = {
     "llava": [IMAGE],
     "qwen2_5_vl": [IDS[2], IMAGE, IDS[3]],
     "qwen3_vl": [IDS[2], IMAGE, IDS[3]],
     "gemma3": [IMAGE + 1],
+    "gemma4": [IMAGE],
 }
 # Under which names tokenizers give them.
 NAMED = {"image_token": IMAGE, "boi_token": IMAGE + 1, "eoi_token": IMAGE + 2}
+NAMED |= {"audio_token": IMAGE + 6, "boa_token": IMAGE + 7, "eoa_token": IMAGE + 8}
 
 
 class Seen(NamedTuple):
@@ -75,7 +83,7 @@ def saved(folder: Path, count: int) -> list[str]:
 
 def prompts(name: str) -> list[Seen]:
     """Prompts with none, one and two images."""
-    image = STANDS.get(name, [])
+    image = STANDS[name]
 
     def text(length: int) -> list[int]:
         return (tokens(1, length, seed=length)[0] % IMAGE).tolist()
@@ -92,6 +100,10 @@ def prompts(name: str) -> list[Seen]:
 def processor(name: str) -> Any:
     """What makes a model's images and texts ready."""
     tokenizer = marked_tokenizer(name)
+    if name == "gemma4":
+        sizes = {"patch_size": 8, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+        sounds, videos = Gemma4AudioFeatureExtractor(), Gemma4VideoProcessor(**sizes)
+        return Gemma4Processor(sounds, Gemma4ImageProcessor(**sizes), tokenizer, videos, image_seq_length=70)
     if name == "gemma3":
         pixels = Gemma3ImageProcessor(size={"height": SIZE, "width": SIZE})
         return Gemma3Processor(pixels, tokenizer, image_seq_length=4)
@@ -113,7 +125,7 @@ def marked_tokenizer(name: str) -> PreTrainedTokenizerFast:
     inner.model = type(inner.model)(vocabulary, unk_token=plain.unk_token)
     special = {name: getattr(plain, name) for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
     inner.add_special_tokens([AddedToken(mark, normalized=False) for mark in marks.values()])
-    named = {attribute: marks[code] for attribute, code in NAMED.items()}
+    named = {attribute: marks[code] for attribute, code in NAMED.items() if code in marks}
     return PreTrainedTokenizerFast(tokenizer_object=inner, **special, extra_special_tokens=named)
 
 
@@ -133,7 +145,7 @@ def continued(model: torch.nn.Module, name: str, prompts: Sequence[Seen], new_to
 
 
 def name_as_on_hub(folder: Path) -> None:
-    """CLIP's and SigLIP's vision towers have other names in checkpoints of the hub than in those that transformers writes now."""
+    """CLIP's and SigLIP's towers have other names in checkpoints of the hub than in those that transformers writes."""
     held = load_file(folder / "model.safetensors")
     renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in held.items()}
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})

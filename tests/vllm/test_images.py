@@ -8,6 +8,7 @@ import torch
 from every_type import built
 from test_serving import NEEDS_VLLM, NGRAM, SMALL, job, run_engines, save
 from transformers import AutoModelForImageTextToText
+from vision import IMAGE
 
 from eigenattn.models.bases_file import attach
 
@@ -18,6 +19,7 @@ pytestmark = [
 NEW_TOKENS = 16
 TEXT_ALONE = {"language_model_only": True}
 IMAGES = {"limit_mm_per_prompt": {"image": 2}}
+WHOLE_IMAGES = IMAGES | {"disable_chunked_mm_input": True}
 SHORT_OF_CACHE = {"kv_cache_memory_bytes": 90_000, "max_num_batched_tokens": 32, "new_tokens": 130}
 # name -> (tiny model, whether bases lie in a folder of their own, options)
 SERVED = {
@@ -27,25 +29,36 @@ SERVED = {
     "rows-by-turns": ("qwen3_vl", False, IMAGES | {"max_num_batched_tokens": 48}),
     "rows-short-of-cache": ("qwen2_5_vl", True, IMAGES | SHORT_OF_CACHE),
     "rows-drafts": ("qwen2_5_vl", True, IMAGES | NGRAM),
-    "both-directions": ("gemma3", True, IMAGES | {"disable_chunked_mm_input": True}),
+    "both-directions": ("gemma3", True, WHOLE_IMAGES),
+    "both-directions-where-layers-slide": (
+        "gemma4",
+        True,
+        WHOLE_IMAGES | {"limit_mm_per_prompt": {"image": 2, "video": 0}},
+    ),
     "no-images": ("gemma3", True, TEXT_ALONE),
     "no-images-several-shapes": ("gemma4", True, TEXT_ALONE),
     "rows-no-images": ("qwen2_5_vl", True, TEXT_ALONE),
 }
 
 
-# As the larger Gemma 4 have it: heads and what makes values differ by layer.
-SEVERAL_SHAPES = {
-    "num_kv_shared_layers": 0,
-    "hidden_size_per_layer_input": 0,
-    "attention_k_eq_v": True,
-    "global_head_dim": 32,
-    "num_global_key_value_heads": 1,
+# As the larger Gemma 4 has it: heads and what makes values differ by layer. vLLM asks for the most tokens of an image.
+GEMMA_4 = {
+    "text_config": {
+        "num_kv_shared_layers": 0,
+        "sliding_window": 80,  # an image has 64 tokens
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+    },
+    "vision_config": {"default_output_length": 70},
+    "boi_token_id": IMAGE + 1,
+    "eoi_token_id": IMAGE + 2,
 }
 
 
 def model_of(name: str) -> torch.nn.Module:
-    return built(name, wrapped=True, **({"text_config": SEVERAL_SHAPES} if name == "gemma4" else {})).float()
+    return built(name, wrapped=True, **(GEMMA_4 if name == "gemma4" else {})).float()
 
 
 def loaded(folder: Path) -> torch.nn.Module:
