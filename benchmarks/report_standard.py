@@ -43,6 +43,7 @@ FAMILIES = {
     "hadamard": "Hadamard rotation, integers (QuaRot)",
     "kivi": "KIVI",
     "plain": "integers by channel (KVQuant)",
+    "hqq": "transformers' quantised cache, HQQ",
 }
 INTRODUCTION = """\
 ## The standard protocol
