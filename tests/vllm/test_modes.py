@@ -74,6 +74,7 @@ def test_drafts_are_served(method):
         ({"model_config__is_mm_prefix_lm": True}, "with --disable-chunked-mm-input, or text alone by --language"),
         (IMAGES_IN_ROWS | {"parallel_config__pipeline_parallel_size": 2}, "use tensor parallel, or --language"),
         (IMAGES_IN_ROWS | {"speculative_config__method": "eagle"}, "only ngram drafts"),
+        (IMAGES_IN_ROWS | {"model_config__mrope_num_dims": 4}, "in 4 rows are not served"),
         ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "leave it on"),
     ],
 )

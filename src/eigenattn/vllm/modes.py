@@ -11,6 +11,9 @@ from .bases import asked_for
 # Drafts by ngrams, and by layers with caches of their own. Only these were tested.
 NGRAM, DRAFTING = "ngram", ("draft_model", "eagle", "eagle3", "mtp")
 
+# Of positions where images have several: the time, the height and the width.
+TESTED_ROWS = 3
+
 # Layers with states, by vLLM's name of their kind, that its CPU build computes wrongly or has no kernels for.
 ON_GPUS_ALONE = {"SHORT_CONV": "short convolutions", "MAMBA1": "Mamba 1"}
 
@@ -54,6 +57,11 @@ def check_modes(vllm_config: Any) -> None:
         raise EigenAttnError(f"in pipelines only {NGRAM} drafts beside latents: use it, or tensor parallel.")
     if vllm_config.kv_transfer_config is not None:
         raise EigenAttnError("KV connectors and offloading are not supported for latents.")
+    if positions_in_rows(vllm_config) not in (None, TESTED_ROWS):
+        raise EigenAttnError(
+            f"positions of images in {positions_in_rows(vllm_config)} rows are not served with latents: text is, by "
+            "--language-model-only."
+        )
     if layers_draft(vllm_config) and positions_in_rows(vllm_config):
         raise EigenAttnError(f"beside images of such positions only {NGRAM} drafts: use it, or --language-model-only.")
     if vllm_config.parallel_config.pipeline_parallel_size > 1 and positions_in_rows(vllm_config):
