@@ -22,11 +22,11 @@ class Compressed(nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
         self._compression = None
         config = vllm_config.model_config
-        if prefix:  # what reads text in a larger model, all of which has them
-            return
         if is_of_drafts(vllm_config):
             if own_bases(config.hf_config):
                 raise EigenAttnError("models that draft are not served compressed: give the original of this one.")
+            return
+        if prefix:  # what reads text in a larger model, all of which has them
             return
         bases = Bases.of(config.hf_config, vllm_config.additional_config)
         if bases is None:
