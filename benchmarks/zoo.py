@@ -182,7 +182,7 @@ def index(out: Path) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Make and measure what is missing of all models."""
     options = parser()
-    options.description, defaults = __doc__, {"lengths": [1024], "windows": [4], "copies": 0, "trials": 0}
+    options.description, defaults = __doc__, {"lengths": [1024], "windows": [4], "copies": 0, "trials": [0]}
     options.set_defaults(**defaults, rivals=[], finalists=0, out=Path("zoo"))
     args: argparse.Namespace = options.parse_args(arguments)
     try:
