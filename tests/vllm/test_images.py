@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from every_type import built
-from test_serving import NEEDS_VLLM, NGRAM, SMALL, job, run_engines, save
+from test_serving import NEEDS_VLLM, NGRAM, SMALL, job, run_engines, save, with_bases
 from transformers import AutoModelForImageTextToText
 from vision import IMAGE
-
-from eigenattn.models.bases_file import attach
 
 pytestmark = [
     *NEEDS_VLLM,
@@ -61,11 +59,6 @@ def model_of(name: str) -> torch.nn.Module:
     return built(name, wrapped=True, **(GEMMA_4 if name == "gemma4" else {})).float()
 
 
-def loaded(folder: Path) -> torch.nn.Module:
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    return attach(model, folder / "bases") if (folder / "bases").exists() else model
-
-
 def write(folder: Path, name: str, apart: bool) -> None:
     import images
 
@@ -83,7 +76,7 @@ def serve(root: Path, asked: dict) -> dict[str, dict]:
         folder, new_tokens = root / name, options.get("new_tokens", NEW_TOKENS)
         write(folder, model, apart)
         prompts = [prompt for prompt in images.prompts(model) if not (prompt.images and options.get(*TEXT_ALONE))]
-        expected[name] = images.continued(loaded(folder), model, prompts, new_tokens)
+        expected[name] = images.continued(with_bases(folder, AutoModelForImageTextToText), model, prompts, new_tokens)
         if model in ("llava", "gemma3"):
             images.name_as_on_hub(folder)
         engine = {option: value for option, value in (SMALL | options).items() if option != "new_tokens"}

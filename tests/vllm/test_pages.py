@@ -101,16 +101,18 @@ def filled(layer: PagedAttention, forgets: bool = False) -> Held:
     def vectors(row, length):
         return tuple(x[row : row + 1, :, seen_of(length)] for x in (k, v))
 
+    def positions_of(row, length):
+        return (places(row, length)[seen_of(length)][None, None],)
+
     size = maps.layout.bytes_per_token(4)
     cache = torch.full((17, 1, 4, size), 255, dtype=torch.uint8)
     far = pages(cache, latents_in(cache, maps.layout, k.dtype), lambda *row: maps.stored(*vectors(*row)), 4)
-    positions = None
     if not maps.layout.window:
         return Held(far)
+    positions = None
     if layer.rotary is not None and layer.rotary.rows is not None:
         cache = torch.full((17, 1, 4, 12), 255, dtype=torch.uint8)
-        of_row = lambda row, length: (places(row, length)[seen_of(length)][None, None],)  # noqa: E731
-        positions = pages(cache, positions_in(cache), of_row, 4)
+        positions = pages(cache, positions_in(cache), positions_of, 4)
     cache = torch.full((33, maps.kv_heads, 2, 2 * maps.head_dim), torch.nan)
     return Held(far, pages(cache, window_in(cache), vectors, 2), positions)
 

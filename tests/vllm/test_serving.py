@@ -152,10 +152,10 @@ def generated(folder: Path, new_tokens: int) -> list[list[int]]:
     return continued(with_bases(folder), new_tokens)
 
 
-def with_bases(folder: Path) -> torch.nn.Module:
+def with_bases(folder: Path, kind=AutoModelForCausalLM) -> torch.nn.Module:
     from eigenattn.models.bases_file import attach
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     return attach(model, folder / "bases") if (folder / "bases").exists() else model
 
 

@@ -42,6 +42,13 @@ def sight_of(layer: EigenAttention) -> int | None:
     return layer.sliding_window if layer.layer_type in (None, SLIDING) else None
 
 
+def shows_later(layer: EigenAttention) -> bool:
+    """Whether tokens of an image see those behind them, too, where images are let in."""
+    return layer.family.both_directions == "all" or (
+        layer.family.both_directions == "sliding" and sight_of(layer) is not None
+    )
+
+
 def angles_of(layer: EigenAttention) -> Hashable:
     """What layers that rotate by the same angles have in common."""
     if not layer.rotates:
@@ -93,7 +100,7 @@ class PagedAttention:
         softcap: see `Step`.
         sees: tokens that a query sees, itself included; None for all before it.
         sinks: see `Step`.
-        both_directions: whether tokens of an image see those behind them, too.
+        shows_later: see the function.
     """
 
     maps: LatentMaps
@@ -103,7 +110,7 @@ class PagedAttention:
     softcap: float | None = None
     sees: int | None = None
     sinks: Tensor | None = None
-    both_directions: bool = False
+    shows_later: bool = False
 
     @property
     def window(self) -> int:
@@ -242,7 +249,7 @@ def _attend_part(
         window=window,
         query_first=query - first,
     )
-    if layer.both_directions:
+    if layer.shows_later:
         for image in images:
             _show_later(layer, parts, q, query, held, image)
     out = parts.out.to(q.dtype)

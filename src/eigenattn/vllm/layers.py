@@ -14,10 +14,11 @@ from ..errors import EigenAttnError
 from ..kernels.decoding import Rotary
 from ..models.attention import EigenAttention
 from ..models.maps import MAPS, QUANTISERS, LatentMaps
-from .attend import PagedAttention, angles_of, rotary_of, sight_of
+from .attend import PagedAttention, angles_of, rotary_of, shows_later, sight_of
 from .backend import LatentImpl
 from .bases import Bases, Loading, blueprint
-from .cache import GROUPS, POSITION, CachingLayer, Planning, PositionsCache, Spacer, WindowCache
+from .blocks import GROUPS
+from .cache import CachingLayer, Planning, PositionsCache, Spacer, WindowCache
 from .engine import (
     Attention,
     KVCacheSpec,
@@ -73,16 +74,8 @@ class LatentAttention(LatentMaps, CachingLayer):
         self.whole, self.layout = original.layout, _own_layout(original.layout, self.kv_heads)
         slopes = getattr(stock.impl, "alibi_slopes", None)
         slopes = None if slopes is None else torch.as_tensor(slopes, dtype=torch.float32)
-        directions = original.family.both_directions
         self.attention = PagedAttention(
-            self,
-            original.scaling,
-            rotary,
-            slopes,
-            original.softcap,
-            sees,
-            sinks,
-            directions == "all" or (directions == "sliding" and sees is not None),
+            self, original.scaling, rotary, slopes, original.softcap, sees, sinks, shows_later(original)
         )
         for name in (*MAPS, *QUANTISERS):
             stored = getattr(original, name)
@@ -163,7 +156,6 @@ class Compression:
             [original.layout for original in originals.values()],
             [sight_of(original) for original in originals.values()],
             states=len(originals) < layers or bool(states),
-            positions=(positions_in_rows(vllm_config) or 0) * POSITION.itemsize,
         )
         if planning.states and vllm_config.speculative_config is not None:
             raise EigenAttnError("speculative decoding is not supported for latents beside layers with states.")
@@ -183,7 +175,7 @@ class Compression:
                     for number in range(2 if index == min(originals) else 1):  # at most, see `Group.spacers`
                         Spacer(vllm_config, name, planning, kind, number)
                 if rows is not None:
-                    positions = PositionsCache(vllm_config, f"{name}.positions", planning, rows)
+                    positions = PositionsCache(vllm_config, f"{name}.positions", planning)
                     model.register_forward_pre_hook(positions.note, with_kwargs=True)
             del vllm_config.compilation_config.static_forward_context[stock.layer_name]
             angles = angles_of(original)

@@ -44,6 +44,7 @@ def check_modes(vllm_config: Any) -> None:
         EigenAttnError: in one line, by name.
     """
     cache, speculation = vllm_config.cache_config, vllm_config.speculative_config
+    rows = positions_in_rows(vllm_config)
     if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
         raise EigenAttnError(f"latents are not cached in {cache.cache_dtype}: leave --kv-cache-dtype at auto.")
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
@@ -57,14 +58,13 @@ def check_modes(vllm_config: Any) -> None:
         raise EigenAttnError(f"in pipelines only {NGRAM} drafts beside latents: use it, or tensor parallel.")
     if vllm_config.kv_transfer_config is not None:
         raise EigenAttnError("KV connectors and offloading are not supported for latents.")
-    if positions_in_rows(vllm_config) not in (None, TESTED_ROWS):
+    if rows not in (None, TESTED_ROWS):
         raise EigenAttnError(
-            f"positions of images in {positions_in_rows(vllm_config)} rows are not served with latents: text is, by "
-            "--language-model-only."
+            f"positions of images in {rows} rows are not served with latents: text is, by --language-model-only."
         )
-    if layers_draft(vllm_config) and positions_in_rows(vllm_config):
+    if rows and layers_draft(vllm_config):
         raise EigenAttnError(f"beside images of such positions only {NGRAM} drafts: use it, or --language-model-only.")
-    if vllm_config.parallel_config.pipeline_parallel_size > 1 and positions_in_rows(vllm_config):
+    if rows and vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise EigenAttnError(
             "pipeline parallel is not supported for latents and images of such positions: use tensor parallel, or "
             "--language-model-only."

@@ -14,6 +14,9 @@ from torch import Tensor
 from ..cache.layout import Layout
 from ..kernels.decoding import out_of_pages
 
+# Of what positions are cached in.
+POSITION = torch.int32
+
 
 @dataclass(frozen=True)
 class Pages:
@@ -70,7 +73,7 @@ def window_in(cache: Tensor) -> tuple[Tensor, ...]:
 
 def positions_in(cache: Tensor) -> tuple[Tensor]:
     """The view of a cache of positions [pages, 1, N, bytes]: int32 [pages, 1, N, rows]."""
-    return (cache.view(torch.int32),)
+    return (cache.view(POSITION),)
 
 
 def write(rows: tuple[Tensor, ...], slots: Tensor, tokens: tuple[Tensor, ...]) -> None:

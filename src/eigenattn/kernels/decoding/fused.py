@@ -122,7 +122,7 @@ def decode(step: Step) -> Tensor:
 
     def each_row(count: int | Tensor | None) -> Tensor:
         if isinstance(count, Tensor):
-            return count.to(torch.int32).reshape(-1).expand(b)
+            return count.to(torch.int32).expand(b, *count.shape[1:])
         return step.memoised(
             ("rows", count, b), lambda: torch.full((b,), count or 0, dtype=torch.int32, device=q.device)
         )
@@ -134,9 +134,6 @@ def decode(step: Step) -> Tensor:
         tables = rotary.inverse_frequencies.float(), *rotary.table(LARGEST_BLOCK, dtype), rotary.rows
     if window is not None:
         near = window.keys, window.values, each_row(window.column), each_row(window.stop)
-    query = None if rotary is None else step.rotary_positions[1]
-    if query is not None:
-        query = each_row(query) if query.dim() < 2 else query.to(torch.int32).expand(b, -1)
     arguments = _Arguments(
         q,
         q_small,
@@ -153,7 +150,7 @@ def decode(step: Step) -> Tensor:
         each_row(step.first),
         each_row(step.length),
         None if rotary is None else step.rotary_positions[0],
-        query,
+        None if rotary is None else each_row(step.query),
         *near,
         *tables,
         step.slopes,

@@ -119,7 +119,7 @@ def _attend(
             begin = tl.min(tl.where(seen, begins, 2147483647), 0)
             even = tl.max(tl.where(seen, begins, NOWHERE), 0) == begin
             further = tl.where(seen, begins - begin, 0).to(tl.float32)[:, None]
-            for row in tl.static_range(1, ROWS):
+            for row in tl.static_range(1, ROWS):  # a block of an image's tokens is one with gaps
                 others = tl.load(positions + there * ROWS + row).to(tl.int32) - places
                 even = even and (tl.max(tl.where(seen & (others != begin), 1, 0), 0) == 0)
             before = turned
